@@ -1,0 +1,187 @@
+"""The machine a run meets: which device, which dtype it can compute in, how much memory, and whether it makes sense.
+
+One process, one device: the first visible GPU, or the CPU.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from qlora_kit.cli import Failed
+from qlora_kit.config import UserError
+from qlora_kit.memory import GIB, ModelShape
+from qlora_kit.settings import Config
+from qlora_kit.sources import estimate_tokens
+
+PATIENCE_SECONDS = 2 * 3600  # a CPU run that would take longer than this is asked about first
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def choose_device(wanted: str) -> str:
+    """`auto` takes the GPU when there is one.
+
+    Raises:
+        UserError: `cuda` was asked for and torch sees no GPU.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        build = (
+            "this torch is a CPU build; install a CUDA build"
+            if torch.version.cuda is None
+            else "check the driver with nvidia-smi"
+        )
+        raise UserError(f"training.device: cuda: torch finds no CUDA GPU; {build}, or use --set training.device=auto")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return "cpu"
+    return "cuda"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run computes on, and lines that say so."""
+
+    device: str  # cuda or cpu
+    dtype: torch.dtype  # of products and of everything frozen that is not packed
+    description: list[str]
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def memory_gib(self) -> dict[str, float]:
+        return memory_gib(self.device)
+
+
+def look_at_machine(config: Config, shape: ModelShape | None) -> Machine:
+    """Choose device and dtype, and cap the GPU's memory when asked to.
+
+    Raises:
+        UserError: the settings ask for what this machine lacks, or for days on a CPU.
+    """
+    _use_first_gpu_only()
+    device = choose_device(config.training.device)
+    if device == "cpu" and config.training.device == "auto" and shape:
+        check_patience(config, shape)
+    dtype, note = usable_dtype(config.quantization.compute_dtype, device)
+    if device == "cuda" and config.performance.vram_limit_gib is not None:
+        cap_memory(config.performance.vram_limit_gib)
+    lines = [*describe_device(device), *([note] if note else [])]
+    if device == "cpu" and config.training.optim.startswith("paged"):
+        lines.append(f"{config.training.optim}: paging needs a GPU; the optimizer's state stays in ordinary memory here")
+    return Machine(device, dtype, lines)
+
+
+def _use_first_gpu_only() -> None:
+    """Before CUDA starts: with several visible GPUs the Trainer would split batches over them by itself."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
+
+
+def cap_memory(limit_gib: float) -> None:
+    """Let torch's allocator fail beyond `limit_gib`, as a card of that size would.
+
+    Raises:
+        UserError: the GPU is smaller than the limit.
+    """
+    total = torch.cuda.get_device_properties(0).total_memory
+    if limit_gib * GIB > total:
+        raise UserError(
+            f"performance.vram_limit_gib: {limit_gib}: this GPU has {total / GIB:.1f} GiB; use less, or null for no limit"
+        )
+    torch.cuda.set_per_process_memory_fraction(limit_gib * GIB / total)
+
+
+def usable_dtype(name: str, device: str) -> tuple[torch.dtype, str | None]:
+    """The compute dtype, and one line when it is not the one asked for.
+
+    Raises:
+        UserError: float16 on the CPU, which has no loss scaling there.
+    """
+    if device == "cpu" and name == "float16":
+        raise UserError("quantization.compute_dtype: float16: needs a GPU; use bfloat16 or float32 on the CPU")
+    if device == "cuda" and name == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16, f"{torch.cuda.get_device_name(0)} has no bfloat16: computing in float16 with loss scaling instead"
+    return DTYPES[name], None
+
+
+def describe_device(device: str) -> list[str]:
+    """Lines for the reader: the device and its memory."""
+    if device == "cpu":
+        return [f"Device: cpu, {torch.get_num_threads()} threads"]
+    properties = torch.cuda.get_device_properties(0)
+    free, total = torch.cuda.mem_get_info()
+    return [f"Device: cuda, {properties.name}, {total / GIB:.2f} GiB, {free / GIB:.2f} GiB free"]
+
+
+def memory_gib(device: str) -> dict[str, float]:
+    """GiB that torch's allocator holds now and held at its peak; empty on the CPU."""
+    if device == "cpu":
+        return {}
+    return {
+        "allocated": torch.cuda.memory_allocated() / GIB,
+        "reserved": torch.cuda.memory_reserved() / GIB,
+        "peak_allocated": torch.cuda.max_memory_allocated() / GIB,
+        "peak_reserved": torch.cuda.max_memory_reserved() / GIB,
+    }
+
+
+def check_patience(config: Config, shape: ModelShape) -> None:
+    """Refuse a CPU run of hours that nobody insisted on.
+
+    Raises:
+        UserError: one line with the estimate, the laptop config, and how to insist.
+    """
+    per_token = shape.training_flops_per_token(recompute=False) / _cpu_flops_per_second()
+    tokens_per_step = config.effective_batch * config.data.max_length
+    tokens_per_epoch = estimate_tokens(config.data)
+    if config.training.max_steps:
+        tokens = float(config.training.max_steps * tokens_per_step)
+    elif tokens_per_epoch:
+        tokens = config.training.num_epochs * tokens_per_epoch
+    else:
+        tokens = 100.0 * tokens_per_step  # the size of the data is unknown here: judge a short run
+    seconds = tokens * per_token
+    if seconds > PATIENCE_SECONDS:
+        raise UserError(
+            f"training.device: no CUDA GPU found, and training {config.model.name} on this CPU would take "
+            f"{format_duration(seconds)} or more; try the laptop model: python train_qlora.py --config configs/tiny.yaml, "
+            "or insist: --set training.device=cpu"
+        )
+
+
+def format_duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    if seconds < 2 * 3600:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.0f} hours" if seconds < 48 * 3600 else f"{seconds / 86400:.0f} days"
+
+
+def _cpu_flops_per_second() -> float:
+    """Speed of one fp32 product of 512 tokens with a 2048 x 2048 weight on this CPU: an upper bound for training."""
+    tokens, width = 512, 2048
+    x, weight = torch.randn(tokens, width), torch.randn(width, width)
+    x @ weight
+    started = time.perf_counter()
+    x @ weight
+    return 2 * tokens * width * width / (time.perf_counter() - started)
+
+
+@contextmanager
+def out_of_memory_is_one_line(config: Config) -> Iterator[None]:
+    """Turn CUDA's out-of-memory traceback into one line with the remedies in order of cost."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        remedies = []
+        if config.micro_batch > 1:
+            remedies.append("--set performance.micro_batch=1 (same result)")
+        if config.training.gradient_checkpointing is False:
+            remedies.append("--set training.gradient_checkpointing=true (same result, slower)")
+        remedies += [f"--max_length {config.data.max_length // 2}", f"--rank {max(config.lora.rank // 2, 1)}"]
+        raise Failed(
+            f"the GPU's memory is full at {memory_gib('cuda')['peak_reserved']:.2f} GiB; try " + ", then ".join(remedies)
+        ) from None

@@ -1,0 +1,104 @@
+"""Base models and data sets by name: from a local folder, from the Hub's cache, or downloaded, and one line when neither works.
+
+The Hub is asked once whether it answers. When it does not, the process goes offline before any Hugging Face library is
+imported, so that a machine without a network uses its cache at once instead of printing minutes of retries.
+"""
+
+import json
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from qlora_kit.config import UserError
+from qlora_kit.memory import KNOWN_CONFIGS
+from qlora_kit.settings import ModelConfig
+
+MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # no pickles, no code
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+
+
+def go_offline_if_unreachable(timeout_seconds: float = 5.0) -> None:
+    """Set HF_HUB_OFFLINE when the Hub does not answer. Call it before importing transformers or datasets."""
+    if os.environ.get("HF_HUB_OFFLINE"):
+        return
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=timeout_seconds)
+    except urllib.error.HTTPError:
+        pass  # an error page is an answer
+    except (OSError, ValueError):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def is_local(name: str) -> bool:
+    """Whether a model or data set name is a path: it exists, or no Hub name is written like it."""
+    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+
+
+def read_model_config(model: ModelConfig) -> dict[str, Any]:
+    """The base model's config.json, without its weights; the default model's is known without a download.
+
+    Raises:
+        UserError: as fetch_model.
+    """
+    if is_local(model.name):
+        return read_json(_local_folder(model) / "config.json", "model.name")
+    if model.name in KNOWN_CONFIGS:
+        return KNOWN_CONFIGS[model.name]
+    return read_json(_download(model, ["config.json"]) / "config.json", "model.name")
+
+
+def fetch_model(model: ModelConfig) -> None:
+    """Make the base model's files ready on this machine.
+
+    Raises:
+        UserError: no such model, no access, no network and no cached copy, or files missing: one line with the remedy.
+    """
+    folder = _local_folder(model) if is_local(model.name) else _download(model, MODEL_FILES)
+    key = f"model.name: {model.name}"
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{key}: no *.safetensors weights; save the model with save_pretrained and name that folder")
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(f"{key}: the folder has no tokenizer (tokenizer.json); copy the base model's tokenizer files into it")
+
+
+def _local_folder(model: ModelConfig) -> Path:
+    folder, key = Path(model.name).expanduser(), f"model.name: {model.name}"
+    if not folder.is_dir():
+        raise UserError(f"{key}: no such folder; name a folder with config.json, or a Hub model such as Qwen/Qwen2.5-3B-Instruct")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{key}: the folder has no config.json; name the folder that save_pretrained wrote")
+    return folder
+
+
+def read_json(path: Path, key: str) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}: {path}: not readable as JSON ({error}); copy it again from its source") from None
+
+
+def _download(model: ModelConfig, patterns: list[str]) -> Path:
+    from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
+
+    key = f"model.name: {model.name}"
+    try:
+        return Path(snapshot_download(model.name, revision=model.revision, allow_patterns=patterns))
+    except hub.GatedRepoError:
+        raise UserError(f"{key}: access must be granted; accept its licence on the Hub, then run: hf auth login") from None
+    except hub.RevisionNotFoundError:
+        raise UserError(
+            f"model.revision: {model.revision}: {model.name} has no such branch, tag or commit; null takes the newest"
+        ) from None
+    except (hub.RepositoryNotFoundError, hub.HFValidationError):
+        raise UserError(
+            f"{key}: neither a folder here nor a model on the Hub; correct the name, or log in if it is private"
+        ) from None
+    except (OSError, hub.HfHubHTTPError):  # the hub's own offline errors are OSErrors too
+        raise UserError(
+            f"{key}: not on this machine, and the Hub cannot be reached; download it where there is a network "
+            f"(hf download {model.name}), or name a local folder: --model_name FOLDER"
+        ) from None

@@ -1,0 +1,77 @@
+"""Perplexity: the exponential of the token-weighted mean loss, with its standard error.
+
+A figure without its definition cannot be compared: block length and join rule go with it wherever it is printed.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """loss in nats per token; standard_error is that of the perplexity."""
+
+    loss: float
+    perplexity: float
+    standard_error: float
+    tokens: int
+    blocks: int
+
+    def __str__(self) -> str:
+        return f"{self.perplexity:.3f} ± {self.standard_error:.3f}"
+
+
+def from_block_losses(sums: Sequence[float], counts: Sequence[int]) -> Perplexity:
+    """Combine each block's summed loss and its count of predicted tokens.
+
+    loss = Σ sums / Σ counts, the token-weighted mean. Tokens of one block depend on each other, so the error is that of a
+    ratio of block totals (Cochran, Sampling Techniques, section 2.11): residuals e_i = sums_i - loss · counts_i,
+    SE(loss) = sqrt(n/(n-1) Σ e_i²) / Σ counts, and SE(perplexity) = perplexity · SE(loss) by the delta method.
+    """
+    tokens, blocks = sum(counts), len(counts)
+    loss = math.fsum(sums) / tokens
+    squares = math.fsum((s - loss * c) ** 2 for s, c in zip(sums, counts, strict=True))
+    error = math.sqrt(squares * blocks / (blocks - 1)) / tokens if blocks > 1 else math.nan
+    perplexity = math.exp(min(loss, 700.0))  # exp overflows a float beyond 709
+    return Perplexity(loss, perplexity, perplexity * error, tokens, blocks)
+
+
+@torch.no_grad()
+def measure_perplexity(
+    model: torch.nn.Module,
+    blocks: Any,
+    batch_size: int,
+    autocast: AbstractContextManager | None = None,
+    on_batch: Callable[[int], None] = lambda done: None,
+) -> Perplexity:
+    """Loss of every token but the first of each block. `blocks[i]["input_ids"]` and `["labels"]` have shape (length,).
+
+    Args:
+        batch_size: sequences per forward pass; no more than in training, so that evaluation fits where training does.
+        on_batch: called with the number of blocks done.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    sums: list[float] = []
+    counts: list[int] = []
+    for start in range(0, len(blocks), batch_size):
+        rows = [blocks[index] for index in range(start, min(start + batch_size, len(blocks)))]
+        ids = torch.stack([row["input_ids"] for row in rows]).to(device)  # (B, T)
+        labels = torch.stack([row["labels"] for row in rows]).to(device)
+        with autocast or nullcontext():
+            logits = model(input_ids=ids, use_cache=False).logits  # (B, T, V)
+        for row_logits, row_labels in zip(logits, labels, strict=True):  # one row at a time: the fp32 copy is the largest tensor
+            targets = row_labels[1:]
+            sums.append(F.cross_entropy(row_logits[:-1].float(), targets, reduction="sum", ignore_index=-100).item())
+            counts.append(int((targets != -100).sum()))
+        del logits
+        on_batch(len(counts))
+    model.train(was_training)
+    return from_block_losses(sums, counts)

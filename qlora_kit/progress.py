@@ -1,0 +1,144 @@
+"""What a run shows while it trains: a progress bar on a terminal, plain lines elsewhere, and every logged step in the files."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from qlora_kit.report import RunReport
+
+
+class ProgressCallback(TrainerCallback):
+    """A progress bar on a terminal, plain lines elsewhere; every logged step goes to the log files."""
+
+    def __init__(self, report: RunReport):
+        self.report, self.log, self.device = report, report.log, report.machine.device
+        self.tokens_per_step = report.config.effective_batch * report.config.data.max_length
+        self.console = Console(stderr=True)
+        self.bar: Progress | None = None
+        self.speed = SpeedMeter()
+        self.tokens_per_second = 0.0
+
+    def on_train_begin(self, args, state, control, **rest):
+        self.speed = SpeedMeter()
+        self.total = state.max_steps
+        if self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("training"), BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[info]}"),
+                TimeRemainingColumn(), console=self.console, speed_estimate_period=600,
+            )  # fmt: skip
+            self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step, info="")
+            self.bar.start()
+
+    def on_step_begin(self, args, state, control, **rest):
+        self.speed.resume()
+
+    def on_step_end(self, args, state, control, **rest):
+        self.speed.step_done()
+        if self.bar:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_evaluate(self, args, state, control, **rest):
+        self.speed.pause()
+
+    def on_save(self, args, state, control, **rest):
+        self.speed.pause()
+
+    def on_log(self, args, state, control, logs=None, **rest):
+        values = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
+        if "loss" in logs:
+            self.tokens_per_second = self.speed.steps_per_second() * self.tokens_per_step
+            values |= {key: logs[key] for key in ("loss", "learning_rate", "grad_norm") if key in logs}
+            values["tokens_per_second"] = round(self.tokens_per_second, 1)
+            values["memory_gib"] = round(self.report.machine.memory_gib().get("reserved", 0.0), 3)
+        elif "eval_loss" in logs:
+            values |= {key: value for key, value in logs.items() if key.startswith("eval_")}
+        else:
+            return  # the Trainer's closing summary
+        self.log.metrics(values)
+        self._show(values)
+
+    def on_train_end(self, args, state, control, **rest):
+        self.close()
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+
+    def _show(self, values: dict[str, Any]) -> None:
+        if "eval_loss" in values:
+            perplexity = f"{values['eval_perplexity']:.3f} ± {values['eval_standard_error']:.3f}"
+            info = f"step {values['step']}: eval loss {values['eval_loss']:.4f}, perplexity {perplexity}"
+        else:
+            memory = f", {values['memory_gib']:.2f} GiB" if self.device == "cuda" else ""
+            speed = f"{values['tokens_per_second']:,.0f} tokens/s"
+            info = f"loss {values['loss']:.4f}, lr {values['learning_rate']:.2e}, {speed}{memory}"
+            if self.bar:
+                self.bar.update(self.task, info=info)
+                self.log.file_only(f"step {values['step']}/{self.total}: {info}")
+                return
+            info = f"step {values['step']}/{self.total}: {info}, {self.speed.remaining(self.total - values['step'])} left"
+        self.console.print(info, highlight=False, soft_wrap=True)
+        self.log.file_only(info)
+
+    def evaluation(self, blocks: int) -> "EvaluationBar":
+        return EvaluationBar(self.console, self.bar, blocks)
+
+
+class SpeedMeter:
+    """Steps per second between two readings; the time that evaluations and saves take is left out."""
+
+    def __init__(self) -> None:
+        self.started = self.last_step = time.perf_counter()
+        self.paused = False
+        self.steps = 0
+        self.seconds_per_step = 0.0
+
+    def pause(self) -> None:
+        self.paused = True
+
+    def resume(self) -> None:
+        if self.paused:
+            self.started += time.perf_counter() - self.last_step
+            self.paused = False
+
+    def step_done(self) -> None:
+        self.steps += 1
+        self.last_step = time.perf_counter()
+
+    def steps_per_second(self) -> float:
+        """Read at a moment when the GPU has finished its work, which logging a loss sees to."""
+        now = time.perf_counter()
+        seconds, steps = max(now - self.started, 1e-9), self.steps
+        self.started, self.last_step, self.steps = now, now, 0
+        if steps:
+            self.seconds_per_step = seconds / steps
+        return steps / seconds
+
+    def remaining(self, steps: int) -> str:
+        seconds = round(self.seconds_per_step * steps)
+        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+class EvaluationBar:
+    """Shows how far an evaluation is, within the training bar when there is one."""
+
+    def __init__(self, console: Console, bar: Progress | None, blocks: int):
+        self.blocks, self.outer = blocks, bar
+        self.bar = bar or Progress(TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                                   console=console, transient=True, disable=not console.is_terminal)  # fmt: skip
+
+    def __enter__(self) -> Callable[[int], None]:
+        if self.outer is None:
+            self.bar.start()
+        self.task = self.bar.add_task("", total=self.blocks, info="evaluating")
+        return lambda done: self.bar.update(self.task, completed=done)
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.remove_task(self.task)
+        if self.outer is None:
+            self.bar.stop()

@@ -1,0 +1,195 @@
+"""What a run leaves to read: training_log.txt, metrics.jsonl, training_curves.png, run.json.
+
+metrics.jsonl holds one object a logged step and is the source of the picture. Imports no torch.
+"""
+
+import json
+import math
+import platform
+import shlex
+import sys
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.memory import GIB
+from qlora_kit.settings import Config
+
+if TYPE_CHECKING:
+    from qlora_kit.dataset import Blocks
+    from qlora_kit.device import Machine
+    from qlora_kit.perplexity import Perplexity
+
+LOG, METRICS, CURVES = "training_log.txt", "metrics.jsonl", "training_curves.png"
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
+
+
+class RunLog:
+    """Lines for the reader, on standard error and in training_log.txt; numbers for programs, in metrics.jsonl.
+
+    Nothing is written to disk before `open`: a run that fails while it gets ready leaves an earlier run's files alone.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[str] = []
+        self._folder: Path | None = None
+
+    def open(self, folder: Path, resumed_step: int | None) -> None:
+        """Start the files in `folder` afresh, or go on from those of an interrupted run as they were at `resumed_step`."""
+        self._folder = folder
+        if resumed_step is not None:
+            kept = [entry for entry in read_metrics(folder) if entry["step"] <= resumed_step]
+            (folder / METRICS).write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+        waiting, self._waiting = self._waiting, []
+        for text in waiting:
+            self.file_only(text)
+
+    def line(self, text: str = "") -> None:
+        print(text, file=sys.stderr)
+        self.file_only(text)
+
+    def file_only(self, text: str) -> None:
+        if self._folder is None:
+            self._waiting.append(text)
+        else:
+            _append(self._folder / LOG, text)
+
+    def metrics(self, values: dict[str, Any]) -> None:
+        assert self._folder is not None, "metrics before the log was opened"
+        _append(self._folder / METRICS, json.dumps(values))
+
+
+def _append(path: Path, text: str) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text + "\n")
+
+
+class RunReport:
+    """Tells the reader what was asked, predicted and measured; keeps what the passport will state."""
+
+    def __init__(self, config: Config, machine: "Machine", predicted_bytes: dict[str, float] | None):
+        self.config, self.machine = config, machine
+        self.log = RunLog()
+        self.predicted_gib = sum(predicted_bytes.values()) / GIB if predicted_bytes and machine.device == "cuda" else None
+        self.started, self._clock = now(), time.perf_counter()
+        self.data: dict[str, Any] = {}
+
+    def announce(self) -> None:
+        config = self.config
+        self.log.file_only(f"{self.started}  {command_line()}")
+        for line in self.machine.description:
+            self.log.line(line)
+        if self.predicted_gib:
+            self.log.line(f"Memory predicted at the peak: {self.predicted_gib:.2f} GiB")
+        quantization = f"4-bit {config.quantization.quant_type.upper()}" if config.quantization.load_in_4bit else "16-bit"
+        double = " with double quantization" if config.quantization.load_in_4bit and config.quantization.use_double_quant else ""
+        self.log.line(f"Base model: {config.model.name}, {quantization}{double}, computing in {self.machine.dtype_name}")
+
+    def describe_model(self, trainable: int, total: int) -> None:
+        lora = self.config.lora
+        self.log.line(
+            f"LoRA: rank {lora.rank}, alpha {lora.alpha:g}, {trainable:,} trainable parameters "
+            f"of {total:,} ({100 * trainable / total:.2f} %)"
+        )
+
+    def describe_data(self, train: "Blocks", evaluation: "Blocks | None") -> None:
+        config = self.config
+        steps = math.ceil(len(train) / config.effective_batch)
+        self.log.line(
+            f"Training data: {config.data.dataset}: {train.documents:,} documents ({train.join_rule}), {len(train):,} blocks of "
+            f"{config.data.max_length} tokens, tail of {train.tail_tokens} tokens left out; {steps:,} optimizer steps an epoch"
+        )
+        self.data = {
+            "source": config.data.dataset,
+            "join_rule": train.join_rule,
+            "train_blocks": len(train),
+            "train_sha256": train.fingerprint(),
+        }
+        if evaluation:
+            self.log.line(f"Evaluation data: {evaluation.documents:,} documents, {len(evaluation):,} blocks")
+            self.data |= {"eval_blocks": len(evaluation), "eval_sha256": evaluation.fingerprint()}
+
+    def memory(self, when: str) -> None:
+        if held := self.machine.memory_gib():
+            self.log.line(f"GPU memory {when}: {held['allocated']:.2f} GiB allocated, {held['reserved']:.2f} GiB reserved")
+
+    def perplexity(self, whose: str, result: "Perplexity") -> None:
+        self.log.line(f"Perplexity of the {whose}: {result}")
+
+    def definition(self, result: "Perplexity") -> str:
+        """What the printed perplexity means, so that it can be compared with others."""
+        return (
+            f"exp of the mean loss over {result.tokens:,} predicted tokens, {result.blocks} blocks of "
+            f"{self.config.data.max_length} tokens without overlap ({self.data['join_rule']}); ± one standard error over blocks"
+        )
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._clock
+
+    def summary(self, folder: Path, before: "Perplexity | None", after: "Perplexity | None") -> None:
+        minutes, seconds = divmod(round(self.seconds()), 60)
+        self.log.line(f"\nDone in {minutes}:{seconds:02d}.")
+        held = self.machine.memory_gib()
+        if held:
+            predicted = f" (predicted {self.predicted_gib:.2f})" if self.predicted_gib else ""
+            self.log.line(
+                f"  GPU memory   peak {held['peak_reserved']:.2f} GiB reserved{predicted}, "
+                f"{held['peak_allocated']:.2f} GiB allocated"
+            )
+        if before and after:
+            self.log.line(f"  perplexity   base model {before}  ->  adapter {after}")
+            self.log.line(f"               {self.definition(after)}")
+        size = (folder / "adapter_model.safetensors").stat().st_size / 2**20
+        self.log.line(f"  adapter      {folder / 'adapter_model.safetensors'} ({size:.1f} MiB)")
+        self.log.line(f"  curves       {folder / CURVES}")
+        self.log.line(f"  log          {folder / LOG}")
+        self.log.line(f"  talk to it   python inference_example.py --mode interactive --adapter {shlex.quote(str(folder))}")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    with (folder / METRICS).open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def plot_training_curves(metrics: list[dict[str, Any]], path: Path) -> None:
+    """Draw the losses (left) and the learning rate (right) of `metrics` to a PNG file.
+
+    Args:
+        metrics: objects of metrics.jsonl: `step` with `loss` and `learning_rate`, or with `eval_loss`.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")  # no screen needed
+    import matplotlib.pyplot as plt
+
+    train = [entry for entry in metrics if "loss" in entry]
+    evaluation = [entry for entry in metrics if "eval_loss" in entry]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    left.plot([e["step"] for e in train], [e["loss"] for e in train], color="tab:blue", linewidth=1.2, label="training")
+    if evaluation:
+        left.plot(
+            [e["step"] for e in evaluation], [e["eval_loss"] for e in evaluation], "o-", color="tab:orange", label="evaluation"
+        )
+    left.set(title="Loss", xlabel="optimizer step", ylabel="mean loss (nats per token)")
+    left.legend()
+    right.plot([e["step"] for e in train], [e["learning_rate"] for e in train], color="tab:green")
+    right.set(title="Learning rate", xlabel="optimizer step", ylabel="learning rate")
+    right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def command_line() -> str:
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])

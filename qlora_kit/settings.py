@@ -1,0 +1,171 @@
+"""The settings of a run as pydantic models: sections, keys, types, ranges, defaults. config.yaml explains each key.
+
+These defaults are the only ones; a test holds config.yaml equal to them. Reading files and wording mistakes: config.py.
+"""
+
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, bool):  # YAML's `on` and `yes` are booleans, and Python would count them as 1
+        raise ValueError("should be a number, not true or false")
+    return value
+
+
+def _target_modules(value: Any) -> Any:
+    if value == "all-linear":
+        return value
+    if not isinstance(value, list) or not value or not all(isinstance(name, str) and name for name in value):
+        raise ValueError("should be a list of module names, such as [q_proj, v_proj], or all-linear")
+    if len(set(value)) < len(value):
+        raise ValueError("names a module twice")
+    return value
+
+
+def _switch(value: Any) -> Any:
+    if value not in (True, False, "auto"):
+        raise ValueError("should be true, false or auto")
+    return value
+
+
+def _micro_batch(value: Any) -> Any:
+    if value == "auto":
+        return value
+    try:
+        count = int(_not_bool(value))
+    except (TypeError, ValueError):
+        count = 0
+    if count < 1:
+        raise ValueError("should be auto or a whole number of at least 1")
+    return count
+
+
+def _eval_split(value: Any) -> Any:
+    if value is None or (isinstance(value, str) and value and not _is_number(value)):
+        return value
+    if isinstance(value, bool) or not _is_number(value) or not 0 < float(value) < 1:
+        raise ValueError("should be a split's name, a file, a fraction between 0 and 1, or null")
+    return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+Count = Annotated[int, BeforeValidator(_not_bool), Field(ge=1)]
+Integer = Annotated[int, BeforeValidator(_not_bool), Field(ge=0)]
+Positive = Annotated[float, BeforeValidator(_not_bool), Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, BeforeValidator(_not_bool), Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, BeforeValidator(_not_bool), Field(ge=0, lt=1)]
+Name = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    name: Name = "Qwen/Qwen2.5-3B-Instruct"
+    revision: Name | None = None
+    trust_remote_code: bool = False
+
+
+class QuantizationConfig(Section):
+    load_in_4bit: bool = True
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    use_double_quant: bool = True
+
+
+class LoraSettings(Section):
+    rank: Count = 16
+    alpha: Positive = 32.0
+    dropout: Fraction = 0.05
+    target_modules: Annotated[list[str] | str, BeforeValidator(_target_modules)] = [
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    ]  # fmt: skip
+
+
+class DataConfig(Section):
+    dataset: Name = "Salesforce/wikitext"
+    subset: Name | None = "wikitext-2-raw-v1"
+    text_field: Name = "text"
+    max_length: Annotated[int, BeforeValidator(_not_bool), Field(ge=8)] = 512
+    train_split: Name = "train"
+    eval_split: Annotated[str | float | None, BeforeValidator(_eval_split)] = "validation"
+    max_train_samples: Count | None = None
+    max_eval_samples: Count | None = 256
+
+
+class TrainingConfig(Section):
+    output_dir: Name = "./output_qlora_qwen_3b"
+    num_epochs: Positive = 3.0
+    max_steps: Count | None = None
+    batch_size: Count = 1
+    gradient_accumulation_steps: Count = 16
+    learning_rate: Positive = 2.0e-4
+    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup_ratio: Fraction = 0.03
+    weight_decay: NonNegative = 0.0
+    max_grad_norm: NonNegative = 0.3
+    gradient_checkpointing: Annotated[bool | str, BeforeValidator(_switch)] = True
+    optim: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch"] = "paged_adamw_8bit"
+    logging_steps: Count = 10
+    eval_steps: Count = 100
+    save_steps: Count = 100
+    save_total_limit: Count | None = 2
+    early_stopping_patience: Count | None = None
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    seed: Integer = 42
+
+
+class PerformanceConfig(Section):
+    micro_batch: Annotated[int | str, BeforeValidator(_micro_batch)] = "auto"
+    vram_limit_gib: Positive | None = None
+
+
+class GenerationSettings(Section):
+    max_new_tokens: Count = 128
+    temperature: NonNegative = 0.7
+    top_p: Annotated[float, BeforeValidator(_not_bool), Field(gt=0, le=1)] = 0.9
+    top_k: Integer = 50
+    repetition_penalty: Positive = 1.1
+
+
+class Config(Section):
+    """Every setting of a run."""
+
+    model: ModelConfig = ModelConfig()
+    quantization: QuantizationConfig = QuantizationConfig()
+    lora: LoraSettings = LoraSettings()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    performance: PerformanceConfig = PerformanceConfig()
+    generation: GenerationSettings = GenerationSettings()
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences per forward pass."""
+        chosen = self.performance.micro_batch
+        return self.training.batch_size if chosen == "auto" else int(chosen)
+
+    @property
+    def effective_batch(self) -> int:
+        """Sequences per optimizer step."""
+        return self.training.batch_size * self.training.gradient_accumulation_steps
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per optimizer step: the effective batch stands, however it is divided."""
+        return self.effective_batch // self.micro_batch
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,155 @@
+"""The core of QLoRA: load a base model in 4 bits, keep it frozen, and train small LoRA matrices beside its projections.
+
+    bnb_config = create_bnb_config(quant_type="nf4", compute_dtype=torch.bfloat16)
+    model, tokenizer = load_model_and_tokenizer("Qwen/Qwen2.5-3B-Instruct", bnb_config)
+    model = prepare_model_for_training(model, create_lora_config(rank=16, alpha=32.0))
+
+QLoRA: arXiv 2305.14314. LoRA: arXiv 2106.09685. Data, training and saving are in train_qlora.py.
+"""
+
+from typing import Any
+
+import bitsandbytes
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from qlora_kit.config import UserError
+
+ATTENTION_AND_MLP = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Tokens that models reserve for padding, in the order in which they are tried.
+PADDING_TOKENS = [
+    "<|endoftext|>",
+    "<pad>",
+    "[PAD]",
+    "<|pad|>",
+    "<|finetune_right_pad_id|>",
+    "<|reserved_special_token_0|>",
+    "<unk>",
+]
+
+
+def create_bnb_config(
+    quant_type: str = "nf4", compute_dtype: torch.dtype = torch.bfloat16, use_double_quant: bool = True
+) -> BitsAndBytesConfig:
+    """4-bit loading with bitsandbytes.
+
+    Args:
+        quant_type: "nf4", whose 16 levels are quantiles of a normal distribution as weights have (QLoRA, section 3), or "fp4".
+        compute_dtype: weights are unpacked to it for every product; bfloat16 has fp32's range, float16 needs loss scaling.
+        use_double_quant: quantize the absmax values too: 4.127 bits a parameter instead of 4.5 (QLoRA, section 3).
+
+    Raises:
+        ValueError: quant_type is neither nf4 nor fp4.
+    """
+    if quant_type not in ("nf4", "fp4"):
+        raise ValueError(f"quant_type {quant_type!r}: should be nf4 or fp4")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_use_double_quant=use_double_quant,
+    )
+
+
+def create_lora_config(
+    rank: int = 16, alpha: float = 32.0, dropout: float = 0.05, target_modules: list[str] | str = ATTENTION_AND_MLP
+) -> LoraConfig:
+    """LoRA for a causal language model: y = x Wᵀ + (alpha / rank) · x Aᵀ Bᵀ (LoRA, section 4.1).
+
+    A (rank, in) starts random and B (out, rank) at zero, so that training starts from the base model exactly.
+
+    Args:
+        target_modules: names of the projections that get A and B, or "all-linear" for all but the output head.
+    """
+    whole: Any = int(alpha) if float(alpha).is_integer() else alpha  # other tools expect a whole number in the file
+    return LoraConfig(r=rank, lora_alpha=whole, lora_dropout=dropout, target_modules=target_modules, task_type="CAUSAL_LM")
+
+
+def load_model_and_tokenizer(
+    name: str,
+    quantization: BitsAndBytesConfig | None,
+    *,
+    device: str = "cuda",
+    dtype: torch.dtype = torch.bfloat16,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a base model onto one device, its projections packed to 4 bits on the way, and its tokenizer.
+
+    Args:
+        quantization: from create_bnb_config, or None to load in 16 bits (plain LoRA).
+        dtype: of everything that is not packed: norms, embeddings, biases.
+
+    Raises:
+        UserError: the tokenizer cannot be loaded, or the model is no causal language model.
+    """
+    origin = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **origin)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, quantization_config=quantization, dtype=dtype, device_map={"": 0 if device == "cuda" else device}, **origin
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"model.name: {name}: cannot be loaded ({reason[:300]}); name a causal language model") from error
+    _set_padding(tokenizer, model)
+    _keep_differentiable(model)
+    return model, tokenizer
+
+
+def prepare_model_for_training(
+    model: PreTrainedModel, lora_config: LoraConfig, use_gradient_checkpointing: bool = True
+) -> PeftModel:
+    """Freeze the base model, recompute activations if asked, and add LoRA matrices in fp32.
+
+    peft's own prepare_model_for_kbit_training turns norms and embeddings to fp32. The norms compute in fp32 anyway, and the
+    embedding alone would take 0.58 GiB more at Qwen2.5-3B's size, so everything frozen stays as it was loaded.
+
+    Raises:
+        UserError: target_modules match nothing; the message lists what would.
+    """
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    if use_gradient_checkpointing:
+        # Non-reentrant: gradients reach the adapters although the embedding's output needs none.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _check_targets(model, lora_config.target_modules)
+    return get_peft_model(model, lora_config, autocast_adapter_dtype=True)
+
+
+def _keep_differentiable(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking weights on processors with AVX512-BF16.
+
+    It does so for good at the first evaluation, into a layout whose product has no gradient: training after an evaluation
+    would fail, or leave the gradient of the base product out without a word (bitsandbytes 0.50.2, Linear4bit.forward).
+    """
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _set_padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Choose a padding token that does not end a turn: where padding is masked by its id, such a model never learns to stop."""
+    ending = tokenizer.eos_token
+    if tokenizer.pad_token in (None, ending):
+        known = tokenizer.get_vocab()
+        candidates = [token for token in [*PADDING_TOKENS, *tokenizer.all_special_tokens] if token in known and token != ending]
+        # GPT-2 has one special token only, which ends a text and no turn; our masks go by position, so it may pad as well.
+        tokenizer.pad_token = candidates[0] if candidates else ending
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if model.generation_config is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def _check_targets(model: PreTrainedModel, targets: Any) -> None:
+    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)}
+    head = model.get_output_embeddings()
+    available = sorted(name for name in linear if getattr(model, name, None) is not head)
+    missing = [] if isinstance(targets, str) else sorted(name for name in targets if name.rpartition(".")[2] not in available)
+    if missing:
+        raise UserError(
+            f"lora.target_modules: {', '.join(missing)}: no such linear layer in this model; "
+            f"it has {', '.join(available)} (or use all-linear)"
+        )

@@ -1,0 +1,187 @@
+"""Fine-tune a language model with QLoRA: config -> 4-bit model -> LoRA -> training -> adapter, curves, log.
+
+    python train_qlora.py                              Qwen2.5-3B-Instruct on Wikitext-2, one 8 GB GPU
+    python train_qlora.py --config configs/tiny.yaml   a 3.5 M parameter model on a laptop, about a minute
+    python train_qlora.py --rank 8 --alpha 16 --num_epochs 1 --output_dir out_r8
+
+Every key of config.yaml can be set: --set training.learning_rate=1e-4. inference_example.py talks to the result.
+torch is imported only when the settings are known to be right, so that a mistake is answered at once.
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit import cli
+from qlora_kit.checkpoint import build_passport, check_output_dir, find_checkpoint, open_output, save_adapter, write_passport
+from qlora_kit.config import UserError, load_config, parse_set
+from qlora_kit.dataset import Blocks, cut_into_blocks, hold_out, tokenize
+from qlora_kit.hub import fetch_model, go_offline_if_unreachable, is_local, read_model_config
+from qlora_kit.memory import estimate_memory, read_shape
+from qlora_kit.report import CURVES, RunReport, plot_training_curves, read_metrics
+from qlora_kit.settings import Config
+from qlora_kit.sources import check_source, load_documents
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+# Named flags and the keys that they set; every other key goes through --set.
+FLAGS = {
+    "rank": "lora.rank",
+    "alpha": "lora.alpha",
+    "dropout": "lora.dropout",
+    "num_epochs": "training.num_epochs",
+    "max_steps": "training.max_steps",
+    "batch_size": "training.batch_size",
+    "learning_rate": "training.learning_rate",
+    "max_length": "data.max_length",
+    "model_name": "model.name",
+    "dataset": "data.dataset",
+    "output_dir": "training.output_dir",
+    "seed": "training.seed",
+}
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    summary, _, examples = (__doc__ or "").partition("\n\n")
+    parser = cli.OneLineParser(description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=Path(__file__).with_name("config.yaml"),
+        metavar="FILE",
+        help="settings (default: config.yaml)",
+    )
+    for flag, key in FLAGS.items():
+        parser.add_argument(f"--{flag}", metavar="VALUE", help=f"sets {key}")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="sets any key; may be repeated")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="CHECKPOINT",
+        help="go on from the newest checkpoint in output_dir, or from this one",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the run that output_dir holds")
+    return parser.parse_args(argv)
+
+
+def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Dotted keys from the command line; a named flag wins over --set."""
+    named = {key: getattr(arguments, flag) for flag, key in FLAGS.items() if getattr(arguments, flag) is not None}
+    return parse_set(arguments.set) | named
+
+
+def prepare_dataset(config: Config, tokenizer: "PreTrainedTokenizerBase") -> tuple[Blocks, Blocks | None]:
+    """Training and evaluation blocks of `data.max_length` tokens.
+
+    Raises:
+        UserError: the source cannot be read, lacks the split or the text column, or is too short for one block.
+    """
+    data = config.data
+    documents, rule = load_documents(data, data.dataset, data.train_split, "data.dataset")
+    if isinstance(data.eval_split, float):
+        documents, held_out = hold_out(documents, data.eval_split, config.training.seed)
+        held_out_rule = rule
+    elif data.eval_split is not None:
+        name = data.eval_split if is_local(data.eval_split) else data.dataset
+        held_out, held_out_rule = load_documents(data, name, data.eval_split, "data.eval_split")
+
+    def blocks(texts: list[str], join_rule: str, key: str) -> Blocks:
+        return cut_into_blocks(tokenize(texts, tokenizer), data.max_length, len(texts), join_rule, key)
+
+    train = blocks(documents, rule, "data.dataset").take(data.max_train_samples)
+    if data.eval_split is None:
+        return train, None
+    return train, blocks(held_out, held_out_rule, "data.eval_split").take(data.max_eval_samples)
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    config = load_config(arguments.config, overrides(arguments))
+    check_source(config.data)
+    resume = arguments.resume is not None
+    folder = check_output_dir(config.training.output_dir, arguments.overwrite, resume)
+    checkpoint = find_checkpoint(folder, config, arguments.resume) if resume else None
+    cli.prepare_libraries()
+    if not (is_local(config.model.name) and is_local(config.data.dataset)):
+        go_offline_if_unreachable()
+    shape = read_shape(read_model_config(config.model))
+
+    from qlora_kit.device import look_at_machine, out_of_memory_is_one_line
+
+    report = RunReport(config, look_at_machine(config, shape), estimate_memory(shape, config) if shape else None)
+    fetch_model(config.model)
+    report.announce()
+    with out_of_memory_is_one_line(config):
+        model, tokenizer = load_adapted_model(config, report)
+        train, evaluation = prepare_dataset(config, tokenizer)
+        report.describe_data(train, evaluation)
+        open_output(folder, report, checkpoint, arguments.overwrite)
+
+        from qlora_kit.training import build_trainer, recorded_base
+
+        trainer = build_trainer(model, train, evaluation, report)
+        before = recorded_base(read_metrics(folder)) if checkpoint else trainer.measure_base()
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        plot_training_curves(read_metrics(folder), folder / CURVES)
+        if trainer.stopping.signal:
+            raise cli.Stopped(128 + trainer.stopping.signal, how_to_resume(trainer.state.global_step))
+        after = trainer.measure_final()
+    save_adapter(model, tokenizer, folder)
+    write_passport(folder, build_passport(report, tokenizer, trainer.state.global_step, before, after))
+    report.summary(folder, before, after)
+
+
+def load_adapted_model(config: Config, report: RunReport) -> tuple["PeftModel", "PreTrainedTokenizerBase"]:
+    """The base model in 4 bits with fresh LoRA matrices beside its projections."""
+    from transformers import set_seed
+
+    from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
+
+    quantization, lora, machine = config.quantization, config.lora, report.machine
+    model, tokenizer = load_model_and_tokenizer(
+        config.model.name,
+        create_bnb_config(quantization.quant_type, machine.dtype, quantization.use_double_quant)
+        if quantization.load_in_4bit
+        else None,
+        device=machine.device,
+        dtype=machine.dtype,
+        revision=config.model.revision,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    check_context(config, model.config)
+    report.memory("after loading")
+    recompute = config.training.gradient_checkpointing
+    set_seed(config.training.seed)  # decides where the LoRA matrices start
+    adapted = prepare_model_for_training(
+        model,
+        create_lora_config(lora.rank, lora.alpha, lora.dropout, lora.target_modules),
+        use_gradient_checkpointing=machine.device == "cuda" if recompute == "auto" else bool(recompute),
+    )
+    report.describe_model(*adapted.get_nb_trainable_parameters())  # counts a packed byte as the two weights that it holds
+    return adapted, tokenizer
+
+
+def check_context(config: Config, model_config: Any) -> None:
+    """A block longer than the positions that the model was trained on gives nonsense, not an error."""
+    positions = getattr(model_config, "max_position_embeddings", None)
+    if positions and config.data.max_length > positions:
+        raise UserError(
+            f"data.max_length: {config.data.max_length}: {config.model.name} reads {positions} tokens at most; "
+            f"use {positions} or less"
+        )
+
+
+def how_to_resume(step: int) -> str:
+    again = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
+    return (
+        f"Stopped after step {step}; everything is saved. Go on with: {shlex.join(['python', sys.argv[0], *again, '--resume'])}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)
