@@ -63,6 +63,7 @@ def read_prompt(arguments: argparse.Namespace) -> str | None:
 
 def load_generator(source: AdapterSource, settings: GenerationSettings, arguments: argparse.Namespace) -> Generator:
     from peft import PeftModel
+    from safetensors import SafetensorError
 
     from qlora_kit.device import choose_device, usable_dtype
     from quantization_utils import create_bnb_config, load_model_and_tokenizer
@@ -89,15 +90,19 @@ def load_generator(source: AdapterSource, settings: GenerationSettings, argument
             raise UserError(
                 f"--adapter {source.folder}: does not fit {source.model.name} ({reason}); use the base model it was trained on"
             ) from error
+        except SafetensorError as error:
+            raise UserError(
+                f"--adapter {source.folder}: adapter_model.safetensors is damaged ({error}); copy it again"
+            ) from error
     return Generator(adapted, tokenizer, settings, source.separator_id, arguments.seed)
 
 
 def run_interactive(generator: Generator) -> None:
-    print("Write a beginning and it is continued. End with Ctrl+D or Ctrl+C.", file=sys.stderr)
     try:
         import readline  # noqa: F401  gives input() line editing and history, where the platform has it
     except ImportError:
         pass
+    print("Write a beginning and it is continued. End with Ctrl+D or Ctrl+C.", file=sys.stderr)
     while True:
         try:
             prompt = input("> " if sys.stdin.isatty() else "")
@@ -131,8 +136,9 @@ def main(argv: list[str] | None = None) -> None:
         go_offline_if_unreachable()
     fetch_model(source.model)
     if not source.complete:
+        packing = f"4-bit {source.quantization.quant_type.upper()}" if source.quantization.load_in_4bit else "16-bit"
         print(
-            f"{source.folder} has no run.json: taking {source.model.name} in 4-bit NF4, prompts are continued as plain text",
+            f"{source.folder} has no run.json: taking {source.model.name} in {packing}, prompts are continued as plain text",
             file=sys.stderr,
         )
     generator = load_generator(source, settings, arguments)

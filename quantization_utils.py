@@ -12,6 +12,7 @@ from typing import Any
 import bitsandbytes
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
@@ -83,7 +84,7 @@ def load_model_and_tokenizer(
         dtype: of everything that is not packed: norms, embeddings, biases.
 
     Raises:
-        UserError: the tokenizer cannot be loaded, or the model is no causal language model.
+        UserError: the tokenizer or the weights cannot be loaded, or the model is no causal language model.
     """
     origin = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     try:
@@ -94,6 +95,8 @@ def load_model_and_tokenizer(
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"model.name: {name}: cannot be loaded ({reason[:300]}); name a causal language model") from error
+    except SafetensorError as error:
+        raise UserError(f"model.name: {name}: its weights are damaged ({error}); copy or download them again") from error
     _set_padding(tokenizer, model)
     _keep_differentiable(model)
     return model, tokenizer
@@ -144,12 +147,14 @@ def _set_padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> 
 
 
 def _check_targets(model: PreTrainedModel, targets: Any) -> None:
-    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)}
     head = model.get_output_embeddings()
-    available = sorted(name for name in linear if getattr(model, name, None) is not head)
-    missing = [] if isinstance(targets, str) else sorted(name for name in targets if name.rpartition(".")[2] not in available)
+    linear = [
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
+    ]
+    # peft takes a target for a whole name or for its end; one that matches nothing beside others it leaves out without a word
+    missing = [] if isinstance(targets, str) else sorted(t for t in targets if not any(f".{n}".endswith(f".{t}") for n in linear))
     if missing:
         raise UserError(
             f"lora.target_modules: {', '.join(missing)}: no such linear layer in this model; "
-            f"it has {', '.join(available)} (or use all-linear)"
+            f"it has {', '.join(sorted({name.rpartition('.')[2] for name in linear}))} (or use all-linear)"
         )

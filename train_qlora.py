@@ -22,7 +22,7 @@ from qlora_kit.hub import fetch_model, go_offline_if_unreachable, is_local, read
 from qlora_kit.memory import estimate_memory, read_shape
 from qlora_kit.report import CURVES, RunReport, plot_training_curves, read_metrics
 from qlora_kit.settings import Config
-from qlora_kit.sources import check_source, load_documents
+from qlora_kit.sources import check_source, is_file_name, load_documents
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -87,7 +87,7 @@ def prepare_dataset(config: Config, tokenizer: "PreTrainedTokenizerBase") -> tup
         documents, held_out = hold_out(documents, data.eval_split, config.training.seed)
         held_out_rule = rule
     elif data.eval_split is not None:
-        name = data.eval_split if is_local(data.eval_split) else data.dataset
+        name = data.eval_split if is_file_name(data.eval_split) else data.dataset
         held_out, held_out_rule = load_documents(data, name, data.eval_split, "data.eval_split")
 
     def blocks(texts: list[str], join_rule: str, key: str) -> Blocks:
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         plot_training_curves(read_metrics(folder), folder / CURVES)
         if trainer.stopping.signal:
-            raise cli.Stopped(128 + trainer.stopping.signal, how_to_resume(trainer.state.global_step))
+            raise cli.Stopped(128 + trainer.stopping.signal, how_to_resume(arguments, trainer.state.global_step))
         after = trainer.measure_final()
     save_adapter(model, tokenizer, folder)
     write_passport(folder, build_passport(report, tokenizer, trainer.state.global_step, before, after))
@@ -176,8 +176,9 @@ def check_context(config: Config, model_config: Any) -> None:
         )
 
 
-def how_to_resume(step: int) -> str:
-    again = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
+def how_to_resume(arguments: argparse.Namespace, step: int) -> str:
+    dropped = ("--overwrite", "--resume", arguments.resume, f"--resume={arguments.resume}")
+    again = [word for word in sys.argv[1:] if word not in dropped]
     return (
         f"Stopped after step {step}; everything is saved. Go on with: {shlex.join(['python', sys.argv[0], *again, '--resume'])}"
     )

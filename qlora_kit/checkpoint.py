@@ -69,8 +69,11 @@ def find_checkpoint(folder: Path, config: Config, wanted: str) -> Path:
         raise UserError(
             f"--resume: no checkpoint in {wanted or folder / CHECKPOINTS}; start without --resume, or name a checkpoint folder"
         )
+    newest = max(complete, key=_step)
+    if newest.absolute().parents[1] != folder.absolute() or not (folder / CONFIG).is_file():
+        raise UserError(f"--resume {newest}: is no checkpoint of a run in {folder}; name the folder of its run as --output_dir")
     _check_same_run(folder, config)
-    return max(complete, key=_step)
+    return newest
 
 
 def _step(checkpoint: Path) -> int:

@@ -76,7 +76,7 @@ def run(main: Callable[[], None]) -> NoReturn:
 def prepare_libraries() -> None:
     """Silence messages that a user can do nothing about. Call it before the libraries are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # sources.py words the errors
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # Idle OpenMP threads sleep instead of spinning: beside one other busy program, two spinning cores trained the tiny model
@@ -84,6 +84,7 @@ def prepare_libraries() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says that an optional CPU kernel package is missing
     for library in ("transformers", "peft", "accelerate", "bitsandbytes", "datasets", "torch"):
         for category in (DeprecationWarning, FutureWarning):  # what one library says to another

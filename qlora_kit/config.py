@@ -77,7 +77,7 @@ def parse_set(assignments: list[str]) -> dict[str, Any]:
             raise UserError(f"--set {assignment}: should be KEY=VALUE, such as --set lora.rank=8")
         try:
             overrides[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # ValueError: a date that does not exist
             raise UserError(f"--set {assignment}: the value is not valid YAML; quote it") from None
     return overrides
 
@@ -97,6 +97,8 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
         line = f":{mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or "unreadable"
         raise UserError(f"{path}{line}: not valid YAML ({reason}); compare it with config.yaml") from None
+    except ValueError as error:  # a date that does not exist
+        raise UserError(f"{path}: not valid YAML ({error}); quote the value") from None
     if not isinstance(root, yaml.MappingNode):
         what = "empty" if root is None else "not a mapping of sections"
         raise UserError(f"--config {path}: the file is {what}; start from config.yaml or configs/tiny.yaml")
@@ -107,9 +109,12 @@ def _flatten(path: Path, root: yaml.MappingNode, loaded: dict) -> tuple[dict[str
     values: dict[str, Any] = {}
     places: dict[str, str] = {}
     problems = []
-    for section_node, body in root.value:
+    names = [node.value for node, _ in root.value]
+    for number, (section_node, body) in enumerate(root.value, 1):
         section, place = section_node.value, f"{path}:{section_node.start_mark.line + 1}"
-        if section not in Config.model_fields:
+        if section in names[number:]:  # the last one is in `loaded`
+            problems.append(f"{place}: {section}: stands twice; put all its keys under one")
+        elif section not in Config.model_fields:
             problems.append(f"{place}: {section}: unknown section; {_closest(section, list(Config.model_fields))}")
         elif not isinstance(body, yaml.MappingNode) and loaded[section] is not None:
             problems.append(f"{place}: {section}: {loaded[section]!r}: should hold keys, such as {_example(section)}")

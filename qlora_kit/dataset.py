@@ -124,10 +124,8 @@ def cut_into_blocks(stream: "np.ndarray", length: int, documents: int, join_rule
     """
     count = len(stream) // length
     if count == 0:
-        raise UserError(
-            f"{key}: {len(stream)} tokens do not fill one block of data.max_length {length}; "
-            f"use more text, or --max_length {len(stream)}"
-        )
+        shorter = f", or --max_length {len(stream)}" if len(stream) >= 8 else ""
+        raise UserError(f"{key}: {len(stream)} tokens do not fill one block of data.max_length {length}; use more text{shorter}")
     ids = stream[: count * length].reshape(count, length)
     return Blocks(ids, documents, join_rule, tail_tokens=len(stream) - count * length)
 
@@ -141,6 +139,7 @@ def hold_out(documents: list[str], fraction: float, seed: int) -> tuple[list[str
         text = "\n".join(documents)
         cut = text.rfind("\n", 0, round(len(text) * (1 - fraction))) + 1 or round(len(text) * (1 - fraction))
         return [text[:cut]], [text[cut:]]
-    chosen = set(random.Random(seed).sample(range(len(documents)), max(1, round(fraction * len(documents)))))
+    count = min(max(1, round(fraction * len(documents))), len(documents) - 1)
+    chosen = set(random.Random(seed).sample(range(len(documents)), count))
     train = [document for number, document in enumerate(documents) if number not in chosen]
     return train, [documents[number] for number in sorted(chosen)]

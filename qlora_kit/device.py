@@ -3,6 +3,7 @@
 One process, one device: the first visible GPU, or the CPU.
 """
 
+import importlib.util
 import os
 import time
 from collections.abc import Iterator
@@ -61,6 +62,9 @@ def look_at_machine(config: Config, shape: ModelShape | None) -> Machine:
     Raises:
         UserError: the settings ask for what this machine lacks, or for days on a CPU.
     """
+    reporter = config.training.report_to
+    if reporter != "none" and importlib.util.find_spec(reporter) is None:
+        raise UserError(f"training.report_to: {reporter}: not installed; pip install {reporter}, or use none")
     _use_first_gpu_only()
     device = choose_device(config.training.device)
     if device == "cpu" and config.training.device == "auto" and shape:

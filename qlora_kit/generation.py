@@ -66,16 +66,19 @@ def read_adapter(name: str) -> AdapterSource:
             raise UserError(f"{key}: its adapter_config.json names no base model; add base_model_name_or_path")
         return AdapterSource(folder, ModelConfig(name=base), settings.quantization, settings, None, complete=False)
     passport = read_json(folder / PASSPORT, key)
-    base = passport["base_model"]
-    name = base["name"] if not base["folder"] or Path(base["name"]).is_dir() else base["folder"]
-    return AdapterSource(
-        folder=folder,
-        model=ModelConfig(name=name, revision=base["revision"], trust_remote_code=passport["trust_remote_code"]),
-        quantization=QuantizationConfig(**passport["quantization"]),
-        config=settings,
-        separator_id=passport["separator_id"],
-        complete=True,
-    )
+    try:
+        base = passport["base_model"]
+        name = base["name"] if not base["folder"] or Path(base["name"]).is_dir() else base["folder"]
+        return AdapterSource(
+            folder=folder,
+            model=ModelConfig(name=name, revision=base["revision"], trust_remote_code=passport["trust_remote_code"]),
+            quantization=QuantizationConfig(**passport["quantization"]),
+            config=settings,
+            separator_id=passport["separator_id"],
+            complete=True,
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{key}: its run.json lacks {error}; copy it again, or delete it to load a plain PEFT adapter") from None
 
 
 @dataclass(frozen=True)

@@ -125,9 +125,12 @@ def estimate_memory(shape: ModelShape, config: Config) -> dict[str, float]:
         "optimizer state": float(optimizer_bytes * adapters),
         "activations": tokens * _activation_bytes(shape, config.training.gradient_checkpointing is not False),
         "logits and loss": tokens * shape.vocabulary * LOSS_BYTES,
+        "libraries": LIBRARIES_BYTES,
     }
 
 
+# cuBLAS workspaces and the allocator's rounding: what the parts leave of the measured peak (benchmarks/README.md).
+LIBRARIES_BYTES = 0.1 * GIB
 # Per token and vocabulary entry at the peak of the loss: bf16 logits, their fp32 copy, its log-softmax, and the gradient.
 LOSS_BYTES = 2 + 4 + 4 + 4
 
@@ -135,6 +138,7 @@ LOSS_BYTES = 2 + 4 + 4 + 4
 def _activation_bytes(shape: ModelShape, recompute: bool) -> float:
     """Bytes per token kept for the backward pass: every layer's inner tensors, or one layer's plus every layer's input."""
     query, key_value = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
-    # bf16: norm inputs and outputs, q k v and their rotated forms, attention output; gate, up, their product (twice: activation)
-    layer = 2.0 * (6 * shape.hidden + 4 * query + 4 * key_value + 4 * shape.mlp)
+    # bf16: norm inputs and outputs, q k v and their rotated forms, attention output; gate, its activation, up, their product,
+    # and that product after LoRA's dropout
+    layer = 2.0 * (6 * shape.hidden + 4 * query + 4 * key_value + 5 * shape.mlp)
     return layer + 2.0 * shape.layers * shape.hidden if recompute else layer * shape.layers

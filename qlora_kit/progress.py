@@ -14,23 +14,22 @@ from qlora_kit.report import RunReport
 class ProgressCallback(TrainerCallback):
     """A progress bar on a terminal, plain lines elsewhere; every logged step goes to the log files."""
 
-    def __init__(self, report: RunReport):
+    def __init__(self, report: RunReport, tokens_per_step: float):
         self.report, self.log, self.device = report, report.log, report.machine.device
-        self.tokens_per_step = report.config.effective_batch * report.config.data.max_length
+        self.tokens_per_step = tokens_per_step  # on average: the last step of an epoch may hold fewer
         self.console = Console(stderr=True)
         self.bar: Progress | None = None
         self.speed = SpeedMeter()
-        self.tokens_per_second = 0.0
 
     def on_train_begin(self, args, state, control, **rest):
         self.speed = SpeedMeter()
         self.total = state.max_steps
         if self.console.is_terminal:
             self.bar = Progress(
-                TextColumn("training"), BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[info]}"),
-                TimeRemainingColumn(), console=self.console, speed_estimate_period=600,
+                TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
+                TextColumn("{task.fields[info]}"), TimeRemainingColumn(), console=self.console, speed_estimate_period=600,
             )  # fmt: skip
-            self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step, info="")
+            self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, info="")
             self.bar.start()
 
     def on_step_begin(self, args, state, control, **rest):
@@ -50,9 +49,8 @@ class ProgressCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **rest):
         values = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
         if "loss" in logs:
-            self.tokens_per_second = self.speed.steps_per_second() * self.tokens_per_step
             values |= {key: logs[key] for key in ("loss", "learning_rate", "grad_norm") if key in logs}
-            values["tokens_per_second"] = round(self.tokens_per_second, 1)
+            values["tokens_per_second"] = round(self.speed.steps_per_second() * self.tokens_per_step, 1)
             values["memory_gib"] = round(self.report.machine.memory_gib().get("reserved", 0.0), 3)
         elif "eval_loss" in logs:
             values |= {key: value for key, value in logs.items() if key.startswith("eval_")}
@@ -135,7 +133,7 @@ class EvaluationBar:
     def __enter__(self) -> Callable[[int], None]:
         if self.outer is None:
             self.bar.start()
-        self.task = self.bar.add_task("", total=self.blocks, info="evaluating")
+        self.task = self.bar.add_task("evaluating", total=self.blocks, info="")
         return lambda done: self.bar.update(self.task, completed=done)
 
     def __exit__(self, *exception: object) -> None:

@@ -39,7 +39,10 @@ class RunLog:
     def open(self, folder: Path, resumed_step: int | None) -> None:
         """Start the files in `folder` afresh, or go on from those of an interrupted run as they were at `resumed_step`."""
         self._folder = folder
-        if resumed_step is not None:
+        if resumed_step is None:  # a run that failed before its first checkpoint may have left both
+            (folder / LOG).unlink(missing_ok=True)
+            (folder / METRICS).unlink(missing_ok=True)
+        else:
             kept = [entry for entry in read_metrics(folder) if entry["step"] <= resumed_step]
             (folder / METRICS).write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
         waiting, self._waiting = self._waiting, []
@@ -141,6 +144,8 @@ class RunReport:
         if before and after:
             self.log.line(f"  perplexity   base model {before}  ->  adapter {after}")
             self.log.line(f"               {self.definition(after)}")
+            if after.loss >= before.loss:
+                self.log.line("               no better than the base model: try a lower --learning_rate, or more steps")
         size = (folder / "adapter_model.safetensors").stat().st_size / 2**20
         self.log.line(f"  adapter      {folder / 'adapter_model.safetensors'} ({size:.1f} MiB)")
         self.log.line(f"  curves       {folder / CURVES}")

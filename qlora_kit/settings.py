@@ -36,7 +36,9 @@ def _micro_batch(value: Any) -> Any:
         return value
     try:
         count = int(_not_bool(value))
-    except (TypeError, ValueError):
+        if count != float(value):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
         count = 0
     if count < 1:
         raise ValueError("should be auto or a whole number of at least 1")
@@ -124,7 +126,7 @@ class TrainingConfig(Section):
     early_stopping_patience: Count | None = None
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    seed: Integer = 42
+    seed: Annotated[int, BeforeValidator(_not_bool), Field(ge=0, lt=2**32)] = 42  # numpy takes no larger one
 
 
 class PerformanceConfig(Section):

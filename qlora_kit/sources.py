@@ -5,6 +5,7 @@ and a text file without such lines is one document. Tokens and blocks are made i
 """
 
 import math
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,18 +27,22 @@ def check_source(data: DataConfig) -> None:
     Raises:
         UserError: missing, empty, or of a kind that is not text.
     """
-    if not is_local(data.dataset):
-        return
-    for path in source_files(data.dataset):
-        _check_file(path, "data.dataset")
-    if isinstance(data.eval_split, str) and is_local(data.eval_split):
+    if is_local(data.dataset):
+        for path in source_files(data.dataset):
+            _check_file(path, "data.dataset")
+    if isinstance(data.eval_split, str) and is_file_name(data.eval_split):
         for path in source_files(data.eval_split, "data.eval_split"):
             _check_file(path, "data.eval_split")
-    elif isinstance(data.eval_split, str) and data.eval_split != data.train_split:
+    elif is_local(data.dataset) and isinstance(data.eval_split, str) and data.eval_split != data.train_split:
         raise UserError(
             f"data.eval_split: {data.eval_split}: a local source has no named splits; "
             "use a fraction such as 0.1, another file, or null"
         )
+
+
+def is_file_name(eval_split: str) -> bool:
+    """A split's name may also be that of a folder here, such as `test`: only a file, or a written-out path, is taken for one."""
+    return Path(eval_split).is_file() or "/" in eval_split or eval_split.startswith(("~", "."))
 
 
 def source_files(name: str, key: str = "data.dataset") -> list[Path]:
@@ -148,7 +153,8 @@ def _table_rows(data: DataConfig, path: Path, key: str) -> list[str]:
 
     kind = TABLE_SUFFIXES[path.suffix.lower()]
     try:
-        table = load_dataset(kind, data_files=str(path), split="train")
+        words_for_missing = {"keep_default_na": False} if kind == "csv" else {}  # `NA` and `None` are text
+        table = load_dataset(kind, data_files=str(path), split="train", **words_for_missing)
     except Exception as error:  # datasets wraps parser errors in many classes of its own
         reason = str(error.__cause__ or error).splitlines()[0]
         raise UserError(f"{key}: {path}: not readable as {kind} ({reason}); mend the file") from None
@@ -161,7 +167,7 @@ def _hub_rows(data: DataConfig, name: str, split: str) -> list[str]:
 
     key = f"data.dataset: {name}"
     try:
-        table = load_dataset(name, data.subset, split=split)
+        table = load_dataset(_downloaded(name), data.subset, split=split)
     except (ConnectionError, OSError):
         raise UserError(
             f"{key}: not on this machine, and the Hub cannot be reached; download it where there is a network "
@@ -175,10 +181,25 @@ def _hub_rows(data: DataConfig, name: str, split: str) -> list[str]:
     return _column(table, data.text_field, key)
 
 
+def _downloaded(name: str) -> str:
+    """Without a network: the folder of the copy that `hf download` made, where there is one. `datasets` would not look there."""
+    from huggingface_hub import snapshot_download
+
+    if not os.environ.get("HF_HUB_OFFLINE"):
+        return name
+    try:
+        return snapshot_download(name, repo_type="dataset", local_files_only=True)
+    except OSError:
+        return name
+
+
 def _column(table: Any, field: str, where: str) -> list[str]:
     if field not in table.column_names:
         raise UserError(f"data.text_field: {field}: {where} has no such column; it has {', '.join(table.column_names)}")
-    rows = table[field][:]
+    try:
+        rows = table[field][:]
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: not UTF-8 text; save it as UTF-8") from None
     wrong = next((number for number, row in enumerate(rows, 1) if row is not None and not isinstance(row, str)), None)
     if wrong is not None:
         raise UserError(

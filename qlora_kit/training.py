@@ -1,7 +1,7 @@
 """The Hugging Face Trainer with the few overrides that this project needs, and its callbacks.
 
-Overridden: autocast (so that logits are not copied to fp32 by accelerate) and evaluation (token-weighted perplexity with
-its standard error). Everything else (schedule, clipping, accumulation, saving) is the library's.
+Overridden: autocast (so that logits are not copied to fp32 by accelerate), evaluation (token-weighted perplexity with its
+standard error) and resuming a run that is through. Everything else (schedule, clipping, accumulation, saving) is the library's.
 """
 
 import math
@@ -12,11 +12,13 @@ from types import FrameType
 from typing import Any
 
 import torch
+from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     default_data_collator,
 )
@@ -33,8 +35,9 @@ from qlora_kit.settings import Config
 class QLoraTrainer(Trainer):
     """Trainer whose evaluation is a Perplexity and whose products run in `compute_dtype`."""
 
-    def __init__(self, *, compute_dtype: torch.dtype, progress: "ProgressCallback", **rest: Any):
+    def __init__(self, *, steps: int, compute_dtype: torch.dtype, progress: "ProgressCallback", **rest: Any):
         super().__init__(**rest)
+        self.steps = steps  # of the whole run
         self.adapted = rest["model"]
         self.compute_dtype = compute_dtype
         self.progress = progress
@@ -48,6 +51,16 @@ class QLoraTrainer(Trainer):
 
     def compute_loss_context_manager(self) -> AbstractContextManager:  # type: ignore[override]
         return self.autocast()
+
+    def train(self, resume_from_checkpoint=None, **rest):  # type: ignore[override]
+        checkpoint = resume_from_checkpoint
+        done = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json"))) if checkpoint else TrainerState()
+        if done.global_step < self.steps:
+            return super().train(resume_from_checkpoint=checkpoint, **rest)
+        # Stopped after its last step: nothing is left to train, and the library would take a step too many.
+        self.state = done
+        weights = load_peft_weights(done.best_model_checkpoint or checkpoint, device=self.args.device.type)
+        set_peft_model_state_dict(self.adapted, weights)
 
     def measure(self) -> Perplexity:
         """Perplexity on the evaluation blocks with the weights as they are now."""
@@ -103,13 +116,15 @@ def recorded_base(metrics: list[dict[str, Any]]) -> Perplexity | None:
 
 def build_trainer(model: Any, train: Blocks, evaluation: Blocks | None, report: RunReport) -> QLoraTrainer:
     config, device = report.config, report.machine.device
-    progress = ProgressCallback(report)
+    progress = ProgressCallback(report, train.tokens / steps_per_epoch(config, len(train)))
     callbacks: list[TrainerCallback] = [progress, FiniteLossCallback()]
     if config.training.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(config.training.early_stopping_patience))
+    steps = total_steps(config, len(train))
     trainer = QLoraTrainer(
+        steps=steps,
         model=model,
-        args=training_arguments(config, device, report.machine.dtype, total_steps(config, len(train)), evaluation is not None),
+        args=training_arguments(config, device, report.machine.dtype, steps, evaluation is not None),
         train_dataset=train,
         eval_dataset=evaluation,
         data_collator=default_data_collator,
@@ -123,8 +138,11 @@ def build_trainer(model: Any, train: Blocks, evaluation: Blocks | None, report: 
 
 def total_steps(config: Config, blocks: int) -> int:
     """Optimizer steps of the run."""
-    per_epoch = math.ceil(blocks / config.effective_batch)
-    return config.training.max_steps or math.ceil(config.training.num_epochs * per_epoch)
+    return config.training.max_steps or math.ceil(config.training.num_epochs * steps_per_epoch(config, blocks))
+
+
+def steps_per_epoch(config: Config, blocks: int) -> int:
+    return math.ceil(blocks / config.effective_batch)
 
 
 def training_arguments(config: Config, device: str, compute_dtype: torch.dtype, steps: int, evaluate: bool) -> TrainingArguments:
@@ -166,12 +184,16 @@ def training_arguments(config: Config, device: str, compute_dtype: torch.dtype, 
 
 
 class FiniteLossCallback(TrainerCallback):
-    """Stop at the first logged loss that is NaN or infinite instead of training on."""
+    """Stop at the first logged loss that is NaN or infinite instead of training on.
+
+    The Trainer's closing `train_loss`, the mean of the whole run, tells of the steps after the last logged one.
+    """
 
     def on_log(self, args, state, control, logs=None, **rest):
-        if logs and not math.isfinite(logs.get("loss", 0.0)):
+        loss = (logs or {}).get("loss", (logs or {}).get("train_loss", 0.0))
+        if not math.isfinite(loss):
             raise Failed(
-                f"the loss is {logs['loss']} at step {state.global_step}; the run was stopped and no adapter written: "
+                f"the loss is {loss} at step {state.global_step}; the run was stopped and no adapter written: "
                 f"try a lower --learning_rate (now {args.learning_rate}), or quantization.compute_dtype bfloat16 or float32"
             )
 

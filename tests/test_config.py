@@ -1,0 +1,302 @@
+"""config.yaml and the command line -> Config: precedence, and one clear problem for every mistake."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import train_qlora
+from qlora_kit.config import UserError, all_keys, load_config, override, parse_set
+from qlora_kit.settings import Config
+
+
+@pytest.fixture
+def load(tmp_path):
+    """load(text, overrides) -> Config, from a file with that text."""
+
+    def load(text: str, overrides: dict | None = None) -> Config:
+        path = tmp_path / "settings.yaml"
+        path.write_text(text, encoding="utf-8")
+        return load_config(path, overrides)
+
+    return load
+
+
+@pytest.fixture
+def problems(load):
+    """problems(text, overrides) -> what the user is told about that file."""
+
+    def problems(text: str, overrides: dict | None = None) -> list[str]:
+        with pytest.raises(UserError) as caught:
+            load(text, overrides)
+        return caught.value.problems
+
+    return problems
+
+
+def from_command_line(*words: str) -> Config:
+    arguments = train_qlora.parse_arguments(list(words))
+    return load_config(arguments.config, train_qlora.overrides(arguments))
+
+
+# The files in the repository
+
+
+def test_config_yaml_equals_the_defaults(root):
+    assert load_config(root / "config.yaml") == Config()
+
+
+def test_config_yaml_names_every_key(root):
+    written = yaml.safe_load((root / "config.yaml").read_text(encoding="utf-8"))
+    assert sorted(f"{section}.{key}" for section, keys in written.items() for key in keys) == sorted(all_keys())
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in Path(__file__).parent.parent.glob("configs/*.yaml")))
+def test_each_shipped_config_loads_and_changes_something(root, name):
+    assert load_config(root / "configs" / name) != Config()
+
+
+def test_each_named_flag_sets_an_existing_key():
+    assert set(train_qlora.FLAGS.values()) <= set(all_keys())
+
+
+# Precedence
+
+
+def test_precedence_is_default_then_yaml_then_set_then_named_flag(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("lora: {alpha: 10, dropout: 0.1, rank: 2}\n")
+    config = from_command_line("--config", str(file), "--rank", "4", "--set", "lora.rank=3", "--set", "lora.dropout=0.2")
+    assert config.training.seed == Config().training.seed  # nobody set it
+    assert config.lora.alpha == 10  # the file only
+    assert config.lora.dropout == 0.2  # --set over the file
+    assert config.lora.rank == 4  # the flag over --set, wherever it stands
+
+
+def test_the_last_of_two_sets_wins():
+    assert from_command_line("--set", "lora.rank=3", "--set", "lora.rank=5").lora.rank == 5
+
+
+def test_a_key_left_out_takes_its_default(load):
+    assert load("lora:\n  rank: 4\n") == override(Config(), {"lora.rank": 4})
+
+
+def test_a_section_without_keys_takes_its_defaults(load):
+    assert load("lora:\n") == Config()
+
+
+def test_exponent_without_a_dot_is_a_number(load):
+    assert isinstance(yaml.safe_load("2e-4"), str)  # YAML 1.1 reads a string here
+    assert load("training:\n  learning_rate: 2e-4\n").training.learning_rate == 0.0002
+    assert from_command_line("--learning_rate", "3e-5").training.learning_rate == 0.00003
+
+
+def test_the_effective_batch_stands_however_it_is_divided(load):
+    config = load("training: {batch_size: 2, gradient_accumulation_steps: 8}\nperformance: {micro_batch: 4}\n")
+    assert (config.micro_batch, config.effective_batch, config.accumulation) == (4, 16, 4)
+    assert load("training: {batch_size: 2}").micro_batch == 2
+
+
+def test_resolved_config_reads_back_equal(tmp_path):
+    changes = {
+        "training.learning_rate": 1e-5,
+        "training.num_epochs": 0.5,
+        "data.eval_split": 0.15,
+        "data.subset": None,
+        "model.name": "modèle/名前",
+        "lora.target_modules": "all-linear",
+        "performance.micro_batch": 4,
+        "training.gradient_checkpointing": "auto",
+    }
+    config = override(Config(), changes)
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml(), encoding="utf-8")
+    assert load_config(path) == config
+    assert yaml.safe_load(config.to_yaml()).keys() == Config.model_fields.keys()
+
+
+# One mistake, one problem: place, key, value, remedy
+
+
+@pytest.mark.parametrize(
+    ("text", "place_key_value", "remedy"),
+    [
+        ("lora:\n  rnak: 8\n", ":2: lora.rnak: 8: ", "unknown key; did you mean lora.rank?"),
+        ("lora:\n  r: 8\n", ":2: lora.r: 8: ", "did you mean lora.rank?"),
+        ("training:\n  lr: 1\n", ":2: training.lr: 1: ", "did you mean training.learning_rate?"),
+        ("lora:\n\n  learning_rate: 1\n", ":3: lora.learning_rate: 1: ", "did you mean training.learning_rate?"),
+        ("lora:\n  xyzzy: 1\n", ":2: lora.xyzzy: 1: ", "config.yaml lists every key"),
+        ("# comment\nlorra:\n  rank: 8\n", ":2: lorra: ", "unknown section; did you mean lora?"),
+        ("lora: 3\n", ":1: lora: 3: ", "should hold keys, such as lora.rank"),
+        ("lora:\n  alpha: high\n", ":2: lora.alpha: 'high': ", "the default is 32.0"),
+        ("lora:\n  rank: 0\n", ":2: lora.rank: 0: ", "the default is 16"),
+        ("lora:\n  rank: 8.5\n", ":2: lora.rank: 8.5: ", "the default is 16"),
+        ("lora:\n  rank: [8]\n", ":2: lora.rank: [8]: ", "the default is 16"),
+        ("lora:\n  rank: null\n", ":2: lora.rank: None: ", "the default is 16"),
+        ("lora:\n  rank: yes\n", ":2: lora.rank: True: ", "should be a number, not true or false"),
+        ("lora:\n  alpha: true\n", ":2: lora.alpha: True: ", "should be a number, not true or false"),
+        ("lora:\n  dropout: 1\n", ":2: lora.dropout: 1: ", "less than 1"),
+        ("lora:\n  dropout: .nan\n", ":2: lora.dropout: nan: ", "the default is 0.05"),
+        ("lora:\n  target_modules: q_proj\n", ":2: lora.target_modules: 'q_proj': ", "all-linear"),
+        ("lora:\n  target_modules: []\n", ":2: lora.target_modules: []: ", "all-linear"),
+        ("lora:\n  target_modules: [q_proj, q_proj]\n", ":2: lora.target_modules: ['q_proj', 'q_proj']: ", "twice"),
+        ("generation:\n  top_p: 0\n", ":2: generation.top_p: 0: ", "greater than 0"),
+        ("training:\n  optim: adam\n", ":2: training.optim: 'adam': ", "'adamw_8bit'"),
+        ("training:\n  learning_rate: .inf\n", ":2: training.learning_rate: inf: ", "the default is 0.0002"),
+        ("training:\n  seed: 4294967296\n", ":2: training.seed: 4294967296: ", "the default is 42"),  # numpy's limit
+        ("training:\n  gradient_checkpointing: maybe\n", ":2: training.gradient_checkpointing: 'maybe': ", "true, false or auto"),
+        ("data:\n  eval_split: 1.5\n", ":2: data.eval_split: 1.5: ", "a fraction between 0 and 1"),
+        ("data:\n  max_length: 4\n", ":2: data.max_length: 4: ", "greater than or equal to 8"),
+        ("performance:\n  micro_batch: 2.5\n", ":2: performance.micro_batch: 2.5: ", "auto or a whole number"),
+        ("performance:\n  micro_batch: .inf\n", ":2: performance.micro_batch: inf: ", "auto or a whole number"),
+        ("model:\n  name: ''\n", ":2: model.name: '': ", "Qwen/Qwen2.5-3B-Instruct"),
+        ("lora:\n  rank: 8\n  alpha: 1\n  rank: 9\n", ":4: lora.rank: ", "stands twice"),
+        ("lora:\n  rank: 8\nlora:\n  alpha: 1\n", ":1: lora: ", "stands twice"),
+        ("lora:\n  rank: [8\n", ":3: ", "not valid YAML"),
+        ("lora:\n\trank: 8\n", ":2: ", "not valid YAML"),
+        ("model:\n  revision: 2026-13-45\n", ": ", "quote the value"),  # looks like a date, and is none
+    ],
+)
+def test_a_mistake_in_the_file_is_one_problem(problems, tmp_path, text, place_key_value, remedy):
+    (problem,) = problems(text)
+    assert problem.startswith(f"{tmp_path}/settings.yaml{place_key_value}")
+    assert remedy in problem
+    assert "\n" not in problem
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("", "empty"), ("# only a comment\n", "empty"), ("- lora\n", "not a mapping"), ("lora\n", "not a mapping")],
+)
+def test_a_file_without_sections_is_named_with_a_file_to_start_from(problems, text, reason):
+    (problem,) = problems(text)
+    assert problem.startswith("--config ") and reason in problem and "configs/tiny.yaml" in problem
+
+
+def test_a_missing_file_is_named_with_a_file_to_start_from(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.yaml: no such file; start from config\.yaml"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_a_file_that_is_not_text_is_one_problem(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    for unreadable in (path, tmp_path):
+        with pytest.raises(UserError, match="cannot be read as text"):
+            load_config(unreadable)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_key(load):
+    assert load("\ufefflora:\n  rank: 3\n").lora.rank == 3
+
+
+def test_a_mistake_on_the_command_line_says_so(problems):
+    (problem,) = problems("lora:\n  rank: 8\n", {"lora.rank": "many"})
+    assert problem.startswith("command line: lora.rank: 'many': ") and "the default is 16" in problem
+
+
+def test_override_names_the_key_as_load_config_does():
+    with pytest.raises(UserError, match=r"command line: generation.top_p: '0': .*the default is 0\.9"):
+        override(Config(), {"generation.top_p": "0"})
+
+
+# Contradictions, and many mistakes at once
+
+CONTRADICTIONS = [
+    (
+        {"performance.micro_batch": 3},
+        "performance.micro_batch: 3: does not divide the effective batch of 16",
+        "a divisor, or auto",
+    ),
+    ({"training.device": "cpu", "performance.vram_limit_gib": 8}, "performance.vram_limit_gib: 8.0: contradicts", "to null"),
+    ({"training.early_stopping_patience": 2, "data.eval_split": None}, "training.early_stopping_patience: 2: ", "a fraction"),
+    ({"training.early_stopping_patience": 2, "training.save_steps": 150}, "training.save_steps: 150: ", "a multiple of"),
+]
+
+
+@pytest.mark.parametrize(("values", "start", "remedy"), CONTRADICTIONS)
+def test_a_contradiction_is_one_problem(problems, values, start, remedy):
+    (problem,) = problems("lora:\n  rank: 8\n", values)
+    assert problem.startswith(start) and remedy in problem
+
+
+@pytest.mark.parametrize("values", [case[0] for case in CONTRADICTIONS[1:]])
+def test_each_half_of_a_contradiction_is_fine_alone(load, values):
+    for key, value in values.items():
+        load("lora:\n  rank: 8\n", {key: value})
+
+
+def test_all_mistakes_are_told_at_once(problems):
+    text = "lora:\n  r: 8\n  alpha: high\nlorra: {}\ntraining:\n  seed: -1\n  device: cpu\nperformance:\n  vram_limit_gib: 8\n"
+    told = problems(text, {"lora.dropout": 1})
+    expected = ["lora.r:", "lora.alpha:", "lorra:", "training.seed:", "performance.vram_limit_gib:", "lora.dropout:"]
+    assert len(told) == len(expected)
+    for key in expected:
+        assert sum(f"{key} " in problem for problem in told) == 1
+
+
+def test_a_wrong_value_is_not_blamed_for_a_contradiction_as_well(problems):
+    told = problems("performance:\n  micro_batch: 3\ntraining:\n  batch_size: 0\n")
+    assert len(told) == 1 and "training.batch_size" in told[0]
+
+
+# The command line
+
+
+def test_set_reads_the_value_as_yaml():
+    assert parse_set(["a.b=8", "c.d = [x, y]", "e.f=null", "g.h=k=v", "i.j="]) == {
+        "a.b": 8,
+        "c.d": ["x", "y"],
+        "e.f": None,
+        "g.h": "k=v",
+        "i.j": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"), [("lora.rank", "KEY=VALUE"), ("a.b=[1", "not valid YAML"), ("a.b=2026-13-45", "not valid YAML")]
+)
+def test_set_without_a_usable_value_is_one_problem(assignment, words):
+    with pytest.raises(UserError, match=words) as caught:
+        parse_set([assignment])
+    assert caught.value.problems[0].startswith(f"--set {assignment}: ")
+
+
+def test_hyphens_are_accepted_for_underscores_in_flags_and_left_in_values():
+    config = from_command_line("--max-length", "64", "--output-dir=my-run", "--model-name", "my-org/my-model")
+    assert config.data.max_length == 64
+    assert config.training.output_dir == "my-run"
+    assert config.model.name == "my-org/my-model"
+
+
+@pytest.mark.parametrize("flag", ["--learnin_rate", "--learnin-rate", "--learnin_rate=1"])
+def test_an_unknown_flag_is_one_line_with_the_closest(capsys, flag):
+    with pytest.raises(SystemExit) as stopped:
+        train_qlora.parse_arguments([flag])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --learnin_rate") and "did you mean --learning_rate?" in line
+
+
+def test_the_command_answers_a_mistake_with_one_line_and_status_2(root):
+    command = [sys.executable, "train_qlora.py", "--rank", "0"]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ") and "lora.rank" in line
+
+
+def test_a_mistake_is_answered_before_torch_is_imported(root):
+    code = """
+import sys, train_qlora
+from qlora_kit.config import UserError
+try:
+    train_qlora.main(["--rank", "0"])
+except UserError:
+    print(sorted({"torch", "transformers", "datasets", "peft", "numpy"} & set(sys.modules)))
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    assert result.stdout.strip() == "[]", result.stderr

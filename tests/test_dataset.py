@@ -1,0 +1,184 @@
+"""Documents -> tokens -> blocks: nothing is lost but the tail, and every token is a label."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from qlora_kit.config import UserError
+from qlora_kit.dataset import Blocks, cut_into_blocks, hold_out, separator_id, tokenize
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_dir):
+    return AutoTokenizer.from_pretrained(tiny_dir)
+
+
+class Counting:
+    """The tokenizer, with its calls counted."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.calls = tokenizer, 0
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, *args, **rest):
+        self.calls += 1
+        return self.tokenizer(*args, **rest)
+
+
+def blocks_of(stream, length: int) -> Blocks:
+    return cut_into_blocks(np.asarray(stream, dtype=np.int32), length, 1, "one document a row", "data.dataset")
+
+
+# Tokens
+
+
+def test_the_separator_ends_a_text_and_not_a_turn(tokenizer):
+    assert tokenizer.eos_token == "<|im_end|>"  # Qwen's chat models: the wrong one
+    assert tokenizer.decode([separator_id(tokenizer)]) == "<|endoftext|>"
+
+
+class PlainTokenizer:
+    """Llama's kind: no <|endoftext|> in the vocabulary."""
+
+    def __init__(self, eos_token_id):
+        self.eos_token_id = eos_token_id
+
+    def get_vocab(self):
+        return {"a": 0, "</s>": 2}
+
+
+def test_without_endoftext_the_end_of_sequence_separates():
+    assert separator_id(PlainTokenizer(2)) == 2
+
+
+def test_a_tokenizer_without_any_end_is_one_problem():
+    with pytest.raises(UserError, match=r"model\.name: .*end-of-sequence"):
+        separator_id(PlainTokenizer(None))
+
+
+def test_the_stream_is_each_document_followed_by_the_separator(tokenizer):
+    documents = [f"Document {number}: " + "the sea rises and falls. " * (number % 5) for number in range(150)]  # over two batches
+    expected = []
+    for document in documents:
+        expected += [*tokenizer.encode(document, add_special_tokens=False), separator_id(tokenizer)]
+    stream = tokenize(documents, tokenizer)
+    assert stream.dtype == np.int32 and stream.ndim == 1
+    assert stream.tolist() == expected
+
+
+def test_documents_of_equal_length_make_a_flat_stream_too(tokenizer):
+    assert tokenize(["sea"] * 3, tokenizer).tolist() == 3 * [*tokenizer.encode("sea"), separator_id(tokenizer)]
+
+
+def test_a_document_longer_than_the_model_reads_is_not_cut(tokenizer):
+    document = "sea " * (2 * tokenizer.model_max_length)
+    assert len(tokenize([document], tokenizer)) > 2 * tokenizer.model_max_length
+
+
+def test_the_second_time_tokens_come_from_the_cache(tokenizer):
+    first, second = Counting(tokenizer), Counting(tokenizer)
+    stream = tokenize(["a text that no other test has"], first)
+    assert first.calls == 1
+    assert tokenize(["a text that no other test has"], second).tolist() == stream.tolist()
+    assert second.calls == 0
+
+
+def test_the_cache_tells_documents_apart_by_their_borders(tokenizer):
+    assert tokenize(["ab", "c"], tokenizer).tolist() != tokenize(["a", "bc"], tokenizer).tolist()
+
+
+def test_the_cache_tells_tokenizers_apart(tokenizer, tiny_dir):
+    other = AutoTokenizer.from_pretrained(tiny_dir)
+    other.add_tokens(["tides"])
+    assert tokenize(["tides"], tokenizer).tolist() != tokenize(["tides"], other).tolist()
+    assert len(tokenize(["tides"], other)) == 2
+
+
+# Blocks
+
+
+def test_blocks_and_tail_are_the_whole_stream():
+    stream = list(range(23))
+    blocks = blocks_of(stream, 8)
+    assert torch.cat([blocks[index]["input_ids"] for index in range(len(blocks))]).tolist() == stream[:16]
+    assert (len(blocks), blocks.tokens, blocks.tail_tokens) == (2, 16, 7)
+
+
+def test_a_stream_that_fills_its_blocks_has_no_tail():
+    blocks = blocks_of(range(16), 8)
+    assert (len(blocks), blocks.tail_tokens) == (2, 0)
+
+
+def test_a_stream_too_short_for_one_block_is_one_problem():
+    with pytest.raises(UserError) as caught:
+        blocks_of(range(9), 10)
+    (problem,) = caught.value.problems
+    assert problem.startswith("data.dataset: 9 tokens") and "data.max_length 10" in problem and "--max_length 9" in problem
+
+
+def test_every_token_is_a_label_at_its_own_position_and_so_is_the_separator(tokenizer):
+    blocks = blocks_of(tokenize(["The sea.", "Salt.", "The Moon rises."], tokenizer), 8)
+    separator = separator_id(tokenizer)
+    assert separator == tokenizer.pad_token_id  # collators that mask padding by id would not train it
+    separators = 0
+    for index in range(len(blocks)):
+        assert blocks[index]["labels"].tolist() == blocks[index]["input_ids"].tolist()
+        assert blocks[index]["labels"].dtype == torch.int64
+        separators += blocks[index]["labels"].tolist().count(separator)
+    assert separators >= 1
+
+
+def test_take_keeps_the_first_blocks_and_none_keeps_all():
+    blocks = blocks_of(range(32), 8)
+    assert blocks.take(2).ids.tolist() == blocks.ids[:2].tolist()
+    assert len(blocks.take(None)) == len(blocks.take(100)) == 4
+
+
+def test_fingerprint_changes_with_the_data_and_with_nothing_else():
+    first, same, other = blocks_of(range(16), 8), blocks_of(range(17), 8), blocks_of([*range(15), 99], 8)
+    assert first.fingerprint() == same.fingerprint() != other.fingerprint()
+
+
+# Held-out share
+
+DOCUMENTS = [f"document {number}" for number in range(40)]
+
+
+def test_held_out_documents_are_disjoint_complete_and_in_order():
+    train, held_out = hold_out(DOCUMENTS, 0.25, seed=1)
+    assert (len(train), len(held_out)) == (30, 10)
+    assert sorted(train + held_out) == sorted(DOCUMENTS)
+    assert train == [document for document in DOCUMENTS if document in train]
+    assert held_out == [document for document in DOCUMENTS if document in held_out]
+
+
+def test_the_seed_decides_what_is_held_out():
+    assert hold_out(DOCUMENTS, 0.25, seed=1) == hold_out(DOCUMENTS, 0.25, seed=1)
+    assert hold_out(DOCUMENTS, 0.25, seed=1) != hold_out(DOCUMENTS, 0.25, seed=2)
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.5, 0.999])
+@pytest.mark.parametrize("count", [10, 40])
+def test_neither_part_is_ever_empty(count, fraction):
+    train, held_out = hold_out(DOCUMENTS[:count], fraction, seed=1)
+    assert train and held_out
+
+
+def test_one_long_document_is_cut_near_its_end_at_a_line():
+    text = "".join(f"line {number}\n" for number in range(100))
+    (train,), (held_out,) = hold_out([text], 0.2, seed=1)
+    assert train + held_out == text
+    assert train.endswith("\n") and held_out.startswith("line ")
+    assert len(held_out) == pytest.approx(0.2 * len(text), abs=len("line 99\n"))
+
+
+def test_a_few_documents_are_cut_without_losing_text():
+    (train,), (held_out,) = hold_out(["one\n", "two\n", "three\n"], 0.3, seed=1)
+    assert (train + held_out).split() == ["one", "two", "three"]
+
+
+def test_a_document_without_line_ends_is_still_cut():
+    assert hold_out(["x" * 100], 0.1, seed=1) == (["x" * 90], ["x" * 10])

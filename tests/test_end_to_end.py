@@ -1,0 +1,536 @@
+"""The training command as a user runs it: real processes where status, streams and signals matter, main() elsewhere."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+import inference_example
+import train_qlora
+from qlora_kit.checkpoint import find_checkpoint
+from qlora_kit.cli import Failed
+from qlora_kit.config import UserError, load_config
+from qlora_kit.generation import read_adapter
+
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+# The embedded model and a few short blocks; an in-process run takes about a second.
+SMALL = [
+    "--config", "configs/tiny.yaml", "--max_length", "32", "--batch_size", "2",
+    "--set", "training.gradient_accumulation_steps=1", "--set", "data.max_train_samples=8", "--set", "data.max_eval_samples=2",
+    "--set", "training.logging_steps=1",
+]  # fmt: skip
+TRAINED = ["--config", "configs/tiny.yaml", "--max_steps", "12", "--max_length", "128",
+           "--set", "data.max_train_samples=32", "--set", "data.max_eval_samples=8"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(root, monkeypatch):
+    monkeypatch.chdir(root)
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """A terminal width that wraps nothing, and no model of this machine's own cache."""
+    return os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "500", **extra}
+
+
+def run(root: Path, *arguments: str, **extra: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "train_qlora.py", *arguments]
+    return subprocess.run(command, cwd=root, env=environment(**extra), capture_output=True, text=True, timeout=120)
+
+
+def train(*arguments: str) -> None:
+    train_qlora.main([*SMALL, *arguments])
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- a whole run --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(root, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "trained"
+    result = run(root, *TRAINED, "--output_dir", str(folder))
+    assert result.returncode == 0, result.stderr
+    return folder, result
+
+
+def test_a_run_leaves_adapter_curves_log_metrics_config_and_passport(trained):
+    folder, _ = trained
+    expected = {
+        "adapter_config.json", "adapter_model.safetensors", "training_curves.png", "training_log.txt", "metrics.jsonl",
+        "config.yaml", "run.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "checkpoints",
+    }  # fmt: skip
+    assert {path.name for path in folder.iterdir()} == expected  # nothing half-written is left either
+    assert (folder / "training_curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_training_lowers_the_perplexity_of_text_it_did_not_see(trained):
+    passport = json.loads((trained[0] / "run.json").read_text())
+    before, after = passport["perplexity"]["base"], passport["perplexity"]["adapter"]
+    assert after["perplexity"] + 3 * after["standard_error"] < before["perplexity"]
+    assert before["tokens"] == after["tokens"] == 8 * 127  # each block predicts all but its first token
+
+
+def test_the_log_and_the_passport_state_the_same_perplexities(trained):
+    folder, result = trained
+    passport = json.loads((folder / "run.json").read_text())["perplexity"]
+    for text in (result.stderr, (folder / "training_log.txt").read_text()):
+        match = re.search(r"base model ([\d.]+) ± ([\d.]+) +-> +adapter ([\d.]+) ± ([\d.]+)", text)
+        shown = [float(group) for group in match.groups()]
+        stated = [passport[who][what] for who in ("base", "adapter") for what in ("perplexity", "standard_error")]
+        assert shown == pytest.approx(stated, abs=0.0005)
+
+
+def test_text_for_people_goes_to_standard_error_alone(trained):
+    _, result = trained
+    assert result.stdout == ""
+    assert "LoRA: rank 16" in result.stderr and "325,632 trainable" in result.stderr
+    assert "python inference_example.py" in result.stderr  # the next step
+
+
+def test_no_library_speaks_to_the_user(trained):
+    lower = trained[1].stderr.lower()
+    for noise in ("warning", "deprecat", "traceback", "kernels-community", "huggingface/tokenizers", "site-packages"):
+        assert noise not in lower
+
+
+def test_every_metrics_line_has_the_documented_keys(trained):
+    lines = metrics(trained[0])
+    training = [line for line in lines if "loss" in line]
+    evaluations = [line for line in lines if "eval_loss" in line]
+    assert len(training) + len(evaluations) == len(lines)
+    for line in training:
+        assert set(line) == {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_gib"}
+    assert [line["step"] for line in training] == [1, 5, 10]  # the first, then every logging_steps
+    assert [line["step"] for line in evaluations] == [0, 12]  # the base model, and the end
+
+
+def test_the_written_config_is_the_one_that_ran_and_runs_again(trained):
+    config = load_config(trained[0] / "config.yaml")
+    assert config.training.max_steps == 12 and config.data.max_length == 128 and config.data.max_train_samples == 32
+    assert config.lora.rank == 16 and config.training.output_dir == str(trained[0])
+
+
+def test_the_passport_says_where_the_adapter_comes_from(trained, tiny_dir):
+    passport = json.loads((trained[0] / "run.json").read_text())
+    assert passport["base_model"] == {"name": "assets/tiny-qwen2", "revision": None, "folder": str(tiny_dir)}
+    assert passport["quantization"]["quant_type"] == "nf4" and passport["quantization"]["compute_dtype"] == "float32"
+    assert (passport["seed"], passport["optimizer_steps"]) == (42, 12)
+    assert passport["versions"]["torch"] == torch.__version__
+    assert "--max_steps 12" in passport["command"]
+    assert passport["data"]["train_blocks"] == 32 and passport["data"]["eval_blocks"] == 8
+
+
+def test_the_adapter_loads_in_plain_peft_with_the_same_logits(trained, tiny_dir):
+    folder, _ = trained
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert Path(base).resolve() == tiny_dir
+    packing = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+    )
+    plain = AutoModelForCausalLM.from_pretrained(base, quantization_config=packing, dtype=torch.float32, device_map="cpu")
+    for module in plain.modules():  # where the processor has AVX512-BF16, bitsandbytes would compute in bfloat16 all the same
+        module.support_avx512bf16_for_cpu = False
+    ids = AutoTokenizer.from_pretrained(folder)("The river is", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        without = plain(ids).logits.clone()
+        expected = PeftModel.from_pretrained(plain, folder).eval()(ids).logits
+    arguments = inference_example.parse_arguments(["--adapter", str(folder), "--device", "cpu"])
+    source = read_adapter(str(folder))
+    generator = inference_example.load_generator(source, source.config.generation, arguments)
+    with torch.no_grad():
+        torch.testing.assert_close(generator.model(ids).logits, expected)
+    assert (expected - without).abs().max() > 0.1  # the adapter does something
+
+
+# --- flags and settings -------------------------------------------------------------------------------------------------
+
+
+def test_named_flags_reach_the_adapter(tmp_path):
+    train("--rank", "8", "--alpha=16", "--num-epochs", "1", "--dropout", "0.1", "--seed", "3", "--learning_rate", "1e-3",
+          "--output_dir", str(tmp_path / "r8"))  # fmt: skip
+    config = json.loads((tmp_path / "r8" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (8, 16, 0.1)
+    passport = json.loads((tmp_path / "r8" / "run.json").read_text())
+    assert passport["optimizer_steps"] == 4  # 8 blocks in batches of 2, once
+    assert passport["seed"] == 3
+    for tensor in load_file(tmp_path / "r8" / "adapter_model.safetensors").values():
+        assert 8 in tensor.shape
+
+
+def test_attention_alone_in_fp4(tmp_path, capsys):
+    train("--max_steps", "2", "--set", "lora.target_modules=[q_proj, k_proj, v_proj, o_proj]", "--set",
+          "quantization.quant_type=fp4", "--output_dir", str(tmp_path / "out"))  # fmt: skip
+    names = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert len(names) == 6 * 4 * 2 and all("self_attn" in name for name in names)  # layers, projections, A and B
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["quantization"]["quant_type"] == "fp4"
+    assert "4-bit FP4" in capsys.readouterr().err
+
+
+def test_without_4_bit_and_without_evaluation(tmp_path, capsys):
+    train("--max_steps", "1", "--set", "quantization.load_in_4bit=false", "--set", "data.eval_split=null", "--set",
+          "training.gradient_checkpointing=true", "--output_dir", str(tmp_path / "out"))  # fmt: skip
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["perplexity"] is None
+    assert "16-bit" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def other_models(tiny_dir, tmp_path_factory) -> dict[str, Path]:
+    torch.manual_seed(0)
+    special = {"bos_token_id": 6141, "eos_token_id": 6143, "vocab_size": 6144}
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=128, tie_word_embeddings=False, **special,
+        )
+    )  # fmt: skip
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=128, **special))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_dir)
+    folders = {}
+    for name, model in (("llama", llama), ("gpt2", gpt2)):
+        folders[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folders[name])
+        tokenizer.save_pretrained(folders[name])
+    return folders
+
+
+@pytest.mark.parametrize("name, targets, tensors", [
+    ("llama", "[q_proj, v_proj, down_proj]", 2 * 3 * 2),
+    ("gpt2", "[c_attn, c_proj, c_fc]", 2 * 4 * 2),  # attention and MLP have a c_proj each
+    ("gpt2", "all-linear", 2 * 4 * 2),
+])  # fmt: skip
+def test_another_architecture_trains(other_models, tmp_path, name, targets, tensors):
+    train("--max_steps", "3", "--model_name", str(other_models[name]), "--set", f"lora.target_modules={targets}", "--set",
+          "training.lr_scheduler=constant", "--output_dir", str(tmp_path / "out"))  # fmt: skip
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert len(saved) == tensors
+    assert all(tensor.any() for tensor in saved.values())  # every B moved away from zero
+    perplexity = json.loads((tmp_path / "out" / "run.json").read_text())["perplexity"]
+    assert perplexity["adapter"]["loss"] < perplexity["base"]["loss"]
+
+
+# --- stopping and going on ----------------------------------------------------------------------------------------------
+
+STOPPED = [*SMALL, "--max_steps", "8", "--max_length", "128", "--batch_size", "4", "--set", "data.max_train_samples=16",
+           "--set", "training.eval_steps=3", "--set", "training.save_steps=5"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stopped_and_resumed(root, tmp_path_factory):
+    """A run that got SIGTERM after its first logged step, and the arguments of the resume command that it printed, run."""
+    folder = tmp_path_factory.mktemp("runs") / "stopped"
+    command = [sys.executable, "train_qlora.py", *STOPPED, "--output_dir", str(folder)]
+    process = subprocess.Popen(command, cwd=root, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("step 1/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    _, rest = process.communicate(timeout=60)
+    left = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    recorded = metrics(folder)
+    message = rest.strip().splitlines()[-1]
+    python, script, *again = shlex.split(message.partition("Go on with: ")[2])
+    assert (python, script) == ("python", "train_qlora.py")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        train_qlora.main(again)
+    return process.returncode, "".join(lines) + rest, left, recorded, message, folder
+
+
+def test_sigterm_saves_and_says_how_to_go_on(stopped_and_resumed):
+    status, stderr, left, _, message, folder = stopped_and_resumed
+    assert status == 143
+    assert "Traceback" not in stderr
+    step = int(re.search(r"after step (\d+)", message).group(1))
+    assert 1 <= step < 8
+    assert f"checkpoints/checkpoint-{step}/adapter_model.safetensors" in left
+    assert "training_curves.png" in left
+    assert "adapter_model.safetensors" not in left and "run.json" not in left  # an unfinished run is not taken for a finished one
+    assert message.endswith("--resume") and str(folder) in message
+
+
+def test_the_printed_command_finishes_the_run(stopped_and_resumed):
+    *_, recorded, _, folder = stopped_and_resumed
+    lines = metrics(folder)
+    assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))  # each once
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 3, 6, 8]
+    assert metrics(folder)[: len(recorded)] == recorded
+    base = json.loads((folder / "run.json").read_text())["perplexity"]["base"]
+    assert base["loss"] == recorded[0]["eval_loss"]  # not measured again
+    assert json.loads((folder / "run.json").read_text())["optimizer_steps"] == 8
+
+
+def test_a_resumed_run_gives_the_adapter_of_an_uninterrupted_one(stopped_and_resumed, tmp_path):
+    """Data order, dropout, optimizer state and schedule all go on where they were: on the CPU byte for byte."""
+    folder = stopped_and_resumed[-1]
+    train_qlora.main([*STOPPED, "--output_dir", str(tmp_path / "straight")])
+    assert weights(folder) == weights(tmp_path / "straight")
+
+    def losses(run):
+        return [(line["step"], line.get("loss"), line.get("eval_loss")) for line in metrics(run)]
+
+    assert losses(folder) == losses(tmp_path / "straight")
+
+
+def test_resuming_a_run_that_is_through_trains_no_further(tmp_path):
+    """As after a stop in the last step: the library alone would take one step more."""
+    arguments = ["--max_steps", "2", "--set", "training.lr_scheduler=constant", "--output_dir", str(tmp_path / "out")]
+    train(*arguments)
+    before = weights(tmp_path / "out"), metrics(tmp_path / "out")
+    (tmp_path / "out" / "adapter_model.safetensors").unlink()
+    train(*arguments, "--resume")
+    assert (weights(tmp_path / "out"), metrics(tmp_path / "out")) == before
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["optimizer_steps"] == 2
+
+
+def test_resuming_from_an_earlier_checkpoint_takes_back_what_came_after_it(tmp_path):
+    out = tmp_path / "out"
+    arguments = ["--max_steps", "3", "--set", "training.save_steps=1", "--set", "training.eval_steps=2", "--output_dir", str(out)]
+    train(*arguments, "--set", "training.save_total_limit=null")
+    before = weights(out), [(line["step"], line.get("loss")) for line in metrics(out)]
+    train(*arguments, "--resume", str(out / "checkpoints" / "checkpoint-1"))
+    assert (weights(out), [(line["step"], line.get("loss")) for line in metrics(out)]) == before
+
+
+def test_resuming_with_more_steps_goes_on(tmp_path):
+    arguments = ["--set", "training.lr_scheduler=constant", "--output_dir", str(tmp_path / "out")]
+    train(*arguments, "--max_steps", "2")
+    train(*arguments, "--max_steps", "3", "--resume")
+    assert [line["step"] for line in metrics(tmp_path / "out") if "loss" in line] == [1, 2, 3]
+
+
+def test_resuming_refuses_a_setting_that_would_make_it_another_run(trained):
+    before = weights(trained[0])
+    with pytest.raises(UserError, match=r"lora\.rank: 8: .* has 16"):
+        train_qlora.main([*TRAINED, "--output_dir", str(trained[0]), "--rank", "8", "--resume"])
+    assert weights(trained[0]) == before
+
+
+def test_resuming_where_nothing_is_to_resume(tmp_path):
+    with pytest.raises(UserError, match="--resume: no checkpoint"):
+        train("--output_dir", str(tmp_path / "nothing"), "--resume")
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_an_incomplete_checkpoint_is_passed_over(trained, tmp_path):
+    folder, _ = trained
+    assert find_checkpoint(folder, load_config(folder / "config.yaml"), "").name == "checkpoint-12"
+    half = folder / "checkpoints" / "checkpoint-99"
+    half.mkdir()
+    try:
+        (half / "adapter_model.safetensors").write_bytes(b"")
+        assert find_checkpoint(folder, load_config(folder / "config.yaml"), "").name == "checkpoint-12"
+    finally:
+        (half / "adapter_model.safetensors").unlink()
+        half.rmdir()
+
+
+def test_a_diverging_run_leaves_no_adapter_not_even_the_one_it_replaced(tmp_path):
+    train("--max_steps", "1", "--output_dir", str(tmp_path / "out"))
+    with pytest.raises(Failed, match="step"):
+        train("--max_steps", "4", "--learning_rate", "1e30", "--set", "training.max_grad_norm=0", "--set",
+              "training.warmup_ratio=0", "--overwrite", "--output_dir", str(tmp_path / "out"))  # fmt: skip
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+# --- a folder that is taken ---------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_leaves_a_finished_one_alone(root, trained):
+    folder, _ = trained
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}, weights(folder)
+    result = run(root, *TRAINED, "--output_dir", str(folder))
+    assert result.returncode == 2
+    assert_one_line(result, "training.output_dir", str(folder), "--resume", "--overwrite", "--output_dir")
+    assert ({path.name: path.stat().st_mtime_ns for path in folder.iterdir()}, weights(folder)) == before
+
+
+def test_overwrite_replaces_the_run_and_only_when_the_new_one_can_start(tmp_path):
+    out = str(tmp_path / "out")
+    train("--max_steps", "3", "--output_dir", out)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    before = weights(tmp_path / "out")
+    with pytest.raises(UserError):  # found out after the model is loaded
+        train("--max_steps", "2", "--output_dir", out, "--overwrite", "--set", "lora.target_modules=[nothing]")
+    assert weights(tmp_path / "out") == before
+    train("--max_steps", "2", "--output_dir", out, "--overwrite", "--seed", "1")
+    assert weights(tmp_path / "out") != before
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["checkpoint-2"]
+    assert {line["step"] for line in metrics(tmp_path / "out")} == {0, 1, 2}
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+# --- mistakes -----------------------------------------------------------------------------------------------------------
+
+
+def assert_one_line(result: subprocess.CompletedProcess, *words: str, after_loading: bool = False) -> None:
+    lines = result.stderr.strip().splitlines()
+    assert result.stdout == ""
+    assert lines[-1].startswith("error: ") and sum(line.startswith("error:") for line in lines) == 1
+    assert after_loading or len(lines) == 1
+    for word in words:
+        assert word in lines[-1]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--config", "no/such.yaml"], ["no/such.yaml", "config.yaml"]),
+    (["--rnak", "8"], ["--rnak", "--rank"]),
+    (["--alpha", "high"], ["lora.alpha", "high"]),
+    (["--set", "training.learning_rat=1"], ["training.learning_rat", "training.learning_rate"]),
+    (["--dataset", "no/such/file.txt"], ["data.dataset", "no/such/file.txt"]),
+    (["--output_dir", "README.md/below"], ["training.output_dir", "--output_dir"]),
+    (["--model_name", "./no-such-model"], ["model.name", "./no-such-model"]),
+])  # fmt: skip
+def test_a_mistake_is_one_line_and_status_2(root, tmp_path, arguments, words):
+    taken = tmp_path / "file"
+    taken.write_text("")
+    given = [word.replace("README.md", str(taken)) for word in arguments]
+    base = [] if "--config" in given else ["--config", "configs/tiny.yaml"]
+    output = [] if "--output_dir" in given else ["--output_dir", str(tmp_path / "out")]
+    result = run(root, *base, *output, *given)
+    assert result.returncode == 2
+    assert_one_line(result, *words)
+    assert {path.name for path in tmp_path.iterdir()} == {"file"}
+
+
+def test_a_mistake_found_after_loading_is_one_line_and_status_2_too(root, tmp_path):
+    result = run(root, *SMALL, "--set", "lora.target_modules=[c_attn]", "--output_dir", str(tmp_path / "out"))
+    assert result.returncode == 2
+    assert_one_line(result, "lora.target_modules: c_attn", "q_proj", "all-linear", after_loading=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def refuses(tmp_path):
+    """The run is refused in one sentence with these words, and nothing is written."""
+
+    def check(*arguments: str, words: list[str]) -> None:
+        before = {path for path in tmp_path.rglob("*")}
+        with pytest.raises(UserError) as error:
+            train("--output_dir", str(tmp_path / "out"), *arguments)
+        (problem,) = error.value.problems
+        assert "\n" not in problem
+        for word in words:
+            assert word in problem
+        assert {path for path in tmp_path.rglob("*")} == before
+
+    return check
+
+
+@pytest.mark.parametrize("text, word", [
+    ("", "empty"),
+    ("# nothing\n", "empty"),
+    ("lora: [1, 2\n", "YAML"),
+    ("- rank\n", "mapping"),
+    ("lora:\n  rnak: 8\n", "lora.rank"),
+    ("lroa:\n  rank: 8\n", "lora"),
+    ("lora:\n  rank: 0\n", "lora.rank"),
+    ("lora:\n  alpha: high\n", "'high'"),
+])  # fmt: skip
+def test_a_config_file_with_a_mistake(tmp_path, text, word):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        train_qlora.main(["--config", str(path), "--output_dir", str(tmp_path / "out")])
+    (problem,) = error.value.problems
+    assert word in problem and "mine.yaml" in problem
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("empty.txt", b"", ["data.dataset", "empty.txt", "empty"]),
+    ("blank.txt", b"\n \n", ["data.dataset", "blank.txt", "empty"]),
+    ("binary.txt", b"\x00\x01\x02" * 50, ["data.dataset", "binary.txt", "not text"]),
+    ("picture.png", b"\x89PNG\r\n", ["data.dataset", "picture.png", ".txt"]),
+    ("latin1.txt", "Ein Gerät ".encode("latin-1") * 300, ["data.dataset", "latin1.txt", "UTF-8"]),
+    ("short.txt", b"three short words", ["data.dataset", "max_length"]),
+])  # fmt: skip
+def test_a_dataset_file_with_a_mistake(tmp_path, refuses, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    refuses("--dataset", str(tmp_path / name), words=words)
+
+
+def copy_model(tiny_dir: Path, folder: Path, leave_out: str) -> Path:
+    folder.mkdir()
+    for file in tiny_dir.iterdir():
+        if file.suffix in (".json", ".safetensors", ".jinja") and not file.name.startswith(leave_out):
+            (folder / file.name).symlink_to(file)
+    return folder
+
+
+@pytest.mark.parametrize("missing, words", [
+    ("config.json", ["model.name", "no config.json"]),
+    ("tokenizer", ["model.name", "tokenizer"]),
+    ("model", ["model.name", "safetensors"]),
+])  # fmt: skip
+def test_a_model_folder_that_is_not_whole(tiny_dir, tmp_path, refuses, missing, words):
+    refuses("--model_name", str(copy_model(tiny_dir, tmp_path / "model", missing)), words=words)
+
+
+def test_damaged_weights(tiny_dir, tmp_path, refuses):
+    folder = copy_model(tiny_dir, tmp_path / "model", "model.safetensors")
+    (folder / "model.safetensors").write_bytes((tiny_dir / "model.safetensors").read_bytes()[:100_000])
+    refuses("--model_name", str(folder), words=["model.name", str(folder), "damaged"])
+
+
+def test_a_block_longer_than_the_models_context(refuses):
+    refuses("--max_length", "1025", words=["data.max_length: 1025", "1024"])
+
+
+def test_a_hub_dataset_without_a_network(refuses):
+    refuses("--dataset", "Salesforce/wikitext", "--set", "data.subset=wikitext-2-raw-v1", "--set", "data.eval_split=validation",
+            words=["data.dataset: Salesforce/wikitext", "hf download", "--dataset"])  # fmt: skip
+
+
+def test_a_hub_model_without_a_network(root, tmp_path):
+    result = run(root, *SMALL, "--model_name", "Qwen/Qwen2.5-0.5B-Instruct", "--output_dir", str(tmp_path / "out"),
+                 HF_HOME=str(tmp_path / "no-cache"))  # fmt: skip
+    assert result.returncode == 2
+    assert_one_line(result, "model.name: Qwen/Qwen2.5-0.5B-Instruct", "hf download Qwen/Qwen2.5-0.5B-Instruct", "--model_name")
+    assert not (tmp_path / "out").exists()
+
+
+@NO_GPU
+def test_cuda_without_a_gpu(refuses):
+    refuses("--set", "training.device=cuda", words=["training.device: cuda", "training.device=auto"])
+
+
+@NO_GPU
+def test_the_default_run_without_a_gpu_offers_the_laptop_model(root, tmp_path):
+    result = run(root, "--output_dir", str(tmp_path / "out"), HF_HOME=str(tmp_path / "no-cache"))
+    assert result.returncode == 2
+    assert_one_line(result, "training.device", "configs/tiny.yaml", "training.device=cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_float16_needs_a_gpu(refuses):
+    refuses("--set", "quantization.compute_dtype=float16", "--set", "training.device=cpu",
+            words=["quantization.compute_dtype", "float16", "bfloat16"])  # fmt: skip

@@ -1,0 +1,338 @@
+"""The inference command: text, demo and interactive modes, streaming, and what it refuses."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+import inference_example
+import train_qlora
+from qlora_kit.config import UserError
+from qlora_kit.generation import DEMO_PROMPTS, Generator, read_adapter
+from qlora_kit.settings import GenerationSettings
+
+PROMPT = "The river"
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(root, monkeypatch):
+    monkeypatch.chdir(root)
+
+
+@pytest.fixture(scope="module")
+def adapter(root, tmp_path_factory) -> Path:
+    """Trained for 4 steps without a warm-up: enough to change every answer."""
+    folder = tmp_path_factory.mktemp("inference") / "adapter"
+    before = Path.cwd()
+    os.chdir(root)
+    try:
+        train_qlora.main([
+            "--config", "configs/tiny.yaml", "--max_steps", "4", "--max_length", "64", "--set", "data.eval_split=null",
+            "--set", "training.warmup_ratio=0", "--set", "data.max_train_samples=32", "--output_dir", str(folder),
+        ])  # fmt: skip
+    finally:
+        os.chdir(before)
+    return folder
+
+
+def load(adapter: Path, *arguments: str, **settings) -> Generator:
+    parsed = inference_example.parse_arguments(["--adapter", str(adapter), "--device", "cpu", *arguments])
+    chosen = {"max_new_tokens": 12, "temperature": 0.0, "repetition_penalty": 1.0} | settings
+    return inference_example.load_generator(read_adapter(str(adapter)), GenerationSettings(**chosen), parsed)
+
+
+@pytest.fixture(scope="module")
+def greedy(adapter, root) -> Generator:
+    before = Path.cwd()
+    os.chdir(root)
+    try:
+        return load(adapter)
+    finally:
+        os.chdir(before)
+
+
+def sampling(generator: Generator, seed: int = 1, **settings) -> Generator:
+    """The same loaded model with other settings."""
+    chosen = GenerationSettings(**{"max_new_tokens": 12, "temperature": 1.0} | settings)
+    return Generator(generator.model, generator.tokenizer, chosen, generator.stop_ids[0], seed)
+
+
+def text_mode(adapter, capsys, *arguments: str) -> str:
+    inference_example.main(["--mode", "text", "--adapter", str(adapter), "--device", "cpu", "--max_new_tokens", "8", *arguments])
+    return capsys.readouterr().out
+
+
+# --- what is generated --------------------------------------------------------------------------------------------------
+
+
+def test_temperature_0_takes_the_likeliest_token_each_time(greedy):
+    """Against a loop over plain forward passes, without generate() and without a cache."""
+    ids = greedy.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    length = ids.shape[1]
+    with torch.no_grad():
+        for _ in range(12):
+            ids = torch.cat([ids, greedy.model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    answer = greedy.complete(PROMPT)
+    assert answer.text == greedy.tokenizer.decode(ids[0, length:], skip_special_tokens=True)
+    assert answer.text == greedy.complete(PROMPT).text
+    assert answer.tokens == 12 and answer.tokens_per_second > 0
+
+
+def test_the_seed_fixes_the_text_whatever_came_before(greedy):
+    one = sampling(greedy, seed=1)
+    first = one.complete(PROMPT).text
+    one.complete("something else")
+    torch.rand(7)
+    assert one.complete(PROMPT).text == first
+    assert sampling(greedy, seed=1).complete(PROMPT).text == first
+    assert any(sampling(greedy, seed=seed).complete(PROMPT).text != first for seed in (2, 3))
+
+
+def test_streamed_pieces_add_up_to_the_complete_text(greedy):
+    generator = sampling(greedy, max_new_tokens=40)
+    pieces = list(generator.stream(PROMPT))
+    assert len([piece for piece in pieces if piece]) > 3
+    assert "".join(pieces) == generator.complete(PROMPT).text
+
+
+def test_a_text_ends_at_the_separator(greedy):
+    """The separator is not the tokenizer's end of turn, and is not printed."""
+    separator = greedy.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert separator in greedy.stop_ids and greedy.tokenizer.eos_token_id in greedy.stop_ids
+    ids = greedy.encode(PROMPT)
+    likeliest = greedy.model(ids).logits[0, -1].argmax().item()
+    ending = Generator(greedy.model, greedy.tokenizer, greedy.settings, likeliest, seed=1)  # as if it were the separator
+    assert ending.complete(PROMPT).tokens == 1
+
+
+def test_a_reader_that_stops_early_leaves_no_thread_behind(greedy):
+    before = set(threading.enumerate())
+    stream = sampling(greedy, max_new_tokens=500).stream(PROMPT)
+    next(stream)
+    assert set(threading.enumerate()) != before
+    stream.close()
+    assert set(threading.enumerate()) == before
+
+
+def test_a_failure_while_streaming_reaches_the_reader(greedy, monkeypatch):
+    def fails(*arguments, **rest):
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(greedy.model, "generate", fails)
+    with pytest.raises(RuntimeError, match="no memory left"):
+        list(greedy.stream(PROMPT))
+
+
+def test_the_adapter_changes_the_answer_and_base_only_leaves_it_out(adapter, greedy):
+    base = load(adapter, "--base_only")
+    ids = greedy.encode(PROMPT)
+    with torch.no_grad():
+        assert (base.model(ids).logits - greedy.model(ids).logits).abs().max() > 0.1
+    assert not hasattr(base.model, "peft_config")
+    assert base.complete(PROMPT).text != greedy.complete(PROMPT).text
+
+
+# --- modes --------------------------------------------------------------------------------------------------------------
+
+
+def test_text_mode_prints_the_generated_text_alone(adapter, capsys):
+    generator = load(adapter, max_new_tokens=8)
+    assert text_mode(adapter, capsys, "--prompt", PROMPT, "--temperature", "0", "--repetition_penalty", "1") == (
+        generator.complete(PROMPT).text + "\n"
+    )
+
+
+def test_a_dash_reads_the_prompt_from_standard_input(adapter, capsys, monkeypatch):
+    expected = text_mode(adapter, capsys, "--prompt", PROMPT)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT))
+    assert text_mode(adapter, capsys, "--prompt", "-") == expected
+
+
+def test_flags_go_over_the_adapters_own_settings(adapter):
+    source = read_adapter(str(adapter))
+    parsed = inference_example.parse_arguments(["--top_p", "0.5", "--max-new-tokens", "3"])
+    settings = inference_example.sampling_settings(parsed, source.config)
+    assert (settings.top_p, settings.max_new_tokens) == (0.5, 3)
+    assert settings.temperature == 0.5  # what configs/tiny.yaml sets
+
+
+def test_demo_shows_every_prompt_with_its_speed(adapter, capsys):
+    inference_example.main(["--mode", "demo", "--adapter", str(adapter), "--device", "cpu", "--max_new_tokens", "4"])
+    out = capsys.readouterr().out
+    for prompt in DEMO_PROMPTS:
+        assert repr(prompt) in out and prompt in out
+    assert out.count("tokens/s") == len(DEMO_PROMPTS)
+
+
+def start(root, adapter, *arguments: str, **streams) -> subprocess.Popen:
+    command = [sys.executable, "inference_example.py", "--adapter", str(adapter), "--device", "cpu", *arguments]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
+    return subprocess.Popen(command, cwd=root, env=environment, text=True, **pipes)
+
+
+def test_interactive_answers_each_line_and_ends_at_end_of_input(root, adapter):
+    process = start(root, adapter, "--mode", "interactive", "--max_new_tokens", "4")
+    too_long = "word " * 1100
+    out, err = process.communicate(f"The river\n\n{too_long}\nThe city\n", timeout=60)
+    assert process.returncode == 0
+    assert len(out.strip().splitlines()) >= 2
+    assert "Goodbye" in err and "Traceback" not in err
+    assert err.count("error:") == 1 and "context" in err  # the long prompt is refused and the next one answered
+    assert "warning" not in err.lower()
+
+
+@pytest.mark.parametrize("leaving", [KeyboardInterrupt, EOFError])
+def test_the_prompt_can_be_left(greedy, monkeypatch, capsys, leaving):
+    def press(shown):
+        raise leaving
+
+    monkeypatch.setattr("builtins.input", press)
+    inference_example.run_interactive(greedy)
+    assert "Goodbye" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_an_answer_is_written_ends_politely(root, adapter):
+    process = start(root, adapter, "--mode", "interactive", "--max_new_tokens", "900", "--temperature", "1")
+    process.stderr.readline()
+    process.stdin.write("The river\n")
+    process.stdin.flush()
+    process.stdout.read(1)  # the answer has begun
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 0
+    err = process.stderr.read()
+    assert "Goodbye" in err and "Traceback" not in err
+
+
+def test_a_reader_that_leaves_is_no_crash(root, adapter):
+    process = start(root, adapter, "--mode", "demo", "--max_new_tokens", "2")
+    process.stdout.close()  # as `| head` does
+    err = process.stderr.read()
+    assert process.wait(timeout=30) == 0
+    assert "Traceback" not in err and "Broken" not in err
+
+
+# --- folders ------------------------------------------------------------------------------------------------------------
+
+
+def copy(adapter: Path, folder: Path, *leave_out: str) -> Path:
+    return Path(shutil.copytree(adapter, folder, ignore=shutil.ignore_patterns("checkpoints", *leave_out)))
+
+
+def test_a_plain_peft_adapter_works_and_what_is_assumed_is_said(adapter, tmp_path, capsys, greedy):
+    plain = copy(adapter, tmp_path / "plain", "run.json")
+    inference_example.main([
+        "--mode", "text", "--adapter", str(plain), "--device", "cpu", "--prompt", PROMPT, "--max_new_tokens", "12",
+        "--temperature", "0", "--repetition_penalty", "1",
+    ])  # fmt: skip
+    captured = capsys.readouterr()
+    assert captured.out == greedy.complete(PROMPT).text + "\n"
+    assert "no run.json" in captured.err and "assets/tiny-qwen2" in captured.err and "NF4" in captured.err
+
+
+def test_what_is_assumed_without_run_json_is_what_is_done(adapter, tmp_path, capsys):
+    """The run's own config.yaml still says how the base model was packed."""
+    plain = copy(adapter, tmp_path / "plain", "run.json")
+    config = (plain / "config.yaml").read_text()
+    assert "quant_type: nf4" in config
+    (plain / "config.yaml").write_text(config.replace("quant_type: nf4", "quant_type: fp4"))
+    text_mode(plain, capsys, "--prompt", PROMPT)
+    assert read_adapter(str(plain)).quantization.quant_type == "fp4"
+    inference_example.main(["--mode", "text", "--adapter", str(plain), "--prompt", PROMPT, "--max_new_tokens", "1"])
+    err = capsys.readouterr().err
+    assert "FP4" in err and "NF4" not in err
+
+
+def test_the_base_model_is_found_from_another_working_folder(adapter, tmp_path, monkeypatch, tiny_dir):
+    monkeypatch.chdir(tmp_path)
+    assert read_adapter(str(adapter)).model.name == str(tiny_dir)
+
+
+@pytest.mark.parametrize("prepare, words", [
+    (lambda adapter, folder: None, ["no such folder", "train_qlora.py"]),
+    (lambda adapter, folder: folder.mkdir(), ["adapter_model.safetensors", "train_qlora.py"]),
+    (lambda adapter, folder: shutil.copytree(adapter / "checkpoints", folder / "checkpoints"), ["--resume", "checkpoint-4"]),
+    (lambda adapter, folder: copy(adapter, folder, "adapter_config.json"), ["adapter_config.json"]),
+    (lambda adapter, folder: (copy(adapter, folder) / "run.json").write_text("{"), ["run.json", "JSON"]),
+    (lambda adapter, folder: (copy(adapter, folder) / "run.json").write_text("{}"), ["run.json", "base_model"]),
+    (lambda adapter, folder: (copy(adapter, folder) / "adapter_model.safetensors").write_bytes(b"half"), ["damaged"]),
+])  # fmt: skip
+def test_a_folder_that_holds_no_whole_adapter(adapter, tmp_path, prepare, words):
+    folder = tmp_path / "adapter"
+    prepare(adapter, folder)
+    with pytest.raises(UserError) as error:
+        inference_example.main(["--mode", "text", "--adapter", str(folder), "--device", "cpu", "--prompt", PROMPT])
+    (problem,) = error.value.problems
+    assert str(folder) in problem and "\n" not in problem
+    for word in words:
+        assert word in problem
+
+
+def test_an_adapter_of_another_model(adapter, tmp_path):
+    folder = copy(adapter, tmp_path / "adapter", "run.json")
+    other = tmp_path / "other-model"
+    shutil.copytree("assets/tiny-qwen2", other)
+    config = json.loads((other / "config.json").read_text())
+    small = Qwen2Config(
+        **config | {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 128}
+    )
+    AutoModelForCausalLM.from_config(small).save_pretrained(other)
+    settings = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(other)}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="does not fit") as error:
+        load(folder)
+    assert "\n" not in error.value.problems[0] and str(other) in error.value.problems[0]
+
+
+# --- mistakes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--prompt", ""], ["--prompt", "empty"]),
+    ([], ["--prompt", "--mode text"]),
+    (["--prompt", "x", "--temperature", "-1"], ["temperature", "-1"]),
+    (["--prompt", "x", "--temperature", "warm"], ["temperature", "warm"]),
+    (["--prompt", "x", "--top_p", "0"], ["top_p", "0"]),
+    (["--prompt", "x", "--top_p", "2"], ["top_p", "2"]),
+    (["--prompt", "x", "--top_k", "-1"], ["top_k", "-1"]),
+    (["--prompt", "x", "--max_new_tokens", "0"], ["max_new_tokens", "0"]),
+    (["--prompt", "word " * 1100], ["--prompt", "1024", "--max_new_tokens"]),
+    (["--prompt", "x", "--max_new_tokens", "1024"], ["--prompt", "1024", "--max_new_tokens"]),
+])  # fmt: skip
+def test_a_mistake_is_one_sentence(adapter, arguments, words):
+    with pytest.raises(UserError) as error:
+        inference_example.main(["--mode", "text", "--adapter", str(adapter), "--device", "cpu", *arguments])
+    (problem,) = error.value.problems
+    assert "\n" not in problem
+    for word in words:
+        assert word in problem
+
+
+def test_empty_standard_input_is_an_empty_prompt(adapter, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    with pytest.raises(UserError, match="empty"):
+        inference_example.main(["--mode", "text", "--adapter", str(adapter), "--prompt", "-"])
+
+
+@pytest.mark.parametrize("arguments, word", [
+    (["--mode", "chat"], "interactive"),
+    (["--tempereture", "1"], "--temperature"),
+    (["--seed", "x"], "--seed"),
+    (["--mode", "text", "--adapter", "no-such-folder", "--prompt", "x"], "no-such-folder"),
+])  # fmt: skip
+def test_the_process_answers_a_mistake_with_status_2_and_one_line(root, arguments, word):
+    command = [sys.executable, "inference_example.py", *arguments]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error:") and word in line

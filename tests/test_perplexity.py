@@ -1,0 +1,141 @@
+"""Perplexity against hand-worked numbers, an independent jackknife, and transformers' own loss."""
+
+import math
+import statistics
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from qlora_kit.perplexity import from_block_losses, measure_perplexity
+
+# From block totals
+
+
+def test_loss_is_the_mean_over_tokens_and_not_over_blocks():
+    result = from_block_losses([6.0, 1.0], [2, 5])
+    assert result.loss == pytest.approx(1.0)  # 7 nats / 7 tokens; the mean of the blocks' means would be 1.6
+    assert result.perplexity == pytest.approx(math.e)
+    assert (result.tokens, result.blocks) == (7, 2)
+
+
+def test_standard_error_by_hand():
+    # loss 1; residuals 6 - 2 = 4 and 1 - 5 = -4; sqrt(2/1 * 32) = 8; 8 / 7 tokens
+    assert from_block_losses([6.0, 1.0], [2, 5]).standard_error == pytest.approx(math.e * 8 / 7)
+
+
+def test_with_equal_blocks_it_is_the_standard_error_of_their_means():
+    sums = [21.0, 18.0, 30.0, 24.0, 12.0]
+    expected = statistics.stdev(s / 10 for s in sums) / math.sqrt(5)
+    result = from_block_losses(sums, [10] * 5)
+    assert result.standard_error / result.perplexity == pytest.approx(expected)
+
+
+def test_standard_error_agrees_with_the_jackknife():
+    random = np.random.default_rng(0)
+    counts = random.integers(50, 500, size=300)
+    sums = counts * random.normal(3.0, 0.4, size=300)
+    without_one = np.exp((sums.sum() - sums) / (counts.sum() - counts))  # the perplexity with each block left out in turn
+    jackknife = math.sqrt(299 / 300 * ((without_one - without_one.mean()) ** 2).sum())
+    assert from_block_losses(sums.tolist(), counts.tolist()).standard_error == pytest.approx(jackknife, rel=0.03)
+
+
+def test_one_block_has_no_standard_error():
+    assert math.isnan(from_block_losses([3.0], [3]).standard_error)
+
+
+def test_a_diverged_loss_does_not_overflow():
+    result = from_block_losses([5000.0, 5000.0], [1, 1])
+    assert result.loss == 5000 and math.isfinite(result.perplexity)
+
+
+# From a model
+
+
+@pytest.fixture(scope="module")
+def model(tiny_dir):
+    return AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def blocks():
+    ids = torch.randint(0, 6000, (5, 24), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+@torch.no_grad()
+def reference_loss(model, blocks) -> float:
+    """transformers' own loss, block by block, weighted by predicted tokens."""
+    total, tokens = 0.0, 0
+    for block in blocks:
+        predicted = int((block["labels"][1:] != -100).sum())
+        total += predicted * model(input_ids=block["input_ids"][None], labels=block["labels"][None]).loss.item()
+        tokens += predicted
+    return total / tokens
+
+
+def test_it_is_the_loss_of_transformers(model, blocks):
+    result = measure_perplexity(model, blocks, batch_size=2)
+    assert result.loss == pytest.approx(reference_loss(model.eval(), blocks), rel=1e-5)
+    assert (result.tokens, result.blocks) == (5 * 23, 5)  # a block's first token has nothing before it
+
+
+@pytest.mark.parametrize("batch_size", [2, 5, 8])
+def test_the_batch_size_does_not_matter(model, blocks, batch_size):
+    one, many = measure_perplexity(model, blocks, batch_size=1), measure_perplexity(model, blocks, batch_size)
+    assert many.perplexity == pytest.approx(one.perplexity, rel=1e-5)
+    assert many.standard_error == pytest.approx(one.standard_error, rel=1e-4)
+    assert many.tokens == one.tokens
+
+
+def test_masked_labels_count_neither_as_loss_nor_as_tokens(model, blocks):
+    masked = [{"input_ids": block["input_ids"], "labels": block["labels"].clone()} for block in blocks]
+    for number, block in enumerate(masked):
+        block["labels"][: 4 * number + 1] = -100  # blocks of different weight
+    result = measure_perplexity(model, masked, batch_size=2)
+    assert result.tokens == sum(23 - 4 * number for number in range(5))
+    assert result.loss == pytest.approx(reference_loss(model.eval(), masked), rel=1e-5)
+
+
+def test_products_run_under_the_autocast_given(model, blocks):
+    exact = measure_perplexity(model, blocks, batch_size=2)
+    rounded = measure_perplexity(model, blocks, batch_size=2, autocast=torch.autocast("cpu", torch.bfloat16))
+    assert rounded.loss == pytest.approx(exact.loss, rel=0.02)
+    assert rounded.loss != exact.loss
+
+
+class Uniform(torch.nn.Module):
+    """Holds every next token for equally likely, and remembers how it was called."""
+
+    def __init__(self, vocabulary: int):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.vocabulary, self.batches, self.was_training = vocabulary, [], []
+
+    def forward(self, input_ids, use_cache):
+        self.batches.append(len(input_ids))
+        self.was_training.append(self.training)
+        return SimpleNamespace(logits=self.weight * torch.zeros(*input_ids.shape, self.vocabulary))
+
+
+def test_a_uniform_model_has_its_vocabulary_for_perplexity(blocks):
+    result = measure_perplexity(Uniform(6144), blocks, batch_size=2)
+    assert result.perplexity == pytest.approx(6144)
+    assert result.standard_error == pytest.approx(0, abs=1e-2)
+
+
+def test_no_batch_is_larger_than_asked_for_and_progress_is_told(blocks):
+    model, done = Uniform(6144), []
+    measure_perplexity(model, blocks, batch_size=2, on_batch=done.append)
+    assert model.batches == [2, 2, 1]
+    assert done == [2, 4, 5]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_it_runs_without_dropout_and_leaves_the_mode_as_it_was(blocks, training):
+    model = Uniform(6144).train(training)
+    measure_perplexity(model, blocks, batch_size=5)
+    assert model.was_training == [False]
+    assert model.training is training

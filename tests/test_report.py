@@ -1,0 +1,219 @@
+"""What a run leaves to read, and the output folder that it is left in."""
+
+import json
+import struct
+
+import pytest
+import torch
+
+from qlora_kit.checkpoint import check_output_dir, find_checkpoint, open_output, write_passport
+from qlora_kit.config import UserError, load_config, override
+from qlora_kit.device import Machine
+from qlora_kit.report import CURVES, LOG, METRICS, RunLog, RunReport, plot_training_curves, read_metrics
+from qlora_kit.settings import Config
+
+CPU = Machine("cpu", torch.float32, ["Device: cpu"])
+
+
+@pytest.fixture
+def log() -> RunLog:
+    return RunLog()
+
+
+# The log
+
+
+def test_nothing_is_written_before_the_log_is_opened_and_then_everything_in_order(log, tmp_path, capsys):
+    log.line("first")
+    log.file_only("second")
+    assert list(tmp_path.iterdir()) == []
+    log.open(tmp_path, resumed_step=None)
+    log.line("third ±")
+    assert (tmp_path / LOG).read_text(encoding="utf-8") == "first\nsecond\nthird ±\n"
+    shown = capsys.readouterr()
+    assert shown.err == "first\nthird ±\n"
+    assert shown.out == ""  # standard output is for results
+
+
+def test_metrics_read_back_as_they_were_written(log, tmp_path):
+    log.open(tmp_path, resumed_step=None)
+    entries = [{"step": 0, "eval_loss": 3.5}, {"step": 1, "loss": 3.25, "learning_rate": 1e-5}]
+    for entry in entries:
+        log.metrics(entry)
+    assert read_metrics(tmp_path) == entries
+    assert len((tmp_path / METRICS).read_text().splitlines()) == 2
+
+
+def test_a_new_run_does_not_go_on_from_the_files_of_one_that_failed(log, tmp_path):
+    (tmp_path / LOG).write_text("old\n")
+    (tmp_path / METRICS).write_text('{"step": 7, "loss": 1.0}\n')  # it would be drawn into the curves
+    log.line("new")
+    log.open(tmp_path, resumed_step=None)
+    log.metrics({"step": 1, "loss": 3.0})
+    assert (tmp_path / LOG).read_text() == "new\n"
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 3.0}]
+
+
+def test_a_resumed_log_drops_what_came_after_the_checkpoint(log, tmp_path):
+    (tmp_path / LOG).write_text("before\n")
+    (tmp_path / METRICS).write_text("".join(json.dumps({"step": step, "loss": 3.0}) + "\n" for step in (0, 5, 10, 11, 15)))
+    log.line("after")
+    log.open(tmp_path, resumed_step=10)
+    log.metrics({"step": 11, "loss": 2.0})
+    assert [entry["step"] for entry in read_metrics(tmp_path)] == [0, 5, 10, 11]
+    assert read_metrics(tmp_path)[-1]["loss"] == 2.0
+    assert (tmp_path / LOG).read_text() == "before\nafter\n"
+
+
+def test_memory_is_neither_predicted_nor_measured_for_a_cpu(capsys):
+    report = RunReport(Config(), CPU, {"weights": 2.0**30})
+    report.announce()
+    report.memory("after loading")
+    told = capsys.readouterr().err
+    assert "Device: cpu" in told and "Qwen/Qwen2.5-3B-Instruct" in told
+    assert "GiB" not in told
+
+
+# The curves
+
+TRAINING = [{"step": step, "loss": 4 - step / 10, "learning_rate": 2e-4 * (1 - step / 20)} for step in range(1, 20)]
+EVALUATION = [{"step": step, "eval_loss": 3.9 - step / 10} for step in (0, 10, 20)]
+
+
+@pytest.mark.parametrize("metrics", [TRAINING, TRAINING + EVALUATION, TRAINING[:1]], ids=["training", "both", "one step"])
+def test_the_curves_are_a_png_file(tmp_path, metrics):
+    plot_training_curves(metrics, tmp_path / CURVES)
+    data = (tmp_path / CURVES).read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = struct.unpack(">II", data[16:24])
+    assert width > 2 * height > 600  # two pictures side by side
+
+
+def test_evaluations_are_drawn(tmp_path):
+    plot_training_curves(TRAINING, tmp_path / "without.png")
+    plot_training_curves(TRAINING + EVALUATION, tmp_path / "with.png")
+    assert (tmp_path / "with.png").read_bytes() != (tmp_path / "without.png").read_bytes()
+
+
+# The output folder
+
+
+def finish(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_model.safetensors").touch()
+
+
+def write_checkpoint(folder, step: int, complete: bool = True):
+    checkpoint = folder / "checkpoints" / f"checkpoint-{step}"
+    finish(checkpoint)
+    if complete:
+        (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    return checkpoint
+
+
+def test_a_new_folder_may_be_written_and_is_not_yet_made(tmp_path):
+    folder = tmp_path / "runs" / "one"
+    assert check_output_dir(str(folder), overwrite=False, resume=False) == folder
+    assert not folder.parent.exists()
+
+
+def test_a_folder_with_other_files_may_be_written(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    check_output_dir(str(tmp_path), overwrite=False, resume=False)
+
+
+@pytest.mark.parametrize(("prepare", "what"), [(finish, "finished"), (lambda folder: write_checkpoint(folder, 5), "unfinished")])
+def test_an_earlier_run_is_neither_replaced_nor_continued_unasked(tmp_path, prepare, what):
+    prepare(tmp_path)
+    with pytest.raises(UserError, match=rf"\b{what} .*--resume.*--overwrite.*--output_dir"):
+        check_output_dir(str(tmp_path), overwrite=False, resume=False)
+    check_output_dir(str(tmp_path), overwrite=True, resume=False)
+    check_output_dir(str(tmp_path), overwrite=False, resume=True)
+    assert any(tmp_path.iterdir())  # looking removes nothing
+
+
+@pytest.mark.parametrize("below", ["", "runs/one"])
+def test_a_file_in_the_way_is_named(tmp_path, below):
+    (tmp_path / "taken").touch()
+    with pytest.raises(UserError, match="taken is a file, not a folder"):
+        check_output_dir(str(tmp_path / "taken" / below), overwrite=True, resume=False)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_by_its_nearest_existing_parent(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("os.access", lambda path, mode: asked.append(path))  # root may write anywhere: permissions cannot say no
+    with pytest.raises(UserError, match=r"cannot be written; .*--output_dir"):
+        check_output_dir(str(tmp_path / "runs" / "one"), overwrite=False, resume=False)
+    assert asked == [tmp_path]
+
+
+def test_overwriting_removes_the_run_and_nothing_else(tmp_path):
+    finish(tmp_path)
+    write_checkpoint(tmp_path, 5)
+    for name in ("run.json", CURVES, "notes.txt"):
+        (tmp_path / name).touch()
+    config = override(Config(), {"lora.rank": 4})
+    open_output(tmp_path, RunReport(config, CPU, None), None, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "notes.txt"]
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_the_passport_is_written_whole_and_leaves_no_other_file(tmp_path):
+    write_passport(tmp_path, {"seed": 1, "command": "größer"})
+    assert json.loads((tmp_path / "run.json").read_text(encoding="utf-8")) == {"seed": 1, "command": "größer"}
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+# Checkpoints
+
+
+@pytest.fixture
+def interrupted(tmp_path):
+    """An output folder with the resolved config of a default run."""
+    (tmp_path / "config.yaml").write_text(Config().to_yaml())
+    return tmp_path
+
+
+def test_the_newest_checkpoint_is_the_one_with_the_most_steps(interrupted):
+    for step in (9, 10, 2):  # by name, 9 would be the last
+        write_checkpoint(interrupted, step)
+    assert find_checkpoint(interrupted, Config(), "").name == "checkpoint-10"
+
+
+def test_an_incomplete_checkpoint_is_passed_over(interrupted):
+    write_checkpoint(interrupted, 9)
+    write_checkpoint(interrupted, 10, complete=False)
+    without_weights = write_checkpoint(interrupted, 11)
+    (without_weights / "adapter_model.safetensors").unlink()
+    assert find_checkpoint(interrupted, Config(), "").name == "checkpoint-9"
+
+
+def test_the_checkpoint_named_is_taken(interrupted):
+    wanted = write_checkpoint(interrupted, 9)
+    write_checkpoint(interrupted, 10)
+    assert find_checkpoint(interrupted, Config(), str(wanted)) == wanted
+
+
+@pytest.mark.parametrize("wanted", ["", "nowhere/checkpoint-5"])
+def test_without_a_complete_checkpoint_there_is_one_problem(interrupted, wanted):
+    write_checkpoint(interrupted, 10, complete=False)
+    with pytest.raises(
+        UserError, match=r"--resume: no checkpoint in .*(checkpoints|nowhere/checkpoint-5); start without --resume"
+    ):
+        find_checkpoint(interrupted, Config(), wanted)
+
+
+def test_a_changed_run_is_not_resumed_and_each_changed_key_is_named(interrupted):
+    write_checkpoint(interrupted, 10)
+    changed = {"lora.rank": 8, "data.max_length": 64, "training.learning_rate": 1e-4, "training.seed": 7}
+    allowed = {"training.num_epochs": 5, "performance.micro_batch": 4, "generation.top_k": 1}
+    with pytest.raises(UserError) as caught:
+        find_checkpoint(interrupted, override(Config(), changed | allowed), "")
+    assert {problem.partition(":")[0] for problem in caught.value.problems} == set(changed)
+    assert any("lora.rank: 8: the run to resume has 16" in problem for problem in caught.value.problems)
+
+
+def test_what_decides_nothing_may_change_when_resuming(interrupted):
+    checkpoint = write_checkpoint(interrupted, 10)
+    changes = {"training.max_steps": 50, "training.save_steps": 5, "training.output_dir": "elsewhere", "generation.top_k": 1}
+    assert find_checkpoint(interrupted, override(Config(), changes), "") == checkpoint

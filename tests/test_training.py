@@ -1,0 +1,413 @@
+"""The Trainer's overrides and callbacks: real steps with the embedded model, in this process."""
+
+import json
+import math
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import TrainerCallback
+
+import train_qlora
+from qlora_kit import progress
+from qlora_kit.checkpoint import save_adapter
+from qlora_kit.cli import Failed
+from qlora_kit.config import load_config
+from qlora_kit.dataset import Blocks
+from qlora_kit.device import look_at_machine
+from qlora_kit.perplexity import Perplexity
+from qlora_kit.progress import SpeedMeter
+from qlora_kit.report import RunReport, read_metrics
+from qlora_kit.training import StopCallback, as_metrics, build_trainer, recorded_base, total_steps, training_arguments
+
+T = 16  # block length
+
+
+@dataclass(frozen=True)
+class MaskedBlocks(Blocks):
+    """The labels of row n are masked up to position `masked[n]`."""
+
+    masked: tuple[int, ...] = ()
+
+    def __getitem__(self, index):
+        row = super().__getitem__(index)
+        labels = row["labels"].clone()
+        labels[: (self.masked or [0] * len(self))[index]] = -100
+        return row | {"labels": labels}
+
+
+def random_rows(count: int, masked: tuple[int, ...] = ()) -> MaskedBlocks:
+    ids = np.random.default_rng(7).integers(0, 6000, (count, T), dtype="int32")
+    return MaskedBlocks(ids, documents=1, join_rule="", tail_tokens=0, masked=masked)
+
+
+@pytest.fixture
+def make_config(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(root)
+
+    def make(**changed):
+        overrides = {
+            "data.max_length": T, "lora.rank": 4, "lora.dropout": 0.0, "training.batch_size": 1,
+            "training.gradient_accumulation_steps": 4, "training.lr_scheduler": "constant", "training.warmup_ratio": 0.0,
+            "training.logging_steps": 1, "training.output_dir": str(tmp_path / "out"), "training.max_steps": 2,
+        }  # fmt: skip
+        return load_config(root / "configs" / "tiny.yaml", overrides | {k.replace("__", "."): v for k, v in changed.items()})
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(make_config):
+    def make(train=None, **changed):
+        config = make_config(**changed)
+        report = RunReport(config, look_at_machine(config, None), None)
+        model, make.tokenizer = train_qlora.load_adapted_model(config, report)
+        folder = make.folder = Path(config.training.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        report.log.open(folder, None)
+        return build_trainer(model, train or random_rows(8), None, report)
+
+    return make
+
+
+class Spy(TrainerCallback):
+    """The gradients of each optimizer step as the optimizer sees them."""
+
+    def __init__(self):
+        self.gradients = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **rest):
+        named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.gradients.append({name: parameter.grad.clone() for name, parameter in named.items()})
+
+
+class At(TrainerCallback):
+    """Calls `act(model)` at the beginning of one step, counted from 1."""
+
+    def __init__(self, step, act):
+        self.step, self.act = step, act
+
+    def on_step_begin(self, args, state, control, model=None, **rest):
+        if state.global_step + 1 == self.step:
+            self.act(model)
+
+
+# --- settings -> TrainingArguments --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("blocks, changed, steps", [
+    (10, {"training__num_epochs": 2}, 6),  # 10 blocks in fours: 3 steps an epoch, the last one short
+    (10, {"training__num_epochs": 0.5}, 2),  # half of 3, rounded up
+    (8, {"training__num_epochs": 3}, 6),
+    (8, {"training__num_epochs": 3, "performance__micro_batch": 4}, 6),  # however the 4 are divided
+    (10, {"training__num_epochs": 2, "training__max_steps": 5}, 5),
+])  # fmt: skip
+def test_total_steps(make_config, blocks, changed, steps):
+    assert total_steps(make_config(**{"training__max_steps": None} | changed), blocks) == steps
+
+
+def test_total_steps_is_what_the_trainer_takes(make_trainer):
+    trainer = make_trainer(random_rows(10), training__max_steps=None, training__num_epochs=0.5)
+    trainer.train()
+    assert trainer.state.global_step == 2 == total_steps(trainer.progress.report.config, 10)
+
+
+def arguments(config, steps=100, evaluate=True, dtype=torch.float32):
+    return training_arguments(config, "cpu", dtype, steps, evaluate)
+
+
+def test_a_micro_batch_divides_the_effective_batch_and_leaves_it_as_it_is(make_config):
+    plain = arguments(make_config(training__batch_size=2, training__gradient_accumulation_steps=6))
+    assert (plain.per_device_train_batch_size, plain.gradient_accumulation_steps) == (2, 6)
+    split = arguments(make_config(training__batch_size=2, training__gradient_accumulation_steps=6, performance__micro_batch=4))
+    assert (split.per_device_train_batch_size, split.gradient_accumulation_steps) == (4, 3)
+    assert split.per_device_eval_batch_size == 4  # evaluation fits where training does
+
+
+@pytest.mark.parametrize("ratio, steps, warmup", [(0.03, 100, 3), (0.03, 10, 1), (0.0, 100, 0), (0.5, 7, 4)])
+def test_warm_up_is_a_share_of_all_steps_rounded_up(make_config, ratio, steps, warmup):
+    assert arguments(make_config(training__warmup_ratio=ratio), steps).warmup_steps == warmup
+
+
+def test_settings_reach_the_trainer(make_config, tmp_path):
+    made = arguments(
+        make_config(
+            training__learning_rate=3e-4, training__lr_scheduler="cosine", training__weight_decay=0.01,
+            training__max_grad_norm=0.5, training__optim="adamw_8bit", training__logging_steps=7, training__eval_steps=9,
+            training__save_steps=18, training__save_total_limit=3, training__seed=5, training__max_steps=None,
+            training__num_epochs=1.5,
+        )
+    )  # fmt: skip
+    assert made.output_dir == str(tmp_path / "out" / "checkpoints")
+    assert (made.learning_rate, made.lr_scheduler_type, made.weight_decay, made.max_grad_norm) == (3e-4, "cosine", 0.01, 0.5)
+    assert (made.optim, made.logging_steps, made.eval_steps, made.save_steps) == ("adamw_8bit", 7, 9, 18)
+    assert (made.save_total_limit, made.seed, made.max_steps, made.num_train_epochs) == (3, 5, -1, 1.5)
+    assert made.eval_strategy == "steps" and not made.load_best_model_at_end
+
+
+def test_a_diverged_loss_is_not_filtered_and_precision_is_left_to_autocast(make_config):
+    made = arguments(make_config(), dtype=torch.bfloat16)
+    assert made.logging_nan_inf_filter is False
+    assert made.fp16 is False and made.bf16 is False
+
+
+def test_without_evaluation_data_none_is_planned(make_config):
+    assert arguments(make_config(), evaluate=False).eval_strategy == "no"
+
+
+def test_early_stopping_keeps_the_best_checkpoint(make_config):
+    made = arguments(make_config(training__early_stopping_patience=2, training__eval_steps=5, training__save_steps=5))
+    assert made.load_best_model_at_end and made.metric_for_best_model == "eval_loss" and made.greater_is_better is False
+
+
+# --- steps --------------------------------------------------------------------------------------------------------------
+
+
+def test_accumulation_weights_every_token_alike(make_trainer):
+    """Rows with 15, 3, 15 and 8 predicted tokens: a mean of the rows' means would be another loss and another gradient."""
+    rows, spies, losses = random_rows(4, masked=(0, 13, 0, 8)), {}, {}
+    rows.ids[1] = 300  # the same token throughout: easily predicted
+    ids, labels = (torch.stack([rows[n][key] for n in range(4)]) for key in ("input_ids", "labels"))
+    for micro in (1, 4):
+        trainer = make_trainer(rows, performance__micro_batch=micro, training__max_grad_norm=0, training__max_steps=1)
+        for name, parameter in trainer.adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.data.fill_(1e-3)  # non-zero, so that A gets a gradient
+        with torch.no_grad():
+            logits = trainer.adapted.eval()(ids).logits[:, :-1].float()
+        spies[micro] = Spy()
+        trainer.add_callback(spies[micro])
+        trainer.train()
+        losses[micro] = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    by_hand = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    means = [F.cross_entropy(logits[n], labels[n, 1:], ignore_index=-100) for n in range(4)]
+    assert abs(by_hand - sum(means) / 4) > 0.05  # else this test could not tell the two apart
+    assert losses[1] == pytest.approx(losses[4], rel=1e-5)
+    assert losses[1] == pytest.approx(by_hand.item(), rel=1e-5)
+    torch.testing.assert_close(spies[1].gradients[0], spies[4].gradients[0], rtol=1e-3, atol=1e-6)
+    assert all(gradient.abs().max() > 1e-5 for gradient in spies[1].gradients[0].values())
+
+
+def test_the_seed_decides_every_byte_of_the_adapter(make_trainer, tmp_path):
+    files = {}
+    for run, seed in (("first", 1), ("again", 1), ("other", 2)):
+        trainer = make_trainer(training__seed=seed, lora__dropout=0.1, training__output_dir=str(tmp_path / run))
+        trainer.train()
+        save_adapter(trainer.adapted, make_trainer.tokenizer, make_trainer.folder)
+        files[run] = (make_trainer.folder / "adapter_model.safetensors").read_bytes()
+    assert files["first"] == files["again"]
+    assert files["first"] != files["other"]
+
+
+def test_the_seed_decides_where_a_starts(make_trainer):
+    starts = []
+    for seed in (1, 1, 2):
+        adapted = make_trainer(training__seed=seed).adapted
+        starts.append(torch.cat([value.flatten() for name, value in adapted.named_parameters() if "lora_A" in name]))
+    assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
+
+
+def test_the_base_model_is_not_changed_by_training(make_trainer):
+    trainer = make_trainer()
+    frozen = {name: value.clone() for name, value in trainer.adapted.named_parameters() if not value.requires_grad}
+    trained = {name: value.clone() for name, value in trainer.adapted.named_parameters() if value.requires_grad}
+    trainer.train()
+    after = dict(trainer.adapted.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in frozen.items())
+    assert all(not torch.equal(after[name], value) for name, value in trained.items())
+
+
+def test_a_checkpoint_is_the_adapter_alone_with_what_resuming_needs(make_trainer):
+    trainer = make_trainer()
+    trainer.train()
+    files = {path.name: path.stat().st_size for path in (make_trainer.folder / "checkpoints" / "checkpoint-2").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "rng_state.pth", "trainer_state.json"} <= set(
+        files
+    )
+    assert "training_args.bin" not in files  # a pickle
+    trained = sum(parameter.numel() for parameter in trainer.adapted.parameters() if parameter.requires_grad)
+    assert files["adapter_model.safetensors"] < 4 * trained + 20_000  # fp32 and a header, no base weights
+
+
+def test_evaluation_measures_perplexity_and_leaves_training_mode_on(make_trainer):
+    trainer = make_trainer()
+    trainer.eval_dataset = random_rows(3)
+    ids = torch.from_numpy(trainer.eval_dataset.ids.astype("int64"))
+    trainer.adapted.train()
+    result = trainer.measure()
+    assert trainer.adapted.training
+    with torch.no_grad():
+        logits = trainer.adapted.eval()(ids).logits[:, :-1].float()
+    expected = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
+    assert result.loss == pytest.approx(expected, rel=1e-4)
+    assert result.perplexity == pytest.approx(math.exp(expected), rel=1e-3)
+    assert (result.tokens, result.blocks) == (3 * (T - 1), 3)
+
+
+# --- callbacks ----------------------------------------------------------------------------------------------------------
+
+
+def poison(model) -> None:
+    next(parameter for name, parameter in model.named_parameters() if "lora_B" in name).data.fill_(math.nan)
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_and_names_the_step(make_trainer):
+    trainer = make_trainer(training__max_steps=4)
+    trainer.add_callback(At(2, poison))
+    with pytest.raises(Failed, match="nan at step 2") as failure:
+        trainer.train()
+    assert "--learning_rate" in str(failure.value) and "0.002" in str(failure.value)
+    assert trainer.state.global_step == 2
+
+
+def test_a_loss_that_fails_between_two_log_lines_is_found_too(make_trainer):
+    """Steps after the last logged one would otherwise put NaN weights into the adapter."""
+    trainer = make_trainer(training__max_steps=3, training__logging_steps=10)
+    trainer.add_callback(At(3, poison))
+    with pytest.raises(Failed, match="nan at step 3"):
+        trainer.train()
+
+
+@pytest.fixture
+def signals_restored():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield before
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_it_and_stops(make_trainer, signals_restored, number):
+    trainer = make_trainer(training__max_steps=5)
+    trainer.add_callback(At(2, lambda model: os.kill(os.getpid(), number)))
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert trainer.stopping.signal == number
+    assert [path.name for path in (make_trainer.folder / "checkpoints").iterdir()] == ["checkpoint-2"]
+    assert {name: signal.getsignal(name) for name in signals_restored} == signals_restored
+
+
+def test_a_signal_in_the_last_step_still_leaves_a_checkpoint(make_trainer, signals_restored):
+    trainer = make_trainer()
+    trainer.add_callback(At(2, lambda model: os.kill(os.getpid(), signal.SIGTERM)))
+    trainer.train()
+    assert (make_trainer.folder / "checkpoints" / "checkpoint-2" / "optimizer.pt").is_file()
+
+
+def test_a_second_signal_stops_at_once(make_trainer, signals_restored):
+    trainer = make_trainer()
+
+    def twice(model):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    trainer.add_callback(At(1, twice))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_stop_callback_without_a_signal_stops_nothing():
+    class Control:
+        should_save = should_training_stop = False
+
+    control = Control()
+    StopCallback().on_step_end(None, None, control)
+    assert not control.should_save and not control.should_training_stop
+
+
+# --- speed --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    class Clock:
+        now = 100.0
+
+        def perf_counter(self):
+            return self.now
+
+    fake = Clock()
+    monkeypatch.setattr(progress, "time", fake)
+    return fake
+
+
+def test_speed_counts_steps_since_the_last_reading(clock):
+    meter = SpeedMeter()
+    for _ in range(4):
+        clock.now += 0.5
+        meter.step_done()
+    assert meter.steps_per_second() == pytest.approx(2.0)
+    clock.now += 0.25
+    meter.step_done()
+    assert meter.steps_per_second() == pytest.approx(4.0)
+
+
+def test_speed_leaves_out_evaluations_and_saves(clock):
+    meter = SpeedMeter()
+    clock.now += 1
+    meter.step_done()
+    clock.now += 30  # an evaluation and, right after it, a save
+    meter.pause()
+    clock.now += 5
+    meter.pause()
+    meter.resume()
+    clock.now += 1
+    meter.step_done()
+    assert meter.steps_per_second() == pytest.approx(1.0)  # 2 steps in 2 s, not in 37 s
+
+
+def test_speed_leaves_out_an_evaluation_before_any_step_of_a_new_reading(clock):
+    meter = SpeedMeter()
+    clock.now += 1
+    meter.step_done()
+    meter.steps_per_second()
+    clock.now += 50
+    meter.pause()
+    meter.resume()
+    clock.now += 2
+    meter.step_done()
+    assert meter.steps_per_second() == pytest.approx(0.5)
+
+
+def test_remaining_time_is_read_off_the_last_speed(clock):
+    meter = SpeedMeter()
+    clock.now += 8
+    meter.step_done()
+    meter.step_done()
+    meter.steps_per_second()  # 4 s a step
+    assert meter.remaining(1000) == "1:06:40"
+    assert meter.remaining(1) == "0:00:04"
+
+
+# --- the base model's perplexity in an interrupted run ------------------------------------------------------------------
+
+
+def test_the_base_models_perplexity_survives_metrics_jsonl():
+    base, later = Perplexity(2.5, 12.18, 0.4, 510, 2), Perplexity(2.0, 7.39, 0.2, 510, 2)
+    lines = [
+        json.dumps({"step": 0, "epoch": 0.0, **as_metrics(base)}),
+        json.dumps({"step": 1, "epoch": 0.1, "loss": 2.4}),
+        json.dumps({"step": 5, "epoch": 0.5, **as_metrics(later)}),
+    ]
+    assert recorded_base([json.loads(line) for line in lines]) == base
+
+
+def test_a_run_without_evaluation_recorded_no_base_perplexity():
+    assert recorded_base([{"step": 1, "epoch": 0.1, "loss": 2.4}]) is None
+    assert recorded_base([]) is None
+
+
+def test_every_logged_step_reaches_metrics_jsonl_once(make_trainer):
+    trainer = make_trainer(training__max_steps=3)
+    trainer.train()
+    metrics = read_metrics(make_trainer.folder)
+    assert [entry["step"] for entry in metrics] == [1, 2, 3]
+    for entry in metrics:
+        assert set(entry) == {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_gib"}
+        assert entry["learning_rate"] == 2e-3 and entry["tokens_per_second"] > 0
