@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit.cli import Failed
 from qlora_kit.config import UserError, load_config
 from qlora_kit.dataset import separator_id, tokenizer_fingerprint
 from qlora_kit.hub import is_local, read_json
@@ -112,7 +113,13 @@ def open_output(folder: Path, report: RunReport, checkpoint: Path | None, overwr
 
 
 def save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-    """Write the PEFT adapter and the tokenizer beside their place, then move them in, the weights last."""
+    """Write the PEFT adapter and the tokenizer beside their place, then move them in, the weights last.
+
+    Raises:
+        Failed: the last update made the adapter infinite or NaN.
+    """
+    if not all(parameter.isfinite().all() for parameter in model.parameters() if parameter.requires_grad):
+        raise Failed("the adapter holds values that are no numbers, so it was not written: try a lower --learning_rate")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
         # Without save_embedding_layers=False peft asks the Hub for the base model's vocabulary.
         model.save_pretrained(staging, save_embedding_layers=False)

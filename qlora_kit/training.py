@@ -117,7 +117,7 @@ def recorded_base(metrics: list[dict[str, Any]]) -> Perplexity | None:
 def build_trainer(model: Any, train: Blocks, evaluation: Blocks | None, report: RunReport) -> QLoraTrainer:
     config, device = report.config, report.machine.device
     progress = ProgressCallback(report, train.tokens / steps_per_epoch(config, len(train)))
-    callbacks: list[TrainerCallback] = [progress, FiniteLossCallback()]
+    callbacks: list[TrainerCallback] = [FiniteLossCallback(), progress]  # in this order: no NaN reaches the files
     if config.training.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(config.training.early_stopping_patience))
     steps = total_steps(config, len(train))
