@@ -46,6 +46,18 @@ def read_adapter(name: str) -> AdapterSource:
     Raises:
         UserError: no such folder, no adapter in it, or a file that cannot be read.
     """
+    folder = _adapter_folder(name)
+    key = f"--adapter {name}"
+    settings = load_config(folder / CONFIG) if (folder / CONFIG).is_file() else Config()
+    if (folder / PASSPORT).is_file():
+        return _by_passport(folder, read_json(folder / PASSPORT, key), settings, key)
+    base = read_json(folder / ADAPTER_FILES[1], key).get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{key}: its adapter_config.json names no base model; add base_model_name_or_path")
+    return AdapterSource(folder, ModelConfig(name=base), settings.quantization, settings, None, complete=False)
+
+
+def _adapter_folder(name: str) -> Path:
     folder = Path(name).expanduser()
     key = f"--adapter {name}"
     if not folder.is_dir():
@@ -59,13 +71,10 @@ def read_adapter(name: str) -> AdapterSource:
             else "name a folder that train_qlora.py finished"
         )
         raise UserError(f"{key}: no adapter there ({missing[0]} not found); {hint}")
-    settings = load_config(folder / CONFIG) if (folder / CONFIG).is_file() else Config()
-    if not (folder / PASSPORT).is_file():
-        base = read_json(folder / ADAPTER_FILES[1], key).get("base_model_name_or_path")
-        if not base:
-            raise UserError(f"{key}: its adapter_config.json names no base model; add base_model_name_or_path")
-        return AdapterSource(folder, ModelConfig(name=base), settings.quantization, settings, None, complete=False)
-    passport = read_json(folder / PASSPORT, key)
+    return folder
+
+
+def _by_passport(folder: Path, passport: dict[str, Any], settings: Config, key: str) -> AdapterSource:
     try:
         base = passport["base_model"]
         name = base["name"] if not base["folder"] or Path(base["name"]).is_dir() else base["folder"]
@@ -77,8 +86,11 @@ def read_adapter(name: str) -> AdapterSource:
             separator_id=passport["separator_id"],
             complete=True,
         )
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{key}: its run.json lacks {error}; copy it again, or delete it to load a plain PEFT adapter") from None
+    except (KeyError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{key}: its run.json is damaged ({reason}); copy it again, or delete it to load a plain adapter"
+        ) from None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from qlora_kit.memory import KNOWN_CONFIGS
 from qlora_kit.settings import ModelConfig
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # no pickles, no code
+FILE_SUFFIXES = (".txt", ".md", ".text", ".rst", ".json", ".jsonl", ".csv", ".parquet")  # what sources.py reads
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
 
@@ -34,7 +35,8 @@ def go_offline_if_unreachable(timeout_seconds: float = 5.0) -> None:
 
 def is_local(name: str) -> bool:
     """Whether a model or data set name is a path: it exists, or no Hub name is written like it."""
-    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    written_out = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    return Path(name).exists() or written_out or name.lower().endswith(FILE_SUFFIXES)
 
 
 def read_model_config(model: ModelConfig) -> dict[str, Any]:

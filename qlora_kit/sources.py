@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.config import UserError
-from qlora_kit.hub import is_local
+from qlora_kit.hub import FILE_SUFFIXES, is_local
 from qlora_kit.settings import DataConfig
 
 TITLE = re.compile(r"^ = [^=](.*[^=])? = $")  # ` = Title = `, and not ` = = Section = = `
-TEXT_SUFFIXES = (".txt", ".md", ".text", ".rst")
-TABLE_SUFFIXES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+TABLE_SUFFIXES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}  # the other kinds are text
 WIKITEXT_2_TOKENS = 2_400_000  # training split, Qwen2.5 tokenizer, rounded: used to estimate a run's length only
 
 
@@ -36,7 +35,7 @@ def check_source(data: DataConfig) -> None:
     elif is_local(data.dataset) and isinstance(data.eval_split, str) and data.eval_split != data.train_split:
         raise UserError(
             f"data.eval_split: {data.eval_split}: a local source has no named splits; "
-            "use a fraction such as 0.1, another file, or null"
+            "hold out a share (--set data.eval_split=0.1), name another file, or null for no evaluation"
         )
 
 
@@ -52,11 +51,9 @@ def source_files(name: str, key: str = "data.dataset") -> list[Path]:
         raise UserError(f"{key}: {name}: no such file or folder; name a text file, or a Hub data set such as Salesforce/wikitext")
     if path.is_file():
         return [path]
-    files = sorted(
-        file for file in path.rglob("*") if file.suffix.lower() in (*TEXT_SUFFIXES, *TABLE_SUFFIXES) and file.is_file()
-    )
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in FILE_SUFFIXES and file.is_file())
     if not files:
-        raise UserError(f"{key}: {name}: the folder holds no {' '.join((*TEXT_SUFFIXES, *TABLE_SUFFIXES))} file; add one")
+        raise UserError(f"{key}: {name}: the folder holds no {' '.join(FILE_SUFFIXES)} file; add one")
     return files
 
 
@@ -70,8 +67,8 @@ def _check_file(path: Path, key: str) -> None:
         raise UserError(f"{key}: {path}: the file is empty; put text into it, or name another")
     if path.suffix.lower() in TABLE_SUFFIXES:
         return
-    if path.suffix.lower() not in TEXT_SUFFIXES:
-        kinds = " ".join((*TEXT_SUFFIXES, *TABLE_SUFFIXES))
+    if path.suffix.lower() not in FILE_SUFFIXES:
+        kinds = " ".join(FILE_SUFFIXES)
         raise UserError(
             f"{key}: {path}: not a kind of file that is read ({kinds}); convert it, or rename it to .txt if it is text"
         )

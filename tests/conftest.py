@@ -29,3 +29,27 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def tiny_dir() -> Path:
     return TINY
+
+
+@pytest.fixture(scope="session")
+def other_models(tmp_path_factory) -> dict[str, Path]:
+    """Folders of small random models that are not Qwen2: a Llama with a head of its own, and a GPT-2 with Conv1D layers."""
+    import torch
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    special = {"bos_token_id": 6141, "eos_token_id": 6143, "vocab_size": 6144}
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=128, tie_word_embeddings=False, **special,
+        )
+    )  # fmt: skip
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=128, **special))
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    folders = {}
+    for name, model in (("llama", llama), ("gpt2", gpt2)):
+        folders[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folders[name])
+        tokenizer.save_pretrained(folders[name])
+    return folders

@@ -17,10 +17,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 
 import inference_example
@@ -197,26 +193,6 @@ def test_without_4_bit_and_without_evaluation(tmp_path, capsys):
           "training.gradient_checkpointing=true", "--output_dir", str(tmp_path / "out"))  # fmt: skip
     assert json.loads((tmp_path / "out" / "run.json").read_text())["perplexity"] is None
     assert "16-bit" in capsys.readouterr().err
-
-
-@pytest.fixture(scope="module")
-def other_models(tiny_dir, tmp_path_factory) -> dict[str, Path]:
-    torch.manual_seed(0)
-    special = {"bos_token_id": 6141, "eos_token_id": 6143, "vocab_size": 6144}
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            max_position_embeddings=128, tie_word_embeddings=False, **special,
-        )
-    )  # fmt: skip
-    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=128, **special))
-    tokenizer = AutoTokenizer.from_pretrained(tiny_dir)
-    folders = {}
-    for name, model in (("llama", llama), ("gpt2", gpt2)):
-        folders[name] = tmp_path_factory.mktemp(name)
-        model.save_pretrained(folders[name])
-        tokenizer.save_pretrained(folders[name])
-    return folders
 
 
 @pytest.mark.parametrize("name, targets, tensors", [

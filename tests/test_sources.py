@@ -235,7 +235,7 @@ def test_a_local_source_needs_no_split(write, eval_split):
 
 
 def test_a_local_source_has_no_named_split(write):
-    with pytest.raises(UserError, match=r"data\.eval_split: validation: .*no named splits; use a fraction"):
+    with pytest.raises(UserError, match=r"data\.eval_split: validation: .*no named splits; .*eval_split=0\.1"):
         check_source(data_config(write("a.txt", "text"), eval_split="validation"))
 
 
@@ -309,3 +309,9 @@ def test_hub_data_set_is_read_from_the_cache_without_a_network(tmp_path, root):
     documents, rule = ast.literal_eval(done.stdout)
     assert documents == ["\n = Title 1 = \n\n Its text . \n", " = Other = \n More . \n"]
     assert "' = Title = '" in rule
+
+
+@pytest.mark.parametrize("name", ["typo.txt", "my_data.jsonl", "notes.md"])
+def test_missing_file_without_a_folder_is_not_taken_for_a_hub_name(name):
+    with pytest.raises(UserError, match=f"data.dataset: {name}: no such file"):
+        check_source(DataConfig(dataset=name, eval_split=0.1))
