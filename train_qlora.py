@@ -140,6 +140,7 @@ def load_adapted_model(config: Config, report: RunReport) -> tuple["PeftModel", 
     """The base model in 4 bits with fresh LoRA matrices beside its projections."""
     from transformers import set_seed
 
+    from qlora_kit.fast.lora import count_lora_layers, fuse
     from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
 
     quantization, lora, machine = config.quantization, config.lora, report.machine
@@ -162,6 +163,8 @@ def load_adapted_model(config: Config, report: RunReport) -> tuple["PeftModel", 
         create_lora_config(lora.rank, lora.alpha, lora.dropout, lora.target_modules),
         use_gradient_checkpointing=machine.device == "cuda" if recompute == "auto" else bool(recompute),
     )
+    if config.performance.fused_lora and quantization.load_in_4bit:
+        report.describe_fusion(fuse(adapted), count_lora_layers(adapted))
     report.describe_model(*adapted.get_nb_trainable_parameters())  # counts a packed byte as the two weights that it holds
     return adapted, tokenizer
 

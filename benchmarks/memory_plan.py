@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STEPS = 4
 CASES: dict[str, list[str]] = {
     "config.yaml": [],
+    "no CUDA graph": ["--set", "performance.cuda_graphs=false"],
     "micro-batch 4": ["--set", "performance.micro_batch=4"],
     "no recomputation": ["--set", "training.gradient_checkpointing=false"],
     "rank 64": ["--rank", "64"],

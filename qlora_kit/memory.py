@@ -117,28 +117,34 @@ def estimate_memory(shape: ModelShape, config: Config) -> dict[str, float]:
     adapters = shape.lora_parameters(config.lora.rank, config.lora.target_modules)
     optimizer_bytes = 2 if "8bit" in config.training.optim else 8  # two moments per parameter
     tokens = config.micro_batch * config.data.max_length
+    layer = tokens * _layer_bytes(shape)
+    loss = min(tokens, CHUNK_ROWS) * shape.vocabulary * LOSS_BYTES
+    layer_inputs = tokens * 2.0 * shape.layers * shape.hidden
+    recompute = config.training.gradient_checkpointing is not False
     return {
         "projection weights": weight_bytes * shape.projection_parameters(),
         "embedding and norms": 2.0 * (shape.embedding_parameters() + shape.other_parameters()),
         "adapters (fp32)": 4.0 * adapters,
         "gradients (fp32)": 4.0 * adapters,
         "optimizer state": float(optimizer_bytes * adapters),
-        "activations": tokens * _activation_bytes(shape, config.training.gradient_checkpointing is not False),
-        "logits and loss": tokens * shape.vocabulary * LOSS_BYTES,
+        # The loss is done with its logits before the backward pass recomputes the first layer: the larger of the two counts.
+        "activations": layer_inputs if recompute else layer * shape.layers,
+        "loss or a layer": max(loss, layer) if recompute else loss,
         "libraries": LIBRARIES_BYTES,
     }
 
 
+# Tokens whose logits exist at a time (fast/loss.py): 74 MiB in fp32 at a vocabulary of 151,936.
+CHUNK_ROWS = 128
+# Per token of a chunk and vocabulary entry: fp32, and bf16 before (logits) or after (softmax).
+LOSS_BYTES = 4 + 2
 # cuBLAS workspaces and the allocator's rounding: what the parts leave of the measured peak (benchmarks/README.md).
 LIBRARIES_BYTES = 0.1 * GIB
-# Per token and vocabulary entry at the peak of the loss: bf16 logits, their fp32 copy, its log-softmax, and the gradient.
-LOSS_BYTES = 2 + 4 + 4 + 4
 
 
-def _activation_bytes(shape: ModelShape, recompute: bool) -> float:
-    """Bytes per token kept for the backward pass: every layer's inner tensors, or one layer's plus every layer's input."""
+def _layer_bytes(shape: ModelShape) -> float:
+    """Bytes per token that one decoder layer keeps for its backward pass."""
     query, key_value = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
     # bf16: norm inputs and outputs, q k v and their rotated forms, attention output; gate, its activation, up, their product,
     # and that product after LoRA's dropout
-    layer = 2.0 * (6 * shape.hidden + 4 * query + 4 * key_value + 5 * shape.mlp)
-    return layer + 2.0 * shape.layers * shape.hidden if recompute else layer * shape.layers
+    return 2.0 * (6 * shape.hidden + 4 * query + 4 * key_value + 5 * shape.mlp)

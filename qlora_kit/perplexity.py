@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+
+from qlora_kit.fast.loss import IGNORED, token_losses
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,9 @@ def measure_perplexity(
         ids = torch.stack([row["input_ids"] for row in rows]).to(device)  # (B, T)
         labels = torch.stack([row["labels"] for row in rows]).to(device)
         with autocast or nullcontext():
-            logits = model(input_ids=ids, use_cache=False).logits  # (B, T, V)
-        for row_logits, row_labels in zip(logits, labels, strict=True):  # one row at a time: the fp32 copy is the largest tensor
-            targets = row_labels[1:]
-            sums.append(F.cross_entropy(row_logits[:-1].float(), targets, reduction="sum", ignore_index=-100).item())
-            counts.append(int((targets != -100).sum()))
-        del logits
+            losses = token_losses(model, ids, labels)  # (B, T - 1)
+        sums += losses.double().sum(1).tolist()
+        counts += (labels[:, 1:] != IGNORED).sum(1).tolist()
         on_batch(len(counts))
     model.train(was_training)
     return from_block_losses(sums, counts)

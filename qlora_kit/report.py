@@ -97,6 +97,14 @@ class RunReport:
             f"of {total:,} ({100 * trainable / total:.2f} %)"
         )
 
+    def describe_fusion(self, fused: int, layers: int) -> None:
+        if fused < layers:
+            self.log.line(f"Fused LoRA: {fused} of {layers} layers; the others take peft's own path")
+
+    def describe_graph(self, reason: str | None) -> None:
+        if self.machine.device == "cuda":
+            self.log.line(f"CUDA graph of the micro-step: {'no: ' + reason if reason else 'yes'}")
+
     def describe_data(self, train: "Blocks", evaluation: "Blocks | None") -> None:
         config = self.config
         steps = math.ceil(len(train) / config.effective_batch)

@@ -131,6 +131,8 @@ class TrainingConfig(Section):
 
 class PerformanceConfig(Section):
     micro_batch: Annotated[int | str, BeforeValidator(_micro_batch)] = "auto"
+    fused_lora: bool = True
+    cuda_graphs: bool = True
     vram_limit_gib: Positive | None = None
 
 

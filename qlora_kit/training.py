@@ -1,7 +1,7 @@
 """The Hugging Face Trainer with the few overrides that this project needs, and its callbacks.
 
-Overridden: autocast (so that logits are not copied to fp32 by accelerate), evaluation (token-weighted perplexity with its
-standard error) and resuming a run that is through. Everything else (schedule, clipping, accumulation, saving) is the library's.
+Overridden: the loss (token-weighted over the optimizer step, without full logits), autocast, evaluation (perplexity with its
+standard error), and resuming a run that is through. Everything else (schedule, clipping, accumulation, saving) is the library's.
 """
 
 import math
@@ -26,6 +26,8 @@ from transformers import (
 from qlora_kit.checkpoint import CHECKPOINTS
 from qlora_kit.cli import Failed
 from qlora_kit.dataset import Blocks
+from qlora_kit.fast.graph import GraphedMicroStep, why_not_graphed
+from qlora_kit.fast.loss import IGNORED, token_losses
 from qlora_kit.perplexity import Perplexity, measure_perplexity
 from qlora_kit.progress import ProgressCallback
 from qlora_kit.report import RunReport
@@ -38,6 +40,9 @@ class QLoraTrainer(Trainer):
     def __init__(self, *, steps: int, compute_dtype: torch.dtype, progress: "ProgressCallback", **rest: Any):
         super().__init__(**rest)
         self.steps = steps  # of the whole run
+        self.graphed: GraphedMicroStep | None = None
+        self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole step
+        self.model_accepts_loss_kwargs = True  # the same, for transformers before it knew the line above
         self.adapted = rest["model"]
         self.compute_dtype = compute_dtype
         self.progress = progress
@@ -51,6 +56,28 @@ class QLoraTrainer(Trainer):
 
     def compute_loss_context_manager(self) -> AbstractContextManager:  # type: ignore[override]
         return self.autocast()
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):  # type: ignore[override]
+        """The micro-batches of one optimizer step and the tokens they predict together, counted on the CPU: no sync."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[override]
+        """The micro-batch's share of the mean over all tokens of the optimizer step, so that 1 x 16 equals 16 x 1."""
+        return token_losses(self.adapted, inputs["input_ids"], inputs["labels"]).sum() / num_items_in_batch
+
+    def training_step(self, model, inputs, num_items_in_batch=None):  # type: ignore[override]
+        if self.graphed is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        if self.parameters_are_cleared():
+            self.graphed.begin_step(self.state.global_step)
+        return self.graphed(inputs["input_ids"], inputs["labels"], num_items_in_batch)
+
+    def parameters_are_cleared(self) -> bool:
+        """Whether this is the first micro-batch of an optimizer step: the Trainer drops the gradients after each step."""
+        return self.graphed is not None and self.graphed.parameters[0].grad is None
 
     def train(self, resume_from_checkpoint=None, **rest):  # type: ignore[override]
         checkpoint = resume_from_checkpoint
@@ -133,6 +160,11 @@ def build_trainer(model: Any, train: Blocks, evaluation: Blocks | None, report: 
         progress=progress,
     )
     trainer.remove_callback(PrinterCallback)  # prints a dict per logged step
+    if config.performance.cuda_graphs:
+        reason = why_not_graphed(model, device, report.machine.dtype)
+        if reason is None:
+            trainer.graphed = GraphedMicroStep(model, config.training.seed)
+        report.describe_graph(reason)
     return trainer
 
 

@@ -91,7 +91,7 @@ def test_memory_table_follows_from_the_shape():
         "embedding (tied with the head) and norms, bfloat16": parts["embedding and norms"],
         "adapters, gradients, optimizer state": sum(parts[k] for k in ("adapters (fp32)", "gradients (fp32)", "optimizer state")),
         "activations with recomputation": parts["activations"],
-        "logits and loss": parts["logits and loss"],
+        "loss, a chunk of logits at a time": parts["loss or a layer"],
         "libraries": parts["libraries"],
     }
     assert {name: float(value) for name, value in rows.items()} == {name: round(v / GIB, 2) for name, v in grouped.items()}

@@ -1,0 +1,124 @@
+"""The chunked loss against PyTorch's cross-entropy and the library's own loss."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from qlora_kit.fast.loss import ChunkedCrossEntropy, chunked_losses, decoder_and_head, token_losses
+from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
+
+
+def random_problem(dtype=torch.float64, rows=13, width=8, vocabulary=29):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, width, generator=generator, dtype=dtype).requires_grad_()
+    weight = torch.randn(vocabulary, width, generator=generator, dtype=dtype)
+    targets = torch.randint(vocabulary, (rows,), generator=generator)
+    targets[[0, 5]] = -100
+    return hidden, weight, targets
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 4, 13, 100])
+def test_losses_and_gradients_equal_pytorchs_whatever_the_chunk(chunk_rows):
+    hidden, weight, targets = random_problem(torch.float32)
+    upstream = torch.linspace(-1, 2, len(targets))  # any use of the losses, not only their mean
+    (chunked_losses(hidden, weight, targets, chunk_rows) * upstream).sum().backward()
+    gradient, hidden.grad = hidden.grad, None
+    expected = F.cross_entropy(F.linear(hidden, weight), targets, reduction="none", ignore_index=-100)
+    (expected * upstream).sum().backward()
+    torch.testing.assert_close(chunked_losses(hidden, weight, targets, chunk_rows), expected)
+    torch.testing.assert_close(gradient, hidden.grad)
+
+
+def test_ignored_targets_have_no_loss_and_no_gradient():
+    hidden, weight, targets = random_problem(torch.float32)
+    losses = chunked_losses(hidden, weight, targets)
+    losses.sum().backward()
+    assert losses[[0, 5]].tolist() == [0, 0] and hidden.grad[[0, 5]].abs().max() == 0
+    assert hidden.grad[1].abs().max() > 0
+
+
+def test_bf16_agrees_with_fp32_within_bf16_rounding():
+    hidden, weight, targets = random_problem(torch.float32, rows=64, width=32, vocabulary=500)
+    rounded = hidden.detach().bfloat16().requires_grad_()
+    chunked_losses(rounded, weight.bfloat16(), targets).sum().backward()
+    exact = rounded.detach().float().requires_grad_()
+    F.cross_entropy(F.linear(exact, weight.bfloat16().float()), targets, reduction="sum").backward()
+    relative = (rounded.grad.float() - exact.grad).norm() / exact.grad.norm()
+    assert relative < 2**-7  # bf16 keeps 8 bits
+
+
+def test_nothing_is_kept_for_a_backward_pass_without_gradient():
+    hidden, weight, targets = random_problem(torch.float32)
+    with torch.no_grad():
+        assert not chunked_losses(hidden, weight, targets).requires_grad
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny_dir):
+    model, _ = load_model_and_tokenizer(
+        str(tiny_dir), create_bnb_config(compute_dtype=torch.float32), device="cpu", dtype=torch.float32
+    )
+    model = prepare_model_for_training(model, create_lora_config(dropout=0.0), use_gradient_checkpointing=False)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+def lora_gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_a_quantized_model_trains_as_with_the_librarys_loss(adapted):
+    ids = torch.randint(6000, (2, 40), generator=torch.Generator().manual_seed(2))
+    labels = ids.clone()
+    labels[0, :7] = -100
+    count = (labels[:, 1:] != -100).sum()
+    library = adapted(input_ids=ids, labels=labels).loss
+    lean = token_losses(adapted, ids, labels).sum() / count
+    torch.testing.assert_close(lean, library)
+    expected, actual = lora_gradients(adapted, library), lora_gradients(adapted, lean)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_full_logits_are_never_made(adapted, monkeypatch):
+    """CHUNK_ROWS x vocabulary is the largest product with the head, in evaluation as in training."""
+    sizes = []
+    real = F.linear
+    monkeypatch.setattr(
+        F, "linear", lambda x, weight, *rest: sizes.append(x.numel() // x.shape[-1] * len(weight)) or real(x, weight, *rest)
+    )
+    ids = torch.randint(6000, (4, 200), generator=torch.Generator().manual_seed(2))  # 796 predicted tokens
+    token_losses(adapted, ids, ids)
+    with torch.no_grad():
+        token_losses(adapted, ids, ids)
+    assert max(sizes) == 128 * 6144
+
+
+def test_a_model_that_does_more_after_its_decoder_takes_the_librarys_logits(other_models):
+    from transformers import AutoModelForCausalLM
+
+    gpt2 = AutoModelForCausalLM.from_pretrained(other_models["gpt2"]).eval().requires_grad_(False)
+    llama = AutoModelForCausalLM.from_pretrained(other_models["llama"]).eval().requires_grad_(False)
+    assert decoder_and_head(gpt2) is None and decoder_and_head(llama) is not None
+    ids = torch.randint(6000, (2, 20), generator=torch.Generator().manual_seed(3))
+    for model in (gpt2, llama):
+        torch.testing.assert_close(token_losses(model, ids, ids).mean(), model(input_ids=ids, labels=ids).loss)
+
+
+def test_a_trained_head_is_left_to_autograd(other_models):
+    from transformers import AutoModelForCausalLM
+
+    assert decoder_and_head(AutoModelForCausalLM.from_pretrained(other_models["llama"])) is None  # its head requires grad
+
+
+def test_gradcheck_in_fp64():
+    hidden, weight, targets = random_problem()
+    losses = ChunkedCrossEntropy.apply
+    # the losses themselves are fp32, so the numeric derivative is exact to about 1e-3 with this step
+    assert torch.autograd.gradcheck(
+        lambda x: losses(x, weight, targets, 4).double(), (hidden,), eps=1e-2, atol=5e-3, nondet_tol=0
+    )
