@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of the Qwen2.5 tokenizer")
     parser.add_argument("--train", type=Path, required=True, help="text to train on")
     parser.add_argument("--eval", type=Path, required=True, help="text to evaluate on")
+    parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES), help="which rows to measure (default: all)")
     parser.add_argument("--plain", type=Path, metavar="CHECKPOINT", help=argparse.SUPPRESS)  # how this script calls itself
     arguments = parser.parse_args()
     if arguments.plain:
@@ -39,8 +40,8 @@ def main() -> None:
         checkpoint = Path(work, "qwen2.5-3b-random")
         make_checkpoint(checkpoint, arguments.tokenizer)
         print("| run | predicted GiB | peak reserved GiB | error | peak allocated GiB | tokens/s |\n|---|---|---|---|---|---|")
-        for name, flags in CASES.items():
-            print(toolkit_row(name, flags, checkpoint, Path(work, "output"), arguments), flush=True)
+        for name in arguments.cases:
+            print(toolkit_row(name, CASES[name], checkpoint, Path(work, "output"), arguments), flush=True)
         command = [sys.executable, __file__, "--plain", checkpoint, "--tokenizer", arguments.tokenizer]
         command += ["--train", arguments.train, "--eval", arguments.eval]
         plain = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])

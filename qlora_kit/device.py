@@ -185,6 +185,8 @@ def out_of_memory_is_one_line(config: Config) -> Iterator[None]:
             remedies.append("--set performance.micro_batch=1 (same result)")
         if config.training.gradient_checkpointing is False:
             remedies.append("--set training.gradient_checkpointing=true (same result, slower)")
+        if config.performance.cuda_graphs:
+            remedies.append("--set performance.cuda_graphs=false (same result, slower)")
         remedies += [f"--max_length {config.data.max_length // 2}", f"--rank {max(config.lora.rank // 2, 1)}"]
         raise Failed(
             f"the GPU's memory is full at {memory_gib('cuda')['peak_reserved']:.2f} GiB; try " + ", then ".join(remedies)

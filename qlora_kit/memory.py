@@ -130,6 +130,7 @@ def estimate_memory(shape: ModelShape, config: Config) -> dict[str, float]:
         # The loss is done with its logits before the backward pass recomputes the first layer: the larger of the two counts.
         "activations": layer_inputs if recompute else layer * shape.layers,
         "loss or a layer": max(loss, layer) if recompute else loss,
+        "evaluation beside the graph": loss + layer + GRAPH_BYTES if _graphed(shape, config) else 0.0,
         "libraries": LIBRARIES_BYTES,
     }
 
@@ -140,6 +141,16 @@ CHUNK_ROWS = 128
 LOSS_BYTES = 4 + 2
 # cuBLAS workspaces and the allocator's rounding: what the parts leave of the measured peak (benchmarks/README.md).
 LIBRARIES_BYTES = 0.1 * GIB
+
+
+# A captured graph keeps its pool, so that evaluation needs memory of its own; this much is workspaces and rounding, measured.
+GRAPH_BYTES = 0.3 * GIB
+
+
+def _graphed(shape: ModelShape, config: Config) -> bool:
+    """Whether fast/graph.py will capture this model's micro-steps on a GPU."""
+    fast = config.performance.cuda_graphs and config.performance.fused_lora and config.quantization.load_in_4bit
+    return fast and shape.model_type in ("qwen2", "qwen3") and config.quantization.compute_dtype == "bfloat16"
 
 
 def _layer_bytes(shape: ModelShape) -> float:

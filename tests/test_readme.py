@@ -92,6 +92,7 @@ def test_memory_table_follows_from_the_shape():
         "adapters, gradients, optimizer state": sum(parts[k] for k in ("adapters (fp32)", "gradients (fp32)", "optimizer state")),
         "activations with recomputation": parts["activations"],
         "loss, a chunk of logits at a time": parts["loss or a layer"],
+        "evaluation beside the captured graph": parts["evaluation beside the graph"],
         "libraries": parts["libraries"],
     }
     assert {name: float(value) for name, value in rows.items()} == {name: round(v / GIB, 2) for name, v in grouped.items()}
