@@ -2,7 +2,7 @@
 
 Covers decoders built like Llama (Llama, Mistral, Qwen2, Qwen3 and their kin): grouped attention, a gated MLP, RMS norms.
 Other architectures train as well; only the estimate is missing for them. Imports no torch, loads no weights.
-1 GiB = 2**30 bytes. The CUDA context (0.3 to 0.6 GiB outside torch's allocator) is not part of any figure here.
+1 GiB = 2**30 bytes. CUDA's own context, outside torch's allocator, is not part of any figure here.
 """
 
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ BYTES_4BIT = 0.5 + 4 / 64
 BYTES_4BIT_DOUBLE = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
+GRAPH_READY = ("qwen2", "qwen3")  # of these, the ones whose forward pass never waits for the GPU (fast/loss.py)
 
 # The default model's shape as its config.json states it, so that the estimate needs no download.
 KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
@@ -150,7 +151,7 @@ GRAPH_BYTES = 0.3 * GIB
 def _graphed(shape: ModelShape, config: Config) -> bool:
     """Whether fast/graph.py will capture this model's micro-steps on a GPU."""
     fast = config.performance.cuda_graphs and config.performance.fused_lora and config.quantization.load_in_4bit
-    return fast and shape.model_type in ("qwen2", "qwen3") and config.quantization.compute_dtype == "bfloat16"
+    return fast and shape.model_type in GRAPH_READY and config.quantization.compute_dtype == "bfloat16"
 
 
 def _layer_bytes(shape: ModelShape) -> float:

@@ -4,7 +4,6 @@ metrics.jsonl holds one object a logged step and is the source of the picture. I
 """
 
 import json
-import math
 import platform
 import shlex
 import sys
@@ -107,7 +106,7 @@ class RunReport:
 
     def describe_data(self, train: "Blocks", evaluation: "Blocks | None") -> None:
         config = self.config
-        steps = math.ceil(len(train) / config.effective_batch)
+        steps = config.steps_per_epoch(len(train))
         self.log.line(
             f"Training data: {config.data.dataset}: {train.documents:,} documents ({train.join_rule}), {len(train):,} blocks of "
             f"{config.data.max_length} tokens, tail of {train.tail_tokens} tokens left out; {steps:,} optimizer steps an epoch"

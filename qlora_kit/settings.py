@@ -3,6 +3,7 @@
 These defaults are the only ones; a test holds config.yaml equal to them. Reading files and wording mistakes: config.py.
 """
 
+import math
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -170,6 +171,10 @@ class Config(Section):
     def accumulation(self) -> int:
         """Micro-batches per optimizer step: the effective batch stands, however it is divided."""
         return self.effective_batch // self.micro_batch
+
+    def steps_per_epoch(self, blocks: int) -> int:
+        """Optimizer steps in one pass over `blocks` sequences; the last one may hold fewer."""
+        return math.ceil(blocks / self.effective_batch)
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)

@@ -71,13 +71,9 @@ class QLoraTrainer(Trainer):
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
         inputs = self._prepare_inputs(inputs)
-        if self.parameters_are_cleared():
+        if self.graphed.parameters[0].grad is None:  # the Trainer drops the gradients after each optimizer step
             self.graphed.begin_step(self.state.global_step)
         return self.graphed(inputs["input_ids"], inputs["labels"], num_items_in_batch)
-
-    def parameters_are_cleared(self) -> bool:
-        """Whether this is the first micro-batch of an optimizer step: the Trainer drops the gradients after each step."""
-        return self.graphed is not None and self.graphed.parameters[0].grad is None
 
     def train(self, resume_from_checkpoint=None, **rest):  # type: ignore[override]
         checkpoint = resume_from_checkpoint
@@ -143,7 +139,7 @@ def recorded_base(metrics: list[dict[str, Any]]) -> Perplexity | None:
 
 def build_trainer(model: Any, train: Blocks, evaluation: Blocks | None, report: RunReport) -> QLoraTrainer:
     config, device = report.config, report.machine.device
-    progress = ProgressCallback(report, train.tokens / steps_per_epoch(config, len(train)))
+    progress = ProgressCallback(report, train.tokens / config.steps_per_epoch(len(train)))
     callbacks: list[TrainerCallback] = [FiniteLossCallback(), progress]  # in this order: no NaN reaches the files
     if config.training.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(config.training.early_stopping_patience))
@@ -170,11 +166,7 @@ def build_trainer(model: Any, train: Blocks, evaluation: Blocks | None, report: 
 
 def total_steps(config: Config, blocks: int) -> int:
     """Optimizer steps of the run."""
-    return config.training.max_steps or math.ceil(config.training.num_epochs * steps_per_epoch(config, blocks))
-
-
-def steps_per_epoch(config: Config, blocks: int) -> int:
-    return math.ceil(blocks / config.effective_batch)
+    return config.training.max_steps or math.ceil(config.training.num_epochs * config.steps_per_epoch(blocks))
 
 
 def training_arguments(config: Config, device: str, compute_dtype: torch.dtype, steps: int, evaluate: bool) -> TrainingArguments:

@@ -1,7 +1,7 @@
 """Forward and backward of one micro-batch as a CUDA graph: captured once for a shape, then replayed.
 
-At micro-batch 1 a step of the library launches some 20,000 kernels that take longer to launch than to run; a replay launches
-them as one. Everything around the micro-step (schedule, clipping, optimizer, logging, saving) stays the Trainer's.
+At micro-batch 1 the kernels of a step take longer to launch than to run; a replay launches them as one. Everything around the
+micro-step (schedule, clipping, optimizer, logging, saving) stays the Trainer's.
 
 Under capture nothing may wait for the GPU, and every tensor keeps its place: inputs, gradients and the loss live in buffers of
 this module. Dropout under recomputation draws each mask twice from two generators in the same state, one for the forward pass and
@@ -43,7 +43,7 @@ class GraphedMicroStep:
     """
 
     def __init__(self, model: Any, seed: int):
-        self.model, self.seed = model, seed
+        self.model, self.seed, self.step = model, seed, 0
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         device = self.parameters[0].device
         self.flat_gradient = torch.zeros(sum(p.numel() for p in self.parameters), device=device)  # one kernel clears it
@@ -60,12 +60,17 @@ class GraphedMicroStep:
         self.flat_gradient.zero_()
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
+        self.step = step
+        self._restart_dropout()
+
+    def _restart_dropout(self) -> None:
         for number, dropout in enumerate(self.dropouts):
-            dropout.restart(hash((self.seed, step, number)) & 0x7FFFFFFF)
+            dropout.restart(hash((self.seed, self.step, number)) & 0x7FFFFFFF)
 
     def __call__(self, ids: torch.Tensor, labels: torch.Tensor, tokens_of_step: int) -> torch.Tensor:
         if self.graph is None:
             self._capture(ids, labels)
+            self._restart_dropout()  # the warm-up drew from it; a resumed run captures at another step and must draw the same
         if ids.shape != self.shape:
             return self._run(ids, labels, torch.tensor(1.0 / tokens_of_step, device=ids.device))
         assert self.graph is not None
@@ -138,7 +143,7 @@ def why_not_graphed(model: Any, device: str, dtype: torch.dtype) -> str | None:
     if device != "cuda":
         return "needs a CUDA GPU"
     if dtype != torch.bfloat16:
-        return f"computes in {str(dtype).removeprefix('torch.')}, whose loss scaling runs outside a graph"
+        return f"computes in {str(dtype).removeprefix('torch.')}; only bfloat16 is captured"
     parts = decoder_and_head(model)
     if parts is None or not takes_mask_by_kind(parts[0]):
         return f"{model.config.model_type} waits for the GPU in its forward pass"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from qlora_kit.memory import CHUNK_ROWS, LLAMA_LIKE
+from qlora_kit.memory import CHUNK_ROWS, GRAPH_READY, LLAMA_LIKE
 
 IGNORED = -100
 
@@ -90,7 +90,7 @@ def token_losses(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.T
 def takes_mask_by_kind(decoder: Any) -> bool:
     """Whether the decoder accepts a mask for each kind of attention, and has full causal attention only."""
     kinds = getattr(decoder.config, "layer_types", None)
-    return decoder.config.model_type in ("qwen2", "qwen3") and set(kinds or []) == {"full_attention"}
+    return decoder.config.model_type in GRAPH_READY and set(kinds or []) == {"full_attention"}
 
 
 def decoder_and_head(model: Any) -> tuple[Any, torch.nn.Linear] | None:
