@@ -69,7 +69,7 @@ def load_generator(source: AdapterSource, settings: GenerationSettings, argument
     from quantization_utils import create_bnb_config, load_model_and_tokenizer
 
     device = choose_device(arguments.device)
-    dtype, note = usable_dtype(source.quantization.compute_dtype, device)
+    dtype, note = usable_dtype(source.quantization.compute_dtype, device, insisted=False)
     if note:
         print(note, file=sys.stderr)
     packing = source.quantization

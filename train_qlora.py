@@ -3,6 +3,7 @@
     python train_qlora.py                              Qwen2.5-3B-Instruct on Wikitext-2, one 8 GB GPU
     python train_qlora.py --config configs/tiny.yaml   a 3.5 M parameter model on a laptop, about a minute
     python train_qlora.py --rank 8 --alpha 16 --num_epochs 1 --output_dir out_r8
+    python train_qlora.py --plan                       what the run will take, and whether it fits, before anything is loaded
 
 Every key of config.yaml can be set: --set training.learning_rate=1e-4. inference_example.py talks to the result.
 torch is imported only when the settings are known to be right, so that a mistake is answered at once.
@@ -19,8 +20,8 @@ from qlora_kit.checkpoint import build_passport, check_output_dir, find_checkpoi
 from qlora_kit.config import UserError, load_config, parse_set
 from qlora_kit.dataset import Blocks, cut_into_blocks, hold_out, tokenize
 from qlora_kit.hub import fetch_model, go_offline_if_unreachable, is_local, read_model_config
-from qlora_kit.memory import estimate_memory, read_shape
-from qlora_kit.report import CURVES, RunReport, plot_training_curves, read_metrics
+from qlora_kit.memory import GIB, KNOWN_CONFIGS, check_fit, make_plan, read_shape
+from qlora_kit.report import CURVES, RunReport, plan_table, plot_training_curves, read_metrics
 from qlora_kit.settings import Config
 from qlora_kit.sources import check_source, is_file_name, load_documents
 
@@ -66,6 +67,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="go on from the newest checkpoint in output_dir, or from this one",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the run that output_dir holds")
+    parser.add_argument("--plan", action="store_true", help="show what the run will take and whether it fits, then stop")
     return parser.parse_args(argv)
 
 
@@ -102,29 +104,35 @@ def prepare_dataset(config: Config, tokenizer: "PreTrainedTokenizerBase") -> tup
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     config = load_config(arguments.config, overrides(arguments))
+    cli.prepare_libraries()
+    if arguments.plan:
+        return print(describe_plan(config))
     check_source(config.data)
     resume = arguments.resume is not None
     folder = check_output_dir(config.training.output_dir, arguments.overwrite, resume)
     checkpoint = find_checkpoint(folder, config, arguments.resume) if resume else None
-    cli.prepare_libraries()
     if not (is_local(config.model.name) and is_local(config.data.dataset)):
         go_offline_if_unreachable()
     shape = read_shape(read_model_config(config.model))
 
     from qlora_kit.device import look_at_machine, out_of_memory_is_one_line
 
-    report = RunReport(config, look_at_machine(config, shape), estimate_memory(shape, config) if shape else None)
+    machine = look_at_machine(config, shape)
+    plan = make_plan(config, shape, machine.limit)
+    check_fit(plan, config, shape, machine.limit)
+    report = RunReport(config, machine, plan)
     fetch_model(config.model)
     report.announce()
     with out_of_memory_is_one_line(config):
         model, tokenizer = load_adapted_model(config, report)
         train, evaluation = prepare_dataset(config, tokenizer)
         report.describe_data(train, evaluation)
-        open_output(folder, report, checkpoint, arguments.overwrite)
 
-        from qlora_kit.training import build_trainer, recorded_base
+        from qlora_kit.perplexity import recorded_base
+        from qlora_kit.training import build_trainer
 
         trainer = build_trainer(model, train, evaluation, report)
+        open_output(folder, report, checkpoint, arguments.overwrite)
         before = recorded_base(read_metrics(folder)) if checkpoint else trainer.measure_base()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         plot_training_curves(read_metrics(folder), folder / CURVES)
@@ -136,11 +144,33 @@ def main(argv: list[str] | None = None) -> None:
     report.summary(folder, before, after)
 
 
+def describe_plan(config: Config) -> str:
+    """The plan for the card that performance.vram_limit_gib stands for, else for this machine's GPU, else for one of 8 GiB.
+
+    Raises:
+        UserError: nothing is predicted for this architecture, or for the library's layers.
+    """
+    if not is_local(config.model.name) and config.model.name not in KNOWN_CONFIGS:
+        go_offline_if_unreachable()
+    shape = read_shape(read_model_config(config.model))
+    if shape is None or not config.performance.fused_lora:
+        reason = "performance.fused_lora is false" if shape else "its architecture is not built like Llama"
+        raise UserError(f"--plan: {config.model.name}: no prediction ({reason}); train with a small --max_steps and read the log")
+    card, gib = "performance.vram_limit_gib", config.performance.vram_limit_gib
+    if gib is None:
+        import torch
+
+        card, gib = "no GPU here: a card of 8 GiB assumed", 8.0
+        if torch.cuda.is_available():
+            card, gib = f"free on {torch.cuda.get_device_name(0)}", torch.cuda.mem_get_info()[0] / GIB
+    limit = gib * GIB
+    return plan_table(make_plan(config, shape, limit), config, shape, limit, card)
+
+
 def load_adapted_model(config: Config, report: RunReport) -> tuple["PeftModel", "PreTrainedTokenizerBase"]:
     """The base model in 4 bits with fresh LoRA matrices beside its projections."""
     from transformers import set_seed
 
-    from qlora_kit.fast.lora import count_lora_layers, fuse
     from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
 
     quantization, lora, machine = config.quantization, config.lora, report.machine
@@ -163,8 +193,6 @@ def load_adapted_model(config: Config, report: RunReport) -> tuple["PeftModel", 
         create_lora_config(lora.rank, lora.alpha, lora.dropout, lora.target_modules),
         use_gradient_checkpointing=machine.device == "cuda" if recompute == "auto" else bool(recompute),
     )
-    if config.performance.fused_lora and quantization.load_in_4bit:
-        report.describe_fusion(fuse(adapted), count_lora_layers(adapted))
     report.describe_model(*adapted.get_nb_trainable_parameters())  # counts a packed byte as the two weights that it holds
     return adapted, tokenizer
 

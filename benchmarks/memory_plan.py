@@ -1,122 +1,279 @@
-"""Predicted beside measured GPU memory of real runs of train_qlora.py, and of the textbook recipe that it replaces.
+"""Predicted beside measured GPU memory of real runs of train_qlora.py. Speed is train_speed.py's.
 
     python benchmarks/memory_plan.py --tokenizer DIR --train FILE --eval FILE
 
-Makes a random checkpoint of Qwen2.5-3B's true shape (memory and speed do not depend on the weights' values; the loss does,
-so none is reported), trains on it for a few optimizer steps under an allocator capped at 8 GiB, and prints a Markdown table.
-`plain` is the Hugging Face Trainer with peft's prepare_model_for_kbit_training, on the same blocks and settings.
+Makes random checkpoints of the true shapes of Qwen2.5's 3B, 0.5B and 7B models (memory does not depend on the weights'
+values; the loss does, so none is reported), trains on each for two optimizer steps of 16 sequences, one run a process, and
+prints a Markdown table. One setting at a time differs from 3B, rank 16, 512 tokens, micro-batch 1 with recomputation; a few
+rows change several. No cap on the GPU's memory but where a row names one. Leaves out CUDA's own context, which torch's
+allocator does not see. Exit status 1 when a prediction is off by more than 8 %, or a run gave no measurement.
 """
 
 import argparse
 import json
+import multiprocessing
+import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = 4
-CASES: dict[str, list[str]] = {
-    "config.yaml": [],
-    "no CUDA graph": ["--set", "performance.cuda_graphs=false"],
-    "micro-batch 4": ["--set", "performance.micro_batch=4"],
-    "no recomputation": ["--set", "training.gradient_checkpointing=false"],
-    "rank 64": ["--rank", "64"],
-    "1,024 tokens, rank 64": ["--rank", "64", "--max_length", "1024"],
+STEPS = 2
+SEQUENCES = 16  # of an optimizer step, however they are divided; config.yaml's own number
+TOLERANCE = 0.08
+KNOWN = "Qwen/Qwen2.5-3B-Instruct"  # its shape is qlora_kit's
+SHAPES: dict[str, dict[str, Any]] = {
+    "3B": {},
+    "0.5B": {"num_hidden_layers": 24, "hidden_size": 896, "num_attention_heads": 14, "intermediate_size": 4864},
+    "7B": {
+        "num_hidden_layers": 28, "hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4,
+        "intermediate_size": 18944, "vocab_size": 152064, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+T = TypeVar("T")
+
+
+class NoMeasurement(Exception):
+    """A run that gave no number: the reason in a line, and the end of what it wrote."""
+
+    def __init__(self, reason: str, tail: str = ""):
+        super().__init__(reason)
+        self.tail = tail
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: settings of a run of the toolkit."""
+
+    model: str = "3B"
+    rank: int = 16
+    length: int = 512  # tokens
+    micro_batch: int | str = 1
+    recompute: bool | str = True
+    more: tuple[str, ...] = ()  # KEY=VALUE
+
+    def flags(self) -> list[str]:
+        keys = [f"performance.micro_batch={self.micro_batch}", f"training.gradient_checkpointing={str(self.recompute).lower()}"]
+        flags = ["--rank", str(self.rank), "--max_length", str(self.length)]
+        return flags + [word for key in (*keys, *self.more) for word in ("--set", key)]
+
+
+CASES = {
+    "3B, rank 16, 1 x 512": Case(),
+    "rank 8": Case(rank=8),
+    "rank 64": Case(rank=64),
+    "256 tokens": Case(length=256),
+    "1,024 tokens": Case(length=1024),
+    "micro-batch 4": Case(micro_batch=4),
+    "micro-batch 16": Case(micro_batch=16),
+    "no recomputation": Case(recompute=False),
+    "no CUDA graph": Case(more=("performance.cuda_graphs=false",)),
+    "rank 64, 1,024 tokens, micro-batch 4": Case(rank=64, length=1024, micro_batch=4),
+    "rank 8, 256 tokens, micro-batch 16, no recomputation": Case(rank=8, length=256, micro_batch=16, recompute=False),
+    "the planner's choice, 8 GiB": Case(micro_batch="auto", recompute="auto", more=("performance.vram_limit_gib=8",)),
+    "0.5B": Case("0.5B"),
+    "0.5B, micro-batch 4, no recomputation": Case("0.5B", micro_batch=4, recompute=False),
+    "7B": Case("7B"),
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of the Qwen2.5 tokenizer")
-    parser.add_argument("--train", type=Path, required=True, help="text to train on")
-    parser.add_argument("--eval", type=Path, required=True, help="text to evaluate on")
-    parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES), help="which rows to measure (default: all)")
-    parser.add_argument("--plain", type=Path, metavar="CHECKPOINT", help=argparse.SUPPRESS)  # how this script calls itself
-    arguments = parser.parse_args()
-    if arguments.plain:
-        return print(json.dumps(run_plain(arguments.plain, arguments.train)))
+@dataclass(frozen=True)
+class Job:
+    """What every run of a benchmark has in common."""
+
+    checkpoint: Path
+    train: Path
+    evaluation: Path
+    steps: int
+
+    def toolkit_command(self, flags: list[str], output: Path) -> list[str]:
+        """The toolkit's own command line. Every optimizer step is full, and the evaluation a full micro-batch."""
+        keys = {
+            "data.eval_split": self.evaluation,
+            "data.max_eval_samples": SEQUENCES,
+            "data.max_train_samples": self.steps * SEQUENCES,
+            "training.logging_steps": 1,
+            "training.eval_steps": self.steps,
+        }
+        command = [sys.executable, ROOT / "train_qlora.py", "--model_name", self.checkpoint, "--dataset", self.train]
+        command += ["--output_dir", output, "--max_steps", self.steps]
+        command += [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
+        return [*map(str, command), *flags]
+
+
+def run_toolkit(job: Job, flags: list[str], limit_seconds: float) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
+    """run.json, the objects of metrics.jsonl and training_log.txt of one run.
+
+    Raises:
+        NoMeasurement: it failed, ran into the limit, or the text was too short for its steps.
+    """
     with tempfile.TemporaryDirectory() as work:
-        checkpoint = Path(work, "qwen2.5-3b-random")
-        make_checkpoint(checkpoint, arguments.tokenizer)
-        print("| run | predicted GiB | peak reserved GiB | error | peak allocated GiB | tokens/s |\n|---|---|---|---|---|---|")
-        for name in arguments.cases:
-            print(toolkit_row(name, CASES[name], checkpoint, Path(work, "output"), arguments), flush=True)
-        command = [sys.executable, __file__, "--plain", checkpoint, "--tokenizer", arguments.tokenizer]
-        command += ["--train", arguments.train, "--eval", arguments.eval]
-        plain = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-        print(f"| plain | - | {plain['reserved']:.2f} | - | {plain['allocated']:.2f} | {plain['tokens_per_second']:,.0f} |")
+        output = Path(work, "output")
+        run_limited(job.toolkit_command(flags, output), Path(work), limit_seconds)
+        run = json.loads((output / "run.json").read_text(encoding="utf-8"))
+        metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        log = (output / "training_log.txt").read_text(encoding="utf-8")
+    if run["data"]["train_blocks"] < job.steps * SEQUENCES:
+        raise NoMeasurement(f"{job.train} fills {run['data']['train_blocks']} of {job.steps * SEQUENCES} blocks; use more text")
+    return run, metrics, log
 
 
-def make_checkpoint(folder: Path, tokenizer: Path) -> None:
+def run_limited(command: list[str], folder: Path, limit_seconds: float) -> str:
+    """Standard output of a command, which runs in `folder`, sees the first GPU only, and leaves no process behind.
+
+    Raises:
+        NoMeasurement: it failed or ran into the limit.
+    """
+    first_gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    with tempfile.TemporaryFile("w+", errors="replace") as out, tempfile.TemporaryFile("w+", errors="replace") as err:
+        process = subprocess.Popen(
+            command, cwd=folder, stdout=out, stderr=err, start_new_session=True,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": first_gpu},
+        )  # fmt: skip
+        status = None
+        with suppress(subprocess.TimeoutExpired):
+            try:
+                status = process.wait(limit_seconds)
+            finally:  # also on Ctrl+C; and a compiler's workers may outlive the command
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        out.seek(0)
+        err.seek(0)
+        written = err.read()
+        if status is None:
+            raise NoMeasurement(f"not done after {limit_seconds:.0f} s", written[-3000:])
+        if status != 0:
+            raise NoMeasurement(reason_in(written, status), written[-3000:])
+        return out.read()
+
+
+def reason_in(written: str, status: int) -> str:
+    """The line of standard error that says why a command failed: its last error, or just its last line."""
+    lines = [line.rstrip() for line in written.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"error: |[\w.]*(Error|Exception)(:|$)", line)]
+    if not lines or (status < 0 and not errors):
+        return f"ended by signal {-status}" if status < 0 else f"exit status {status}"
+    reason = (errors or lines)[-1]
+    if re.search(r"out ?of ?memory|memory is full", reason, re.IGNORECASE):
+        return "out of memory"
+    return reason if len(reason) <= 160 else f"{reason[:157]}..."
+
+
+def in_own_process(function: Callable[..., T], *arguments: Any) -> T:
+    """The result of a function that uses the GPU, whose memory is then free again for what is measured."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def gpu_name() -> str | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return f"{torch.cuda.get_device_name(0)}, {torch.cuda.get_device_properties(0).total_memory / 2**30:.1f} GiB"
+
+
+def require_gpu() -> str:
+    """Name and memory of the GPU; ends the benchmark where there is none."""
+    return in_own_process(gpu_name) or sys.exit("error: torch finds no CUDA GPU, and this measures one")
+
+
+@contextmanager
+def random_checkpoint(model: str, tokenizer: Path, kept_in: Path | None) -> Iterator[Path]:
+    """A folder with a random checkpoint, made now unless it was kept by an earlier benchmark."""
+    with tempfile.TemporaryDirectory() as work:
+        folder = (kept_in or Path(work)) / f"qwen2.5-{model.lower()}-random"
+        if not folder.exists():
+            print(f"making {folder}", file=sys.stderr, flush=True)
+            in_own_process(make_checkpoint, model, tokenizer, folder)
+        yield folder
+
+
+def make_checkpoint(model: str, tokenizer: Path, folder: Path) -> None:
     import torch
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
     sys.path.insert(0, str(ROOT))
-    from qlora_kit.memory import KNOWN_CONFIGS
+    from qlora_kit.memory import KNOWN_CONFIGS, read_shape
 
-    shape = KNOWN_CONFIGS["Qwen/Qwen2.5-3B-Instruct"]
+    config = KNOWN_CONFIGS[KNOWN] | SHAPES[model]
+    shape = read_shape(config)
+    assert shape is not None
+    roomy = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 2.5 * shape.parameters()
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        Qwen2ForCausalLM(Qwen2Config(**shape)).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    with torch.device("cuda" if roomy else "cpu"):
+        Qwen2ForCausalLM(Qwen2Config(**config)).save_pretrained(unfinished)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(unfinished)
+    unfinished.rename(folder)
 
 
-def toolkit_row(name: str, flags: list[str], checkpoint: Path, output: Path, arguments: argparse.Namespace) -> str:
-    settings = {
-        "data.eval_split": arguments.eval,
-        "data.max_eval_samples": 16,
-        "performance.vram_limit_gib": 8,
-        "training.logging_steps": 2,
-        "training.eval_steps": STEPS,
-    }
-    command = [sys.executable, ROOT / "train_qlora.py", "--model_name", checkpoint, "--dataset", arguments.train, "--overwrite"]
-    command += ["--output_dir", output, "--max_steps", str(STEPS), *flags]
-    for key, value in settings.items():
-        command += ["--set", f"{key}={value}"]
-    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
-    memory = json.loads((output / "run.json").read_text())["memory_gib"]
-    entries = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    speed = max(entry.get("tokens_per_second", 0.0) for entry in entries)
+def memory_row(name: str, job: Job, limit_seconds: float) -> tuple[str, bool]:
+    """A line of the table, and whether the prediction holds."""
+    try:
+        run, _, _ = run_toolkit(job, CASES[name].flags(), limit_seconds)
+    except NoMeasurement as failure:
+        print(failure.tail, file=sys.stderr, flush=True)
+        return f"| {name} | - | {str(failure).replace('|', '/')} | - | - |", False
+    memory = run["memory_gib"]
     predicted, measured = memory["predicted_peak"], memory["peak_reserved"]
-    error = 100 * (predicted / measured - 1)
-    return f"| {name} | {predicted:.2f} | {measured:.2f} | {error:+.1f} % | {memory['peak_allocated']:.2f} | {speed:,.0f} |"
+    error = predicted / measured - 1
+    row = f"| {name} | {predicted:.2f} | {measured:.2f} | {100 * error:+.1f} % | {memory['peak_allocated']:.2f} |"
+    return row, abs(error) <= TOLERANCE
 
 
-def run_plain(checkpoint: Path, text: Path) -> dict[str, float]:
-    import time
+def absolute(name: str) -> Path:
+    return Path(name).expanduser().resolve()  # the runs have a working folder of their own
 
-    import torch
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, TrainingArguments
 
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_use_double_quant=True
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint, quantization_config=quantization, dtype=torch.bfloat16, device_map={"": 0}
-    )
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=targets, task_type="CAUSAL_LM")
-    model = get_peft_model(prepare_model_for_kbit_training(model), lora)
-    ids = AutoTokenizer.from_pretrained(checkpoint)(text.read_text(encoding="utf-8"))["input_ids"]
-    blocks = [torch.tensor(ids[start : start + 512]) for start in range(0, len(ids) - 512, 512)]
-    trainer_arguments = TrainingArguments(
-        output_dir=tempfile.mkdtemp(), max_steps=STEPS, per_device_train_batch_size=1, gradient_accumulation_steps=16, bf16=True,
-        optim="paged_adamw_8bit", gradient_checkpointing=True, save_strategy="no", report_to="none", disable_tqdm=True,
-    )  # fmt: skip
-    rows = [{"input_ids": block, "labels": block} for block in blocks]
-    trainer = Trainer(model=model, args=trainer_arguments, train_dataset=rows)
-    torch.cuda.reset_peak_memory_stats()
-    started = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - started
-    return {
-        "reserved": torch.cuda.max_memory_reserved() / 2**30,
-        "allocated": torch.cuda.max_memory_allocated() / 2**30,
-        "tokens_per_second": STEPS * 16 * 512 / seconds,
-    }
+def existing(name: str) -> Path:
+    if not absolute(name).exists():
+        raise argparse.ArgumentTypeError(f"{name}: no such file or folder")
+    return absolute(name)
+
+
+def input_parser(description: str | None) -> argparse.ArgumentParser:
+    """The flags that both benchmarks take."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", type=existing, required=True, metavar="DIR", help="folder of the Qwen2.5 tokenizer")
+    parser.add_argument("--train", type=existing, required=True, metavar="FILE", help="text to train on")
+    parser.add_argument("--eval", type=existing, required=True, metavar="FILE", help="text to evaluate on")
+    kept = "keep the random checkpoints here for the next time (default: a temporary folder; 3B takes 6 GiB, 7B 15)"
+    parser.add_argument("--checkpoints", type=absolute, metavar="DIR", help=kept)
+    parser.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="of one run at most (default: 300)")
+    return parser
+
+
+def main() -> None:
+    parser = input_parser(__doc__)
+    rows = "which rows to measure: " + "; ".join(CASES) + " (default: all)"
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="ROW", help=rows)
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the run under way is ended, too
+    require_gpu()
+    holds = []
+    print("| run | predicted GiB | peak reserved GiB | error | peak allocated GiB |\n|---|---|---|---|---|", flush=True)
+    for model in SHAPES:
+        names = [name for name in arguments.cases if CASES[name].model == model]
+        if not names:
+            continue
+        with random_checkpoint(model, arguments.tokenizer, arguments.checkpoints) as checkpoint:
+            for name in names:
+                print(f"{name} ...", file=sys.stderr, flush=True)
+                row, held = memory_row(name, Job(checkpoint, arguments.train, arguments.eval, STEPS), arguments.timeout)
+                print(row, flush=True)
+                holds.append(held)
+    sys.exit(0 if all(holds) else 1)
 
 
 if __name__ == "__main__":

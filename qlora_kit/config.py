@@ -179,11 +179,12 @@ def _contradictions(config: Config) -> list[tuple[set[str], str]]:
     """Values that are fine alone and cannot hold together: the keys that take part, and the problem."""
     training, limit, patience = config.training, config.performance.vram_limit_gib, config.training.early_stopping_patience
     found = []
-    if config.effective_batch % config.micro_batch:
+    micro_batch = config.performance.micro_batch
+    if micro_batch != "auto" and config.effective_batch % int(micro_batch):
         found.append(
             (
                 {"performance.micro_batch", "training.batch_size", "training.gradient_accumulation_steps"},
-                f"performance.micro_batch: {config.micro_batch}: does not divide the effective batch of {config.effective_batch} "
+                f"performance.micro_batch: {micro_batch}: does not divide the effective batch of {config.effective_batch} "
                 "(batch_size x gradient_accumulation_steps); use a divisor, or auto",
             )
         )

@@ -47,6 +47,7 @@ class Machine:
     device: str  # cuda or cpu
     dtype: torch.dtype  # of products and of everything frozen that is not packed
     description: list[str]
+    limit: float | None = None  # bytes that torch's allocator may take; None on a CPU
 
     @property
     def dtype_name(self) -> str:
@@ -69,13 +70,33 @@ def look_at_machine(config: Config, shape: ModelShape | None) -> Machine:
     device = choose_device(config.training.device)
     if device == "cpu" and config.training.device == "auto" and shape:
         check_patience(config, shape)
+    check_insistence(config, device)
     dtype, note = usable_dtype(config.quantization.compute_dtype, device)
-    if device == "cuda" and config.performance.vram_limit_gib is not None:
-        cap_memory(config.performance.vram_limit_gib)
+    limit = None
+    if device == "cuda":
+        limit = float(torch.cuda.mem_get_info()[0])
+        if config.performance.vram_limit_gib is not None:
+            cap_memory(config.performance.vram_limit_gib)
+            limit = min(limit, config.performance.vram_limit_gib * GIB)
     lines = [*describe_device(device), *([note] if note else [])]
     if device == "cpu" and config.training.optim.startswith("paged"):
         lines.append(f"{config.training.optim}: paging needs a GPU; the optimizer's state stays in ordinary memory here")
-    return Machine(device, dtype, lines)
+    return Machine(device, dtype, lines, limit)
+
+
+def check_insistence(config: Config, device: str) -> None:
+    """Refuse at once what is asked for with `true` and cannot work; what only the loaded model shows is left to training.py.
+
+    Raises:
+        UserError: one problem for each key.
+    """
+    reason = (
+        "needs a CUDA GPU" if device == "cpu" else None if config.performance.fused_lora else "performance.fused_lora is false"
+    )
+    remedies = {"compile": "auto or false", "cuda_graphs": "auto or false", "offload_embedding": "false"}
+    insisted = [key for key in remedies if getattr(config.performance, key) is True]
+    if reason and insisted:
+        raise UserError(*(f"performance.{key}: true: cannot work here ({reason}); use {remedies[key]}" for key in insisted))
 
 
 def _use_first_gpu_only() -> None:
@@ -98,16 +119,26 @@ def cap_memory(limit_gib: float) -> None:
     torch.cuda.set_per_process_memory_fraction(limit_gib * GIB / total)
 
 
-def usable_dtype(name: str, device: str) -> tuple[torch.dtype, str | None]:
-    """The compute dtype, and one line when it is not the one asked for.
+def usable_dtype(name: str, device: str, insisted: bool = True) -> tuple[torch.dtype, str | None]:
+    """The compute dtype, and one line when it is not what was hoped for.
+
+    Args:
+        insisted: False for an adapter's own dtype, which its user did not choose: what lacks it falls back as `auto` does.
 
     Raises:
-        UserError: float16 on the CPU, which has no loss scaling there.
+        UserError: float16 on the CPU, which has no loss scaling there; bfloat16 asked for on a GPU without it.
     """
-    if device == "cpu" and name == "float16":
+    has_bfloat16 = device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if not insisted and ((name == "bfloat16" and not has_bfloat16) or (name == "float16" and device == "cpu")):
+        name = "auto"
+    if name == "float16" and device == "cpu":
         raise UserError("quantization.compute_dtype: float16: needs a GPU; use bfloat16 or float32 on the CPU")
-    if device == "cuda" and name == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16, f"{torch.cuda.get_device_name(0)} has no bfloat16: computing in float16 with loss scaling instead"
+    if name == "bfloat16" and not has_bfloat16:
+        raise UserError(f"quantization.compute_dtype: bfloat16: {torch.cuda.get_device_name(0)} lacks it; use float16, or auto")
+    if name == "auto" and not has_bfloat16:
+        return torch.float16, f"{torch.cuda.get_device_name(0)} has no bfloat16: computing in float16 instead"
+    if name == "auto":
+        name = "bfloat16" if device == "cuda" else "float32"  # few laptop processors have fast bfloat16
     return DTYPES[name], None
 
 
@@ -176,17 +207,15 @@ def _cpu_flops_per_second() -> float:
 
 @contextmanager
 def out_of_memory_is_one_line(config: Config) -> Iterator[None]:
-    """Turn CUDA's out-of-memory traceback into one line with the remedies in order of cost."""
+    """Turn CUDA's out-of-memory traceback, with one sequence at a time, into one line with the remedies in order of cost."""
     try:
         yield
     except torch.cuda.OutOfMemoryError:
         remedies = []
-        if config.micro_batch > 1:
-            remedies.append("--set performance.micro_batch=1 (same result)")
-        if config.training.gradient_checkpointing is False:
+        if config.training.gradient_checkpointing is not True:
             remedies.append("--set training.gradient_checkpointing=true (same result, slower)")
-        if config.performance.cuda_graphs:
-            remedies.append("--set performance.cuda_graphs=false (same result, slower)")
+        if config.performance.fused_lora and not config.performance.offload_embedding:
+            remedies.append("--set performance.offload_embedding=true (same result, slower)")
         remedies += [f"--max_length {config.data.max_length // 2}", f"--rank {max(config.lora.rank // 2, 1)}"]
         raise Failed(
             f"the GPU's memory is full at {memory_gib('cuda')['peak_reserved']:.2f} GiB; try " + ", then ".join(remedies)

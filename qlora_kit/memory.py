@@ -1,13 +1,15 @@
-"""What a run will take, from the shapes alone: parameters, bytes of GPU memory, and floating-point work per token.
+"""What a run will take, from the shapes alone: parameters, bytes of GPU memory, floating-point work per token; and what fits.
 
 Covers decoders built like Llama (Llama, Mistral, Qwen2, Qwen3 and their kin): grouped attention, a gated MLP, RMS norms.
 Other architectures train as well; only the estimate is missing for them. Imports no torch, loads no weights.
 1 GiB = 2**30 bytes. CUDA's own context, outside torch's allocator, is not part of any figure here.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
+from qlora_kit.config import UserError, override
 from qlora_kit.settings import Config
 
 GIB = 2**30
@@ -17,7 +19,7 @@ BYTES_4BIT = 0.5 + 4 / 64
 BYTES_4BIT_DOUBLE = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
-GRAPH_READY = ("qwen2", "qwen3")  # of these, the ones whose forward pass never waits for the GPU (fast/loss.py)
+NEEDED = ("num_attention_heads", "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
 
 # The default model's shape as its config.json states it, so that the estimate needs no download.
 KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
@@ -92,8 +94,8 @@ class ModelShape:
 
 
 def read_shape(model_config: dict[str, Any]) -> ModelShape | None:
-    """The shape that a config.json states, or None for an architecture that is not built like Llama."""
-    if model_config.get("model_type") not in LLAMA_LIKE:
+    """The shape that a config.json states, or None for an architecture that is not built like Llama, or sizes left out."""
+    if model_config.get("model_type") not in LLAMA_LIKE or not set(NEEDED) <= model_config.keys():
         return None
     heads, hidden = model_config["num_attention_heads"], model_config["hidden_size"]
     return ModelShape(
@@ -109,54 +111,184 @@ def read_shape(model_config: dict[str, Any]) -> ModelShape | None:
     )
 
 
-def estimate_memory(shape: ModelShape, config: Config) -> dict[str, float]:
-    """Bytes that each part of a training run on a GPU holds at its peak; the sum is what torch's allocator needs."""
+# Logits that exist at a time (fast/loss.py): 128 MiB in bf16.
+PIECE_LOGITS = 2**26
+OFFLOADED_ROWS = 8192  # of an offloaded head on the GPU at a time: 32 MiB at 2,048 columns in bf16
+
+
+def vocabulary_piece(tokens: int, vocabulary: int) -> int:
+    """Rows of the output head whose logits for `tokens` positions are taken at once, in pieces of nearly one size."""
+    pieces = math.ceil(tokens * vocabulary / PIECE_LOGITS)
+    return 64 * math.ceil(vocabulary / pieces / 64)
+
+
+# What the allocator holds beside the parts below: cuBLAS workspaces, rounding (measured: benchmarks/README.md).
+LIBRARIES_BYTES = 0.1 * GIB
+# CUDA's own memory, outside torch's allocator: kernels, and the graphs (measured on an H200: benchmarks/README.md).
+CONTEXT_BYTES = 0.6 * GIB
+
+
+def estimate_memory(shape: ModelShape, config: Config, micro_batch: int, recomputed: int) -> dict[str, float]:
+    """Bytes that each part of a training run on a GPU holds at its peak; the sum is what torch's allocator needs.
+
+    A paged optimizer's state is managed by CUDA outside the allocator and not part of it.
+
+    Args:
+        micro_batch: sequences per forward pass.
+        recomputed: layers that keep their input only and are computed again in the backward pass.
+    """
     quantization = config.quantization
+    element = 4 if quantization.compute_dtype == "float32" else 2
     weight_bytes = BYTES_4BIT_DOUBLE if quantization.use_double_quant else BYTES_4BIT
-    if not quantization.load_in_4bit:
-        weight_bytes = 2.0
     adapters = shape.lora_parameters(config.lora.rank, config.lora.target_modules)
-    optimizer_bytes = 2 if "8bit" in config.training.optim else 8  # two moments per parameter
-    tokens = config.micro_batch * config.data.max_length
-    layer = tokens * _layer_bytes(shape)
-    loss = min(tokens, CHUNK_ROWS) * shape.vocabulary * LOSS_BYTES
-    layer_inputs = tokens * 2.0 * shape.layers * shape.hidden
-    recompute = config.training.gradient_checkpointing is not False
+    tokens = micro_batch * config.data.max_length
+    kept = recomputed * shape.hidden + (shape.layers - recomputed) * _kept_elements(shape)
+    unpacked = _unpacked_elements(shape, config.lora.rank)
+    offloaded = config.performance.offload_embedding
+    layer = element * (tokens * _working_elements(shape) + unpacked)
     return {
-        "projection weights": weight_bytes * shape.projection_parameters(),
-        "embedding and norms": 2.0 * (shape.embedding_parameters() + shape.other_parameters()),
+        "projection weights": (weight_bytes if quantization.load_in_4bit else element) * shape.projection_parameters(),
+        "embedding and norms": float(
+            element * (0 if offloaded else shape.embedding_parameters()) + element * shape.other_parameters()
+        ),
         "adapters (fp32)": 4.0 * adapters,
         "gradients (fp32)": 4.0 * adapters,
-        "optimizer state": float(optimizer_bytes * adapters),
-        # The loss is done with its logits before the backward pass recomputes the first layer: the larger of the two counts.
-        "activations": layer_inputs if recompute else layer * shape.layers,
-        "loss or a layer": max(loss, layer) if recompute else loss,
-        "evaluation beside the graph": loss + layer + GRAPH_BYTES if _graphed(shape, config) else 0.0,
+        "optimizer state": 0.0 if "paged" in config.training.optim else optimizer_bytes(config.training.optim) * adapters,
+        "kept activations": float(element * tokens * kept),
+        "a layer at work": float(layer),
+        # The loss is done with its logits before the backward pass begins: only what exceeds a layer at work counts.
+        "logits beyond that": max(0.0, _loss_bytes(shape, tokens, element, offloaded) - layer),
         "libraries": LIBRARIES_BYTES,
     }
 
 
-# Tokens whose logits exist at a time (fast/loss.py): 74 MiB in fp32 at a vocabulary of 151,936.
-CHUNK_ROWS = 128
-# Per token of a chunk and vocabulary entry: fp32, and bf16 before (logits) or after (softmax).
-LOSS_BYTES = 4 + 2
-# cuBLAS workspaces and the allocator's rounding: what the parts leave of the measured peak (benchmarks/README.md).
-LIBRARIES_BYTES = 0.1 * GIB
+def optimizer_bytes(optim: str) -> float:
+    """Per parameter: two moments of 8 or of 32 bits."""
+    return 2.0 if "8bit" in optim else 8.0
 
 
-# A captured graph keeps its pool, so that evaluation needs memory of its own; this much is workspaces and rounding, measured.
-GRAPH_BYTES = 0.3 * GIB
-
-
-def _graphed(shape: ModelShape, config: Config) -> bool:
-    """Whether fast/graph.py will capture this model's micro-steps on a GPU."""
-    fast = config.performance.cuda_graphs and config.performance.fused_lora and config.quantization.load_in_4bit
-    return fast and shape.model_type in GRAPH_READY and config.quantization.compute_dtype == "bfloat16"
-
-
-def _layer_bytes(shape: ModelShape) -> float:
-    """Bytes per token that one decoder layer keeps for its backward pass."""
+def _kept_elements(shape: ModelShape) -> int:
+    """Per token, of a layer that is not computed again: its input, q, k, v, the attention's output, the residual, gate and up."""
     query, key_value = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
-    # bf16: norm inputs and outputs, q k v and their rotated forms, attention output; gate, its activation, up, their product,
-    # and that product after LoRA's dropout
-    return 2.0 * (6 * shape.hidden + 4 * query + 4 * key_value + 5 * shape.mlp)
+    return 2 * shape.hidden + 2 * query + 2 * key_value + 2 * shape.mlp
+
+
+def _working_elements(shape: ModelShape) -> float:
+    """Per token, of the layer whose backward pass runs: gate, up and their gradients, their product, and narrow tensors."""
+    return 5 * shape.mlp + 8 * shape.hidden
+
+
+def _unpacked_elements(shape: ModelShape, rank: int) -> int:
+    """Of the weights that are unpacked at once: o, gate, up and down, each with LoRA's columns beside."""
+    sizes = shape.projections()
+    beside = {"o_proj": rank, "gate_proj": 2 * rank, "up_proj": 2 * rank, "down_proj": rank}
+    return sum((sizes[name][0] + columns) * sizes[name][1] for name, columns in beside.items())
+
+
+def _loss_bytes(shape: ModelShape, tokens: int, element: int, offloaded: bool) -> float:
+    """Logits of one piece, their exponentials, the hidden states' gradient in fp32 before and after, and an offloaded piece."""
+    rows = min(OFFLOADED_ROWS, shape.vocabulary) if offloaded else vocabulary_piece(tokens, shape.vocabulary)
+    return 2.0 * element * tokens * rows + 12.0 * tokens * shape.hidden + offloaded * element * rows * shape.hidden
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an optimizer step is divided, and what that takes; `parts` is empty where nothing is predicted."""
+
+    micro_batch: int  # sequences per forward pass
+    recomputed: int  # layers
+    parts: dict[str, float]  # bytes
+
+    @property
+    def peak(self) -> float:
+        """Bytes of torch's allocator."""
+        return sum(self.parts.values())
+
+
+PAGED = {"adamw_8bit": "paged_adamw_8bit", "adamw_torch": "paged_adamw_32bit"}  # the same update, its state outside the allocator
+# Share of the limit that a plan fills: the prediction may be 8 % off.
+FILL = 0.9
+# Cost of a micro-step beside its tokens (unpacking weights, launching), in tokens' worth of work; and of recomputing all layers,
+# as a share. Both from the steps measured on an H200 at 512, 2,048 and 8,192 tokens (benchmarks/README.md).
+MICRO_STEP_TOKENS = 650
+RECOMPUTATION = 0.29
+
+
+def make_plan(config: Config, shape: ModelShape | None, limit: float | None) -> Plan:
+    """The fastest division of the effective batch within `limit` bytes, or the smallest one when none fits.
+
+    `performance.micro_batch` and `training.gradient_checkpointing` are free where they are `auto`. Without a limit (a CPU) or a
+    shape nothing is chosen: the micro-batch is `batch_size`.
+    """
+    recompute, micro = config.training.gradient_checkpointing, config.performance.micro_batch
+    if shape is None or limit is None or not config.performance.fused_lora:
+        layers = shape.layers if shape and (recompute is True or (recompute == "auto" and limit is not None)) else 0
+        return Plan(config.training.batch_size if micro == "auto" else int(micro), layers, {})
+    batches = _divisors(config.effective_batch) if micro == "auto" else [int(micro)]
+    choices = {"auto": range(shape.layers + 1), True: [shape.layers], False: [0]}[recompute]
+    plans = [Plan(b, n, estimate_memory(shape, config, b, n)) for b in batches for n in choices]
+    fitting = [plan for plan in plans if plan.peak <= FILL * limit]
+    if not fitting:
+        return min(plans, key=lambda plan: plan.peak)
+
+    def cost(plan: Plan) -> float:
+        tokens = plan.micro_batch * config.data.max_length
+        return MICRO_STEP_TOKENS / tokens + RECOMPUTATION * plan.recomputed / shape.layers
+
+    return min(fitting, key=cost)
+
+
+def _divisors(number: int) -> list[int]:
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
+
+def check_fit(plan: Plan, config: Config, shape: ModelShape | None, limit: float | None) -> None:
+    """Refuse, before anything is loaded, a run that cannot fit even if the prediction is 8 % too high.
+
+    Raises:
+        UserError: one line with the cheapest change that fits.
+    """
+    if shape is None or limit is None or plan.peak <= 1.08 * limit:
+        return
+    cap = config.performance.vram_limit_gib
+    where = f"performance.vram_limit_gib: {cap}" if cap and cap * GIB <= limit else f"GPU memory: {limit / GIB:.2f} GiB free"
+    needs = f"needs {plan.peak / GIB:.2f} GiB with these settings, {plan.parts['projection weights'] / GIB:.2f} of it for weights"
+    raise UserError(f"{where}: training {config.model.name} {needs}; {remedy(config, shape, limit)}")
+
+
+def remedy(config: Config, shape: ModelShape, limit: float) -> str:
+    """The cheapest change that makes a run fit into `limit` bytes, as flags."""
+    change = cheapest_change(config, shape, limit)
+    if change is None:
+        return "no setting makes it fit: use a smaller base model"
+    values = config.model_dump()
+    named = {"lora.rank": "--rank ", "data.max_length": "--max_length "}  # these win over --set, wherever it stands
+    changed = {key: str(value).lower() for key, value in change.items() if value != _value(values, key)}
+    flags = [f"{named.get(key, f'--set {key}=')}{value}" for key, value in changed.items()]
+    return f"the cheapest change that fits: {' '.join(flags)}"
+
+
+def _value(values: dict[str, Any], dotted: str) -> Any:
+    section, key = dotted.split(".")
+    return values[section][key]
+
+
+def cheapest_change(config: Config, shape: ModelShape, limit: float) -> dict[str, Any] | None:
+    """Keys and values that make a run fit into `limit` bytes, those with the same result first; None when nothing does."""
+    length, rank, optim, dtype = (
+        config.data.max_length,
+        config.lora.rank,
+        config.training.optim,
+        config.quantization.compute_dtype,
+    )
+    free = {"performance.micro_batch": "auto", "training.gradient_checkpointing": "auto"}
+    paged = free | {"training.optim": PAGED.get(optim, optim)}
+    offloaded = paged | {"performance.offload_embedding": True}
+    narrow = {"quantization.load_in_4bit": True, "quantization.compute_dtype": "auto" if dtype == "float32" else dtype}
+    least = offloaded | narrow | {"quantization.use_double_quant": True}
+    changes: list[dict[str, Any]] = [free, paged, offloaded, free | narrow, least]
+    for halvings in (1, 2, 3):
+        shorter = {"data.max_length": min(length, max(length >> halvings, 128))}
+        smaller = {"lora.rank": min(rank, max(rank >> halvings, 4))}
+        changes += [least | shorter, least | smaller, least | shorter | smaller]
+    return next((change for change in changes if make_plan(override(config, change), shape, limit).peak <= limit), None)

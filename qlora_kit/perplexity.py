@@ -43,33 +43,57 @@ def from_block_losses(sums: Sequence[float], counts: Sequence[int]) -> Perplexit
     return Perplexity(loss, perplexity, perplexity * error, tokens, blocks)
 
 
-@torch.no_grad()
 def measure_perplexity(
-    model: torch.nn.Module,
+    losses_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     blocks: Any,
     batch_size: int,
-    autocast: AbstractContextManager | None = None,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> Perplexity:
     """Loss of every token but the first of each block. `blocks[i]["input_ids"]` and `["labels"]` have shape (length,).
 
     Args:
+        losses_of: ids, labels (B, T) on the CPU -> losses (B, T - 1) in nats without dropout, zero where the label is -100.
         batch_size: sequences per forward pass; no more than in training, so that evaluation fits where training does.
         on_batch: called with the number of blocks done.
     """
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    sums: list[float] = []
+    sums: list[torch.Tensor] = []
     counts: list[int] = []
     for start in range(0, len(blocks), batch_size):
         rows = [blocks[index] for index in range(start, min(start + batch_size, len(blocks)))]
-        ids = torch.stack([row["input_ids"] for row in rows]).to(device)  # (B, T)
-        labels = torch.stack([row["labels"] for row in rows]).to(device)
-        with autocast or nullcontext():
-            losses = token_losses(model, ids, labels)  # (B, T - 1)
-        sums += losses.double().sum(1).tolist()
+        ids = torch.stack([row["input_ids"] for row in rows])  # (B, T)
+        labels = torch.stack([row["labels"] for row in rows])
+        sums.append(losses_of(ids, labels).double().sum(1))
         counts += (labels[:, 1:] != IGNORED).sum(1).tolist()
         on_batch(len(counts))
-    model.train(was_training)
-    return from_block_losses(sums, counts)
+    return from_block_losses(torch.cat(sums).tolist(), counts)
+
+
+def library_losses(model: Any, autocast: AbstractContextManager | None = None) -> Callable[..., torch.Tensor]:
+    """`losses_of` through the library's own layers."""
+
+    device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def losses(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        was_training = model.training
+        model.eval()
+        with autocast or nullcontext():
+            result = token_losses(model, ids.to(device), labels.to(device))
+        model.train(was_training)
+        return result
+
+    return losses
+
+
+def as_metrics(result: Perplexity) -> dict[str, float]:
+    """The keys under which metrics.jsonl and the Trainer know an evaluation."""
+    return {"eval_loss": result.loss, "eval_perplexity": result.perplexity, "eval_standard_error": result.standard_error,
+            "eval_tokens": result.tokens, "eval_blocks": result.blocks}  # fmt: skip
+
+
+def recorded_base(metrics: list[dict[str, Any]]) -> Perplexity | None:
+    """The base model's perplexity as an interrupted run wrote it to metrics.jsonl."""
+    entry = next((entry for entry in metrics if entry["step"] == 0 and "eval_loss" in entry), None)
+    if entry is None:
+        return None
+    return Perplexity(*(entry[f"eval_{name}"] for name in ("loss", "perplexity", "standard_error", "tokens", "blocks")))

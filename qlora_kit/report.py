@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.memory import GIB
+from qlora_kit.memory import CONTEXT_BYTES, GIB, ModelShape, Plan, optimizer_bytes, remedy
 from qlora_kit.settings import Config
 
 if TYPE_CHECKING:
@@ -71,10 +71,10 @@ def _append(path: Path, text: str) -> None:
 class RunReport:
     """Tells the reader what was asked, predicted and measured; keeps what the passport will state."""
 
-    def __init__(self, config: Config, machine: "Machine", predicted_bytes: dict[str, float] | None):
-        self.config, self.machine = config, machine
+    def __init__(self, config: Config, machine: "Machine", plan: Plan):
+        self.config, self.machine, self.plan = config, machine, plan
         self.log = RunLog()
-        self.predicted_gib = sum(predicted_bytes.values()) / GIB if predicted_bytes and machine.device == "cuda" else None
+        self.predicted_gib = plan.peak / GIB if plan.parts else None
         self.started, self._clock = now(), time.perf_counter()
         self.data: dict[str, Any] = {}
 
@@ -83,8 +83,6 @@ class RunReport:
         self.log.file_only(f"{self.started}  {command_line()}")
         for line in self.machine.description:
             self.log.line(line)
-        if self.predicted_gib:
-            self.log.line(f"Memory predicted at the peak: {self.predicted_gib:.2f} GiB")
         quantization = f"4-bit {config.quantization.quant_type.upper()}" if config.quantization.load_in_4bit else "16-bit"
         double = " with double quantization" if config.quantization.load_in_4bit and config.quantization.use_double_quant else ""
         self.log.line(f"Base model: {config.model.name}, {quantization}{double}, computing in {self.machine.dtype_name}")
@@ -96,13 +94,25 @@ class RunReport:
             f"of {total:,} ({100 * trainable / total:.2f} %)"
         )
 
-    def describe_fusion(self, fused: int, layers: int) -> None:
-        if fused < layers:
-            self.log.line(f"Fused LoRA: {fused} of {layers} layers; the others take peft's own path")
+    def describe_path(self, device: str, reason: str | None, compiled: str | None, captured: str | None) -> None:
+        """How micro-steps run: reasons are None where nothing stands against it."""
+        plan = self.plan
+        division = f"{plan.micro_batch} x {self.config.effective_batch // plan.micro_batch} sequences"
+        if reason:
+            self.log.line(f"Micro-steps: {division}, through the library's layers ({reason})")
+            return
+        layers = f"{plan.recomputed} layers computed again in the backward pass" if plan.recomputed else "no layer computed again"
+        self.log.line(f"Micro-steps: {division}, {layers}")
+        if device == "cuda":
+            self.log.line(f"  compiled: {compiled or 'yes'}; CUDA graph: {captured or 'yes'}")
+        if self.predicted_gib:
+            self.log.line(f"  memory predicted at the peak: {self.predicted_gib:.2f} GiB")
 
-    def describe_graph(self, reason: str | None) -> None:
-        if self.machine.device == "cuda":
-            self.log.line(f"CUDA graph of the micro-step: {'no: ' + reason if reason else 'yes'}")
+    def out_of_memory(self, step: int, micro_batch: int) -> None:
+        rows = f"{micro_batch} sequence{'s' * (micro_batch > 1)}"
+        self.log.line(
+            f"Out of GPU memory at step {step + 1}: starting that step again with {rows} at a time; the effective batch stays"
+        )
 
     def describe_data(self, train: "Blocks", evaluation: "Blocks | None") -> None:
         config = self.config
@@ -158,6 +168,22 @@ class RunReport:
         self.log.line(f"  curves       {folder / CURVES}")
         self.log.line(f"  log          {folder / LOG}")
         self.log.line(f"  talk to it   python inference_example.py --mode interactive --adapter {shlex.quote(str(folder))}")
+
+
+def plan_table(plan: Plan, config: Config, shape: ModelShape, limit: float, card: str) -> str:
+    """What a run will take part by part, whether `limit` bytes of `card` hold it, and the cheapest change when they do not."""
+    title = f"{config.model.name}: {plan.micro_batch} x {config.effective_batch // plan.micro_batch} sequences of "
+    title += (
+        f"{config.data.max_length} tokens, rank {config.lora.rank}, {plan.recomputed} of {shape.layers} layers computed again"
+    )
+    paged = 0.0 if plan.parts["optimizer state"] else optimizer_bytes(config.training.optim) * plan.parts["adapters (fp32)"] / 4
+    rows = list(plan.parts.items())
+    rows += [("sum: torch's allocator", plan.peak), ("paged optimizer state", paged), ("CUDA context (about)", CONTEXT_BYTES)]
+    lines = [title, *(f"  {name:<24}{size / GIB:6.2f} GiB" for name, size in rows)]
+    if plan.peak <= limit:
+        return "\n".join([*lines, f"Fits: {plan.peak / GIB:.2f} of {limit / GIB:.2f} GiB ({card})."])
+    verdict = f"Does not fit: {plan.peak / GIB:.2f} GiB, and there are {limit / GIB:.2f} ({card}); {remedy(config, shape, limit)}"
+    return "\n".join([*lines, verdict])
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

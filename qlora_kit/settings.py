@@ -68,6 +68,7 @@ Positive = Annotated[float, BeforeValidator(_not_bool), Field(gt=0, allow_inf_na
 NonNegative = Annotated[float, BeforeValidator(_not_bool), Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, BeforeValidator(_not_bool), Field(ge=0, lt=1)]
 Name = Annotated[str, Field(min_length=1)]
+Switch = Annotated[bool | str, BeforeValidator(_switch)]  # true, false or auto
 
 
 class Section(BaseModel):
@@ -83,7 +84,7 @@ class ModelConfig(Section):
 class QuantizationConfig(Section):
     load_in_4bit: bool = True
     quant_type: Literal["nf4", "fp4"] = "nf4"
-    compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     use_double_quant: bool = True
 
 
@@ -118,7 +119,7 @@ class TrainingConfig(Section):
     warmup_ratio: Fraction = 0.03
     weight_decay: NonNegative = 0.0
     max_grad_norm: NonNegative = 0.3
-    gradient_checkpointing: Annotated[bool | str, BeforeValidator(_switch)] = True
+    gradient_checkpointing: Switch = "auto"
     optim: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch"] = "paged_adamw_8bit"
     logging_steps: Count = 10
     eval_steps: Count = 100
@@ -133,7 +134,9 @@ class TrainingConfig(Section):
 class PerformanceConfig(Section):
     micro_batch: Annotated[int | str, BeforeValidator(_micro_batch)] = "auto"
     fused_lora: bool = True
-    cuda_graphs: bool = True
+    compile: Switch = "auto"
+    cuda_graphs: Switch = "auto"
+    offload_embedding: bool = False
     vram_limit_gib: Positive | None = None
 
 
@@ -157,20 +160,9 @@ class Config(Section):
     generation: GenerationSettings = GenerationSettings()
 
     @property
-    def micro_batch(self) -> int:
-        """Sequences per forward pass."""
-        chosen = self.performance.micro_batch
-        return self.training.batch_size if chosen == "auto" else int(chosen)
-
-    @property
     def effective_batch(self) -> int:
         """Sequences per optimizer step."""
         return self.training.batch_size * self.training.gradient_accumulation_steps
-
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches per optimizer step: the effective batch stands, however it is divided."""
-        return self.effective_batch // self.micro_batch
 
     def steps_per_epoch(self, blocks: int) -> int:
         """Optimizer steps in one pass over `blocks` sequences; the last one may hold fewer."""

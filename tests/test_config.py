@@ -94,9 +94,21 @@ def test_exponent_without_a_dot_is_a_number(load):
 
 
 def test_the_effective_batch_stands_however_it_is_divided(load):
-    config = load("training: {batch_size: 2, gradient_accumulation_steps: 8}\nperformance: {micro_batch: 4}\n")
-    assert (config.micro_batch, config.effective_batch, config.accumulation) == (4, 16, 4)
-    assert load("training: {batch_size: 2}").micro_batch == 2
+    for micro_batch in (1, 2, 4, 8, 16, "auto"):
+        config = load(
+            f"training: {{batch_size: 2, gradient_accumulation_steps: 8}}\nperformance: {{micro_batch: {micro_batch}}}\n"
+        )
+        assert (config.effective_batch, config.performance.micro_batch) == (16, micro_batch)
+        assert config.steps_per_epoch(33) == 3  # the last one holds a single sequence
+
+
+@pytest.mark.parametrize("key", ["training.gradient_checkpointing", "performance.compile", "performance.cuda_graphs"])
+def test_a_switch_is_true_false_or_auto(load, key):
+    section, name = key.split(".")
+    for written, expected in [("true", True), ("off", False), ("auto", "auto")]:
+        value = getattr(getattr(load(f"{section}:\n  {name}: {written}\n"), section), name)
+        assert value == expected and type(value) is type(expected)
+    assert getattr(getattr(Config(), section), name) == "auto"
 
 
 def test_resolved_config_reads_back_equal(tmp_path):
@@ -108,7 +120,9 @@ def test_resolved_config_reads_back_equal(tmp_path):
         "model.name": "modèle/名前",
         "lora.target_modules": "all-linear",
         "performance.micro_batch": 4,
-        "training.gradient_checkpointing": "auto",
+        "training.gradient_checkpointing": False,
+        "performance.compile": True,
+        "performance.offload_embedding": True,
     }
     config = override(Config(), changes)
     path = tmp_path / "config.yaml"
@@ -147,6 +161,10 @@ def test_resolved_config_reads_back_equal(tmp_path):
         ("training:\n  learning_rate: .inf\n", ":2: training.learning_rate: inf: ", "the default is 0.0002"),
         ("training:\n  seed: 4294967296\n", ":2: training.seed: 4294967296: ", "the default is 42"),  # numpy's limit
         ("training:\n  gradient_checkpointing: maybe\n", ":2: training.gradient_checkpointing: 'maybe': ", "true, false or auto"),
+        ("performance:\n  cuda_graphs: yes please\n", ":2: performance.cuda_graphs: 'yes please': ", "true, false or auto"),
+        ("performance:\n  compile: null\n", ":2: performance.compile: None: ", "the default is auto"),
+        ("performance:\n  offload_embedding: auto\n", ":2: performance.offload_embedding: 'auto': ", "the default is false"),
+        ("quantization:\n  compute_dtype: fp16\n", ":2: quantization.compute_dtype: 'fp16': ", "the default is auto"),
         ("data:\n  eval_split: 1.5\n", ":2: data.eval_split: 1.5: ", "a fraction between 0 and 1"),
         ("data:\n  max_length: 4\n", ":2: data.max_length: 4: ", "greater than or equal to 8"),
         ("performance:\n  micro_batch: 2.5\n", ":2: performance.micro_batch: 2.5: ", "auto or a whole number"),

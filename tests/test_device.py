@@ -1,11 +1,14 @@
 """Choosing device and dtype. A real GPU is for test_gpu.py; here torch.cuda answers like a machine without one, or an old one."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from qlora_kit import device
+from qlora_kit.cli import Failed
 from qlora_kit.config import UserError
-from qlora_kit.memory import KNOWN_CONFIGS, read_shape
+from qlora_kit.memory import GIB, KNOWN_CONFIGS, read_shape
 from qlora_kit.settings import Config
 
 
@@ -27,12 +30,44 @@ def test_asking_for_a_missing_gpu_is_one_line(no_gpu):
         device.choose_device("cuda")
 
 
-def test_gpu_without_bfloat16_falls_back_to_float16_and_says_so(monkeypatch):
+@pytest.fixture
+def tesla_t4(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
-    dtype, note = device.usable_dtype("bfloat16", "cuda")
+
+
+@pytest.fixture
+def new_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+
+
+def test_auto_is_float16_on_a_gpu_without_bfloat16_and_says_so(tesla_t4):
+    dtype, note = device.usable_dtype("auto", "cuda")
     assert dtype is torch.float16
     assert "Tesla T4" in note and "float16" in note
+
+
+def test_auto_is_bfloat16_on_a_gpu_that_has_it(new_gpu):
+    assert device.usable_dtype("auto", "cuda") == (torch.bfloat16, None)
+
+
+def test_auto_is_float32_on_a_cpu():
+    assert device.usable_dtype("auto", "cpu") == (torch.float32, None)
+
+
+def test_bfloat16_asked_for_on_a_gpu_without_it_is_refused(tesla_t4):
+    with pytest.raises(UserError, match=r"^quantization.compute_dtype: bfloat16: Tesla T4 lacks it; use float16, or auto$"):
+        device.usable_dtype("bfloat16", "cuda")
+
+
+@pytest.mark.parametrize("name", ["float16", "float32"])
+def test_an_old_gpu_computes_in_what_it_has(tesla_t4, name):
+    assert device.usable_dtype(name, "cuda") == (getattr(torch, name), None)
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "float32"])
+def test_a_new_gpu_computes_in_the_dtype_asked_for(new_gpu, name):
+    assert device.usable_dtype(name, "cuda") == (getattr(torch, name), None)
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float32"])
@@ -43,6 +78,84 @@ def test_cpu_computes_in_the_dtype_asked_for(name):
 def test_float16_on_the_cpu_is_refused():
     with pytest.raises(UserError, match=r"float16.*GPU"):
         device.usable_dtype("float16", "cpu")
+
+
+def test_an_adapter_may_come_from_a_gpu_that_has_more(tesla_t4):
+    """Who talks to an adapter did not choose the dtype that it was trained in, and cannot change it."""
+    dtype, note = device.usable_dtype("bfloat16", "cuda", insisted=False)
+    assert dtype is torch.float16 and "Tesla T4" in note
+    assert device.usable_dtype("float16", "cpu", insisted=False) == (torch.float32, None)
+    assert device.usable_dtype("bfloat16", "cpu", insisted=False) == (torch.bfloat16, None)
+
+
+# What is insisted on and cannot work
+
+
+@pytest.mark.parametrize(
+    ("key", "remedy"), [("compile", "auto or false"), ("cuda_graphs", "auto or false"), ("offload_embedding", "false")]
+)
+def test_a_technique_of_the_gpu_is_refused_on_a_cpu_only_when_insisted_on(no_gpu, key, remedy):
+    with pytest.raises(UserError) as refused:
+        device.look_at_machine(config(performance={key: True}), None)
+    assert refused.value.problems == [f"performance.{key}: true: cannot work here (needs a CUDA GPU); use {remedy}"]
+    for value in (False, "auto") if "auto" in remedy else (False,):
+        assert device.look_at_machine(config(performance={key: value}), None).device == "cpu"
+
+
+def test_a_technique_of_the_fast_path_is_refused_without_it():
+    asked = config(performance={"compile": True, "cuda_graphs": True, "fused_lora": False})
+    with pytest.raises(UserError) as refused:
+        device.check_insistence(asked, "cuda")
+    assert [problem.partition(";")[0] for problem in refused.value.problems] == [
+        f"performance.{key}: true: cannot work here (performance.fused_lora is false)" for key in ("compile", "cuda_graphs")
+    ]
+    device.check_insistence(config(performance={"compile": True, "offload_embedding": True}), "cuda")
+    device.check_insistence(config(performance={"fused_lora": False}), "cpu")
+
+
+def test_a_cpu_has_no_limit(no_gpu):
+    assert device.look_at_machine(config(performance={"vram_limit_gib": 8}), None).limit is None
+
+
+@pytest.mark.parametrize(("cap", "expected"), [(None, 20), (8, 8), (22, 20)])
+def test_the_limit_is_what_is_free_or_the_cap_below_it(monkeypatch, new_gpu, cap, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (20 * GIB, 24 * GIB))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(name="a GPU", total_memory=24 * GIB))
+    fractions = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
+    assert device.look_at_machine(config(performance={"vram_limit_gib": cap}), None).limit == expected * GIB
+    assert fractions == ([] if cap is None else [cap / 24])
+
+
+def test_a_cap_above_the_card_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(name="a GPU", total_memory=8 * GIB))
+    with pytest.raises(UserError, match=r"^performance.vram_limit_gib: 9: this GPU has 8\.0 GiB; use less, or null"):
+        device.cap_memory(9)
+
+
+# Out of memory with one sequence at a time
+
+
+@pytest.mark.parametrize(
+    ("asked", "remedies"),
+    [
+        ({}, ["gradient_checkpointing=true", "offload_embedding=true", "--max_length 256", "--rank 8"]),
+        (
+            {"training": {"gradient_checkpointing": True}, "performance": {"offload_embedding": True}},
+            ["--max_length 256", "--rank 8"],
+        ),
+        ({"performance": {"fused_lora": False}}, ["gradient_checkpointing=true", "--max_length 256", "--rank 8"]),
+    ],
+)
+def test_out_of_memory_is_one_line_with_the_remedies_that_are_left(monkeypatch, asked, remedies):
+    monkeypatch.setattr(device, "memory_gib", lambda name: {"peak_reserved": 7.9})
+    with pytest.raises(Failed) as failed, device.out_of_memory_is_one_line(config(**asked)):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+    line = str(failed.value)
+    assert line.startswith("the GPU's memory is full at 7.90 GiB; try ") and "\n" not in line
+    named = line.partition("; try ")[2].split(", then ")
+    assert [wanted in given for wanted, given in zip(remedies, named, strict=True)] == [True] * len(remedies)
 
 
 def test_days_on_a_cpu_are_refused_with_the_estimate_and_both_ways_out(no_gpu, monkeypatch):

@@ -210,6 +210,99 @@ def test_another_architecture_trains(other_models, tmp_path, name, targets, tens
     assert perplexity["adapter"]["loss"] < perplexity["base"]["loss"]
 
 
+def test_the_micro_batch_divides_the_work_and_nothing_else(tmp_path, capsys):
+    losses = []
+    for micro_batch in ("4", "1"):
+        out = tmp_path / micro_batch
+        train("--max_steps", "2", "--batch_size", "4", "--dropout", "0", "--set", f"performance.micro_batch={micro_batch}",
+              "--set", "training.lr_scheduler=constant", "--output_dir", str(out))  # fmt: skip
+        assert f"Micro-steps: {micro_batch} x {4 // int(micro_batch)} sequences" in capsys.readouterr().err
+        losses.append([line.get("loss", line.get("eval_loss")) for line in metrics(out)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+# --- the plan -----------------------------------------------------------------------------------------------------------
+
+
+def plan(capsys, *arguments: str) -> list[str]:
+    train_qlora.main(["--plan", *arguments])
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    return shown.out.splitlines()
+
+
+def test_the_plan_is_answered_at_once_and_without_torch(root):
+    """Weights, network and GPU are not needed to say what the default run takes on a card of 8 GiB."""
+    code = """
+import sys, time
+started = time.perf_counter()
+import train_qlora
+train_qlora.main(["--plan", "--set", "performance.vram_limit_gib=8"])
+seconds = time.perf_counter() - started
+heavy = {"torch", "transformers", "datasets", "peft", "numpy", "huggingface_hub"}
+print(seconds, sorted(heavy & set(sys.modules)), file=sys.stderr)
+"""
+    quickest = 60.0
+    for _ in range(3):  # a busy machine may be slow once
+        result = subprocess.run(
+            [sys.executable, "-c", code], cwd=root, env=environment(), capture_output=True, text=True, timeout=60
+        )
+        seconds, _, imported = result.stderr.partition(" ")
+        assert imported.strip() == "[]", result.stderr
+        assert result.stdout.splitlines()[-1].startswith("Fits: ")
+        quickest = min(quickest, float(seconds))
+        if quickest < 1:
+            break
+    assert quickest < 1
+
+
+def test_the_plan_of_a_card_that_is_too_small_ends_with_the_remedy(capsys):
+    title, *_, verdict = plan(capsys, "--set", "performance.vram_limit_gib=2.2")
+    assert title.startswith("Qwen/Qwen2.5-3B-Instruct: 1 x 16 sequences of 512 tokens, rank 16, 36 of 36 layers")
+    assert verdict.startswith("Does not fit: ") and "there are 2.20 (performance.vram_limit_gib)" in verdict
+    assert verdict.endswith("the cheapest change that fits: --set performance.offload_embedding=true")
+    assert plan(capsys, "--config", "configs/lean.yaml", "--set", "performance.vram_limit_gib=2.2")[-1].startswith("Fits: ")
+
+
+@NO_GPU
+def test_without_a_gpu_and_a_limit_the_plan_is_for_8_gib_and_says_so(capsys):
+    assert plan(capsys)[-1].endswith("of 8.00 GiB (no GPU here: a card of 8 GiB assumed).")
+
+
+def test_a_plan_needs_the_models_config_alone(capsys, tmp_path, tiny_dir):
+    shape = json.loads((tiny_dir / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    title, *_, verdict = plan(capsys, "--model_name", str(tmp_path), "--set", "performance.vram_limit_gib=1")
+    assert title.startswith(f"{tmp_path}: 16 x 1 sequences of 512 tokens, rank 16, 0 of {shape['num_hidden_layers']} layers")
+    assert verdict.startswith("Fits: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_plan_asks_for_neither_the_data_nor_a_free_folder(capsys, trained):
+    verdict = plan(capsys, *TRAINED, "--output_dir", str(trained[0]), "--dataset", "not/there.txt", "--set",
+                   "performance.vram_limit_gib=8")[-1]  # fmt: skip
+    assert verdict.startswith("Fits: ")
+
+
+def test_a_plan_for_another_architecture_is_refused_in_one_line(root, other_models):
+    result = run(root, "--plan", "--model_name", str(other_models["gpt2"]))
+    assert result.returncode == 2
+    assert_one_line(result, f"--plan: {other_models['gpt2']}: no prediction", "not built like Llama", "--max_steps")
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--set", "performance.fused_lora=false"], ["no prediction", "performance.fused_lora is false"]),
+    (["--model_name", "./no-such-model"], ["model.name", "./no-such-model"]),
+    (["--rank", "0"], ["lora.rank"]),
+])  # fmt: skip
+def test_a_plan_that_cannot_be_made(capsys, arguments, words):
+    with pytest.raises(UserError) as error:
+        train_qlora.main(["--plan", *arguments])
+    (problem,) = error.value.problems
+    assert all(word in problem for word in words) and "\n" not in problem
+    assert capsys.readouterr().out == ""
+
+
 # --- stopping and going on ----------------------------------------------------------------------------------------------
 
 STOPPED = [*SMALL, "--max_steps", "8", "--max_length", "128", "--batch_size", "4", "--set", "data.max_train_samples=16",
@@ -505,6 +598,42 @@ def test_the_default_run_without_a_gpu_offers_the_laptop_model(root, tmp_path):
     assert result.returncode == 2
     assert_one_line(result, "training.device", "configs/tiny.yaml", "training.device=cpu")
     assert not (tmp_path / "out").exists()
+
+
+@NO_GPU
+@pytest.mark.parametrize("key", ["performance.compile", "performance.cuda_graphs", "performance.offload_embedding"])
+def test_a_technique_of_the_gpu_without_one(refuses, tmp_path, key):
+    refuses("--set", f"{key}=true", words=[f"{key}: true: ", "CUDA GPU", "false"])
+    (tmp_path / "out").mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json", "run.json"):
+        (tmp_path / "out" / name).write_text("an earlier run's")
+    refuses("--overwrite", "--set", f"{key}=true", words=[f"{key}: true: "])
+    assert weights(tmp_path / "out") == b"an earlier run's"
+
+
+@NO_GPU
+def test_a_technique_of_the_gpu_without_one_is_one_line_and_status_2_before_the_model_is_loaded(root, trained):
+    folder, _ = trained
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}, weights(folder)
+    result = run(root, *TRAINED, "--output_dir", str(folder), "--overwrite", "--set", "performance.cuda_graphs=true")
+    assert result.returncode == 2
+    assert_one_line(result, "performance.cuda_graphs: true: cannot work here (needs a CUDA GPU); use auto or false")
+    assert ({path.name: path.stat().st_mtime_ns for path in folder.iterdir()}, weights(folder)) == before
+
+
+def test_a_mistake_that_only_the_loaded_model_shows_costs_no_earlier_run(tmp_path, monkeypatch):
+    """As where a GPU lacks a compiler, or an architecture cannot be captured, and it was insisted on."""
+    train("--max_steps", "1", "--output_dir", str(tmp_path / "out"))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+    def cannot(*_):
+        raise UserError("performance.compile: true: cannot work here (needs a C compiler); use auto or false")
+
+    monkeypatch.setattr("qlora_kit.training.build_micro_step", cannot)
+    for arguments in (["--overwrite", "--seed", "1"], ["--max_steps", "2", "--resume"]):
+        with pytest.raises(UserError, match=r"performance\.compile"):
+            train("--max_steps", "1", "--output_dir", str(tmp_path / "out"), *arguments)
+        assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
 
 
 def test_float16_needs_a_gpu(refuses):

@@ -5,39 +5,93 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora.bnb import Linear4bit
 
-from qlora_kit.fast.lora import FusedLinear4bit, LoraProjection, fuse
+from qlora_kit.fast.lora import FusedLinear4bit, fuse
+from qlora_kit.fast.nf4 import unpack_stacked
+from qlora_kit.fast.projection import Lora, LoraProjection, draw_keys, keep_mask, project
 from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
 
 
-def problem(masked: bool):
+def problem(dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=dtype)
 
     x, A, B = random(6, 5).requires_grad_(), random(2, 5).requires_grad_(), random(4, 2).requires_grad_()
-    mask = (random(6, 5) > -0.5) if masked else None
-    return x, random(4, 5), random(4), A, B, mask
+    return x, random(4, 5), random(4), A, B
 
 
 def unfused(x, weight, bias, A, B, scale, mask, keep):
-    dropped = x if mask is None else x * mask / keep
-    return x @ weight.T + bias + scale * (dropped @ A.T) @ B.T
+    return x @ weight.T + bias + scale * ((x * mask / keep) @ A.T) @ B.T
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_gradcheck_in_fp64_and_equal_to_the_unfused_formula(masked):
-    x, weight, bias, A, B, mask = problem(masked)
-    keep = 0.75 if masked else 1.0
+@pytest.mark.parametrize("keep", [1.0, 0.75])
+def test_gradcheck_in_fp64_and_equal_to_the_unfused_formula_under_the_same_mask(keep):
+    x, weight, bias, A, B = problem()
+    key = torch.tensor(12345, dtype=torch.int32)
+    mask = keep_mask(x.shape, key, keep).double()
+    assert (mask.mean() < 1) == (keep < 1)
 
     def fused(x, A, B):
-        return LoraProjection.apply(x, weight, bias, A, B, 1.5, mask, keep)
+        return LoraProjection.apply(x, weight, bias, A, B, 1.5, keep, key)
 
     torch.testing.assert_close(fused(x, A, B), unfused(x, weight, bias, A, B, 1.5, mask, keep))
     assert torch.autograd.gradcheck(fused, (x, A, B))
     actual = torch.autograd.grad(fused(x, A, B).square().sum(), (x, A, B))
     expected = torch.autograd.grad(unfused(x, weight, bias, A, B, 1.5, mask, keep).square().sum(), (x, A, B))
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("adapted_members", [(True, True, True), (True, False, True), (False, True, False)])
+def test_projections_that_share_an_input_are_one_product(adapted_members):
+    """q, k, v of 6, 2 and 3 columns: stacked, the same as one after the other; those without LoRA stay the base product."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(7, 5, generator=generator, dtype=torch.float64)
+    sizes, key = (6, 2, 3), torch.tensor(99, dtype=torch.int32)
+    weights = tuple(torch.randn(size, 5, generator=generator, dtype=torch.float64) for size in sizes)
+    As = [torch.randn(2, 5, generator=generator, dtype=torch.float64) for has in adapted_members if has]
+    Bs = tuple(
+        torch.randn(size, 2, generator=generator, dtype=torch.float64) if has else None
+        for size, has in zip(sizes, adapted_members, strict=True)
+    )
+    lora = Lora(torch.cat(As), Bs, sizes, 0.5, 0.8)
+    stacked = unpack_stacked(weights, Bs, lora.rank, torch.float64)
+    assert stacked.shape == (11, 5 + 8)  # 2, 4 or 6 columns of B, rounded up to 8
+    y = project(x, stacked, None, lora, key)
+    mask, waiting, expected = keep_mask(x.shape, key, 0.8).double(), list(As), []
+    for weight, B in zip(weights, Bs, strict=True):
+        update = 0.0 if B is None else 0.5 * ((x * mask / 0.8) @ waiting.pop(0).T) @ B.T
+        expected.append(x @ weight.T + update)
+    torch.testing.assert_close(y, torch.cat(expected, 1))
+
+
+# The mask
+
+
+@pytest.mark.parametrize("keep", [0.95, 0.5])
+def test_the_mask_keeps_its_share_in_every_row_and_column_and_for_every_key(keep):
+    masks = torch.stack([keep_mask(torch.Size((600, 500)), key, keep).double() for key in draw_keys((3,), 4)])
+    count = 600 * 500
+    spread = (keep * (1 - keep)) ** 0.5
+    assert (masks.mean((1, 2)) - keep).abs().max() < 4 * spread / count**0.5
+    for dimension, length in ((1, 600), (2, 500)):  # as scattered as independent draws are: not more, not less
+        assert masks.mean(dimension).std() == pytest.approx(spread / length**0.5, rel=0.1)
+
+
+def test_masks_of_different_keys_and_neighbouring_elements_are_independent():
+    first, second = (keep_mask(torch.Size((1000, 300)), key, 0.5).double().flatten() for key in draw_keys((4,), 2))
+    shifts = [first[1:] * 2 - 1, first[300:] * 2 - 1, second * 2 - 1]
+    for other in shifts:
+        correlation = ((first[: len(other)] * 2 - 1) * other).mean()
+        assert abs(correlation) < 4 / len(other) ** 0.5
+
+
+def test_keys_follow_from_the_seed():
+    assert torch.equal(draw_keys((1, 2, 3), 5), draw_keys((1, 2, 3), 5))
+    assert not torch.equal(draw_keys((1, 2, 3), 5), draw_keys((1, 2, 4), 5))
+
+
+# peft's layers under it
 
 
 def adapted(tiny_dir, dropout, checkpointing=False, dtype=torch.float32):

@@ -92,13 +92,57 @@ def test_a_limit_beyond_the_gpu_is_one_line(tmp_path):
     assert len(error.value.problems) == 1 and "GiB" in error.value.problems[0]
 
 
+LONG = [*TINY, "--max_length", "1024", "--batch_size", "16", "--max_steps", "2", "--dropout", "0"]
+# A run that the planner would refuse, in a process of its own, as the limit holds for all of it: only the allocator says no.
+CAPPED = (
+    "import sys, train_qlora; from qlora_kit import cli; train_qlora.check_fit = lambda *rest: None; cli.run(train_qlora.main)"
+)
+
+
+def run_capped(root, folder, limit, *flags):
+    flags = [*LONG, "--set", f"performance.vram_limit_gib={limit}", "--output_dir", str(folder), *flags]
+    return subprocess.run([sys.executable, "-c", CAPPED, *flags], cwd=root, capture_output=True, text=True, timeout=300)
+
+
 def test_a_full_gpu_is_one_line_with_remedies_and_status_1(root, tmp_path):
-    """A process of its own: the limit holds for the whole process."""
-    out = tmp_path / "out"
-    arguments = [*TINY, "--max_length", "1024", "--set", "performance.vram_limit_gib=0.08", "--output_dir", str(out)]
-    result = subprocess.run([sys.executable, "train_qlora.py", *arguments], cwd=root, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 1, result.stderr
-    assert "Traceback" not in result.stderr
+    result = run_capped(root, tmp_path / "out", 0.05)
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: the GPU's memory is full") and "--max_length 512" in last and "micro_batch=1" in last
-    assert not (out / "adapter_model.safetensors").exists()
+    assert last.startswith("error: the GPU's memory is full") and "--max_length 512" in last
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_out_of_memory_halves_the_micro_batch_and_changes_no_loss(root, tmp_path):
+    losses = {}
+    for name, limit in (("wide", 8), ("narrow", 0.4)):
+        result = run_capped(root, tmp_path / name, limit, "--set", "performance.micro_batch=16")
+        assert result.returncode == 0, result.stderr
+        metrics = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = [line["loss"] for line in metrics if "loss" in line]
+    assert "Out of GPU memory at step 1: starting that step again with 8 sequences" in result.stderr
+    assert losses["narrow"] == pytest.approx(losses["wide"], rel=2e-3)
+
+
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path):
+    """Three steps, and two steps and then the third: the same dropout, although the graph is captured at another step."""
+    run = [*TINY, "--dropout", "0.3", "--set", "training.save_steps=2", "--set", "training.lr_scheduler=constant"]
+    train_qlora.main([*run, "--max_steps", "3", "--output_dir", str(tmp_path / "whole")])
+    train_qlora.main([*run, "--max_steps", "2", "--output_dir", str(tmp_path / "halves")])
+    train_qlora.main([*run, "--max_steps", "3", "--output_dir", str(tmp_path / "halves"), "--resume"])
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+        for name in ("whole", "halves")
+    ]
+    assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_the_embedding_can_stay_in_host_memory(tmp_path):
+    losses = {}
+    for offloaded in ("false", "true"):
+        folder = tmp_path / offloaded
+        settings = ["--set", f"performance.offload_embedding={offloaded}", "--max_steps", "3", "--output_dir", str(folder)]
+        train_qlora.main([*TINY, *settings])
+        losses[offloaded] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for kept, streamed in zip(losses["false"], losses["true"], strict=True):
+        for key in ("loss", "eval_loss"):
+            assert streamed.get(key) == pytest.approx(kept.get(key), rel=1e-3)

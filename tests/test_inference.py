@@ -252,6 +252,20 @@ def test_what_is_assumed_without_run_json_is_what_is_done(adapter, tmp_path, cap
     assert "FP4" in err and "NF4" not in err
 
 
+@pytest.mark.parametrize("trained_in", ["float16", "bfloat16"])
+def test_an_adapter_that_a_gpu_trained_speaks_on_a_cpu(adapter, tmp_path, trained_in):
+    """The dtype of its training is no setting of inference: what this machine cannot compute in is replaced, not refused."""
+    folder = copy(adapter, tmp_path / "moved")
+    passport = json.loads((folder / "run.json").read_text())
+    passport["quantization"]["compute_dtype"] = trained_in
+    (folder / "run.json").write_text(json.dumps(passport))
+    generator = load(folder)
+    assert (
+        generator.model.get_input_embeddings().weight.dtype == {"float16": torch.float32, "bfloat16": torch.bfloat16}[trained_in]
+    )
+    assert generator.complete(PROMPT).tokens == 12
+
+
 def test_the_base_model_is_found_from_another_working_folder(adapter, tmp_path, monkeypatch, tiny_dir):
     monkeypatch.chdir(tmp_path)
     assert read_adapter(str(adapter)).model.name == str(tiny_dir)

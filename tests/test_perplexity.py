@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qlora_kit.perplexity import from_block_losses, measure_perplexity
+from qlora_kit.perplexity import as_metrics, from_block_losses, library_losses, measure_perplexity, recorded_base
 
 # From block totals
 
@@ -77,14 +77,14 @@ def reference_loss(model, blocks) -> float:
 
 
 def test_it_is_the_loss_of_transformers(model, blocks):
-    result = measure_perplexity(model, blocks, batch_size=2)
+    result = measure_perplexity(library_losses(model), blocks, batch_size=2)
     assert result.loss == pytest.approx(reference_loss(model.eval(), blocks), rel=1e-5)
     assert (result.tokens, result.blocks) == (5 * 23, 5)  # a block's first token has nothing before it
 
 
 @pytest.mark.parametrize("batch_size", [2, 5, 8])
 def test_the_batch_size_does_not_matter(model, blocks, batch_size):
-    one, many = measure_perplexity(model, blocks, batch_size=1), measure_perplexity(model, blocks, batch_size)
+    one, many = (measure_perplexity(library_losses(model), blocks, size) for size in (1, batch_size))
     assert many.perplexity == pytest.approx(one.perplexity, rel=1e-5)
     assert many.standard_error == pytest.approx(one.standard_error, rel=1e-4)
     assert many.tokens == one.tokens
@@ -94,14 +94,15 @@ def test_masked_labels_count_neither_as_loss_nor_as_tokens(model, blocks):
     masked = [{"input_ids": block["input_ids"], "labels": block["labels"].clone()} for block in blocks]
     for number, block in enumerate(masked):
         block["labels"][: 4 * number + 1] = -100  # blocks of different weight
-    result = measure_perplexity(model, masked, batch_size=2)
+    result = measure_perplexity(library_losses(model), masked, batch_size=2)
     assert result.tokens == sum(23 - 4 * number for number in range(5))
     assert result.loss == pytest.approx(reference_loss(model.eval(), masked), rel=1e-5)
 
 
 def test_products_run_under_the_autocast_given(model, blocks):
-    exact = measure_perplexity(model, blocks, batch_size=2)
-    rounded = measure_perplexity(model, blocks, batch_size=2, autocast=torch.autocast("cpu", torch.bfloat16))
+    exact = measure_perplexity(library_losses(model), blocks, batch_size=2)
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    rounded = measure_perplexity(library_losses(model, autocast), blocks, batch_size=2)
     assert rounded.loss == pytest.approx(exact.loss, rel=0.02)
     assert rounded.loss != exact.loss
 
@@ -121,14 +122,14 @@ class Uniform(torch.nn.Module):
 
 
 def test_a_uniform_model_has_its_vocabulary_for_perplexity(blocks):
-    result = measure_perplexity(Uniform(6144), blocks, batch_size=2)
+    result = measure_perplexity(library_losses(Uniform(6144)), blocks, batch_size=2)
     assert result.perplexity == pytest.approx(6144)
     assert result.standard_error == pytest.approx(0, abs=1e-2)
 
 
 def test_no_batch_is_larger_than_asked_for_and_progress_is_told(blocks):
     model, done = Uniform(6144), []
-    measure_perplexity(model, blocks, batch_size=2, on_batch=done.append)
+    measure_perplexity(library_losses(model), blocks, batch_size=2, on_batch=done.append)
     assert model.batches == [2, 2, 1]
     assert done == [2, 4, 5]
 
@@ -136,6 +137,31 @@ def test_no_batch_is_larger_than_asked_for_and_progress_is_told(blocks):
 @pytest.mark.parametrize("training", [True, False])
 def test_it_runs_without_dropout_and_leaves_the_mode_as_it_was(blocks, training):
     model = Uniform(6144).train(training)
-    measure_perplexity(model, blocks, batch_size=5)
+    measure_perplexity(library_losses(model), blocks, batch_size=5)
     assert model.was_training == [False]
     assert model.training is training
+
+
+def test_losses_may_overwrite_those_of_the_batch_before(blocks):
+    """As a replayed CUDA graph does: each batch's sums are taken before the next one runs."""
+    buffer = torch.zeros(2, 23)
+
+    def losses_of(ids, labels):
+        rows = buffer[: len(ids)]
+        rows.copy_(ids[:, 1:] / 1000)
+        return rows
+
+    result = measure_perplexity(losses_of, blocks, batch_size=2)
+    expected = sum(block["input_ids"][1:].double().sum().item() for block in blocks) / 1000
+    assert result.loss * result.tokens == pytest.approx(expected, rel=1e-6)
+
+
+# What is written down
+
+
+def test_the_base_models_perplexity_reads_back_from_the_metrics_of_an_interrupted_run():
+    before = from_block_losses([6.0, 1.0], [2, 5])
+    written = [{"step": 0, "epoch": 0.0, **as_metrics(before)}, {"step": 5, **as_metrics(from_block_losses([1.0], [2]))}]
+    assert recorded_base(written) == before
+    assert recorded_base(written[1:]) is None
+    assert recorded_base([]) is None

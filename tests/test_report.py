@@ -9,10 +9,12 @@ import torch
 from qlora_kit.checkpoint import check_output_dir, find_checkpoint, open_output, write_passport
 from qlora_kit.config import UserError, load_config, override
 from qlora_kit.device import Machine
+from qlora_kit.memory import GIB, Plan
 from qlora_kit.report import CURVES, LOG, METRICS, RunLog, RunReport, plot_training_curves, read_metrics
 from qlora_kit.settings import Config
 
 CPU = Machine("cpu", torch.float32, ["Device: cpu"])
+ON_CPU = Plan(1, 0, {})
 
 
 @pytest.fixture
@@ -66,12 +68,48 @@ def test_a_resumed_log_drops_what_came_after_the_checkpoint(log, tmp_path):
 
 
 def test_memory_is_neither_predicted_nor_measured_for_a_cpu(capsys):
-    report = RunReport(Config(), CPU, {"weights": 2.0**30})
+    report = RunReport(Config(), CPU, ON_CPU)
     report.announce()
     report.memory("after loading")
+    report.describe_path("cpu", None, "needs a CUDA GPU", "needs a CUDA GPU")
     told = capsys.readouterr().err
     assert "Device: cpu" in told and "Qwen/Qwen2.5-3B-Instruct" in told
+    assert "Micro-steps: 1 x 16 sequences, no layer computed again" in told
     assert "GiB" not in told
+
+
+PLANNED = Plan(4, 12, {"projection weights": 1.25 * GIB, "libraries": 0.5 * GIB})
+
+
+def test_how_micro_steps_run_and_what_they_will_take_is_told(capsys):
+    report = RunReport(Config(), Machine("cuda", torch.bfloat16, [], 8.0 * GIB), PLANNED)
+    report.describe_path("cuda", None, "needs Triton, which this torch lacks", None)
+    told = capsys.readouterr().err
+    assert "4 x 4 sequences, 12 layers computed again" in told
+    assert "compiled: needs Triton, which this torch lacks; CUDA graph: yes" in told
+    assert "predicted at the peak: 1.75 GiB" in told
+
+
+def test_the_librarys_layers_are_named_with_the_reason(capsys):
+    report = RunReport(Config(), Machine("cuda", torch.bfloat16, [], 8.0 * GIB), Plan(1, 0, {}))
+    report.describe_path("cuda", "gpt2 is not built like Llama", "gpt2 is not built like Llama", "gpt2 is not built like Llama")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "Micro-steps: 1 x 16 sequences, through the library's layers (gpt2 is not built like Llama)"
+
+
+def test_the_predicted_peak_stands_beside_the_measured_one(tmp_path, capsys, monkeypatch):
+    measured = {"allocated": 1.0, "reserved": 1.5, "peak_allocated": 1.6, "peak_reserved": 1.8}
+    monkeypatch.setattr(Machine, "memory_gib", lambda self: measured)
+    (tmp_path / "adapter_model.safetensors").touch()
+    report = RunReport(Config(), Machine("cuda", torch.bfloat16, [], 8.0 * GIB), PLANNED)
+    report.summary(tmp_path, None, None)
+    assert "peak 1.80 GiB reserved (predicted 1.75), 1.60 GiB allocated" in capsys.readouterr().err
+
+
+def test_out_of_memory_in_mid_run_is_told_with_step_and_what_follows(capsys):
+    RunReport(Config(), CPU, ON_CPU).out_of_memory(step=6, micro_batch=2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("Out of GPU memory at step 7:") and "2 sequences" in line and "the effective batch stays" in line
 
 
 # The curves
@@ -153,7 +191,7 @@ def test_overwriting_removes_the_run_and_nothing_else(tmp_path):
     for name in ("run.json", CURVES, "notes.txt"):
         (tmp_path / name).touch()
     config = override(Config(), {"lora.rank": 4})
-    open_output(tmp_path, RunReport(config, CPU, None), None, overwrite=True)
+    open_output(tmp_path, RunReport(config, CPU, ON_CPU), None, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "notes.txt"]
     assert load_config(tmp_path / "config.yaml") == config
 

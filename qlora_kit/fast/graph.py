@@ -1,153 +1,129 @@
-"""Forward and backward of one micro-batch as a CUDA graph: captured once for a shape, then replayed.
+"""Micro-steps of one fixed shape, each captured once as a CUDA graph and then replayed.
 
-At micro-batch 1 the kernels of a step take longer to launch than to run; a replay launches them as one. Everything around the
-micro-step (schedule, clipping, optimizer, logging, saving) stays the Trainer's.
-
-Under capture nothing may wait for the GPU, and every tensor keeps its place: inputs, gradients and the loss live in buffers of
-this module. Dropout under recomputation draws each mask twice from two generators in the same state, one for the forward pass and
-one for the recomputation; both start each optimizer step from (seed, step), so that a resumed run draws the same.
+At micro-batch 1 the kernels of a step take longer to launch than to run; a replay launches them as one. Under capture nothing may
+wait for the GPU and every tensor keeps its place, so inputs are copied into buffers of this module. A batch that is smaller than
+the shape (the last of an epoch) is filled up with rows that count for nothing: there is one shape only.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
 
 import torch
 
-from qlora_kit.fast.lora import FusedLinear4bit, count_lora_layers
-from qlora_kit.fast.loss import decoder_and_head, takes_mask_by_kind, token_losses
+from qlora_kit.config import UserError
+from qlora_kit.fast.decoder import GROUPS, FastDecoder
+from qlora_kit.fast.loss import IGNORED
+from qlora_kit.fast.projection import draw_keys
 
 WARM_UP_RUNS = 2  # outside the graph: libraries choose algorithms and allocate workspaces at their first call
 
 
-class LayerDropout:
-    """Masks of one decoder layer; the recomputation draws what the forward pass drew."""
+class MicroStep:
+    """Forward and backward, or the losses alone, of one micro-batch of (batch, length) tokens or fewer rows.
 
-    def __init__(self, device: torch.device):
-        self.forward_generator = torch.Generator(device)
-        self.recompute_generator = torch.Generator(device)
-        self.recomputing = False
-
-    def restart(self, seed: int) -> None:
-        self.forward_generator.manual_seed(seed)
-        self.recompute_generator.manual_seed(seed)
-
-    def generator(self) -> torch.Generator:
-        return self.recompute_generator if self.recomputing else self.forward_generator
-
-
-class GraphedMicroStep:
-    """Call it with a micro-batch: gradients are added to the parameters' `.grad`, the loss is returned.
-
-    A shape that was not captured (the last micro-batch of an epoch may be smaller) runs eagerly, with the same result.
+    Args:
+        seed: of dropout, which follows from (seed, optimizer step, micro-step): a resumed run draws what an unbroken one drew.
+        captured: whether to use CUDA graphs; without, the same functions run one kernel after the other.
     """
 
-    def __init__(self, model: Any, seed: int):
-        self.model, self.seed, self.step = model, seed, 0
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        device = self.parameters[0].device
-        self.flat_gradient = torch.zeros(sum(p.numel() for p in self.parameters), device=device)  # one kernel clears it
-        self.gradients = [
-            part.view_as(p)
-            for part, p in zip(self.flat_gradient.split([p.numel() for p in self.parameters]), self.parameters, strict=True)
-        ]
-        self.dropouts = _give_layers_their_dropout(model, device)
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.shape: torch.Size | None = None
+    def __init__(self, decoder: FastDecoder, batch: int, length: int, seed: int, captured: bool):
+        self.decoder, self.seed, self.captured = decoder, seed, captured
+        device = decoder.adapters.flat.device
+        ids = torch.zeros(batch, length, dtype=torch.long, device=device)
+        # Offloaded embeddings are looked up in host memory and come over with the batch.
+        self.offloaded = decoder.embedding.device != device
+        self.inputs = decoder.embed(ids).to(device) if self.offloaded else ids
+        self.labels = torch.full_like(ids, IGNORED)
+        self.share = torch.zeros((), device=device)
+        self.keys = torch.zeros(len(decoder.layers), len(GROUPS), dtype=torch.int32, device=device)
+        self.step, self.number = 0, 0
+        self.replays: dict[str, Callable[[], torch.Tensor]] = {}
+        if captured:
+            self.stream, self.pool = torch.cuda.Stream(), torch.cuda.MemPool()
 
     def begin_step(self, step: int) -> None:
-        """Before the first micro-batch of an optimizer step: clear gradients, and start dropout from (seed, step)."""
-        self.flat_gradient.zero_()
-        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
-            parameter.grad = gradient
-        self.step = step
-        self._restart_dropout()
+        """Before the first micro-batch of an optimizer step."""
+        self.decoder.adapters.clear_gradients()
+        self.step, self.number = step, 0
 
-    def _restart_dropout(self) -> None:
-        for number, dropout in enumerate(self.dropouts):
-            dropout.restart(hash((self.seed, self.step, number)) & 0x7FFFFFFF)
+    def train(self, ids: torch.Tensor, labels: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+        """Add the gradients of share · Σ losses to the adapters'; returns that loss, (), which the next call overwrites."""
+        self._fill(ids, labels)
+        self.share.copy_(share, non_blocking=True)
+        self.keys.copy_(draw_keys((self.seed, self.step, self.number), self.keys.numel()).view_as(self.keys), non_blocking=True)
+        self.number += 1
+        return self._run("train", lambda: self.decoder.accumulate(self.inputs, self.labels, self.share, self.keys))
 
-    def __call__(self, ids: torch.Tensor, labels: torch.Tensor, tokens_of_step: int) -> torch.Tensor:
-        if self.graph is None:
-            self._capture(ids, labels)
-            self._restart_dropout()  # the warm-up drew from it; a resumed run captures at another step and must draw the same
-        if ids.shape != self.shape:
-            return self._run(ids, labels, torch.tensor(1.0 / tokens_of_step, device=ids.device))
-        assert self.graph is not None
-        self.ids.copy_(ids, non_blocking=True)
-        self.labels.copy_(labels, non_blocking=True)
-        self.share.fill_(1.0 / tokens_of_step)
-        self.graph.replay()
-        return self.loss
+    def losses(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Loss of each label but the first of each row, (rows, length - 1), nats in fp32; the next call overwrites it."""
+        self._fill(ids, labels)
+        return self._run("losses", lambda: self.decoder.losses(self.inputs, self.labels))[: len(ids), :-1]
 
-    def _run(self, ids: torch.Tensor, labels: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-        loss = token_losses(self.model, ids, labels).sum() * share
-        loss.backward()
-        return loss.detach()
+    def smaller(self, batch: int) -> "MicroStep":
+        """The same for fewer rows; drop this one first to free its graphs."""
+        again = MicroStep(self.decoder, batch, self.labels.shape[1], self.seed, self.captured)
+        again.step = self.step
+        return again
 
-    def _capture(self, ids: torch.Tensor, labels: torch.Tensor) -> None:
-        self.shape = ids.shape
-        self.ids, self.labels = ids.clone(), labels.clone()
-        self.share = torch.zeros((), device=ids.device)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP_RUNS):
-                self._run(self.ids, self.labels, self.share)  # share 0: adds nothing to the gradients
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.empty_cache()  # the graph has a pool of its own
+    def _fill(self, ids: torch.Tensor, labels: torch.Tensor) -> None:
+        rows = len(ids)
+        inputs = self.decoder.embed(ids).pin_memory() if self.offloaded else ids
+        self.inputs[:rows].copy_(inputs, non_blocking=True)
+        self.labels[:rows].copy_(labels, non_blocking=True)
+        if rows < len(self.labels):
+            self.labels[rows:].fill_(IGNORED)
+
+    def _run(self, name: str, function: Callable[[], torch.Tensor]) -> torch.Tensor:
+        if not self.captured:
+            return function()
+        if name not in self.replays:
+            self.replays[name] = self._capture(function)
+            self.decoder.adapters.gradient.zero_()  # what the warm-up added; the first micro-step of a step is the one to capture
+        return self.replays[name]()
+
+    def _capture(self, function: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        self.stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
-        for dropout in self.dropouts:
-            graph.register_generator_state(dropout.forward_generator)
-            graph.register_generator_state(dropout.recompute_generator)
-        with torch.cuda.graph(graph):
-            self.loss = self._run(self.ids, self.labels, self.share)
-        self.graph = graph
+        # One pool and one stream for warm-up and capture, training and evaluation: each reuses what the others left.
+        with torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(self.pool):
+            for _ in range(WARM_UP_RUNS):
+                function()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, pool=self.pool.id, stream=self.stream):  # type: ignore[arg-type]
+            result = function()
+        torch.cuda.current_stream().wait_stream(self.stream)
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return result
+
+        return replay
 
 
-def _give_layers_their_dropout(model: Any, device: torch.device) -> list[LayerDropout]:
-    """A mask source for each decoder layer, told by the checkpoint when it recomputes."""
-    parts = decoder_and_head(model)
-    assert parts is not None, "why_not_graphed comes first"
-    dropouts = []
-    for layer in parts[0].layers:
-        dropout = LayerDropout(device)
-        for module in layer.modules():
-            if isinstance(module, FusedLinear4bit):
-                module.dropout_source = dropout
-        dropouts.append(dropout)
-    base = model.get_base_model()
-    if base.is_gradient_checkpointing:
-        contexts = {
-            "use_reentrant": False,
-            "preserve_rng_state": False,
-            "context_fn": lambda: (nullcontext(), _recomputing(dropouts)),
-        }
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=contexts)
-    return dropouts
-
-
-@contextmanager
-def _recomputing(dropouts: list[LayerDropout]) -> Iterator[None]:
-    for dropout in dropouts:
-        dropout.recomputing = True
-    try:
-        yield
-    finally:
-        for dropout in dropouts:
-            dropout.recomputing = False
-
-
-def why_not_graphed(model: Any, device: str, dtype: torch.dtype) -> str | None:
-    """The reason why this model's micro-steps cannot be captured here, or None."""
+def why_not_compiled(device: str) -> str | None:
+    """The reason why torch.compile cannot serve here, or None."""
     if device != "cuda":
         return "needs a CUDA GPU"
-    if dtype != torch.bfloat16:
-        return f"computes in {str(dtype).removeprefix('torch.')}; only bfloat16 is captured"
-    parts = decoder_and_head(model)
-    if parts is None or not takes_mask_by_kind(parts[0]):
-        return f"{model.config.model_type} waits for the GPU in its forward pass"
-    fused = sum(isinstance(module, FusedLinear4bit) for module in model.modules())
-    if fused < count_lora_layers(model):
-        return "some LoRA layers are not fused"
+    if importlib.util.find_spec("triton") is None:
+        return "needs Triton, which this torch lacks"
+    if not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")):
+        return "needs a C compiler (gcc or clang) on the PATH"
     return None
+
+
+def why_not_graphed(device: str) -> str | None:
+    """The reason why CUDA graphs cannot serve here, or None."""
+    return None if device == "cuda" else "needs a CUDA GPU"
+
+
+def wanted(key: str, value: bool | str, reason: str | None) -> str | None:
+    """Why a technique will not be used: what stands against it, or the setting; None when it will.
+
+    Raises:
+        UserError: it was insisted on (true), and something stands against it.
+    """
+    if value is True and reason:
+        raise UserError(f"{key}: true: cannot work here ({reason}); use auto or false")
+    return reason if value else f"{key} is false"

@@ -1,46 +1,90 @@
-"""Cross-entropy over a frozen output head, a few rows at a time: the full logits never exist.
+"""Cross-entropy over a frozen output head, a piece of the vocabulary at a time: the full logits never exist.
 
 At Qwen2.5-3B's vocabulary the library's loss holds 14 bytes for each of 151,936 logits a token: 1.01 GiB for 512 tokens.
-Here a chunk of rows at a time goes through the head, and its gradient is taken while it is there. What is kept for the
-backward pass is the gradient of the hidden states alone, (N, H) in their own dtype.
+Here each piece of the head is read once: its logits update a running maximum and sum (online softmax, arXiv 1805.02867), and the
+gradient of the hidden states, (N, hidden), is summed up alongside and scaled when the maximum rises.
 
 Covers models whose logits are the head's product with the decoder's last hidden state and nothing else: memory.LLAMA_LIKE.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from qlora_kit.memory import CHUNK_ROWS, GRAPH_READY, LLAMA_LIKE
+from qlora_kit.memory import LLAMA_LIKE, vocabulary_piece
 
 IGNORED = -100
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """losses[n] = logsumexp(hidden[n] Wᵀ) - (hidden[n] Wᵀ)[target[n]], zero where the target is ignored; W has no gradient.
+def accumulate_piece(
+    hidden: torch.Tensor,
+    piece: torch.Tensor,
+    local: torch.Tensor,
+    highest: torch.Tensor,
+    total: torch.Tensor,
+    right: torch.Tensor,
+    mean: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Take in one piece (rows, hidden) of the head.
 
-    d losses[n] / d hidden[n] = (softmax(hidden[n] Wᵀ) - onehot(target[n])) W, the same in every chunk whatever is done with the
-    losses later, so it is computed in the forward pass and scaled in the backward pass.
+    local: (N, 1), the target's row within this piece, or a number outside it.
+    highest, total: (N, 1), the largest logit so far and the sum of exp(logit - highest).
+    right: (N, hidden), the target's row of the head once its piece has come.
+    mean: (N, hidden), the sum of exp(logit - highest) · (the logit's row of the head); None when no gradient is wanted.
     """
+    logits = (hidden @ piece.T).to(total.dtype)  # (N, rows)
+    raised = torch.maximum(highest, logits.amax(1, keepdim=True))
+    shrink = torch.exp(highest - raised)
+    share = torch.exp(logits - raised)
+    if mean is not None:
+        mean = mean * shrink + (share.to(piece.dtype) @ piece).to(total.dtype)
+    inside = (local >= 0) & (local < len(piece))
+    right = torch.where(inside, piece[local[:, 0].clamp(0, len(piece) - 1)], right)
+    return raised, total * shrink + share.sum(1, keepdim=True), right, mean
+
+
+def cross_entropy(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    targets: torch.Tensor,
+    want_gradient: bool,
+    rows: int | None = None,
+    step: Callable = accumulate_piece,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """losses[n] = logsumexp(hidden[n] Wᵀ) - (hidden[n] Wᵀ)[target[n]] in nats, and its gradient with respect to hidden[n].
+
+    Args:
+        hidden: (N, H), after the last norm.
+        head: (V, H), frozen; in pinned host memory it is copied over piece by piece.
+        targets: (N,); -100 counts as no loss and no gradient.
+        rows: of the head in one piece; None chooses by memory.vocabulary_piece.
+
+    Returns:
+        (N,) in fp32, and (N, H) in hidden's dtype or None: Σ softmax · W - W[target].
+    """
+    rows = rows or vocabulary_piece(len(hidden), len(head))
+    counted = (targets != IGNORED)[:, None]
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    highest = torch.full((len(hidden), 1), -torch.inf, dtype=dtype, device=hidden.device)
+    total = torch.zeros_like(highest)
+    right = torch.zeros_like(hidden)
+    mean = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if want_gradient else None
+    for start in range(0, len(head), rows):
+        piece = head[start : start + rows].to(hidden.device, non_blocking=True)
+        highest, total, right, mean = step(hidden, piece, targets[:, None] - start, highest, total, right, mean)
+    losses = (highest + total.log())[:, 0] - (hidden.to(dtype) * right).sum(1).to(hidden.dtype).to(dtype)
+    gradient = None if mean is None else torch.where(counted, mean / total - right, 0.0).to(hidden.dtype)
+    return torch.where(counted[:, 0], losses, 0.0), gradient
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """`cross_entropy` for autograd: the gradient is the same whatever is done with the losses later, so it is taken at once."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk_rows: int) -> torch.Tensor:
-        losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)  # (N,)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # (N, H)
-        for start in range(0, len(targets), chunk_rows):
-            rows = slice(start, start + chunk_rows)
-            counted = targets[rows] != IGNORED
-            target = targets[rows].where(counted, 0)[:, None]  # (rows, 1)
-            logits = F.linear(hidden[rows], weight).float()  # (rows, V); what follows works in this one buffer
-            logits.sub_(logits.amax(-1, keepdim=True))
-            target_logit = logits.gather(1, target)  # (rows, 1)
-            total = logits.exp_().sum(-1, keepdim=True)
-            losses[rows] = torch.where(counted, (total.log() - target_logit)[:, 0], 0.0)
-            if gradient is not None:
-                softmax = logits.div_(total)
-                softmax.scatter_add_(1, target, torch.full_like(total, -1.0))
-                gradient[rows] = (softmax.to(weight.dtype) @ weight) * counted[:, None]
+    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, rows: int | None) -> torch.Tensor:
+        losses, gradient = cross_entropy(hidden, head, targets, ctx.needs_input_grad[0], rows)
         ctx.save_for_backward(gradient)
         return losses
 
@@ -50,22 +94,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return gradient * upstream[0][:, None].to(gradient.dtype), None, None, None
 
 
-def chunked_losses(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk_rows: int = CHUNK_ROWS
-) -> torch.Tensor:
-    """Loss of each token in nats, fp32.
-
-    Args:
-        hidden: (N, H), the decoder's output after its last norm.
-        weight: (V, H), the frozen head.
-        targets: (N,), the next token of each position; -100 counts as no loss and gives no gradient.
-    """
+def chunked_losses(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, rows: int | None = None) -> torch.Tensor:
+    """Loss of each token in nats, differentiable; arguments as in `cross_entropy`."""
     with torch.autocast(hidden.device.type, enabled=False):  # the dtypes are chosen here
-        return ChunkedCrossEntropy.apply(hidden.to(weight.dtype), weight, targets, chunk_rows)
+        return ChunkedCrossEntropy.apply(hidden.to(head.dtype), head, targets, rows)
 
 
 def token_losses(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Loss of each label but the first of each row, predicted from what stands before it.
+    """Loss of each label but the first of each row, predicted from what stands before it, through the library's own layers.
 
     Args:
         model: a causal language model, with or without PEFT around it.
@@ -81,16 +117,8 @@ def token_losses(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.T
         rows = zip(logits, targets, strict=True)  # a row at a time: its fp32 copy is the largest tensor
         return torch.stack([F.cross_entropy(row.float(), target, reduction="none", ignore_index=IGNORED) for row, target in rows])
     decoder, head = parts
-    # Left to make its own mask, transformers waits for the GPU to see whether sequences are packed; here none are.
-    mask = {"full_attention": None} if takes_mask_by_kind(decoder) else None
-    hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]  # (B, T - 1, H)
+    hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # (B, T - 1, H)
     return chunked_losses(hidden.flatten(0, 1), head.weight, targets.flatten()).view_as(targets)
-
-
-def takes_mask_by_kind(decoder: Any) -> bool:
-    """Whether the decoder accepts a mask for each kind of attention, and has full causal attention only."""
-    kinds = getattr(decoder.config, "layer_types", None)
-    return decoder.config.model_type in GRAPH_READY and set(kinds or []) == {"full_attention"}
 
 
 def decoder_and_head(model: Any) -> tuple[Any, torch.nn.Linear] | None:

@@ -1,0 +1,262 @@
+"""A Llama-like model's training pass without autograd: the layers of layer.py, over the weights of a loaded PEFT model.
+
+The PEFT model stays what is saved, loaded and evaluated elsewhere; this is another way through the same tensors. Nothing here
+waits for the GPU and every shape is fixed, so that graph.py can capture it.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import LoraLayer
+
+from qlora_kit.fast import layer as steps
+from qlora_kit.fast.adapters import FlatAdapters, lora_tensors
+from qlora_kit.fast.layer import Heads, Norms, Part, Rotary
+from qlora_kit.fast.loss import IGNORED, accumulate_piece, cross_entropy, decoder_and_head
+from qlora_kit.fast.nf4 import unpack_stacked
+from qlora_kit.fast.projection import Lora
+from qlora_kit.memory import OFFLOADED_ROWS
+
+GROUPS = ("qkv", "o", "gate_up", "down")  # projections that share an input
+
+
+class Group(NamedTuple):
+    """Projections that share an input, as they lie in memory."""
+
+    weights: tuple[Any, ...]  # packed
+    bias: torch.Tensor | None
+    sizes: tuple[int, ...]
+    lora: Lora | None
+    gradients: Lora | None
+
+
+class Layer(NamedTuple):
+    norms: Norms
+    qkv: Group
+    o: Group
+    gate_up: Group
+    down: Group
+
+
+class Kept(NamedTuple):
+    """What a layer's backward pass finds; all but `h` is None where it computes it again."""
+
+    h: torch.Tensor
+    heads: Heads | None = None
+    product: torch.Tensor | None = None
+    attended: torch.Tensor | None = None  # with autograd's record of the attention alone
+    middle: torch.Tensor | None = None
+    gate_up: torch.Tensor | None = None
+
+
+class FastDecoder:
+    """Losses, and gradients into `adapters`, of a PEFT model that `why_not_fast` has no objection to.
+
+    Args:
+        recomputed: how many layers, from the first on, keep their input only and compute the rest again in the backward pass.
+        compiled: whether torch.compile fuses the steps; the same functions run without it.
+        offloaded: whether embedding and head (one tensor where they are tied) move to pinned host memory.
+    """
+
+    def __init__(self, model: Any, dropout: float, recomputed: int, compiled: bool, offloaded: bool = False):
+        parts = decoder_and_head(model)
+        assert parts is not None, "why_not_fast comes first"
+        self.decoder = parts[0]
+        embedding, head = self.decoder.embed_tokens.weight, parts[1].weight  # one and the same where they are tied
+        self.dtype = embedding.dtype
+        self.embedding, self.head = _move_to_host(embedding, head) if offloaded else (embedding, head)
+        self.rows = OFFLOADED_ROWS if offloaded else None
+        self.recomputed = recomputed
+        self.adapters = FlatAdapters([parameter for parameter in model.parameters() if parameter.requires_grad])
+        self.layers = [self._read_layer(layer, 1.0 - dropout) for layer in self.decoder.layers]
+        assert self.adapters.used == len(self.adapters.flat), "an adapter outside the decoder's projections"
+        self.epsilon = self.decoder.norm.variance_epsilon
+        self.step = _compiled if compiled else lambda function: function
+
+    def _read_layer(self, layer: Any, keep: float) -> Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        norms = Norms(
+            attention=layer.input_layernorm.weight,
+            mlp=layer.post_attention_layernorm.weight,
+            q=getattr(getattr(attention, "q_norm", None), "weight", None),
+            k=getattr(getattr(attention, "k_norm", None), "weight", None),
+            epsilon=layer.input_layernorm.variance_epsilon,
+        )
+        return Layer(
+            norms,
+            self._read_group([attention.q_proj, attention.k_proj, attention.v_proj], keep),
+            self._read_group([attention.o_proj], keep),
+            self._read_group([mlp.gate_proj, mlp.up_proj], keep),
+            self._read_group([mlp.down_proj], keep),
+        )
+
+    def _read_group(self, modules: list[Any], keep: float) -> Group:
+        bases = [getattr(module, "base_layer", module) for module in modules]
+        sizes = tuple(base.out_features for base in bases)
+        bias = None
+        if any(base.bias is not None for base in bases):
+            zeros = [self.decoder.norm.weight.new_zeros(size) for size in sizes]
+            bias = torch.cat([zero if base.bias is None else base.bias.to(zero) for base, zero in zip(bases, zeros, strict=True)])
+        pairs = [lora_tensors(module) for module in modules]
+        lora = gradients = None
+        if any(pairs):
+            scale = next(module.scaling[module.active_adapters[0]] for module in modules if hasattr(module, "scaling"))
+            lora, gradients = self.adapters.add(
+                [pair[0] for pair in pairs if pair], [pair and pair[1] for pair in pairs], sizes, scale, keep
+            )
+        return Group(tuple(base.weight for base in bases), bias, sizes, lora, gradients)
+
+    @torch.no_grad()
+    def losses(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Loss of each label but the first of each row, (B, T) with a last column of zeros, nats in fp32; no dropout."""
+        h, rotary = self._start(inputs)
+        keys = torch.zeros(len(self.layers), len(GROUPS), dtype=torch.int32, device=h.device)
+        for layer, key in zip(self.layers, keys, strict=True):
+            layer = Layer(layer.norms, *(_without_dropout(getattr(layer, name)) for name in GROUPS))
+            h, _ = self._forward(layer, h, len(labels), rotary, key, keep=False)
+        hidden = self.step(steps.rms_norm)(h, self.decoder.norm.weight, self.epsilon)
+        losses, _ = cross_entropy(hidden, self.head, _shifted(labels), False, self.rows, self.step(accumulate_piece))
+        return losses.view_as(labels)
+
+    @torch.no_grad()
+    def accumulate(self, inputs: torch.Tensor, labels: torch.Tensor, share: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Add the gradients of share · Σ losses to `adapters.gradient`, and return that loss.
+
+        Args:
+            inputs: (B, T) token ids, or (B, T, hidden) their embeddings.
+            labels: (B, T).
+            share: (), one over the tokens that the optimizer step predicts.
+            keys: (layers, 4) int32, dropout keys.
+        """
+        h, rotary = self._start(inputs)
+        kept: list[Kept] = []
+        for number, layer in enumerate(self.layers):
+            h, keep = self._forward(layer, h, len(labels), rotary, keys[number], keep=number >= self.recomputed)
+            kept.append(keep)
+        norm = (self.decoder.norm.weight, self.epsilon)
+        hidden = self.step(steps.rms_norm)(h, *norm)
+        losses, dh = cross_entropy(hidden, self.head, _shifted(labels), True, self.rows, self.step(accumulate_piece))
+        assert dh is not None
+        del hidden
+        dh = self.step(steps.rms_norm_backward)(dh * share.to(dh.dtype), h, *norm)
+        del h
+        for number in reversed(range(len(self.layers))):
+            dh = self._backward(self.layers[number], dh, kept.pop(), rotary, keys[number])
+        return losses.sum() * share
+
+    def _start(self, inputs: torch.Tensor) -> tuple[torch.Tensor, Rotary]:
+        h = inputs if inputs.is_floating_point() else self.embed(inputs)
+        return h.flatten(0, 1), self._rotary(inputs)
+
+    def _forward(
+        self, layer: Layer, h: torch.Tensor, batch: int, rotary: Rotary, keys: torch.Tensor, keep: bool
+    ) -> tuple[torch.Tensor, Kept]:
+        q, o, g, d = keys.unbind()
+        heads, product = self.step(steps.attention_input)(
+            h, batch, layer.qkv.sizes, self._part(layer.qkv, q), layer.norms, rotary
+        )
+        attended = _attend(heads, keep)
+        middle, gate_up = self.step(steps.mlp_input)(
+            h, attended.detach(), self._part(layer.o, o), self._part(layer.gate_up, g), layer.norms
+        )
+        out = self.step(steps.mlp_output)(middle, gate_up, self._part(layer.down, d))
+        return out, Kept(h, heads, product, attended, middle, gate_up) if keep else Kept(h)
+
+    def _backward(self, layer: Layer, dh: torch.Tensor, kept: Kept, rotary: Rotary, keys: torch.Tensor) -> torch.Tensor:
+        q, o, g, d = keys.unbind()
+        qkv, out, gate_up = self._part(layer.qkv, q), self._part(layer.o, o), self._part(layer.gate_up, g)
+        h, heads, product, attended, middle, gates = kept
+        if heads is None:
+            heads, product = self.step(steps.attention_input)(
+                h, len(h) // len(rotary.cos), layer.qkv.sizes, qkv, layer.norms, rotary
+            )
+            attended = _attend(heads, True)
+            middle, gates = self.step(steps.mlp_input)(h, attended.detach(), out, gate_up, layer.norms)
+        assert attended is not None and middle is not None and gates is not None
+        dgates = self.step(steps.mlp_output_backward)(dh, gates, self._part(layer.down, d))
+        del gates
+        dh, dattended = self.step(steps.mlp_input_backward)(dh, dgates, middle, attended.detach(), out, gate_up, layer.norms)
+        del dgates, middle
+        dheads = torch.autograd.grad(attended, heads, dattended)
+        return self.step(steps.attention_input_backward)(dh, dheads, h, product, layer.qkv.sizes, qkv, layer.norms, rotary)
+
+    def _part(self, group: Group, key: torch.Tensor) -> Part:
+        lora = group.lora
+        B, rank = (lora.B, lora.rank) if lora else ((None,) * len(group.sizes), 0)
+        return Part(unpack_stacked(group.weights, B, rank, self.dtype), group.bias, lora, group.gradients, key)
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """(B, T) -> (B, T, hidden), where the embedding lies."""
+        return F.embedding(ids.to(self.embedding.device), self.embedding)
+
+    def _rotary(self, inputs: torch.Tensor) -> Rotary:
+        positions = torch.arange(inputs.shape[1], device=inputs.device)[None]
+        cos, sin = self.decoder.rotary_emb(self.decoder.norm.weight, positions)
+        return Rotary(cos[0], sin[0])
+
+
+def _move_to_host(embedding: torch.Tensor, head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pinned copies. The modules keep nothing, so that nobody who moves the whole model brings them back."""
+    copies = {id(weight): weight.data.cpu().pin_memory() for weight in (embedding, head)}
+    for weight in (embedding, head):
+        weight.data = weight.data.new_empty(0)
+    return copies[id(embedding)], copies[id(head)]
+
+
+def _attend(heads: Heads, differentiable: bool) -> torch.Tensor:
+    """Causal attention, (batch, heads, length, size); `differentiable` leaves autograd's record from q, k, v to the result."""
+    q, k, v = heads
+    with torch.set_grad_enabled(differentiable):
+        for part in heads:
+            part.requires_grad_(differentiable)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] < q.shape[1])
+
+
+def _without_dropout(group: Group) -> Group:
+    return group if group.lora is None else group._replace(lora=group.lora._replace(keep=1.0))
+
+
+def _shifted(labels: torch.Tensor) -> torch.Tensor:
+    """(B · T,): the next label of each position, none for the last of a row."""
+    targets = torch.full_like(labels, IGNORED)
+    targets[:, :-1] = labels[:, 1:]
+    return targets.flatten()
+
+
+torch._dynamo.config.recompile_limit = 64  # a run has few shapes: training, evaluation, and smaller ones after out of memory
+
+
+def _compiled(function: Callable) -> Callable:
+    return _COMPILED[function]
+
+
+_COMPILED: dict[Callable, Callable] = {
+    function: torch.compile(function, fullgraph=True, dynamic=False)
+    for function in (
+        steps.attention_input, steps.attention_input_backward, steps.mlp_input, steps.mlp_input_backward,
+        steps.mlp_output, steps.mlp_output_backward, steps.rms_norm, steps.rms_norm_backward, accumulate_piece,
+    )
+}  # fmt: skip
+
+
+def why_not_fast(model: Any, length: int) -> str | None:
+    """The reason why a PEFT model cannot go through FastDecoder with blocks of `length` tokens, or None."""
+    parts = decoder_and_head(model)
+    config = model.config
+    if parts is None:
+        return f"{config.model_type} is not built like Llama"
+    windows = getattr(config, "sliding_window", None) or length
+    if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"} or windows < length:
+        return "a sliding window of attention is shorter than a block"
+    if config.hidden_act != "silu" or getattr(config, "attention_dropout", 0.0):
+        return f"activation {config.hidden_act} or dropout in the attention"
+    lora = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if any(module.lora_variant or len(module.lora_A) != 1 or any(module.lora_bias.values()) for module in lora):
+        return "a LoRA variant, a LoRA bias or several adapters"
+    inside = sum(isinstance(module, LoraLayer) for module in parts[0].layers.modules())
+    trained = sum(parameter.requires_grad for parameter in model.parameters())
+    if inside != len(lora) or trained != 2 * inside:
+        return "something beside the decoder's projections is trained"
+    return None

@@ -1,0 +1,110 @@
+"""Unpack bitsandbytes' 4-bit weights into the matrix that the next product wants: projections stacked, LoRA's B beside them.
+
+On a GPU with Triton one kernel does in one pass what takes bitsandbytes four; elsewhere bitsandbytes does it. The bits are the
+same. NF4 and double quantization: QLoRA, arXiv 2305.14314, section 3.
+"""
+
+import math
+from typing import Any
+
+import torch
+from bitsandbytes import functional as bnb
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU build of torch, or a platform that Triton does not serve
+    triton = None
+
+PROGRAM_BLOCKS = 64  # quantization blocks that one program unpacks: 4,096 values
+PROGRAM_ROWS = 64
+
+
+def unpack_stacked(weights: tuple[Any, ...], B: tuple[torch.Tensor | None, ...], rank: int, dtype: torch.dtype) -> torch.Tensor:
+    """Weights that share an input, one below the other, each B_i to the right in columns of its own: [W | B].
+
+    Args:
+        weights: Params4bit or plain tensors, (out_i, in).
+        B: (out_i, rank) or None for each of them.
+
+    Returns:
+        (Σ out_i, in + k · rank) with k the B that are not None, zero where no B stands; k · rank rounded up to a multiple of 8,
+        which matrix products like.
+    """
+    shapes = [_shape(weight) for weight in weights]
+    columns, width = shapes[0][1], 8 * math.ceil(rank * sum(b is not None for b in B) / 8)
+    stacked = torch.empty(sum(rows for rows, _ in shapes), columns + width, dtype=dtype, device=weights[0].device)
+    row = column = 0
+    for weight, b, (rows, _) in zip(weights, B, shapes, strict=True):
+        part = stacked[row : row + rows]
+        if _has_kernel(weight, dtype):
+            _launch(weight, b, column, width, part)
+        else:
+            part[:, :columns] = _unpack(weight, dtype)
+            part[:, columns:] = 0.0
+            if b is not None:
+                part[:, columns + column : columns + column + rank] = b
+        row += rows
+        column += rank * (b is not None)
+    return stacked
+
+
+def _shape(weight: Any) -> tuple[int, int]:
+    state = getattr(weight, "quant_state", None)
+    rows, columns = weight.shape if state is None else state.shape
+    return rows, columns
+
+
+def _unpack(weight: Any, dtype: torch.dtype) -> torch.Tensor:
+    state = getattr(weight, "quant_state", None)
+    return weight if state is None else bnb.dequantize_4bit(weight.data, state).to(dtype)
+
+
+def _has_kernel(weight: Any, dtype: torch.dtype) -> bool:
+    state = getattr(weight, "quant_state", None)
+    return triton is not None and weight.is_cuda and state is not None and state.nested and state.dtype == dtype
+
+
+def _launch(weight: Any, b: torch.Tensor | None, column: int, width: int, out: torch.Tensor) -> None:
+    state = weight.quant_state
+    rows, columns = state.shape
+    blocks = state.absmax.numel()
+    programs = triton.cdiv(blocks, PROGRAM_BLOCKS)
+    beside = triton.cdiv(rows, PROGRAM_ROWS) if width else 0
+    _unpack_kernel[(programs + beside,)](
+        weight.data, state.code, state.absmax, state.state2.code, state.state2.absmax, state.offset,
+        out if b is None else b, out, blocks, programs, rows, column,
+        columns=columns, width=width, rank=0 if b is None else b.shape[1], block=state.blocksize,
+        outer_block=state.state2.blocksize, program_blocks=PROGRAM_BLOCKS, program_rows=PROGRAM_ROWS,
+        padded=triton.next_power_of_2(max(width, 1)),
+        enable_fp_fusion=False,  # bitsandbytes rounds between the product and the offset
+    )  # fmt: skip
+
+
+if triton is not None:
+
+    @triton.jit
+    def _unpack_kernel(
+        data, table, absmax, outer_table, outer_absmax, offset, b, out, blocks, programs, rows, column,
+        columns: tl.constexpr, width: tl.constexpr, rank: tl.constexpr, block: tl.constexpr, outer_block: tl.constexpr,
+        program_blocks: tl.constexpr, program_rows: tl.constexpr, padded: tl.constexpr,
+    ):  # fmt: skip
+        program = tl.program_id(0)
+        if program < programs:  # W
+            number = program * program_blocks + tl.arange(0, program_blocks)
+            inner = tl.load(absmax + number, number < blocks, 0)
+            outer = tl.load(outer_absmax + number // outer_block, number < blocks, 0.0)
+            scale = (tl.load(outer_table + inner.to(tl.int32)) * outer + tl.load(offset))[:, None]
+            start = number[:, None] * (block // 2) + tl.arange(0, block // 2)[None, :]
+            byte = tl.load(data + start, start * 2 < rows * columns, 0).to(tl.int32)  # two values, the first in the high half
+            values = tl.interleave(tl.load(table + (byte >> 4)) * scale, tl.load(table + (byte & 15)) * scale)
+            index = number[:, None] * block + tl.arange(0, block)[None, :]
+            place = (index // columns) * (columns + width) + index % columns
+            tl.store(out + place, values.to(out.dtype.element_ty), index < rows * columns)
+        else:  # B, and zeros beside it
+            row = (program - programs) * program_rows + tl.arange(0, program_rows)[:, None]
+            right = tl.arange(0, padded)[None, :]
+            mine = (right >= column) & (right < column + rank) & (row < rows)
+            update = tl.load(b + row * rank + right - column, mine, 0.0)
+            target = out + row * (columns + width) + columns + right
+            tl.store(target, update.to(out.dtype.element_ty), (row < rows) & (right < width))

@@ -1,0 +1,239 @@
+"""The fast path against transformers, peft and autograd, on real 4-bit models."""
+
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
+
+from qlora_kit.fast.decoder import FastDecoder, why_not_fast
+from qlora_kit.fast.graph import MicroStep
+from qlora_kit.fast.projection import draw_keys
+from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
+
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def load(folder, dtype=torch.float32, four_bits=True):
+    bnb = create_bnb_config(compute_dtype=dtype) if four_bits else None
+    return load_model_and_tokenizer(str(folder), bnb, device="cpu", dtype=dtype)[0]
+
+
+def adapt(model, dropout=0.0, targets=SEVEN):
+    torch.manual_seed(0)  # of A
+    adapted = prepare_model_for_training(model, create_lora_config(4, 8.0, dropout, targets), use_gradient_checkpointing=False)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05, generator=generator)
+    return adapted.train()
+
+
+def batch(rows=2, length=24):
+    ids = torch.randint(6000, (rows, length), generator=torch.Generator().manual_seed(2))
+    labels = ids.clone()
+    labels[0, :9] = -100
+    return ids, labels
+
+
+def librarys(model, ids, labels):
+    """Loss and gradients by transformers, peft and autograd."""
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=labels).loss
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def ours(model, ids, labels, recomputed=0, dropout=0.0, key=0):
+    decoder = FastDecoder(model, dropout, recomputed, compiled=False)
+    decoder.adapters.clear_gradients()
+    share = 1.0 / (labels[:, 1:] != -100).sum()
+    keys = draw_keys((key,), 4 * len(decoder.layers)).view(-1, 4)
+    loss = decoder.accumulate(ids, labels, share, keys).item()
+    views = {name: decoder.adapters.gradient_of(p).clone() for name, p in model.named_parameters() if p.requires_grad}
+    return loss, views
+
+
+def assert_same(actual, expected, tolerance=1e-4):
+    assert actual[0] == pytest.approx(expected[0], rel=tolerance)
+    assert actual[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        assert gradient.abs().max() > 0
+        assert (actual[1][name] - gradient).norm() < tolerance * gradient.norm(), name
+
+
+@pytest.fixture(scope="module")
+def kin(tmp_path_factory, tiny_dir):
+    """Folders of small random models of the other architectures: what each has and Qwen2 has not."""
+    from transformers import AutoTokenizer
+
+    torch.manual_seed(0)
+    common = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 6144}
+    configs = {
+        "llama": LlamaConfig(**common, num_key_value_heads=4, attention_bias=True, mlp_bias=True, tie_word_embeddings=False),
+        "llama3-rope": LlamaConfig(
+            **common, num_key_value_heads=1,
+            rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+                             "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+        ),
+        "mistral": MistralConfig(**common, num_key_value_heads=2, sliding_window=64),
+        "qwen3": Qwen3Config(**common, num_key_value_heads=2, head_dim=32),
+    }  # fmt: skip
+    folders = {}
+    for name, config in configs.items():
+        model = AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():  # norms and biases too, which start at one and zero
+            parameter.data += 0.02 * torch.randn_like(parameter)
+        folders[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folders[name])
+        AutoTokenizer.from_pretrained(tiny_dir).save_pretrained(folders[name])
+    return folders
+
+
+@pytest.mark.parametrize("name", ["llama", "llama3-rope", "mistral", "qwen3"])
+def test_other_llama_like_models_train_as_with_the_library(kin, name):
+    model = adapt(load(kin[name]))
+    assert why_not_fast(model, 24) is None
+    expected = librarys(model, *batch())
+    assert_same(ours(model, *batch(), recomputed=1), expected)
+
+
+@pytest.mark.parametrize("four_bits", [True, False])
+@pytest.mark.parametrize("targets", [SEVEN, ["q_proj", "v_proj"], ["k_proj", "up_proj", "down_proj"], ["o_proj"]], ids=str)
+def test_the_embedded_model_trains_as_with_the_library(tiny_dir, four_bits, targets):
+    model = adapt(load(tiny_dir, four_bits=four_bits), targets=targets)
+    expected = librarys(model, *batch())
+    assert_same(ours(model, *batch()), expected)
+
+
+def test_bf16_agrees_within_its_rounding(tiny_dir):
+    model = adapt(load(tiny_dir, torch.bfloat16))
+    assert_same(ours(model, *batch(4, 64)), librarys(model, *batch(4, 64)), tolerance=0.08)  # six layers of 8-bit rounding
+
+
+@pytest.mark.parametrize("recomputed", [1, 3, 6])
+def test_recomputation_changes_nothing_with_dropout(tiny_dir, recomputed):
+    model = adapt(load(tiny_dir), dropout=0.3)
+    expected = ours(model, *batch(), recomputed=0, dropout=0.3)
+    loss, gradients = ours(model, *batch(), recomputed=recomputed, dropout=0.3)
+    assert loss == expected[0] and all(torch.equal(gradients[name], expected[1][name]) for name in gradients)
+    assert ours(model, *batch(), dropout=0.3, key=1)[0] != loss
+
+
+def test_dropout_has_the_gradient_of_its_own_loss(tiny_dir):
+    """Along a random direction, the difference quotient of the loss under fixed masks."""
+    model = adapt(load(tiny_dir), dropout=0.3)
+    decoder = FastDecoder(model, 0.3, 3, compiled=False)
+    keys = draw_keys((5,), 4 * 6).view(-1, 4)
+
+    def loss():
+        decoder.adapters.clear_gradients()
+        return decoder.accumulate(*batch(), torch.tensor(1.0), keys).item()
+
+    loss()
+    gradient, flat = decoder.adapters.gradient.clone(), decoder.adapters.flat.data
+    direction = (
+        gradient / gradient.norm() + 0.1 * torch.randn(len(flat), generator=torch.Generator().manual_seed(3)) / len(flat) ** 0.5
+    )
+    step = 1e-2
+    flat += step * direction
+    higher = loss()
+    flat -= 2 * step * direction
+    assert (higher - loss()) / (2 * step) == pytest.approx((gradient @ direction).item(), rel=0.01)
+
+
+def test_evaluation_drops_nothing_and_equals_the_library(tiny_dir):
+    model = adapt(load(tiny_dir), dropout=0.5)
+    ids, labels = batch()
+    losses = FastDecoder(model, 0.5, 0, compiled=False).losses(ids, labels)
+    assert losses.shape == ids.shape and losses[:, -1].abs().max() == 0 and losses[0, :8].abs().max() == 0
+    expected = model.eval()(input_ids=ids, labels=labels).loss.item()
+    assert (losses.sum() / (labels[:, 1:] != -100).sum()).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_adapters_stay_pefts_to_save_and_to_load(tiny_dir, tmp_path):
+    model = adapt(load(tiny_dir))
+    decoder = FastDecoder(model, 0.0, 0, compiled=False)
+    decoder.adapters.flat.data.mul_(1.5)  # as an optimizer would, behind peft's back
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(load(tiny_dir), tmp_path)
+    ids, _ = batch()
+    torch.testing.assert_close(again.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+    decoder.adapters.flat.data.zero_()
+    model.load_adapter(str(tmp_path), "default", is_trainable=True)  # as the Trainer does on resuming
+    assert decoder.adapters.flat.data.abs().max() > 0
+
+
+def test_a_batch_with_fewer_rows_counts_for_what_it_holds(tiny_dir):
+    """Filled up with rows without labels: the loss and gradients of the rows there are."""
+    model = adapt(load(tiny_dir))
+    expected = librarys(model, *batch(2))
+    micro = MicroStep(FastDecoder(model, 0.0, 0, compiled=False), 5, 24, seed=1, captured=False)
+    micro.begin_step(0)
+    micro.train(*batch(5), torch.tensor(1.0))  # leaves other rows behind
+    micro.begin_step(1)
+    loss = micro.train(*batch(2), 1.0 / (batch(2)[1][:, 1:] != -100).sum()).item()
+    views = {name: micro.decoder.adapters.gradient_of(p) for name, p in model.named_parameters() if p.requires_grad}
+    assert_same((loss, views), expected)
+    assert micro.losses(*batch(2)).shape == (2, 23)
+
+
+def test_dropout_follows_from_seed_step_and_micro_step(tiny_dir):
+    model = adapt(load(tiny_dir), dropout=0.5)
+    decoder = FastDecoder(model, 0.5, 0, compiled=False)
+
+    def losses(seed, step):
+        micro = MicroStep(decoder, 2, 24, seed, captured=False)
+        micro.begin_step(step)
+        return [micro.train(*batch(), torch.tensor(0.01)).item() for _ in range(2)]
+
+    assert losses(1, 4) == losses(1, 4)
+    assert len({*losses(1, 4), *losses(1, 5), *losses(2, 4)}) == 6
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 0.02)], ids=["fp32", "bf16"])
+def test_learning_is_unchanged_over_200_steps(tiny_dir, root, dtype, tolerance):
+    """The loss curve of the fast path beside that of transformers, peft and autograd: same start, data and order."""
+    from transformers import AutoTokenizer
+
+    text = AutoTokenizer.from_pretrained(tiny_dir)((root / "samples/articles.txt").read_text())["input_ids"]
+    blocks = torch.tensor(text[: 200 * 32]).view(200, 1, 32)
+    curves = []
+    for fast in (False, True):
+        model = adapt(load(tiny_dir, dtype))
+        decoder = FastDecoder(model, 0.0, 0, compiled=False) if fast else None
+        trained = [decoder.adapters.flat] if decoder else [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-3)
+        curve = []
+        for ids in blocks:
+            if decoder:
+                decoder.adapters.clear_gradients()
+                loss = decoder.accumulate(ids, ids, torch.tensor(1 / 31), torch.zeros(6, 4, dtype=torch.int32))
+            else:
+                optimizer.zero_grad()
+                with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                    loss = model(input_ids=ids, labels=ids).loss
+                loss.backward()
+            optimizer.step()
+            curve.append(loss.item())
+        curves.append(torch.tensor(curve))
+    assert curves[0][-50:].mean() < curves[0][:50].mean() - 0.3  # something was learned
+    assert (curves[0] - curves[1]).abs().mean() < tolerance
+    assert abs(curves[0][-50:].mean() - curves[1][-50:].mean()) < tolerance
+
+
+# What does not go through it
+
+
+def test_the_reason_against_it_is_said(tiny_dir, kin, other_models):
+    gpt2 = get_peft_model(AutoModelForCausalLM.from_pretrained(other_models["gpt2"]), LoraConfig(task_type="CAUSAL_LM"))
+    assert "gpt2" in why_not_fast(gpt2, 24)
+    assert "sliding window" in why_not_fast(adapt(load(kin["mistral"])), 65)
+    frozen = load(tiny_dir).requires_grad_(False)
+    dora = get_peft_model(frozen, LoraConfig(r=4, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM"))
+    assert "variant" in why_not_fast(dora, 24)
+    embedding = adapt(load(tiny_dir))
+    embedding.base_model.model.model.norm.weight.requires_grad_(True)
+    assert "is trained" in why_not_fast(embedding, 24)
+    assert math.isfinite(ours(adapt(load(tiny_dir)), *batch())[0])
