@@ -171,6 +171,7 @@ def load_adapted_model(config: Config, report: RunReport) -> tuple["PeftModel", 
     """The base model in 4 bits with fresh LoRA matrices beside its projections."""
     from transformers import set_seed
 
+    from qlora_kit.fast.decoder import offload_embedding
     from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
 
     quantization, lora, machine = config.quantization, config.lora, report.machine
@@ -185,6 +186,7 @@ def load_adapted_model(config: Config, report: RunReport) -> tuple["PeftModel", 
         trust_remote_code=config.model.trust_remote_code,
     )
     check_context(config, model.config)
+    moved = offload_embedding(model) if config.performance.offload_embedding else 0
     report.memory("after loading")
     recompute = config.training.gradient_checkpointing
     set_seed(config.training.seed)  # decides where the LoRA matrices start
@@ -193,7 +195,8 @@ def load_adapted_model(config: Config, report: RunReport) -> tuple["PeftModel", 
         create_lora_config(lora.rank, lora.alpha, lora.dropout, lora.target_modules),
         use_gradient_checkpointing=machine.device == "cuda" if recompute == "auto" else bool(recompute),
     )
-    report.describe_model(*adapted.get_nb_trainable_parameters())  # counts a packed byte as the two weights that it holds
+    trainable, total = adapted.get_nb_trainable_parameters()  # counts a packed byte as the two weights that it holds
+    report.describe_model(trainable, total + moved)
     return adapted, tokenizer
 
 

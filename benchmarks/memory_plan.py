@@ -79,6 +79,7 @@ CASES = {
     "rank 64, 1,024 tokens, micro-batch 4": Case(rank=64, length=1024, micro_batch=4),
     "rank 8, 256 tokens, micro-batch 16, no recomputation": Case(rank=8, length=256, micro_batch=16, recompute=False),
     "the planner's choice, 8 GiB": Case(micro_batch="auto", recompute="auto", more=("performance.vram_limit_gib=8",)),
+    "configs/lean.yaml": Case(more=("performance.offload_embedding=true",)),
     "0.5B": Case("0.5B"),
     "0.5B, micro-batch 4, no recomputation": Case("0.5B", micro_batch=4, recompute=False),
     "7B": Case("7B"),

@@ -121,12 +121,21 @@ def save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folde
     if not all(parameter.isfinite().all() for parameter in model.parameters() if parameter.requires_grad):
         raise Failed("the adapter holds values that are no numbers, so it was not written: try a lower --learning_rate")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
-        # Without save_embedding_layers=False peft asks the Hub for the base model's vocabulary.
-        model.save_pretrained(staging, save_embedding_layers=False)
+        write_adapter(model, Path(staging))
         tokenizer.save_pretrained(staging)
         Path(staging, "README.md").unlink(missing_ok=True)  # peft's model card is a form to fill in
         for file in sorted(Path(staging).iterdir(), key=lambda path: path.name == ADAPTER_FILES[0]):
             os.replace(file, folder / file.name)
+
+
+def write_adapter(model: "PeftModel", folder: Path) -> None:
+    """adapter_config.json and adapter_model.safetensors; no room on the GPU is taken for it.
+
+    peft copies tensors that share memory, as those of fast/adapters.py do, where they lie: it is given copies on the CPU. Without
+    save_embedding_layers=False it asks the Hub for the base model's vocabulary.
+    """
+    weights = {name: parameter.data.cpu() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
 
 
 def write_passport(folder: Path, passport: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from qlora_kit.callbacks import FiniteLossCallback, StopCallback
-from qlora_kit.checkpoint import CHECKPOINTS
+from qlora_kit.checkpoint import CHECKPOINTS, write_adapter
 from qlora_kit.config import UserError
 from qlora_kit.dataset import Blocks
 from qlora_kit.device import Machine
@@ -191,8 +191,7 @@ class QLoraTrainer(Trainer):
         return self.measure()
 
     def _save(self, output_dir=None, state_dict=None) -> None:
-        # The adapter alone: no pickled arguments, and no look-up of the base model's vocabulary on the Hub.
-        self.adapted.save_pretrained(output_dir, save_embedding_layers=False)
+        write_adapter(self.adapted, Path(output_dir))  # the adapter alone: no pickled arguments
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:  # type: ignore[override]
         result = self.measure()
@@ -243,9 +242,7 @@ def build_micro_step(model: Any, report: RunReport) -> MicroStep | None:
         if config.performance.fused_lora:
             fuse(model)
         return None
-    decoder = FastDecoder(
-        model, config.lora.dropout, report.plan.recomputed, compiled is None, config.performance.offload_embedding
-    )
+    decoder = FastDecoder(model, config.lora.dropout, report.plan.recomputed, compiled is None)
     return MicroStep(decoder, report.plan.micro_batch, config.data.max_length, config.training.seed, captured is None)
 
 

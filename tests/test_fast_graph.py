@@ -6,7 +6,7 @@ from bitsandbytes import functional as bnb
 
 from qlora_kit.config import UserError
 from qlora_kit.fast import nf4
-from qlora_kit.fast.decoder import FastDecoder
+from qlora_kit.fast.decoder import FastDecoder, offload_embedding
 from qlora_kit.fast.graph import MicroStep, wanted, why_not_compiled, why_not_graphed
 from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
 
@@ -22,11 +22,19 @@ def test_what_cannot_work_is_said_where_it_was_insisted_on():
         wanted("performance.cuda_graphs", True, "needs a CUDA GPU")
 
 
-def test_a_missing_compiler_is_a_reason(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CC", raising=False)
-    assert "C compiler" in why_not_compiled("cuda")
+@pytest.mark.parametrize(
+    "lacking, told", [("compiler", "C compiler"), ("headers", "Python.h"), ("triton", "Triton"), (None, None)]
+)
+def test_what_triton_lacks_is_said(monkeypatch, tmp_path, lacking, told):
+    monkeypatch.setattr(nf4, "triton", None if lacking == "triton" else object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr("shutil.which", lambda name: None if lacking == "compiler" else f"/usr/bin/{name}")
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / ("nothing" if lacking == "headers" else "")))
+    nf4.why_no_triton.cache_clear()
+    reason = why_not_compiled("cuda")
+    nf4.why_no_triton.cache_clear()
+    assert told is reason is None or told in reason
 
 
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -39,13 +47,15 @@ class TestOnTheGpu:
     def decoder(self, tiny_dir):
         def make(recomputed=3, compiled=False, offloaded=False):
             model, _ = load_model_and_tokenizer(str(tiny_dir), create_bnb_config(), device="cuda", dtype=torch.bfloat16)
+            if offloaded:
+                offload_embedding(model)
             torch.manual_seed(0)
             model = prepare_model_for_training(model, create_lora_config(dropout=0.3), use_gradient_checkpointing=False)
             generator = torch.Generator("cuda").manual_seed(1)
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
                     torch.nn.init.normal_(parameter, std=0.02, generator=generator)
-            return FastDecoder(model, 0.3, recomputed, compiled, offloaded)
+            return FastDecoder(model, 0.3, recomputed, compiled)
 
         return make
 
@@ -91,7 +101,7 @@ class TestOnTheGpu:
             weight.quant_state = state
             packed.append(weight)
             expected.append(bnb.dequantize_4bit(weight, state))
-        assert nf4.triton is not None
+        assert nf4.why_no_triton() is None
         B = (torch.randn(300, 3, device="cuda"), torch.randn(64, 3, device="cuda"))
         beside = torch.nn.functional.pad(torch.block_diag(*B), (0, 2)).to(dtype)
         actual = nf4.unpack_stacked(tuple(packed), B, 3, dtype)

@@ -9,8 +9,9 @@ import pytest
 
 import inference_example
 import train_qlora
-from qlora_kit.config import load_config
-from qlora_kit.memory import GIB, KNOWN_CONFIGS, estimate_memory, read_shape
+from qlora_kit.config import UserError, load_config, override
+from qlora_kit.memory import GIB, KNOWN_CONFIGS, check_fit, estimate_memory, make_plan, read_shape
+from qlora_kit.settings import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -67,8 +68,16 @@ def test_linked_and_listed_paths_exist():
 
 def test_every_module_is_in_the_layout():
     layout = README[README.index("## Layout") : README.index("## Tests")]
-    modules = [path.name for path in ROOT.glob("*.py")] + [path.name for path in ROOT.glob("qlora_kit/*.py")]
-    assert [name for name in modules if name != "__init__.py" and f"`{name}`" not in layout] == []
+    fast = layout[layout.index("In `qlora_kit/fast/`") :]
+    modules = [*ROOT.glob("*.py"), *ROOT.glob("qlora_kit/**/*.py")]
+    missing = [path for path in modules if f"`{path.name}`" not in (fast if path.parent.name == "fast" else layout)]
+    assert [path for path in missing if path.name != "__init__.py"] == []
+
+
+def test_the_layout_lists_no_module_that_is_gone():
+    layout = README[README.index("## Layout") : README.index("## Tests")]
+    there = {path.name for path in [*ROOT.glob("*.py"), *ROOT.glob("qlora_kit/**/*.py")]}
+    assert set(re.findall(r"`(\w+\.py)`", layout)) <= there
 
 
 @pytest.mark.parametrize(
@@ -83,16 +92,44 @@ def test_parameter_table_follows_from_the_shape(row):
     assert int(size) == round(4 * expected / 2**20)
 
 
-def test_memory_table_follows_from_the_shape():
-    rows = dict(re.findall(r"^\| ([^|]+?) \| (\d\.\d\d) \|$", README, re.MULTILINE))
-    parts = estimate_memory(QWEN, load_config(ROOT / "config.yaml"))
-    grouped = {
-        "4-bit projections": parts["projection weights"],
-        "embedding (tied with the head) and norms, bfloat16": parts["embedding and norms"],
-        "adapters, gradients, optimizer state": sum(parts[k] for k in ("adapters (fp32)", "gradients (fp32)", "optimizer state")),
-        "activations with recomputation": parts["activations"],
-        "loss, a chunk of logits at a time": parts["loss or a layer"],
-        "evaluation beside the captured graph": parts["evaluation beside the graph"],
-        "libraries": parts["libraries"],
+def shown(command: str) -> str:
+    """What README shows below a command, with the lines that it broke for width joined again."""
+    (text,) = re.findall(r"```text\n\$ python " + re.escape(command) + r"\n(.*?)\n```", README, re.DOTALL)
+    return text.replace("\n    ", " ")
+
+
+def test_the_plan_shown_is_the_one_printed(capsys):
+    train_qlora.main(["--plan", "--set", "performance.vram_limit_gib=8"])
+    assert shown("train_qlora.py --plan --set performance.vram_limit_gib=8") == capsys.readouterr().out.rstrip()
+
+
+def test_the_refusal_shown_is_the_one_printed():
+    config = override(load_config(ROOT / "config.yaml"), {"performance.vram_limit_gib": 2.2})
+    with pytest.raises(UserError) as refused:
+        check_fit(make_plan(config, QWEN, 2.2 * GIB), config, QWEN, 2.2 * GIB)
+    assert shown("train_qlora.py --set performance.vram_limit_gib=2.2") == f"error: {refused.value}"
+
+
+def peak(recomputed: int, **changes) -> float:
+    """GiB at one sequence of 512 tokens unless changed."""
+    config = override(Config(), {key.replace("__", "."): value for key, value in changes.items()})
+    return sum(estimate_memory(QWEN, config, 1, recomputed).values()) / GIB
+
+
+def test_what_each_remedy_saves_follows_from_the_formula():
+    rows = re.findall(r"^\d\. `(.+?)`: .*?([\d.]+) GiB less", README, re.MULTILINE)
+    expected = {
+        "--set training.gradient_checkpointing=true": peak(0) - peak(36),
+        "--set performance.offload_embedding=true": peak(36) - peak(36, performance__offload_embedding=True),
+        "--max_length 256": peak(36) - peak(36, data__max_length=256),
+        "--rank 8": peak(36) - peak(36, lora__rank=8),
     }
-    assert {name: float(value) for name, value in rows.items()} == {name: round(v / GIB, 2) for name, v in grouped.items()}
+    assert {flags: float(gib) for flags, gib in rows} == {flags: round(gib, 2) for flags, gib in expected.items()}
+
+
+def test_other_figures_of_memory_follow_from_the_formula():
+    lean = load_config(ROOT / "configs" / "lean.yaml")
+    assert f"{make_plan(lean, QWEN, 8 * GIB).peak / GIB:.2f} GiB predicted" in README
+    assert f"would turn them to fp32, {2 * QWEN.embedding_parameters() / GIB:.2f} GiB more" in README.replace("\n", " ")
+    bits = 8 * estimate_memory(QWEN, Config(), 1, 36)["projection weights"] / QWEN.projection_parameters()
+    assert f"{bits:.3f} bits a weight" in README

@@ -51,23 +51,41 @@ class Kept(NamedTuple):
     gate_up: torch.Tensor | None = None
 
 
+HOST_COPY = "weight_in_host_memory"
+
+
+def offload_embedding(model: Any) -> int:
+    """Move embedding and head (one tensor where they are tied) of a loaded base model to pinned host memory; returns their size.
+
+    FastDecoder alone finds them there. The modules keep nothing, so that nobody who moves the whole model brings them back.
+    """
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    copies = {id(module.weight): module.weight.data.cpu().pin_memory() for module in modules}
+    for module in modules:
+        setattr(module, HOST_COPY, copies[id(module.weight)])
+    for module in modules:
+        module.weight.data = module.weight.data.new_empty(0)
+    torch.cuda.empty_cache()
+    return sum(copy.numel() for copy in copies.values())
+
+
 class FastDecoder:
     """Losses, and gradients into `adapters`, of a PEFT model that `why_not_fast` has no objection to.
 
     Args:
         recomputed: how many layers, from the first on, keep their input only and compute the rest again in the backward pass.
         compiled: whether torch.compile fuses the steps; the same functions run without it.
-        offloaded: whether embedding and head (one tensor where they are tied) move to pinned host memory.
     """
 
-    def __init__(self, model: Any, dropout: float, recomputed: int, compiled: bool, offloaded: bool = False):
+    def __init__(self, model: Any, dropout: float, recomputed: int, compiled: bool):
         parts = decoder_and_head(model)
         assert parts is not None, "why_not_fast comes first"
         self.decoder = parts[0]
-        embedding, head = self.decoder.embed_tokens.weight, parts[1].weight  # one and the same where they are tied
-        self.dtype = embedding.dtype
-        self.embedding, self.head = _move_to_host(embedding, head) if offloaded else (embedding, head)
-        self.rows = OFFLOADED_ROWS if offloaded else None
+        self.embedding, self.head = (
+            getattr(module, HOST_COPY, module.weight) for module in (self.decoder.embed_tokens, parts[1])
+        )
+        self.dtype = self.embedding.dtype
+        self.rows = OFFLOADED_ROWS if hasattr(parts[1], HOST_COPY) else None
         self.recomputed = recomputed
         self.adapters = FlatAdapters([parameter for parameter in model.parameters() if parameter.requires_grad])
         self.layers = [self._read_layer(layer, 1.0 - dropout) for layer in self.decoder.layers]
@@ -195,14 +213,6 @@ class FastDecoder:
         positions = torch.arange(inputs.shape[1], device=inputs.device)[None]
         cos, sin = self.decoder.rotary_emb(self.decoder.norm.weight, positions)
         return Rotary(cos[0], sin[0])
-
-
-def _move_to_host(embedding: torch.Tensor, head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pinned copies. The modules keep nothing, so that nobody who moves the whole model brings them back."""
-    copies = {id(weight): weight.data.cpu().pin_memory() for weight in (embedding, head)}
-    for weight in (embedding, head):
-        weight.data = weight.data.new_empty(0)
-    return copies[id(embedding)], copies[id(head)]
 
 
 def _attend(heads: Heads, differentiable: bool) -> torch.Tensor:

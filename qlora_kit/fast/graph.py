@@ -5,9 +5,6 @@ wait for the GPU and every tensor keeps its place, so inputs are copied into buf
 the shape (the last of an epoch) is filled up with rows that count for nothing: there is one shape only.
 """
 
-import importlib.util
-import os
-import shutil
 from collections.abc import Callable
 
 import torch
@@ -15,6 +12,7 @@ import torch
 from qlora_kit.config import UserError
 from qlora_kit.fast.decoder import GROUPS, FastDecoder
 from qlora_kit.fast.loss import IGNORED
+from qlora_kit.fast.nf4 import why_no_triton
 from qlora_kit.fast.projection import draw_keys
 
 WARM_UP_RUNS = 2  # outside the graph: libraries choose algorithms and allocate workspaces at their first call
@@ -42,6 +40,7 @@ class MicroStep:
         self.replays: dict[str, Callable[[], torch.Tensor]] = {}
         if captured:
             self.stream, self.pool = torch.cuda.Stream(), torch.cuda.MemPool()
+            torch.cuda.empty_cache()  # a pool of its own cannot use what others hold back
 
     def begin_step(self, step: int) -> None:
         """Before the first micro-batch of an optimizer step."""
@@ -104,13 +103,7 @@ class MicroStep:
 
 def why_not_compiled(device: str) -> str | None:
     """The reason why torch.compile cannot serve here, or None."""
-    if device != "cuda":
-        return "needs a CUDA GPU"
-    if importlib.util.find_spec("triton") is None:
-        return "needs Triton, which this torch lacks"
-    if not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")):
-        return "needs a C compiler (gcc or clang) on the PATH"
-    return None
+    return why_no_triton() if device == "cuda" else "needs a CUDA GPU"
 
 
 def why_not_graphed(device: str) -> str | None:

@@ -4,7 +4,12 @@ On a GPU with Triton one kernel does in one pass what takes bitsandbytes four; e
 same. NF4 and double quantization: QLoRA, arXiv 2305.14314, section 3.
 """
 
+import functools
 import math
+import os
+import shutil
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,7 +67,21 @@ def _unpack(weight: Any, dtype: torch.dtype) -> torch.Tensor:
 
 def _has_kernel(weight: Any, dtype: torch.dtype) -> bool:
     state = getattr(weight, "quant_state", None)
-    return triton is not None and weight.is_cuda and state is not None and state.nested and state.dtype == dtype
+    return state is not None and weight.is_cuda and state.nested and state.dtype == dtype and why_no_triton() is None
+
+
+@functools.cache
+def why_no_triton() -> str | None:
+    """The reason why Triton cannot make kernels for this machine's GPU, or None. It compiles a small C program each time."""
+    if triton is None:
+        return "needs Triton, which this torch lacks"
+    if torch.cuda.get_device_capability()[0] < 7:
+        return f"{torch.cuda.get_device_name()} is older than Triton's kernels"
+    if not any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "gcc", "clang")):
+        return "needs a C compiler: install gcc"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "needs Python.h: install your system's python3-dev"
+    return None
 
 
 def _launch(weight: Any, b: torch.Tensor | None, column: int, width: int, out: torch.Tensor) -> None:
