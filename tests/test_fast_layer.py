@@ -51,7 +51,7 @@ def assert_gradients(outputs, upstream, inputs, actual, *parts):
 def rotary():
     angles = torch.outer(torch.arange(LENGTH, dtype=torch.float64), torch.tensor([1.0, 0.1]))
     angles = torch.cat([angles, angles], 1)
-    return Rotary(angles.cos(), angles.sin())
+    return Rotary(angles.cos(), angles.sin() * torch.tensor([-1.0, -1.0, 1.0, 1.0], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("with_heads", [False, True], ids=["plain", "norm over each head"])
@@ -74,7 +74,9 @@ def test_mlp_input():
     outputs = steps.mlp_input(h, attended, o, gate_up, norm)
     upstream = tuple(random(*x.shape) for x in outputs)
     with torch.no_grad():
-        actual = steps.mlp_input_backward(*upstream, outputs[0], attended, frozen(o), frozen(gate_up), norm)
+        actual = steps.mlp_input_backward(
+            upstream[0], upstream[1].chunk(2, 1), outputs[0], attended, frozen(o), frozen(gate_up), norm
+        )
     assert_gradients(outputs, upstream, [h, attended], actual, o, gate_up)
 
 
@@ -84,7 +86,7 @@ def test_mlp_output():
     out = steps.mlp_output(middle, gate_up, down)
     upstream = random(*out.shape)
     with torch.no_grad():
-        actual = steps.mlp_output_backward(upstream, gate_up, frozen(down))
+        actual = torch.cat(steps.mlp_output_backward(upstream, gate_up, frozen(down)), 1)
     assert_gradients(out, upstream, [gate_up], [actual], down)
 
 

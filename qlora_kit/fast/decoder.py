@@ -211,8 +211,9 @@ class FastDecoder:
 
     def _rotary(self, inputs: torch.Tensor) -> Rotary:
         positions = torch.arange(inputs.shape[1], device=inputs.device)[None]
-        cos, sin = self.decoder.rotary_emb(self.decoder.norm.weight, positions)
-        return Rotary(cos[0], sin[0])
+        cos, sin = (part[0] for part in self.decoder.rotary_emb(self.decoder.norm.weight, positions))
+        first, second = sin.chunk(2, -1)
+        return Rotary(cos, torch.cat([-first, second], -1))
 
 
 def _attend(heads: Heads, differentiable: bool) -> torch.Tensor:

@@ -28,7 +28,7 @@ class Part(NamedTuple):
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         return project(x, self.weight, self.bias, self.lora, self.key)
 
-    def backward(self, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def backward(self, x: torch.Tensor, *dy: torch.Tensor) -> torch.Tensor:
         return project_backward(dy, x, self.weight, self.lora, self.key, self.gradients)
 
 
@@ -43,13 +43,17 @@ class Norms(NamedTuple):
 
 
 class Rotary(NamedTuple):
-    """cos and sin of each position's angles, (length, head size). RoFormer, arXiv 2104.09864, section 3.2."""
+    """Of each position's angles, (length, head size): cos, and sin with the sign that the other half comes with (`_rotate`).
+
+    RoFormer, arXiv 2104.09864, section 3.4.
+    """
 
     cos: torch.Tensor
     sin: torch.Tensor
 
 
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q, k, v or their gradients
+Pair = tuple[torch.Tensor, torch.Tensor]  # gradients of gate and of up: written as two, they are read where they lie
 
 
 def attention_input(
@@ -80,7 +84,7 @@ def attention_input_backward(
         q, k, _ = _heads(product, len(dq), sizes, rotary)
         dq, dk = rms_norm_backward(dq, q, norms.q, norms.epsilon), rms_norm_backward(dk, k, norms.k, norms.epsilon)
     dproduct = torch.cat([part.transpose(1, 2).reshape(len(h), -1) for part in (dq, dk, dv)], 1)
-    dx = qkv.backward(dproduct, rms_norm(h, norms.attention, norms.epsilon))
+    dx = qkv.backward(rms_norm(h, norms.attention, norms.epsilon), dproduct)
     return dh + rms_norm_backward(dx, h, norms.attention, norms.epsilon)
 
 
@@ -91,12 +95,12 @@ def mlp_input(h: torch.Tensor, attended: torch.Tensor, o: Part, gate_up: Part, n
 
 
 def mlp_input_backward(
-    dh: torch.Tensor, dgate_up: torch.Tensor, middle: torch.Tensor, attended: torch.Tensor, o: Part, gate_up: Part, norms: Norms
+    dh: torch.Tensor, dgate_up: Pair, middle: torch.Tensor, attended: torch.Tensor, o: Part, gate_up: Part, norms: Norms
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the layer's input along the residual path, and of `attended`."""
-    dx = gate_up.backward(dgate_up, rms_norm(middle, norms.mlp, norms.epsilon))
+    dx = gate_up.backward(rms_norm(middle, norms.mlp, norms.epsilon), *dgate_up)
     dmiddle = dh + rms_norm_backward(dx, middle, norms.mlp, norms.epsilon)
-    dattended = o.backward(dmiddle, _flat(attended))
+    dattended = o.backward(_flat(attended), dmiddle)
     batch, heads, length, size = attended.shape
     return dmiddle, dattended.view(batch, length, heads, size).transpose(1, 2)
 
@@ -106,13 +110,13 @@ def mlp_output(middle: torch.Tensor, gate_up: torch.Tensor, down: Part) -> torch
     return middle + down.apply(F.silu(gate) * up)
 
 
-def mlp_output_backward(dh: torch.Tensor, gate_up: torch.Tensor, down: Part) -> torch.Tensor:
-    """Gradient of `gate_up`. With σ = sigmoid(g): d(g σ u) = (u σ (1 + g (1 - σ)), g σ)."""
+def mlp_output_backward(dh: torch.Tensor, gate_up: torch.Tensor, down: Part) -> Pair:
+    """Gradients of gate and up. With σ = sigmoid(g): d(g σ u) = (u σ (1 + g (1 - σ)), g σ)."""
     gate, up = gate_up.chunk(2, 1)
-    d = down.backward(dh, F.silu(gate) * up)
+    d = down.backward(F.silu(gate) * up, dh)
     wide, sigmoid = _wide(gate), torch.sigmoid(_wide(gate))
     dgate = _wide(d) * _wide(up) * sigmoid * (1 + wide * (1 - sigmoid))
-    return torch.cat([dgate.to(d.dtype), (_wide(d) * wide * sigmoid).to(d.dtype)], 1)
+    return dgate.to(d.dtype), (_wide(d) * wide * sigmoid).to(d.dtype)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -143,11 +147,14 @@ def _flat(attended: torch.Tensor) -> torch.Tensor:
 
 
 def _rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-    first, second = x.chunk(2, -1)
-    return x * rotary.cos + torch.cat([-second, first], -1) * rotary.sin
+    """(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), halves of each head."""
+    return x * rotary.cos + _swap_halves(x) * rotary.sin
 
 
 def _unrotate(dy: torch.Tensor, rotary: Rotary) -> torch.Tensor:
     """The transpose of `_rotate`."""
-    first, second = (dy * rotary.sin).chunk(2, -1)
-    return dy * rotary.cos + torch.cat([second, -first], -1)
+    return dy * rotary.cos + _swap_halves(dy * rotary.sin)
+
+
+def _swap_halves(x: torch.Tensor) -> torch.Tensor:
+    return x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)

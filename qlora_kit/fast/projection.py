@@ -1,13 +1,15 @@
 """Projections that share an input, with their LoRA update: forward and backward written out.
 
 peft computes y = base(x), clones it, drops out x, and adds scale · (x̃ Aᵀ) Bᵀ in three more passes over y, the largest tensor.
-Here LoRA is a few more columns: y = [x | x̃ Aᵀ] [W | B]ᵀ, one product, and q, k and v (gate and up as well) share it, their
-weights and their A stacked, B block-diagonal. LoRA: arXiv 2106.09685, section 4.1.
+Here q, k and v (gate and up as well) share their products, weights and A stacked, B block-diagonal, and the update rides along in
+the base product where y is large. LoRA: arXiv 2106.09685, section 4.1.
 
 Dropout draws no random numbers: an element is kept or not by a hash of its index and of a key. The backward pass and a
 recomputation hash again instead of storing a mask. One mask serves the projections that share an input.
 """
 
+import functools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -33,11 +35,11 @@ class Lora(NamedTuple):
 def project(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lora: Lora | None, key: torch.Tensor
 ) -> torch.Tensor:
-    """y = [x | xa] [W | B]ᵀ + bias with xa = scale / keep · x̃ Aᵀ: base product and update in one.
+    """y = x Wᵀ + xa Bᵀ + bias with xa = scale / keep · x̃ Aᵀ.
 
     Args:
         x: (N, in).
-        weight: (out, in + width), stacked weights with each B_i to their right (nf4.unpack_stacked).
+        weight: (out, in + width), stacked weights with each B_i to their right: [W | B] (nf4.unpack_stacked).
         bias: (out,).
         key: () int32, of the dropout mask.
 
@@ -46,32 +48,43 @@ def project(
     """
     if lora is None:
         return F.linear(x, weight, bias)
+    fan_out, fan_in = len(weight), x.shape[1]
     xa = _reduced(dropped(x, key, lora.keep), lora)
-    xa = F.pad(xa, (0, weight.shape[1] - x.shape[1] - xa.shape[1]))
-    return F.linear(torch.cat([x, xa], 1), weight, bias)
+    if fan_out > fan_in:  # one product with [x | xa]: a copy of x costs less than a second pass over y
+        xa = F.pad(xa, (0, weight.shape[1] - fan_in - xa.shape[1]))
+        return F.linear(torch.cat([x, xa], 1), weight, bias)
+    return F.linear(x, weight[:, :fan_in], bias) + xa @ weight[:, fan_in : fan_in + xa.shape[1]].T
 
 
 def project_backward(
-    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, lora: Lora | None, key: torch.Tensor, gradients: Lora | None
-) -> torch.Tensor:
+    dy: tuple[torch.Tensor, ...], x: torch.Tensor, weight: torch.Tensor, lora: Lora | None, key: torch.Tensor,
+    gradients: Lora | None,
+) -> torch.Tensor:  # fmt: skip
     """dx = dy W + (u A) ⊙ mask with u = scale / keep · dy B; adds uᵀ x̃ to gradients.A and dyᵀ xa to gradients.B.
 
-    Shapes as in `project`; the weight and its bias are frozen. The gradients keep their own dtype, fp32.
+    Shapes as in `project`, dy in one piece or cut by columns where that spares joining them. The weight and its bias are frozen.
+    The gradients keep their own dtype, fp32.
     """
+    rows = weight.split([piece.shape[1] for piece in dy])
     if lora is None or gradients is None:
-        return dy @ weight
-    W, B = weight[:, : x.shape[1]], weight[:, x.shape[1] : x.shape[1] + len(lora.A)]
+        return _sum(piece @ row for piece, row in zip(dy, rows, strict=True))
+    fan_in, columns = x.shape[1], slice(x.shape[1], x.shape[1] + len(lora.A))
     kept = dropped(x, key, lora.keep)  # (N, in)
-    u = (dy @ B) * (lora.scale / lora.keep)  # (N, k · rank)
+    u = _sum(piece @ row[:, columns] for piece, row in zip(dy, rows, strict=True)) * (lora.scale / lora.keep)  # (N, k · rank)
     gradients.A.add_(u.T @ kept)
-    dB = dy.T @ _reduced(kept, lora)  # (out, k · rank), of which the blocks on the diagonal count
-    row = column = 0
-    for size, gradient in zip(lora.sizes, gradients.B, strict=True):
+    xa = _reduced(kept, lora)
+    blocks = torch.cat([piece.T @ xa for piece in dy]).split(list(lora.sizes))  # (out_i, k · rank), of which A_i's columns count
+    column = 0
+    for block, gradient in zip(blocks, gradients.B, strict=True):
         if gradient is not None:
-            gradient.add_(dB[row : row + size, column : column + gradient.shape[1]])
+            gradient.add_(block[:, column : column + gradient.shape[1]])
             column += gradient.shape[1]
-        row += size
-    return dy @ W + dropped(u @ lora.A.to(x.dtype), key, lora.keep)
+    dx = _sum(piece @ row[:, :fan_in] for piece, row in zip(dy, rows, strict=True))
+    return dx + dropped(u @ lora.A.to(x.dtype), key, lora.keep)
+
+
+def _sum(products: Iterable[torch.Tensor]) -> torch.Tensor:
+    return functools.reduce(torch.add, products)
 
 
 def _reduced(kept: torch.Tensor, lora: Lora) -> torch.Tensor:
@@ -87,17 +100,15 @@ def dropped(x: torch.Tensor, key: torch.Tensor, keep: float) -> torch.Tensor:
 def keep_mask(shape: torch.Size, key: torch.Tensor, keep: float) -> torch.Tensor:
     """True with probability `keep`, independently for each element and each key; the same again for the same key.
 
-    A multiply-xorshift hash of 32 bits (constants of MurmurHash3's finalizer) over the element's index, the key mixed in
-    between its rounds, so that no key's sequence is another's shifted.
+    A multiply-xorshift hash of 32 bits over the element's index, with the key mixed in half-way, so that no key's sequence is
+    another's shifted. The factors are those of "lowbias32" (Wellons, Prospecting for Hash Functions, 2018).
     """
     h = torch.arange(shape.numel(), dtype=torch.int32, device=key.device)
-    for bits, factor in ((15, -1640531535), (15, -2048144789)):
-        h ^= _shift(h, bits)
-        h *= factor
+    h ^= _shift(h, 16)
+    h *= 0x7FEB352D
     h ^= key
-    for bits, factor in ((16, -2048144789), (13, -1028477387)):
-        h ^= _shift(h, bits)
-        h *= factor
+    h ^= _shift(h, 15)
+    h *= 0x846CA68B - 2**32
     h ^= _shift(h, 16)
     return ((h & 0x7FFFFFFF) <= int(keep * 2**31) - 1).view(shape)
 
@@ -129,5 +140,5 @@ class LoraProjection(torch.autograd.Function):
         x, A, B, key = ctx.saved_tensors
         lora = Lora(A, (B,), (len(B),), ctx.scale, ctx.keep)
         gradients = lora._replace(A=torch.zeros_like(A), B=(torch.zeros_like(B),))
-        dx = project_backward(dy, x, unpack_stacked((ctx.weight,), (B,), len(A), x.dtype), lora, key, gradients)
+        dx = project_backward((dy,), x, unpack_stacked((ctx.weight,), (B,), len(A), x.dtype), lora, key, gradients)
         return dx, None, None, gradients.A, gradients.B[0], None, None, None
