@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from qlora_kit.fast.projection import Lora, project, project_backward
+from qlora_kit.fast.projection import Lora, project, project_backward, wide
 
 
 class Part(NamedTuple):
@@ -114,27 +114,23 @@ def mlp_output_backward(dh: torch.Tensor, gate_up: torch.Tensor, down: Part) -> 
     """Gradients of gate and up. With σ = sigmoid(g): d(g σ u) = (u σ (1 + g (1 - σ)), g σ)."""
     gate, up = gate_up.chunk(2, 1)
     d = down.backward(F.silu(gate) * up, dh)
-    wide, sigmoid = _wide(gate), torch.sigmoid(_wide(gate))
-    dgate = _wide(d) * _wide(up) * sigmoid * (1 + wide * (1 - sigmoid))
-    return dgate.to(d.dtype), (_wide(d) * wide * sigmoid).to(d.dtype)
+    g, sigmoid = wide(gate), torch.sigmoid(wide(gate))
+    dgate = wide(d) * wide(up) * sigmoid * (1 + g * (1 - sigmoid))
+    return dgate.to(d.dtype), (wide(d) * g * sigmoid).to(d.dtype)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     """x / sqrt(mean x² + epsilon) · weight over the last dimension, rounded where transformers rounds. arXiv 1910.07467."""
-    wide = _wide(x)
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+    full = wide(x)
+    return weight * (full * torch.rsqrt(full.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
 
 
 def rms_norm_backward(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     """With x̂ = x r, r = 1 / rms and g = dy · weight: dx = r (g - x̂ mean(g x̂))."""
-    wide, g = _wide(x), _wide(dy) * weight
-    r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
-    normal = wide * r
+    full, g = wide(x), wide(dy) * weight
+    r = torch.rsqrt(full.square().mean(-1, keepdim=True) + epsilon)
+    normal = full * r
     return (r * (g - normal * (g * normal).mean(-1, keepdim=True))).to(x.dtype)
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def _heads(product: torch.Tensor, batch: int, sizes: tuple[int, ...], rotary: Rotary) -> list[torch.Tensor]:

@@ -53,7 +53,8 @@ def project(
     if fan_out > fan_in:  # one product with [x | xa]: a copy of x costs less than a second pass over y
         xa = F.pad(xa, (0, weight.shape[1] - fan_in - xa.shape[1]))
         return F.linear(torch.cat([x, xa], 1), weight, bias)
-    return F.linear(x, weight[:, :fan_in], bias) + xa @ weight[:, fan_in : fan_in + xa.shape[1]].T
+    y = F.linear(x, weight[:, :fan_in], bias)
+    return _add(y, xa @ weight[:, fan_in : fan_in + xa.shape[1]].T)
 
 
 def project_backward(
@@ -80,7 +81,17 @@ def project_backward(
             gradient.add_(block[:, column : column + gradient.shape[1]])
             column += gradient.shape[1]
     dx = _sum(piece @ row[:, :fan_in] for piece, row in zip(dy, rows, strict=True))
-    return dx + dropped(u @ lora.A.to(x.dtype), key, lora.keep)
+    return _add(dx, dropped(u @ lora.A.to(x.dtype), key, lora.keep))
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """fp32 for what comes in 16 bits."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _add(product: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+    """Their sum, rounded once; in fp32 also because torch.compile would else make it part of the product, with a copy before."""
+    return (wide(product) + wide(update)).to(product.dtype)
 
 
 def _sum(products: Iterable[torch.Tensor]) -> torch.Tensor:
