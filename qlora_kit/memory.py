@@ -173,9 +173,10 @@ def _kept_elements(shape: ModelShape) -> int:
     return 2 * shape.hidden + 2 * query + 2 * key_value + 2 * shape.mlp
 
 
-def _working_elements(shape: ModelShape) -> float:
-    """Per token, of the layer whose backward pass runs: gate, up and their gradients, their product, and narrow tensors."""
-    return 5 * shape.mlp + 8 * shape.hidden
+def _working_elements(shape: ModelShape) -> int:
+    """Per token, of the layer whose backward pass runs: gate and up, five more as wide as one of them, and what it was given."""
+    query, key_value = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+    return 7 * shape.mlp + 3 * shape.hidden + 2 * query + 2 * key_value
 
 
 def _unpacked_elements(shape: ModelShape, rank: int) -> int:
