@@ -20,8 +20,9 @@ from qlora_kit.checkpoint import build_passport, check_output_dir, find_checkpoi
 from qlora_kit.config import UserError, load_config, parse_set
 from qlora_kit.dataset import Blocks, cut_into_blocks, hold_out, tokenize
 from qlora_kit.hub import fetch_model, go_offline_if_unreachable, is_local, read_model_config
-from qlora_kit.memory import GIB, KNOWN_CONFIGS, check_fit, make_plan, read_shape
-from qlora_kit.report import CURVES, RunReport, plan_table, plot_training_curves, read_metrics
+from qlora_kit.memory import CONTEXT_BYTES, GIB, KNOWN_CONFIGS, ModelShape, read_shape, why_not_written_out
+from qlora_kit.plan import check_fit, make_plan, plan_table
+from qlora_kit.report import CURVES, RunReport, plot_training_curves, read_metrics
 from qlora_kit.settings import Config
 from qlora_kit.sources import check_source, is_file_name, load_documents
 
@@ -113,17 +114,17 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = find_checkpoint(folder, config, arguments.resume) if resume else None
     if not (is_local(config.model.name) and is_local(config.data.dataset)):
         go_offline_if_unreachable()
-    shape = read_shape(read_model_config(config.model))
+    shape, reason = read_written_out_shape(config)
 
     from qlora_kit.device import look_at_machine, out_of_memory_is_one_line
 
     machine = look_at_machine(config, shape)
-    plan = make_plan(config, shape, machine.limit)
+    plan = make_plan(config, None if reason else shape, machine.limit)
     check_fit(plan, config, shape, machine.limit)
     report = RunReport(config, machine, plan)
     fetch_model(config.model)
     report.announce()
-    with out_of_memory_is_one_line(config):
+    with out_of_memory_is_one_line(config, planned=bool(plan.parts)):
         model, tokenizer = load_adapted_model(config, report)
         train, evaluation = prepare_dataset(config, tokenizer)
         report.describe_data(train, evaluation)
@@ -140,8 +141,8 @@ def main(argv: list[str] | None = None) -> None:
             raise cli.Stopped(128 + trainer.stopping.signal, how_to_resume(arguments, trainer.state.global_step))
         after = trainer.measure_final()
     save_adapter(model, tokenizer, folder)
-    write_passport(folder, build_passport(report, tokenizer, trainer.state.global_step, before, after))
-    report.summary(folder, before, after)
+    write_passport(folder, build_passport(report, tokenizer, trainer.kept_step, before, after))
+    report.summary(folder, before, after, trainer.state.global_step, trainer.kept_step)
 
 
 def describe_plan(config: Config) -> str:
@@ -152,19 +153,25 @@ def describe_plan(config: Config) -> str:
     """
     if not is_local(config.model.name) and config.model.name not in KNOWN_CONFIGS:
         go_offline_if_unreachable()
-    shape = read_shape(read_model_config(config.model))
-    if shape is None or not config.performance.fused_lora:
-        reason = "performance.fused_lora is false" if shape else "its architecture is not built like Llama"
+    shape, reason = read_written_out_shape(config)
+    if shape is None or reason:
         raise UserError(f"--plan: {config.model.name}: no prediction ({reason}); train with a small --max_steps and read the log")
     card, gib = "performance.vram_limit_gib", config.performance.vram_limit_gib
     if gib is None:
         import torch
 
-        card, gib = "no GPU here: a card of 8 GiB assumed", 8.0
+        card, gib = "no GPU here: a card of 8 GiB assumed, less CUDA's own", 8.0 - CONTEXT_BYTES / GIB
         if torch.cuda.is_available():
             card, gib = f"free on {torch.cuda.get_device_name(0)}", torch.cuda.mem_get_info()[0] / GIB
     limit = gib * GIB
     return plan_table(make_plan(config, shape, limit), config, shape, limit, card)
+
+
+def read_written_out_shape(config: Config) -> tuple[ModelShape | None, str | None]:
+    """The model's shape if it is built like Llama, and why it will not go through the fast path, if it will not."""
+    model_config = read_model_config(config.model)
+    reason = why_not_written_out(model_config, config.data.max_length)
+    return read_shape(model_config), reason if config.performance.fused_lora else "performance.fused_lora is false"
 
 
 def load_adapted_model(config: Config, report: RunReport) -> tuple["PeftModel", "PreTrainedTokenizerBase"]:

@@ -124,6 +124,8 @@ def run_toolkit(job: Job, flags: list[str], limit_seconds: float) -> tuple[dict[
         log = (output / "training_log.txt").read_text(encoding="utf-8")
     if run["data"]["train_blocks"] < job.steps * SEQUENCES:
         raise NoMeasurement(f"{job.train} fills {run['data']['train_blocks']} of {job.steps * SEQUENCES} blocks; use more text")
+    if "Out of GPU memory" in log:
+        raise NoMeasurement("ran out of memory and went on with a smaller micro-batch", log)
     return run, metrics, log
 
 

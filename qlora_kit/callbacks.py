@@ -45,6 +45,8 @@ class StopCallback(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
 
-    def on_train_end(self, args, state, control, **rest):
+    def release(self) -> None:
+        """Give the signals back to whoever had them before."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        self._previous = {}

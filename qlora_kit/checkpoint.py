@@ -92,7 +92,8 @@ def _check_same_run(folder: Path, config: Config) -> None:
     for section, values in config.model_dump().items():
         for key, value in values.items():
             dotted, old = f"{section}.{key}", before[section][key]
-            if value != old and section not in ("performance", "generation") and dotted not in MAY_CHANGE:
+            fixed = section not in ("performance", "generation") or dotted == "performance.fused_lora"
+            if value != old and fixed and dotted not in MAY_CHANGE:
                 problems.append(
                     f"{dotted}: {value}: the run to resume has {old}; set it back, or start anew in another --output_dir"
                 )
@@ -131,7 +132,7 @@ def save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folde
 def write_adapter(model: "PeftModel", folder: Path) -> None:
     """adapter_config.json and adapter_model.safetensors; no room on the GPU is taken for it.
 
-    peft copies tensors that share memory, as those of fast/adapters.py do, where they lie: it is given copies on the CPU. Without
+    peft copies tensors that share memory, as those of fast/adapters.py do, where they lie: it is given copies. Without
     save_embedding_layers=False it asks the Hub for the base model's vocabulary.
     """
     weights = {name: parameter.data.cpu() for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -169,6 +170,7 @@ def build_passport(
         "perplexity": {"base": asdict(before), "adapter": asdict(after), "definition": report.definition(after)}
         if before and after
         else None,
+        "micro_batch": report.micro_batch,
         "memory_gib": {"predicted_peak": report.predicted_gib, **report.machine.memory_gib()},
         "versions": versions(),
         "hardware": report.machine.description,

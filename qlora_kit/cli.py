@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import NoReturn
 
 from qlora_kit.config import UserError
@@ -79,8 +80,11 @@ def prepare_libraries() -> None:
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # sources.py words the errors
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    if sys.platform == "linux":  # segments that grow, instead of many of fixed size with room left over in each
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the name before torch 2.9
+    if sys.platform == "linux" and not any(name in os.environ for name in names):
+        old = tuple(int(part) for part in version("torch").split(".")[:2]) < (2, 9)
+        # Segments that grow, instead of many of fixed size with room left over in each.
+        os.environ[names[old]] = "expandable_segments:True"
     # Idle OpenMP threads sleep instead of spinning: beside one other busy program, two spinning cores trained the tiny model
     # at half this speed, and beside a second training at a fortieth (measured on 2 cores, 2026-11); alone it costs a quarter.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

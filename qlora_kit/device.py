@@ -205,18 +205,34 @@ def _cpu_flops_per_second() -> float:
     return 2 * tokens * width * width / (time.perf_counter() - started)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's memory is full: torch's allocator, a library's workspace, or CUDA itself may say so."""
+    words = ("out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.cuda.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
 @contextmanager
-def out_of_memory_is_one_line(config: Config) -> Iterator[None]:
-    """Turn CUDA's out-of-memory traceback, with one sequence at a time, into one line with the remedies in order of cost."""
+def out_of_memory_is_one_line(config: Config, planned: bool) -> Iterator[None]:
+    """Turn CUDA's out-of-memory traceback, with one sequence at a time, into one line with the remedies in order of cost.
+
+    Args:
+        planned: whether the run takes the fast path.
+    """
     try:
         yield
-    except torch.cuda.OutOfMemoryError:
-        remedies = []
-        if config.training.gradient_checkpointing is not True:
-            remedies.append("--set training.gradient_checkpointing=true (same result, slower)")
-        if config.performance.fused_lora and not config.performance.offload_embedding:
-            remedies.append("--set performance.offload_embedding=true (same result, slower)")
-        remedies += [f"--max_length {config.data.max_length // 2}", f"--rank {max(config.lora.rank // 2, 1)}"]
-        raise Failed(
-            f"the GPU's memory is full at {memory_gib('cuda')['peak_reserved']:.2f} GiB; try " + ", then ".join(remedies)
-        ) from None
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        length, rank, same = config.data.max_length, config.lora.rank, "(same result, slower)"
+        remedies = {
+            f"--set training.gradient_checkpointing=true {same}": config.training.gradient_checkpointing is not True,
+            f"--set performance.offload_embedding=true {same}": planned and not config.performance.offload_embedding,
+            f"--max_length {length // 2}": length >= 16,
+            f"--rank {rank // 2}": rank >= 2,
+            "a smaller base model": True,
+        }
+        peak = memory_gib("cuda" if torch.cuda.is_available() else "cpu").get("peak_reserved", 0.0)
+        tried = ", then ".join(remedy for remedy, helps in remedies.items() if helps)
+        raise Failed(f"the GPU's memory is full at {peak:.2f} GiB; try {tried}") from None

@@ -1,15 +1,14 @@
-"""What a run will take, from the shapes alone: parameters, bytes of GPU memory, floating-point work per token; and what fits.
+"""What a run will take, from the shapes alone: parameters, bytes of GPU memory, and floating-point work per token.
 
 Covers decoders built like Llama (Llama, Mistral, Qwen2, Qwen3 and their kin): grouped attention, a gated MLP, RMS norms.
 Other architectures train as well; only the estimate is missing for them. Imports no torch, loads no weights.
-1 GiB = 2**30 bytes. CUDA's own context, outside torch's allocator, is not part of any figure here.
+1 GiB = 2**30 bytes. Sums are of torch's allocator; CUDA's own context comes on top.
 """
 
 import math
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_kit.config import UserError, override
 from qlora_kit.settings import Config
 
 GIB = 2**30
@@ -93,6 +92,18 @@ class ModelShape:
         return 2 * passes * self.projection_parameters() + 2 * 2 * self.vocabulary * self.hidden
 
 
+def why_not_written_out(model_config: dict[str, Any], length: int) -> str | None:
+    """The reason in a config.json why fast/layer.py is not this model's layer for blocks of `length` tokens, or None."""
+    if model_config.get("model_type") not in LLAMA_LIKE:
+        return f"{model_config.get('model_type')} is not built like Llama"
+    window = model_config.get("sliding_window") if model_config.get("use_sliding_window", True) else None
+    if window and window < length:
+        return f"its attention reaches {window} tokens back, less than a block of {length}"
+    if model_config.get("hidden_act", "silu") != "silu":
+        return f"its activation is {model_config['hidden_act']}"
+    return "it drops out in the attention" if model_config.get("attention_dropout") else None
+
+
 def read_shape(model_config: dict[str, Any]) -> ModelShape | None:
     """The shape that a config.json states, or None for an architecture that is not built like Llama, or sizes left out."""
     if model_config.get("model_type") not in LLAMA_LIKE or not set(NEEDED) <= model_config.keys():
@@ -122,9 +133,9 @@ def vocabulary_piece(tokens: int, vocabulary: int) -> int:
     return 64 * math.ceil(vocabulary / pieces / 64)
 
 
-# What the allocator holds beside the parts below: cuBLAS workspaces, rounding (measured: benchmarks/README.md).
+# What the allocator holds beside the parts below: cuBLAS workspaces, rounding. Fitted to the peaks in benchmarks/README.md.
 LIBRARIES_BYTES = 0.1 * GIB
-# CUDA's own memory, outside torch's allocator: kernels, and the graphs (measured on an H200: benchmarks/README.md).
+# CUDA's own memory outside torch's allocator, kernels and graphs: a round figure, different from driver to driver.
 CONTEXT_BYTES = 0.6 * GIB
 
 
@@ -190,106 +201,3 @@ def _loss_bytes(shape: ModelShape, tokens: int, element: int, offloaded: bool) -
     """Logits of one piece, their exponentials, the hidden states' gradient in fp32 before and after, and an offloaded piece."""
     rows = min(OFFLOADED_ROWS, shape.vocabulary) if offloaded else vocabulary_piece(tokens, shape.vocabulary)
     return 2.0 * element * tokens * rows + 12.0 * tokens * shape.hidden + offloaded * element * rows * shape.hidden
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How an optimizer step is divided, and what that takes; `parts` is empty where nothing is predicted."""
-
-    micro_batch: int  # sequences per forward pass
-    recomputed: int  # layers
-    parts: dict[str, float]  # bytes
-
-    @property
-    def peak(self) -> float:
-        """Bytes of torch's allocator."""
-        return sum(self.parts.values())
-
-
-PAGED = {"adamw_8bit": "paged_adamw_8bit", "adamw_torch": "paged_adamw_32bit"}  # the same update, its state outside the allocator
-# Share of the limit that a plan fills: the prediction may be 8 % off.
-FILL = 0.9
-# Cost of a micro-step beside its tokens (unpacking weights, launching), in tokens' worth of work; and of recomputing all layers,
-# as a share. Both from the steps measured on an H200 at 512, 2,048 and 8,192 tokens (benchmarks/README.md).
-MICRO_STEP_TOKENS = 650
-RECOMPUTATION = 0.29
-
-
-def make_plan(config: Config, shape: ModelShape | None, limit: float | None) -> Plan:
-    """The fastest division of the effective batch within `limit` bytes, or the smallest one when none fits.
-
-    `performance.micro_batch` and `training.gradient_checkpointing` are free where they are `auto`. Without a limit (a CPU) or a
-    shape nothing is chosen: the micro-batch is `batch_size`.
-    """
-    recompute, micro = config.training.gradient_checkpointing, config.performance.micro_batch
-    if shape is None or limit is None or not config.performance.fused_lora:
-        layers = shape.layers if shape and (recompute is True or (recompute == "auto" and limit is not None)) else 0
-        return Plan(config.training.batch_size if micro == "auto" else int(micro), layers, {})
-    batches = _divisors(config.effective_batch) if micro == "auto" else [int(micro)]
-    choices = {"auto": range(shape.layers + 1), True: [shape.layers], False: [0]}[recompute]
-    plans = [Plan(b, n, estimate_memory(shape, config, b, n)) for b in batches for n in choices]
-    fitting = [plan for plan in plans if plan.peak <= FILL * limit]
-    if not fitting:
-        return min(plans, key=lambda plan: plan.peak)
-
-    def cost(plan: Plan) -> float:
-        tokens = plan.micro_batch * config.data.max_length
-        return MICRO_STEP_TOKENS / tokens + RECOMPUTATION * plan.recomputed / shape.layers
-
-    return min(fitting, key=cost)
-
-
-def _divisors(number: int) -> list[int]:
-    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
-
-
-def check_fit(plan: Plan, config: Config, shape: ModelShape | None, limit: float | None) -> None:
-    """Refuse, before anything is loaded, a run that cannot fit even if the prediction is 8 % too high.
-
-    Raises:
-        UserError: one line with the cheapest change that fits.
-    """
-    if shape is None or limit is None or plan.peak <= 1.08 * limit:
-        return
-    cap = config.performance.vram_limit_gib
-    where = f"performance.vram_limit_gib: {cap}" if cap and cap * GIB <= limit else f"GPU memory: {limit / GIB:.2f} GiB free"
-    needs = f"needs {plan.peak / GIB:.2f} GiB with these settings, {plan.parts['projection weights'] / GIB:.2f} of it for weights"
-    raise UserError(f"{where}: training {config.model.name} {needs}; {remedy(config, shape, limit)}")
-
-
-def remedy(config: Config, shape: ModelShape, limit: float) -> str:
-    """The cheapest change that makes a run fit into `limit` bytes, as flags."""
-    change = cheapest_change(config, shape, limit)
-    if change is None:
-        return "no setting makes it fit: use a smaller base model"
-    values = config.model_dump()
-    named = {"lora.rank": "--rank ", "data.max_length": "--max_length "}  # these win over --set, wherever it stands
-    changed = {key: str(value).lower() for key, value in change.items() if value != _value(values, key)}
-    flags = [f"{named.get(key, f'--set {key}=')}{value}" for key, value in changed.items()]
-    return f"the cheapest change that fits: {' '.join(flags)}"
-
-
-def _value(values: dict[str, Any], dotted: str) -> Any:
-    section, key = dotted.split(".")
-    return values[section][key]
-
-
-def cheapest_change(config: Config, shape: ModelShape, limit: float) -> dict[str, Any] | None:
-    """Keys and values that make a run fit into `limit` bytes, those with the same result first; None when nothing does."""
-    length, rank, optim, dtype = (
-        config.data.max_length,
-        config.lora.rank,
-        config.training.optim,
-        config.quantization.compute_dtype,
-    )
-    free = {"performance.micro_batch": "auto", "training.gradient_checkpointing": "auto"}
-    paged = free | {"training.optim": PAGED.get(optim, optim)}
-    offloaded = paged | {"performance.offload_embedding": True}
-    narrow = {"quantization.load_in_4bit": True, "quantization.compute_dtype": "auto" if dtype == "float32" else dtype}
-    least = offloaded | narrow | {"quantization.use_double_quant": True}
-    changes: list[dict[str, Any]] = [free, paged, offloaded, free | narrow, least]
-    for halvings in (1, 2, 3):
-        shorter = {"data.max_length": min(length, max(length >> halvings, 128))}
-        smaller = {"lora.rank": min(rank, max(rank >> halvings, 4))}
-        changes += [least | shorter, least | smaller, least | shorter | smaller]
-    return next((change for change in changes if make_plan(override(config, change), shape, limit).peak <= limit), None)

@@ -13,7 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.memory import CONTEXT_BYTES, GIB, ModelShape, Plan, optimizer_bytes, remedy
+from qlora_kit.memory import GIB
+from qlora_kit.plan import Plan
 from qlora_kit.settings import Config
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class RunReport:
         self.config, self.machine, self.plan = config, machine, plan
         self.log = RunLog()
         self.predicted_gib = plan.peak / GIB if plan.parts else None
+        self.micro_batch = plan.micro_batch  # as it is: halved when memory runs out
         self.started, self._clock = now(), time.perf_counter()
         self.data: dict[str, Any] = {}
 
@@ -94,25 +96,30 @@ class RunReport:
             f"of {total:,} ({100 * trainable / total:.2f} %)"
         )
 
-    def describe_path(self, device: str, reason: str | None, compiled: str | None, captured: str | None) -> None:
-        """How micro-steps run: reasons are None where nothing stands against it."""
+    def describe_path(self, reason: str | None, not_compiled: str | None, not_captured: str | None) -> None:
+        """How micro-steps run; each argument says what stands against something, None that nothing does."""
         plan = self.plan
-        division = f"{plan.micro_batch} x {self.config.effective_batch // plan.micro_batch} sequences"
+        times = self.config.effective_batch // plan.micro_batch
+        division = f"{plan.micro_batch} sequence{'s' * (plan.micro_batch > 1)} at a time, {times} time{'s' * (times > 1)}"
         if reason:
-            self.log.line(f"Micro-steps: {division}, through the library's layers ({reason})")
+            self.predicted_gib = None  # it was for the fast path
+            self.log.line(f"Each optimizer step: {division}, through the library's layers ({reason})")
             return
         layers = f"{plan.recomputed} layers computed again in the backward pass" if plan.recomputed else "no layer computed again"
-        self.log.line(f"Micro-steps: {division}, {layers}")
-        if device == "cuda":
-            self.log.line(f"  compiled: {compiled or 'yes'}; CUDA graph: {captured or 'yes'}")
+        self.log.line(f"Each optimizer step: {division}; {layers}")
+        if self.machine.device == "cuda":
+            compiled = f"no, {not_compiled}" if not_compiled else "yes, the first evaluation and the first step wait for it"
+            self.log.line(f"  compiled: {compiled}; CUDA graphs: {f'no, {not_captured}' if not_captured else 'yes'}")
         if self.predicted_gib:
             self.log.line(f"  memory predicted at the peak: {self.predicted_gib:.2f} GiB")
 
-    def out_of_memory(self, step: int, micro_batch: int) -> None:
+    def plain_path(self, reason: str) -> None:
+        self.log.line(f"Compiling or capturing failed ({reason}): going on without, slower, with the same result")
+
+    def out_of_memory(self, what: str, micro_batch: int) -> None:
         rows = f"{micro_batch} sequence{'s' * (micro_batch > 1)}"
-        self.log.line(
-            f"Out of GPU memory at step {step + 1}: starting that step again with {rows} at a time; the effective batch stays"
-        )
+        self.micro_batch = micro_batch
+        self.log.line(f"Out of GPU memory {what} with {rows} at a time; the effective batch stays")
 
     def describe_data(self, train: "Blocks", evaluation: "Blocks | None") -> None:
         config = self.config
@@ -148,9 +155,13 @@ class RunReport:
     def seconds(self) -> float:
         return time.perf_counter() - self._clock
 
-    def summary(self, folder: Path, before: "Perplexity | None", after: "Perplexity | None") -> None:
+    def summary(
+        self, folder: Path, before: "Perplexity | None", after: "Perplexity | None", last_step: int, kept_step: int
+    ) -> None:
         minutes, seconds = divmod(round(self.seconds()), 60)
         self.log.line(f"\nDone in {minutes}:{seconds:02d}.")
+        if kept_step < last_step:
+            self.log.line(f"  stopped early after step {last_step}: the adapter is that of step {kept_step}, the best evaluated")
         held = self.machine.memory_gib()
         if held:
             predicted = f" (predicted {self.predicted_gib:.2f})" if self.predicted_gib else ""
@@ -168,22 +179,6 @@ class RunReport:
         self.log.line(f"  curves       {folder / CURVES}")
         self.log.line(f"  log          {folder / LOG}")
         self.log.line(f"  talk to it   python inference_example.py --mode interactive --adapter {shlex.quote(str(folder))}")
-
-
-def plan_table(plan: Plan, config: Config, shape: ModelShape, limit: float, card: str) -> str:
-    """What a run will take part by part, whether `limit` bytes of `card` hold it, and the cheapest change when they do not."""
-    title = f"{config.model.name}: {plan.micro_batch} x {config.effective_batch // plan.micro_batch} sequences of "
-    title += (
-        f"{config.data.max_length} tokens, rank {config.lora.rank}, {plan.recomputed} of {shape.layers} layers computed again"
-    )
-    paged = 0.0 if plan.parts["optimizer state"] else optimizer_bytes(config.training.optim) * plan.parts["adapters (fp32)"] / 4
-    rows = list(plan.parts.items())
-    rows += [("sum: torch's allocator", plan.peak), ("paged optimizer state", paged), ("CUDA context (about)", CONTEXT_BYTES)]
-    lines = [title, *(f"  {name:<24}{size / GIB:6.2f} GiB" for name, size in rows)]
-    if plan.peak <= limit:
-        return "\n".join([*lines, f"Fits: {plan.peak / GIB:.2f} of {limit / GIB:.2f} GiB ({card})."])
-    verdict = f"Does not fit: {plan.peak / GIB:.2f} GiB, and there are {limit / GIB:.2f} ({card}); {remedy(config, shape, limit)}"
-    return "\n".join([*lines, verdict])
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -140,22 +140,40 @@ def test_a_cap_above_the_card_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("asked", "remedies"),
     [
-        ({}, ["gradient_checkpointing=true", "offload_embedding=true", "--max_length 256", "--rank 8"]),
+        ({}, ["gradient_checkpointing=true", "offload_embedding=true", "--max_length 256", "--rank 8", "smaller"]),
         (
             {"training": {"gradient_checkpointing": True}, "performance": {"offload_embedding": True}},
-            ["--max_length 256", "--rank 8"],
+            ["--max_length 256", "--rank 8", "smaller"],
         ),
-        ({"performance": {"fused_lora": False}}, ["gradient_checkpointing=true", "--max_length 256", "--rank 8"]),
+        ({"performance": {"fused_lora": False}}, ["gradient_checkpointing=true", "--max_length 256", "--rank 8", "smaller"]),
+        (  # nothing below the least that is accepted
+            {"data": {"max_length": 8}, "lora": {"rank": 1}, "training": {"gradient_checkpointing": True}},
+            ["offload_embedding=true", "smaller"],
+        ),
     ],
 )
 def test_out_of_memory_is_one_line_with_the_remedies_that_are_left(monkeypatch, asked, remedies):
     monkeypatch.setattr(device, "memory_gib", lambda name: {"peak_reserved": 7.9})
-    with pytest.raises(Failed) as failed, device.out_of_memory_is_one_line(config(**asked)):
+    planned = asked.get("performance", {}).get("fused_lora", True)
+    with pytest.raises(Failed) as failed, device.out_of_memory_is_one_line(config(**asked), planned):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
     line = str(failed.value)
     assert line.startswith("the GPU's memory is full at 7.90 GiB; try ") and "\n" not in line
     named = line.partition("; try ")[2].split(", then ")
     assert [wanted in given for wanted, given in zip(remedies, named, strict=True)] == [True] * len(remedies)
+
+
+@pytest.mark.parametrize("error, full", [
+    (torch.cuda.OutOfMemoryError("CUDA out of memory"), True),
+    (RuntimeError("CUDA error: out of memory"), True),  # CUDA's own, as when a graph is instantiated
+    (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+    (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    (ValueError("out of memory"), False),
+])  # fmt: skip
+def test_a_full_gpu_has_several_voices(error, full):
+    assert device.is_out_of_memory(error) == full
+    with pytest.raises(Failed if full else type(error)), device.out_of_memory_is_one_line(config(), planned=True):
+        raise error
 
 
 def test_days_on_a_cpu_are_refused_with_the_estimate_and_both_ways_out(no_gpu, monkeypatch):

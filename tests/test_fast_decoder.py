@@ -1,7 +1,5 @@
 """The fast path against transformers, peft and autograd, on real 4-bit models."""
 
-import math
-
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -229,11 +227,10 @@ def test_learning_is_unchanged_over_200_steps(tiny_dir, root, dtype, tolerance):
 def test_the_reason_against_it_is_said(tiny_dir, kin, other_models):
     gpt2 = get_peft_model(AutoModelForCausalLM.from_pretrained(other_models["gpt2"]), LoraConfig(task_type="CAUSAL_LM"))
     assert "gpt2" in why_not_fast(gpt2, 24)
-    assert "sliding window" in why_not_fast(adapt(load(kin["mistral"])), 65)
+    assert "64 tokens back" in why_not_fast(adapt(load(kin["mistral"])), 65)
     frozen = load(tiny_dir).requires_grad_(False)
     dora = get_peft_model(frozen, LoraConfig(r=4, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM"))
     assert "variant" in why_not_fast(dora, 24)
     embedding = adapt(load(tiny_dir))
     embedding.base_model.model.model.norm.weight.requires_grad_(True)
     assert "is trained" in why_not_fast(embedding, 24)
-    assert math.isfinite(ours(adapt(load(tiny_dir)), *batch())[0])

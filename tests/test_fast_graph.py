@@ -1,5 +1,7 @@
 """Micro-steps compiled and captured beside the same ones run kernel by kernel; without a GPU, the reasons why not."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from bitsandbytes import functional as bnb
@@ -7,19 +9,19 @@ from bitsandbytes import functional as bnb
 from qlora_kit.config import UserError
 from qlora_kit.fast import nf4
 from qlora_kit.fast.decoder import FastDecoder, offload_embedding
-from qlora_kit.fast.graph import MicroStep, wanted, why_not_compiled, why_not_graphed
+from qlora_kit.fast.graph import MicroStep, why_not_compiled, why_not_graphed, why_not_used
 from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
 
 
 def test_what_cannot_work_is_said_where_it_was_insisted_on():
     assert "GPU" in why_not_graphed("cpu") and "GPU" in why_not_compiled("cpu")
-    assert wanted("performance.compile", "auto", "needs a CUDA GPU") == "needs a CUDA GPU"
-    assert wanted("performance.compile", "auto", None) is wanted("performance.compile", True, None) is None
-    assert wanted("performance.compile", False, None) == "performance.compile is false"
+    assert why_not_used("performance.compile", "auto", "needs a CUDA GPU") == "needs a CUDA GPU"
+    assert why_not_used("performance.compile", "auto", None) is why_not_used("performance.compile", True, None) is None
+    assert why_not_used("performance.compile", False, None) == "performance.compile is false"
     with pytest.raises(
         UserError, match=r"performance\.cuda_graphs: true: cannot work here \(needs a CUDA GPU\); use auto or false"
     ):
-        wanted("performance.cuda_graphs", True, "needs a CUDA GPU")
+        why_not_used("performance.cuda_graphs", True, "needs a CUDA GPU")
 
 
 @pytest.mark.parametrize(
@@ -27,14 +29,58 @@ def test_what_cannot_work_is_said_where_it_was_insisted_on():
 )
 def test_what_triton_lacks_is_said(monkeypatch, tmp_path, lacking, told):
     monkeypatch.setattr(nf4, "triton", None if lacking == "triton" else object())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(nf4, "_launch", lambda *rest: None)  # the trial kernel
+    monkeypatch.setattr(nf4.bnb, "quantize_4bit", lambda *rest, **more: (SimpleNamespace(), None))
+    monkeypatch.setattr(torch, "ones", lambda *rest, **more: None)
+    monkeypatch.setattr(torch, "empty", lambda *rest, **more: None)
     monkeypatch.setattr("shutil.which", lambda name: None if lacking == "compiler" else f"/usr/bin/{name}")
     (tmp_path / "Python.h").touch()
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / ("nothing" if lacking == "headers" else "")))
     nf4.why_no_triton.cache_clear()
     reason = why_not_compiled("cuda")
     nf4.why_no_triton.cache_clear()
-    assert told is reason is None or told in reason
+    assert reason is None if told is None else told in reason
+
+
+@pytest.fixture
+def decoder(tiny_dir):
+    def make(compiled):
+        bnb_config = create_bnb_config(compute_dtype=torch.float32)
+        model, _ = load_model_and_tokenizer(str(tiny_dir), bnb_config, device="cpu", dtype=torch.float32)
+        torch.manual_seed(0)
+        model = prepare_model_for_training(model, create_lora_config(dropout=0.3), use_gradient_checkpointing=False)
+        return FastDecoder(model, 0.3, 3, compiled)
+
+    return make
+
+
+def test_where_compiling_fails_the_plain_functions_take_over_and_lose_nothing(decoder, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("no kernel\nfor this GPU")
+
+    monkeypatch.setattr("qlora_kit.fast.decoder._compiled", lambda function: broken)
+    ids, share, told, results = torch.arange(40).view(2, 20), torch.tensor(0.1), [], []
+    for compiled in (False, True):
+        micro = MicroStep(decoder(compiled), 2, 20, seed=1, captured=False, give_up=told.append)
+        micro.begin_step(0)
+        losses = [micro.train(ids, ids, share).item() for _ in range(2)]
+        results.append((losses, micro.decoder.adapters.gradient.clone(), micro.losses(ids, ids)))
+    assert told == ["no kernel for this GPU"]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    insisted = MicroStep(decoder(True), 2, 20, seed=1, captured=False, give_up=None)
+    with pytest.raises(RuntimeError, match="no kernel"):
+        insisted.losses(ids, ids)
+
+
+def test_out_of_memory_is_no_reason_to_give_compiling_up(decoder, monkeypatch):
+    def full(*arguments):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("qlora_kit.fast.decoder._compiled", lambda function: full)
+    told, ids = [], torch.arange(40).view(2, 20)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        MicroStep(decoder(True), 2, 20, 1, captured=False, give_up=told.append).losses(ids, ids)
+    assert not told
 
 
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]

@@ -78,12 +78,19 @@ def test_the_mask_keeps_its_share_in_every_row_and_column_and_for_every_key(keep
         assert masks.mean(dimension).std() == pytest.approx(spread / length**0.5, rel=0.1)
 
 
-def test_masks_of_different_keys_and_neighbouring_elements_are_independent():
-    first, second = (keep_mask(torch.Size((1000, 300)), key, 0.5).double().flatten() for key in draw_keys((4,), 2))
-    shifts = [first[1:] * 2 - 1, first[300:] * 2 - 1, second * 2 - 1]
-    for other in shifts:
-        correlation = ((first[: len(other)] * 2 - 1) * other).mean()
-        assert abs(correlation) < 4 / len(other) ** 0.5
+def test_neighbouring_elements_are_independent():
+    mask = keep_mask(torch.Size((1000, 300)), draw_keys((4,), 1)[0], 0.5).double().flatten() * 2 - 1
+    for other in (mask[1:], mask[2:], mask[300:]):
+        assert abs((mask[: len(other)] * other).mean()) < 4 / len(other) ** 0.5
+
+
+@pytest.mark.parametrize("keep", [0.95, 0.5])
+def test_masks_of_different_keys_are_independent(keep):
+    """All pairs of 40 keys, some a bit apart: correlations as scattered as those of independent draws."""
+    keys = torch.cat([draw_keys((5,), 32), draw_keys((5,), 1) ^ (1 << torch.arange(8, dtype=torch.int32))])
+    masks = torch.stack([keep_mask(torch.Size((40_000,)), key, keep).double() for key in keys])
+    pairs = torch.corrcoef(masks)[torch.triu_indices(40, 40, 1).unbind()] * 200  # times the root of the count: a normal variable
+    assert pairs.std() < 1.1 and pairs.abs().max() < 4.5
 
 
 def test_keys_follow_from_the_seed():

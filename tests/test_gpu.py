@@ -119,7 +119,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_loss(root, tmp_path
         assert result.returncode == 0, result.stderr
         metrics = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         losses[name] = [line["loss"] for line in metrics if "loss" in line]
-    assert "Out of GPU memory at step 1: starting that step again with 8 sequences" in result.stderr
+    assert "with 8 sequences at a time" in result.stderr
     assert losses["narrow"] == pytest.approx(losses["wide"], rel=2e-3)
 
 

@@ -17,9 +17,10 @@ from transformers import (
 )
 
 from qlora_kit import memory
+from qlora_kit import plan as planner
 from qlora_kit.config import UserError, override, parse_set
-from qlora_kit.memory import GIB, KNOWN_CONFIGS, ModelShape, Plan, estimate_memory, make_plan, read_shape
-from qlora_kit.report import plan_table
+from qlora_kit.memory import GIB, KNOWN_CONFIGS, ModelShape, estimate_memory, read_shape
+from qlora_kit.plan import Plan, make_plan, plan_table
 from qlora_kit.settings import Config
 
 ALL_SEVEN = Config().lora.target_modules
@@ -268,7 +269,7 @@ RUNS = [
 def cost(plan: Plan, config: Config, layers: int) -> float:
     """What a plan is predicted to take beside the products that every plan has, in the work of one token."""
     tokens = plan.micro_batch * config.data.max_length
-    return memory.MICRO_STEP_TOKENS / tokens + memory.RECOMPUTATION * plan.recomputed / layers
+    return planner.MICRO_STEP_TOKENS / tokens + planner.RECOMPUTATION * plan.recomputed / layers
 
 
 @pytest.fixture(params=SHAPES, ids=str)
@@ -349,14 +350,14 @@ def test_without_a_limit_the_micro_batch_is_the_batch_size(qwen_3b, changes, exp
 @pytest.mark.parametrize("limit", [None, 8.0 * GIB])
 def test_another_architecture_has_no_prediction_and_takes_the_batch_size(limit):
     assert make_plan(settings(training__batch_size=4), None, limit) == Plan(4, 0, {})
-    memory.check_fit(Plan(4, 0, {}), Config(), None, limit)  # and nobody is refused for it
+    planner.check_fit(Plan(4, 0, {}), Config(), None, limit)  # and nobody is refused for it
 
 
 def test_the_librarys_layers_have_no_prediction(qwen_3b):
     config = settings(performance__fused_lora=False, training__batch_size=2)
     plan = make_plan(config, qwen_3b, 8 * GIB)
     assert plan == Plan(2, 36, {})  # recomputation on a GPU, for want of knowing better
-    memory.check_fit(plan, config, qwen_3b, 8 * GIB)
+    planner.check_fit(plan, config, qwen_3b, 8 * GIB)
 
 
 # When it does not fit
@@ -400,20 +401,20 @@ SAME_RESULT = {"performance.micro_batch", "training.gradient_checkpointing", "tr
     ids=str,
 )  # fmt: skip
 def test_the_cheapest_change_that_fits(qwen_3b, changes, gib, expected):
-    assert memory.remedy(settings(**changes), qwen_3b, gib * GIB) == f"the cheapest change that fits: {expected}"
+    assert planner.remedy(settings(**changes), qwen_3b, gib * GIB) == f"the cheapest change that fits: {expected}"
 
 
 @pytest.mark.parametrize("changes", [*RUNS, {"lora__rank": 2}, {"data__max_length": 32}], ids=str)
 @pytest.mark.parametrize("gib", [1.0, 1.7, 1.8, 2.0, 2.2, 2.4, 3.0, 4.0])
 def test_a_remedy_fits_takes_nothing_up_and_changes_the_result_only_when_it_must(shape, changes, gib):
     config = settings(**changes, performance__micro_batch="auto")
-    change = memory.cheapest_change(config, shape, gib * GIB)
+    change = planner.cheapest_change(config, shape, gib * GIB)
     if change is None:
-        assert memory.remedy(config, shape, gib * GIB) == "no setting makes it fit: use a smaller base model"
+        assert planner.remedy(config, shape, gib * GIB) == "no setting makes it fit: use a smaller base model"
         return
     if make_plan(config, shape, gib * GIB).peak <= gib * GIB:
         return  # it fits as it is
-    again = apply(config, memory.remedy(config, shape, gib * GIB))
+    again = apply(config, planner.remedy(config, shape, gib * GIB))
     assert make_plan(again, shape, gib * GIB).peak <= gib * GIB
     assert again.lora.rank <= config.lora.rank and again.data.max_length <= config.data.max_length
     changed = {key for key, value in change.items() if config.model_dump()[key.split(".")[0]][key.split(".")[1]] != value}
@@ -425,7 +426,7 @@ def test_a_remedy_fits_takes_nothing_up_and_changes_the_result_only_when_it_must
 def test_a_run_that_cannot_fit_is_one_line_with_key_value_and_remedy(qwen_3b):
     config = settings(performance__vram_limit_gib=2.2)
     with pytest.raises(UserError) as refused:
-        memory.check_fit(make_plan(config, qwen_3b, 2.2 * GIB), config, qwen_3b, 2.2 * GIB)
+        planner.check_fit(make_plan(config, qwen_3b, 2.2 * GIB), config, qwen_3b, 2.2 * GIB)
     (problem,) = refused.value.problems
     assert problem.startswith("performance.vram_limit_gib: 2.2: training Qwen/Qwen2.5-3B-Instruct needs 2.53 GiB")
     assert "1.33 of it for weights" in problem  # as in the table of parts
@@ -436,22 +437,22 @@ def test_a_run_that_cannot_fit_is_one_line_with_key_value_and_remedy(qwen_3b):
 def test_a_cap_below_what_the_weights_need_says_that_no_setting_helps(qwen_3b):
     config = settings(performance__vram_limit_gib=1)
     with pytest.raises(UserError, match=r"vram_limit_gib: 1\.0: .*no setting makes it fit: use a smaller base model"):
-        memory.check_fit(make_plan(config, qwen_3b, 1.0 * GIB), config, qwen_3b, 1.0 * GIB)
+        planner.check_fit(make_plan(config, qwen_3b, 1.0 * GIB), config, qwen_3b, 1.0 * GIB)
 
 
 def test_it_is_the_free_memory_that_is_named_where_the_cap_is_not_what_binds(qwen_3b):
     for config in (settings(performance__vram_limit_gib=8), Config()):
         with pytest.raises(UserError, match=r"^GPU memory: 2\.00 GiB free: training"):
-            memory.check_fit(make_plan(config, qwen_3b, 2.0 * GIB), config, qwen_3b, 2.0 * GIB)
+            planner.check_fit(make_plan(config, qwen_3b, 2.0 * GIB), config, qwen_3b, 2.0 * GIB)
 
 
 def test_only_what_cannot_fit_is_refused(qwen_3b):
     """A prediction may be 8 % too high: between the limit and 8 % above it, the run tries."""
     plan = make_plan(Config(), qwen_3b, 2.0 * GIB)
-    memory.check_fit(plan, Config(), qwen_3b, plan.peak / 1.079)
+    planner.check_fit(plan, Config(), qwen_3b, plan.peak / 1.079)
     with pytest.raises(UserError):
-        memory.check_fit(plan, Config(), qwen_3b, plan.peak / 1.081)
-    memory.check_fit(plan, Config(), qwen_3b, None)  # a CPU
+        planner.check_fit(plan, Config(), qwen_3b, plan.peak / 1.081)
+    planner.check_fit(plan, Config(), qwen_3b, None)  # a CPU
 
 
 # The table

@@ -10,7 +10,8 @@ import pytest
 import inference_example
 import train_qlora
 from qlora_kit.config import UserError, load_config, override
-from qlora_kit.memory import GIB, KNOWN_CONFIGS, check_fit, estimate_memory, make_plan, read_shape
+from qlora_kit.memory import GIB, KNOWN_CONFIGS, estimate_memory, read_shape
+from qlora_kit.plan import check_fit, make_plan
 from qlora_kit.settings import Config
 
 ROOT = Path(__file__).resolve().parent.parent

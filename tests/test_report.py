@@ -9,7 +9,8 @@ import torch
 from qlora_kit.checkpoint import check_output_dir, find_checkpoint, open_output, write_passport
 from qlora_kit.config import UserError, load_config, override
 from qlora_kit.device import Machine
-from qlora_kit.memory import GIB, Plan
+from qlora_kit.memory import GIB
+from qlora_kit.plan import Plan
 from qlora_kit.report import CURVES, LOG, METRICS, RunLog, RunReport, plot_training_curves, read_metrics
 from qlora_kit.settings import Config
 
@@ -71,10 +72,10 @@ def test_memory_is_neither_predicted_nor_measured_for_a_cpu(capsys):
     report = RunReport(Config(), CPU, ON_CPU)
     report.announce()
     report.memory("after loading")
-    report.describe_path("cpu", None, "needs a CUDA GPU", "needs a CUDA GPU")
+    report.describe_path(None, "needs a CUDA GPU", "needs a CUDA GPU")
     told = capsys.readouterr().err
     assert "Device: cpu" in told and "Qwen/Qwen2.5-3B-Instruct" in told
-    assert "Micro-steps: 1 x 16 sequences, no layer computed again" in told
+    assert "Each optimizer step: 1 sequence at a time, 16 times; no layer computed again" in told
     assert "GiB" not in told
 
 
@@ -83,18 +84,21 @@ PLANNED = Plan(4, 12, {"projection weights": 1.25 * GIB, "libraries": 0.5 * GIB}
 
 def test_how_micro_steps_run_and_what_they_will_take_is_told(capsys):
     report = RunReport(Config(), Machine("cuda", torch.bfloat16, [], 8.0 * GIB), PLANNED)
-    report.describe_path("cuda", None, "needs Triton, which this torch lacks", None)
+    report.describe_path(None, "needs Triton, which this torch lacks", None)
     told = capsys.readouterr().err
-    assert "4 x 4 sequences, 12 layers computed again" in told
-    assert "compiled: needs Triton, which this torch lacks; CUDA graph: yes" in told
+    assert "4 sequences at a time, 4 times; 12 layers computed again" in told
+    assert "compiled: no, needs Triton, which this torch lacks; CUDA graphs: yes" in told
     assert "predicted at the peak: 1.75 GiB" in told
 
 
 def test_the_librarys_layers_are_named_with_the_reason(capsys):
-    report = RunReport(Config(), Machine("cuda", torch.bfloat16, [], 8.0 * GIB), Plan(1, 0, {}))
-    report.describe_path("cuda", "gpt2 is not built like Llama", "gpt2 is not built like Llama", "gpt2 is not built like Llama")
+    report = RunReport(Config(), Machine("cuda", torch.bfloat16, [], 8.0 * GIB), PLANNED)
+    report.describe_path("gpt2 is not built like Llama", "gpt2 is not built like Llama", "gpt2 is not built like Llama")
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == "Micro-steps: 1 x 16 sequences, through the library's layers (gpt2 is not built like Llama)"
+    assert (
+        line == "Each optimizer step: 4 sequences at a time, 4 times, through the library's layers (gpt2 is not built like Llama)"
+    )
+    assert report.predicted_gib is None  # it was of the fast path
 
 
 def test_the_predicted_peak_stands_beside_the_measured_one(tmp_path, capsys, monkeypatch):
@@ -102,14 +106,23 @@ def test_the_predicted_peak_stands_beside_the_measured_one(tmp_path, capsys, mon
     monkeypatch.setattr(Machine, "memory_gib", lambda self: measured)
     (tmp_path / "adapter_model.safetensors").touch()
     report = RunReport(Config(), Machine("cuda", torch.bfloat16, [], 8.0 * GIB), PLANNED)
-    report.summary(tmp_path, None, None)
+    report.summary(tmp_path, None, None, 7, 7)
     assert "peak 1.80 GiB reserved (predicted 1.75), 1.60 GiB allocated" in capsys.readouterr().err
 
 
-def test_out_of_memory_in_mid_run_is_told_with_step_and_what_follows(capsys):
-    RunReport(Config(), CPU, ON_CPU).out_of_memory(step=6, micro_batch=2)
+def test_out_of_memory_in_mid_run_is_told_with_place_and_what_follows(capsys):
+    report = RunReport(Config(), CPU, ON_CPU)
+    report.out_of_memory("in step 7: starting it again", micro_batch=2)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("Out of GPU memory at step 7:") and "2 sequences" in line and "the effective batch stays" in line
+    assert line.startswith("Out of GPU memory in step 7:") and "2 sequences" in line and "the effective batch stays" in line
+    assert report.micro_batch == 2
+
+
+def test_an_early_end_names_the_step_that_was_kept(tmp_path, capsys):
+    (tmp_path / "adapter_model.safetensors").touch()
+    for last, kept in ((40, 40), (30, 20)):
+        RunReport(Config(), CPU, ON_CPU).summary(tmp_path, None, None, last, kept)
+        assert ("stopped early after step 30: the adapter is that of step 20" in capsys.readouterr().err) == (kept < last)
 
 
 # The curves
@@ -243,7 +256,13 @@ def test_without_a_complete_checkpoint_there_is_one_problem(interrupted, wanted)
 
 def test_a_changed_run_is_not_resumed_and_each_changed_key_is_named(interrupted):
     write_checkpoint(interrupted, 10)
-    changed = {"lora.rank": 8, "data.max_length": 64, "training.learning_rate": 1e-4, "training.seed": 7}
+    changed = {
+        "lora.rank": 8,
+        "data.max_length": 64,
+        "training.learning_rate": 1e-4,
+        "training.seed": 7,
+        "performance.fused_lora": False,
+    }
     allowed = {"training.num_epochs": 5, "performance.micro_batch": 4, "generation.top_k": 1}
     with pytest.raises(UserError) as caught:
         find_checkpoint(interrupted, override(Config(), changed | allowed), "")

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import train_qlora
@@ -23,8 +25,8 @@ from qlora_kit.dataset import Blocks
 from qlora_kit.device import Machine, look_at_machine
 from qlora_kit.fast.decoder import FastDecoder
 from qlora_kit.fast.loss import token_losses
-from qlora_kit.memory import make_plan
 from qlora_kit.perplexity import Perplexity, as_metrics, recorded_base
+from qlora_kit.plan import make_plan
 from qlora_kit.progress import SpeedMeter
 from qlora_kit.report import RunReport, read_metrics
 from qlora_kit.training import build_trainer, total_steps, training_arguments
@@ -67,14 +69,14 @@ def make_config(root, tmp_path, monkeypatch):
 
 @pytest.fixture
 def make_trainer(make_config):
-    def make(train=None, **changed):
+    def make(train=None, evaluation=None, **changed):
         config = make_config(**changed)
         report = RunReport(config, look_at_machine(config, None), make_plan(config, None, None))
         model, make.tokenizer = train_qlora.load_adapted_model(config, report)
         folder = make.folder = Path(config.training.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         report.log.open(folder, None)
-        return build_trainer(model, train or random_rows(8), None, report)
+        return build_trainer(model, train or random_rows(8), evaluation, report)
 
     return make
 
@@ -199,7 +201,7 @@ def test_accumulation_weights_every_token_alike(make_trainer):
 def out_of_memory_beyond(trainer, monkeypatch, rows, from_call):
     """From a call on, more than `rows` sequences at once do not fit: the GPU's own error, which a CPU cannot raise."""
     name = "token_losses" if trainer.micro is None else "accumulate"
-    calls, target = 0, "qlora_kit.training" if trainer.micro is None else "qlora_kit.fast.decoder.FastDecoder"
+    calls, target = 0, "qlora_kit.trainer" if trainer.micro is None else "qlora_kit.fast.decoder.FastDecoder"
     real = token_losses if trainer.micro is None else FastDecoder.accumulate
 
     def limited(first, inputs, *rest):
@@ -233,7 +235,7 @@ def test_out_of_memory_goes_on_from_the_same_step_with_smaller_micro_batches(mak
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     torch.testing.assert_close(*adapters, rtol=1e-3, atol=2e-5)
     told = (make_trainer.folder / "training_log.txt").read_text()
-    assert told.count("Out of GPU memory at step 2: starting that step again with 1 sequence at") == 1
+    assert told.count("Out of GPU memory in step 2: starting it again with 1 sequence at") == 1
 
 
 def test_out_of_memory_with_one_sequence_is_not_hidden(make_trainer, monkeypatch):
@@ -257,6 +259,61 @@ def test_out_of_memory_in_an_evaluation_measures_again_with_less(make_trainer, m
 
     monkeypatch.setattr(FastDecoder, "losses", limited)
     assert trainer.measure().loss == pytest.approx(expected.loss, rel=1e-6) and trainer.rows == 2
+    told = (make_trainer.folder / "training_log.txt").read_text()
+    assert "Out of GPU memory in an evaluation: starting it again with 2 sequences" in told
+
+
+def flat(trainer):
+    return torch.cat([p.data.flatten() for p in trainer.adapted.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("blocks", [3, 7], ids=["fewer than a step takes", "a short last micro-batch"])
+def test_a_short_step_is_what_it_is_through_the_librarys_layers(make_trainer, blocks):
+    results = {}
+    for fused in (True, False):
+        trainer = make_trainer(
+            random_rows(blocks),
+            training__batch_size=4,
+            performance__micro_batch=2,
+            training__max_steps=3,
+            performance__fused_lora=fused,
+        )
+        trainer.train()
+        assert (trainer.micro is not None) == fused
+        results[fused] = ([entry["loss"] for entry in trainer.state.log_history if "loss" in entry], flat(trainer))
+    assert results[True][0] == pytest.approx(results[False][0], rel=1e-4)
+    assert (results[True][1] - results[False][1]).abs().mean() < 1e-4  # 8-bit Adam takes steps of the size of its rate, 2e-3
+
+
+def test_early_stopping_ends_with_the_best_evaluated_adapter(make_trainer):
+    """At this rate the held-out loss soon rises: training stops, and the weights are those of the checkpoint before."""
+    trainer = make_trainer(
+        evaluation=random_rows(4), training__early_stopping_patience=2, training__eval_steps=1, training__save_steps=1,
+        training__save_total_limit=None, training__max_steps=30, training__learning_rate=0.05,
+    )  # fmt: skip
+    trainer.train()
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    assert trainer.kept_step == min(losses, key=losses.get) < trainer.state.global_step == trainer.kept_step + 2 < 30
+    saved = load_file(make_trainer.folder / "checkpoints" / f"checkpoint-{trainer.kept_step}" / "adapter_model.safetensors")
+    kept = get_peft_model_state_dict(trainer.adapted)
+    assert saved.keys() == kept.keys() and all(torch.equal(saved[name], kept[name]) for name in saved)
+    assert trainer.measure().loss == pytest.approx(min(losses.values()), rel=1e-6)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.3, 0])
+def test_a_scaled_loss_as_in_float16_gives_the_same_adapter(make_trainer, monkeypatch, max_grad_norm):
+    """accelerate's own unscaling, on the CPU: 1,024 is a power of two, so that not a bit may change."""
+    adapters = []
+    for scaled in (False, True):
+        trainer = make_trainer(training__max_grad_norm=max_grad_norm, training__max_steps=3)
+        if scaled:
+            trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+            trainer.accelerator.native_amp = True
+            monkeypatch.setattr(type(trainer.accelerator), "mixed_precision", property(lambda self: "fp16"))
+        trainer.train()
+        losses = [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+        adapters.append((losses, flat(trainer)))
+    assert adapters[0][0] == adapters[1][0] and torch.equal(adapters[0][1], adapters[1][1])
 
 
 def test_the_seed_decides_every_byte_of_the_adapter(make_trainer, tmp_path):

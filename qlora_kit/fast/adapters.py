@@ -16,7 +16,6 @@ class FlatAdapters:
 
     def __init__(self, parameters: list[torch.nn.Parameter]):
         size, device = sum(parameter.numel() for parameter in parameters), parameters[0].device
-        self.parameters = parameters
         self.flat = torch.nn.Parameter(torch.empty(size, device=device))
         self.gradient = torch.zeros(size, device=device)
         self.used = 0

@@ -4,6 +4,7 @@ The PEFT model stays what is saved, loaded and evaluated elsewhere; this is anot
 waits for the GPU and every shape is fixed, so that graph.py can capture it.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,10 +15,11 @@ from peft.tuners.lora.layer import LoraLayer
 from qlora_kit.fast import layer as steps
 from qlora_kit.fast.adapters import FlatAdapters, lora_tensors
 from qlora_kit.fast.layer import Heads, Norms, Part, Rotary
+from qlora_kit.fast.lora import is_plain
 from qlora_kit.fast.loss import IGNORED, accumulate_piece, cross_entropy, decoder_and_head
 from qlora_kit.fast.nf4 import unpack_stacked
 from qlora_kit.fast.projection import Lora
-from qlora_kit.memory import OFFLOADED_ROWS
+from qlora_kit.memory import OFFLOADED_ROWS, why_not_written_out
 
 GROUPS = ("qkv", "o", "gate_up", "down")  # projections that share an input
 
@@ -91,7 +93,8 @@ class FastDecoder:
         self.layers = [self._read_layer(layer, 1.0 - dropout) for layer in self.decoder.layers]
         assert self.adapters.used == len(self.adapters.flat), "an adapter outside the decoder's projections"
         self.epsilon = self.decoder.norm.variance_epsilon
-        self.step = _compiled if compiled else lambda function: function
+        self.compiled = compiled
+        self._angles: dict[int, Rotary] = {}
 
     def _read_layer(self, layer: Any, keep: float) -> Layer:
         attention, mlp = layer.self_attn, layer.mlp
@@ -134,8 +137,8 @@ class FastDecoder:
         for layer, key in zip(self.layers, keys, strict=True):
             layer = Layer(layer.norms, *(_without_dropout(getattr(layer, name)) for name in GROUPS))
             h, _ = self._forward(layer, h, len(labels), rotary, key, keep=False)
-        hidden = self.step(steps.rms_norm)(h, self.decoder.norm.weight, self.epsilon)
-        losses, _ = cross_entropy(hidden, self.head, _shifted(labels), False, self.rows, self.step(accumulate_piece))
+        hidden = self._do(steps.rms_norm)(h, self.decoder.norm.weight, self.epsilon)
+        losses, _ = cross_entropy(hidden, self.head, _shifted(labels), False, self.rows, accumulate=self._do(accumulate_piece))
         return losses.view_as(labels)
 
     @torch.no_grad()
@@ -145,7 +148,7 @@ class FastDecoder:
         Args:
             inputs: (B, T) token ids, or (B, T, hidden) their embeddings.
             labels: (B, T).
-            share: (), one over the tokens that the optimizer step predicts.
+            share: (), one over the tokens that the optimizer step predicts; in float16 times the scale of the loss.
             keys: (layers, 4) int32, dropout keys.
         """
         h, rotary = self._start(inputs)
@@ -154,11 +157,11 @@ class FastDecoder:
             h, keep = self._forward(layer, h, len(labels), rotary, keys[number], keep=number >= self.recomputed)
             kept.append(keep)
         norm = (self.decoder.norm.weight, self.epsilon)
-        hidden = self.step(steps.rms_norm)(h, *norm)
-        losses, dh = cross_entropy(hidden, self.head, _shifted(labels), True, self.rows, self.step(accumulate_piece))
+        hidden = self._do(steps.rms_norm)(h, *norm)
+        losses, dh = cross_entropy(hidden, self.head, _shifted(labels), True, self.rows, share, self._do(accumulate_piece))
         assert dh is not None
         del hidden
-        dh = self.step(steps.rms_norm_backward)(dh * share.to(dh.dtype), h, *norm)
+        dh = self._do(steps.rms_norm_backward)(dh, h, *norm)
         del h
         for number in reversed(range(len(self.layers))):
             dh = self._backward(self.layers[number], dh, kept.pop(), rotary, keys[number])
@@ -166,20 +169,18 @@ class FastDecoder:
 
     def _start(self, inputs: torch.Tensor) -> tuple[torch.Tensor, Rotary]:
         h = inputs if inputs.is_floating_point() else self.embed(inputs)
-        return h.flatten(0, 1), self._rotary(inputs)
+        return h.flatten(0, 1), self._rotary(inputs.shape[1], h.device)
 
     def _forward(
         self, layer: Layer, h: torch.Tensor, batch: int, rotary: Rotary, keys: torch.Tensor, keep: bool
     ) -> tuple[torch.Tensor, Kept]:
         q, o, g, d = keys.unbind()
-        heads, product = self.step(steps.attention_input)(
-            h, batch, layer.qkv.sizes, self._part(layer.qkv, q), layer.norms, rotary
-        )
+        heads, product = self._do(steps.attention_input)(h, batch, layer.qkv.sizes, self._part(layer.qkv, q), layer.norms, rotary)
         attended = _attend(heads, keep)
-        middle, gate_up = self.step(steps.mlp_input)(
+        middle, gate_up = self._do(steps.mlp_input)(
             h, attended.detach(), self._part(layer.o, o), self._part(layer.gate_up, g), layer.norms
         )
-        out = self.step(steps.mlp_output)(middle, gate_up, self._part(layer.down, d))
+        out = self._do(steps.mlp_output)(middle, gate_up, self._part(layer.down, d))
         return out, Kept(h, heads, product, attended, middle, gate_up) if keep else Kept(h)
 
     def _backward(self, layer: Layer, dh: torch.Tensor, kept: Kept, rotary: Rotary, keys: torch.Tensor) -> torch.Tensor:
@@ -187,33 +188,39 @@ class FastDecoder:
         qkv, out, gate_up = self._part(layer.qkv, q), self._part(layer.o, o), self._part(layer.gate_up, g)
         h, heads, product, attended, middle, gates = kept
         if heads is None:
-            heads, product = self.step(steps.attention_input)(
+            heads, product = self._do(steps.attention_input)(
                 h, len(h) // len(rotary.cos), layer.qkv.sizes, qkv, layer.norms, rotary
             )
             attended = _attend(heads, True)
-            middle, gates = self.step(steps.mlp_input)(h, attended.detach(), out, gate_up, layer.norms)
+            middle, gates = self._do(steps.mlp_input)(h, attended.detach(), out, gate_up, layer.norms)
         assert attended is not None and middle is not None and gates is not None
-        dgates = self.step(steps.mlp_output_backward)(dh, gates, self._part(layer.down, d))
+        dgates = self._do(steps.mlp_output_backward)(dh, gates, self._part(layer.down, d))
         del gates
-        dh, dattended = self.step(steps.mlp_input_backward)(dh, dgates, middle, attended.detach(), out, gate_up, layer.norms)
+        dh, dattended = self._do(steps.mlp_input_backward)(dh, dgates, middle, attended.detach(), out, gate_up, layer.norms)
         del dgates, middle
         dheads = torch.autograd.grad(attended, heads, dattended)
-        return self.step(steps.attention_input_backward)(dh, dheads, h, product, layer.qkv.sizes, qkv, layer.norms, rotary)
+        return self._do(steps.attention_input_backward)(dh, dheads, h, product, layer.qkv.sizes, qkv, layer.norms, rotary)
 
     def _part(self, group: Group, key: torch.Tensor) -> Part:
         lora = group.lora
         B, rank = (lora.B, lora.rank) if lora else ((None,) * len(group.sizes), 0)
         return Part(unpack_stacked(group.weights, B, rank, self.dtype), group.bias, lora, group.gradients, key)
 
+    def _do(self, function: Callable) -> Callable:
+        return _compiled(function) if self.compiled else function
+
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """(B, T) -> (B, T, hidden), where the embedding lies."""
         return F.embedding(ids.to(self.embedding.device), self.embedding)
 
-    def _rotary(self, inputs: torch.Tensor) -> Rotary:
-        positions = torch.arange(inputs.shape[1], device=inputs.device)[None]
-        cos, sin = (part[0] for part in self.decoder.rotary_emb(self.decoder.norm.weight, positions))
-        first, second = sin.chunk(2, -1)
-        return Rotary(cos, torch.cat([-first, second], -1))
+    def _rotary(self, length: int, device: torch.device) -> Rotary:
+        """Taken from the model once: some kinds of angles wait for the GPU, which a captured pass must not."""
+        if length not in self._angles:
+            positions = torch.arange(length, device=device)[None]
+            cos, sin = (part[0] for part in self.decoder.rotary_emb(self.decoder.norm.weight, positions))
+            first, second = sin.chunk(2, -1)
+            self._angles[length] = Rotary(cos, torch.cat([-first, second], -1))
+        return self._angles[length]
 
 
 def _attend(heads: Heads, differentiable: bool) -> torch.Tensor:
@@ -222,7 +229,15 @@ def _attend(heads: Heads, differentiable: bool) -> torch.Tensor:
     with torch.set_grad_enabled(differentiable):
         for part in heads:
             part.requires_grad_(differentiable)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] < q.shape[1])
+        shared = q.shape[1] // k.shape[1]  # heads of q that look at the same k and v
+        if shared > 1 and not _has_flash(q):  # without flash attention, torch serves them with (length, length) tensors only
+            k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
+            shared = 1
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared > 1)
+
+
+def _has_flash(q: torch.Tensor) -> bool:
+    return q.is_cuda and q.dtype != torch.float32 and torch.cuda.get_device_capability(q.device)[0] >= 8
 
 
 def _without_dropout(group: Group) -> Group:
@@ -236,35 +251,20 @@ def _shifted(labels: torch.Tensor) -> torch.Tensor:
     return targets.flatten()
 
 
-torch._dynamo.config.recompile_limit = 64  # a run has few shapes: training, evaluation, and smaller ones after out of memory
-
-
+@functools.cache
 def _compiled(function: Callable) -> Callable:
-    return _COMPILED[function]
-
-
-_COMPILED: dict[Callable, Callable] = {
-    function: torch.compile(function, fullgraph=True, dynamic=False)
-    for function in (
-        steps.attention_input, steps.attention_input_backward, steps.mlp_input, steps.mlp_input_backward,
-        steps.mlp_output, steps.mlp_output_backward, steps.rms_norm, steps.rms_norm_backward, accumulate_piece,
-    )
-}  # fmt: skip
+    torch._dynamo.config.recompile_limit = 64  # a run has few shapes: training, evaluation, and smaller ones after out of memory
+    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def why_not_fast(model: Any, length: int) -> str | None:
     """The reason why a PEFT model cannot go through FastDecoder with blocks of `length` tokens, or None."""
     parts = decoder_and_head(model)
-    config = model.config
-    if parts is None:
-        return f"{config.model_type} is not built like Llama"
-    windows = getattr(config, "sliding_window", None) or length
-    if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"} or windows < length:
-        return "a sliding window of attention is shorter than a block"
-    if config.hidden_act != "silu" or getattr(config, "attention_dropout", 0.0):
-        return f"activation {config.hidden_act} or dropout in the attention"
+    reason = why_not_written_out(model.config.to_dict(), length)
+    if reason or parts is None:
+        return reason or "its output head is trained, or does more than a product"
     lora = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    if any(module.lora_variant or len(module.lora_A) != 1 or any(module.lora_bias.values()) for module in lora):
+    if not all(is_plain(module) for module in lora):
         return "a LoRA variant, a LoRA bias or several adapters"
     inside = sum(isinstance(module, LoraLayer) for module in parts[0].layers.modules())
     trained = sum(parameter.requires_grad for parameter in model.parameters())

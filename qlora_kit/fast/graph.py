@@ -6,10 +6,12 @@ the shape (the last of an epoch) is filled up with rows that count for nothing: 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from qlora_kit.config import UserError
+from qlora_kit.device import is_out_of_memory
 from qlora_kit.fast.decoder import GROUPS, FastDecoder
 from qlora_kit.fast.loss import IGNORED
 from qlora_kit.fast.nf4 import why_no_triton
@@ -24,10 +26,19 @@ class MicroStep:
     Args:
         seed: of dropout, which follows from (seed, optimizer step, micro-step): a resumed run draws what an unbroken one drew.
         captured: whether to use CUDA graphs; without, the same functions run one kernel after the other.
+        give_up: told why compiling or capturing failed, before the plain functions take over; None: the error is raised.
     """
 
-    def __init__(self, decoder: FastDecoder, batch: int, length: int, seed: int, captured: bool):
-        self.decoder, self.seed, self.captured = decoder, seed, captured
+    def __init__(
+        self,
+        decoder: FastDecoder,
+        batch: int,
+        length: int,
+        seed: int,
+        captured: bool,
+        give_up: Callable[[str], None] | None = None,
+    ):
+        self.decoder, self.seed, self.captured, self.give_up = decoder, seed, captured, give_up
         device = decoder.adapters.flat.device
         ids = torch.zeros(batch, length, dtype=torch.long, device=device)
         # Offloaded embeddings are looked up in host memory and come over with the batch.
@@ -36,11 +47,10 @@ class MicroStep:
         self.labels = torch.full_like(ids, IGNORED)
         self.share = torch.zeros((), device=device)
         self.keys = torch.zeros(len(decoder.layers), len(GROUPS), dtype=torch.int32, device=device)
-        self.step, self.number = 0, 0
-        self.replays: dict[str, Callable[[], torch.Tensor]] = {}
-        if captured:
-            self.stream, self.pool = torch.cuda.Stream(), torch.cuda.MemPool()
-            torch.cuda.empty_cache()  # a pool of its own cannot use what others hold back
+        self.step, self.number = 0, 0  # of the optimizer step, and of the micro-step within it
+        self.ways: dict[str, Callable[[], torch.Tensor]] = {}  # how to run what ran before: by replay, or plainly
+        self.stream: Any = torch.cuda.Stream() if captured else None
+        self.pool: Any = torch.cuda.MemPool() if captured else None
 
     def begin_step(self, step: int) -> None:
         """Before the first micro-batch of an optimizer step."""
@@ -61,10 +71,10 @@ class MicroStep:
         return self._run("losses", lambda: self.decoder.losses(self.inputs, self.labels))[: len(ids), :-1]
 
     def smaller(self, batch: int) -> "MicroStep":
-        """The same for fewer rows; drop this one first to free its graphs."""
-        again = MicroStep(self.decoder, batch, self.labels.shape[1], self.seed, self.captured)
-        again.step = self.step
-        return again
+        """The same for fewer rows; this one gives its graphs and their memory up and is of no more use."""
+        self.ways.clear()
+        self.pool = None
+        return MicroStep(self.decoder, batch, self.labels.shape[1], self.seed, self.captured, self.give_up)
 
     def _fill(self, ids: torch.Tensor, labels: torch.Tensor) -> None:
         rows = len(ids)
@@ -75,22 +85,39 @@ class MicroStep:
             self.labels[rows:].fill_(IGNORED)
 
     def _run(self, name: str, function: Callable[[], torch.Tensor]) -> torch.Tensor:
-        if not self.captured:
-            return function()
-        if name not in self.replays:
-            self.replays[name] = self._capture(function)
-            self.decoder.adapters.gradient.zero_()  # what the warm-up added; the first micro-step of a step is the one to capture
-        return self.replays[name]()
+        if name not in self.ways:
+            self.ways[name] = self._prepare(name, function)
+        return self.ways[name]()
+
+    def _prepare(self, name: str, function: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """The way to run `function` from now on: by replay, or plainly where capturing or compiling fails."""
+        assert name == "losses" or self.number == 1, "the trial adds to the gradient, which is empty at a step's first micro-step"
+        try:
+            if self.captured:
+                return self._capture(function)
+            if self.give_up:
+                function()
+        except Exception as error:
+            if self.give_up is None or is_out_of_memory(error):
+                raise
+            self.give_up(" ".join(str(error).split())[:200])
+            self.decoder.compiled, self.captured, self.give_up = False, False, None
+        finally:
+            if name == "train":
+                self.decoder.adapters.gradient.zero_()
+        return function
 
     def _capture(self, function: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        torch.cuda.empty_cache()  # a pool of its own cannot use what others hold back
         self.stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
-        # One pool and one stream for warm-up and capture, training and evaluation: each reuses what the others left.
+        # One pool and one stream for warm-up and capture, training and evaluation: each reuses what the others left. (The warm-up
+        # of the attention's backward pass runs in autograd's own thread, which does not see the pool.)
         with torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(self.pool):
             for _ in range(WARM_UP_RUNS):
                 function()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph, pool=self.pool.id, stream=self.stream):  # type: ignore[arg-type]
+        with torch.cuda.graph(graph, pool=self.pool.id, stream=self.stream):
             result = function()
         torch.cuda.current_stream().wait_stream(self.stream)
 
@@ -111,7 +138,7 @@ def why_not_graphed(device: str) -> str | None:
     return None if device == "cuda" else "needs a CUDA GPU"
 
 
-def wanted(key: str, value: bool | str, reason: str | None) -> str | None:
+def why_not_used(key: str, value: bool | str, reason: str | None) -> str | None:
     """Why a technique will not be used: what stands against it, or the setting; None when it will.
 
     Raises:

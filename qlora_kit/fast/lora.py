@@ -31,23 +31,14 @@ class FusedLinear4bit(Linear4bit):
         return y.view(*x.shape[:-1], -1)
 
 
-def count_lora_layers(model: torch.nn.Module) -> int:
-    return sum(isinstance(module, LoraLayer) for module in model.modules())
+def is_plain(layer: LoraLayer) -> bool:
+    """Whether a LoRA layer is y = base(x) + scale · (x Aᵀ) Bᵀ: no variant such as DoRA, no LoRA bias, one adapter."""
+    return not layer.lora_variant and len(layer.lora_A) == 1 and not any(layer.lora_bias.values())
 
 
 def fuse(model: torch.nn.Module) -> int:
-    """Put every plain 4-bit LoRA layer of `model` under FusedLinear4bit and return how many there are.
-
-    Left as they are: layers with a variant such as DoRA, with a LoRA bias, or with several adapters.
-    """
-    count = 0
-    for module in model.modules():
-        if (
-            type(module) is Linear4bit
-            and not module.lora_variant
-            and len(module.lora_A) == 1
-            and not any(module.lora_bias.values())
-        ):
-            module.__class__ = FusedLinear4bit
-            count += 1
-    return count
+    """Put every plain 4-bit LoRA layer of `model` under FusedLinear4bit and return how many there are."""
+    layers = [module for module in model.modules() if type(module) is Linear4bit and is_plain(module)]
+    for layer in layers:
+        layer.__class__ = FusedLinear4bit
+    return len(layers)

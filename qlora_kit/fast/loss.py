@@ -51,7 +51,8 @@ def cross_entropy(
     targets: torch.Tensor,
     want_gradient: bool,
     rows: int | None = None,
-    step: Callable = accumulate_piece,
+    scale: torch.Tensor | float = 1.0,
+    accumulate: Callable = accumulate_piece,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """losses[n] = logsumexp(hidden[n] Wᵀ) - (hidden[n] Wᵀ)[target[n]] in nats, and its gradient with respect to hidden[n].
 
@@ -60,9 +61,11 @@ def cross_entropy(
         head: (V, H), frozen; in pinned host memory it is copied over piece by piece.
         targets: (N,); -100 counts as no loss and no gradient.
         rows: of the head in one piece; None chooses by memory.vocabulary_piece.
+        scale: of the gradient, applied before it is rounded.
+        accumulate: accumulate_piece, compiled or not.
 
     Returns:
-        (N,) in fp32, and (N, H) in hidden's dtype or None: Σ softmax · W - W[target].
+        (N,) in fp32, and (N, H) in hidden's dtype or None: scale · (Σ softmax · W - W[target]).
     """
     rows = rows or vocabulary_piece(len(hidden), len(head))
     counted = (targets != IGNORED)[:, None]
@@ -73,9 +76,10 @@ def cross_entropy(
     mean = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if want_gradient else None
     for start in range(0, len(head), rows):
         piece = head[start : start + rows].to(hidden.device, non_blocking=True)
-        highest, total, right, mean = step(hidden, piece, targets[:, None] - start, highest, total, right, mean)
-    losses = (highest + total.log())[:, 0] - (hidden.to(dtype) * right).sum(1).to(hidden.dtype).to(dtype)
-    gradient = None if mean is None else torch.where(counted, mean / total - right, 0.0).to(hidden.dtype)
+        highest, total, right, mean = accumulate(hidden, piece, targets[:, None] - start, highest, total, right, mean)
+    target_logit = (hidden.to(dtype) * right).sum(1).to(hidden.dtype)  # rounded as the other logits were
+    losses = (highest + total.log())[:, 0] - target_logit.to(dtype)
+    gradient = None if mean is None else torch.where(counted, (mean / total - right) * scale, 0.0).to(hidden.dtype)
     return torch.where(counted[:, 0], losses, 0.0), gradient
 
 
@@ -91,7 +95,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream[0][:, None].to(gradient.dtype), None, None, None
+        return (gradient * upstream[0][:, None]).to(gradient.dtype), None, None, None
 
 
 def chunked_losses(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, rows: int | None = None) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Unpack bitsandbytes' 4-bit weights into the matrix that the next product wants: projections stacked, LoRA's B beside them.
 
-On a GPU with Triton one kernel does in one pass what takes bitsandbytes four; elsewhere bitsandbytes does it. The bits are the
-same. NF4 and double quantization: QLoRA, arXiv 2305.14314, section 3.
+On a GPU with Triton one kernel does in one pass what takes bitsandbytes four; elsewhere, and without double quantization,
+bitsandbytes does it. The bits are the same. NF4 and double quantization: QLoRA, arXiv 2305.14314, section 3.
 """
 
 import functools
@@ -72,15 +72,20 @@ def _has_kernel(weight: Any, dtype: torch.dtype) -> bool:
 
 @functools.cache
 def why_no_triton() -> str | None:
-    """The reason why Triton cannot make kernels for this machine's GPU, or None. It compiles a small C program each time."""
+    """The reason why Triton cannot make kernels for this machine's GPU, or None: found out by making one."""
     if triton is None:
         return "needs Triton, which this torch lacks"
-    if torch.cuda.get_device_capability()[0] < 7:
-        return f"{torch.cuda.get_device_name()} is older than Triton's kernels"
     if not any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "gcc", "clang")):
         return "needs a C compiler: install gcc"
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         return "needs Python.h: install your system's python3-dev"
+    try:
+        packed: Any
+        packed, state = bnb.quantize_4bit(torch.ones(64, 64, dtype=torch.float16, device="cuda"), compress_statistics=True)
+        packed.quant_state = state
+        _launch(packed, None, 0, 0, torch.empty(64, 64, dtype=torch.float16, device="cuda"))
+    except Exception as error:  # of Triton, of the C compiler, of the driver
+        return f"Triton fails on this machine ({(str(error).strip() or repr(error)).splitlines()[-1][:120]})"
     return None
 
 

@@ -4,8 +4,8 @@ peft computes y = base(x), clones it, drops out x, and adds scale · (x̃ Aᵀ) 
 Here q, k and v (gate and up as well) share their products, weights and A stacked, B block-diagonal, and the update rides along in
 the base product where y is large. LoRA: arXiv 2106.09685, section 4.1.
 
-Dropout draws no random numbers: an element is kept or not by a hash of its index and of a key. The backward pass and a
-recomputation hash again instead of storing a mask. One mask serves the projections that share an input.
+Dropout draws one random key, not a number an element: each is kept or not by a hash of its index and the key. The backward pass
+and a recomputation hash again instead of storing a mask. One mask serves the projections that share an input.
 """
 
 import functools
@@ -111,13 +111,12 @@ def dropped(x: torch.Tensor, key: torch.Tensor, keep: float) -> torch.Tensor:
 def keep_mask(shape: torch.Size, key: torch.Tensor, keep: float) -> torch.Tensor:
     """True with probability `keep`, independently for each element and each key; the same again for the same key.
 
-    A multiply-xorshift hash of 32 bits over the element's index, with the key mixed in half-way, so that no key's sequence is
-    another's shifted. The factors are those of "lowbias32" (Wellons, Prospecting for Hash Functions, 2018).
+    The hash is "lowbias32" (Wellons, Prospecting for Hash Functions, 2018) of the element's index and the key.
     """
     h = torch.arange(shape.numel(), dtype=torch.int32, device=key.device)
+    h ^= key
     h ^= _shift(h, 16)
     h *= 0x7FEB352D
-    h ^= key
     h ^= _shift(h, 15)
     h *= 0x846CA68B - 2**32
     h ^= _shift(h, 16)
@@ -129,7 +128,7 @@ def _shift(h: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def draw_keys(seed: tuple[int, ...], count: int) -> torch.Tensor:
-    """(count,) int32 on the CPU: dropout keys that follow from `seed` alone."""
+    """(count,) int32 on the CPU: dropout keys that follow from `seed` alone; Python's hash of integers is the same everywhere."""
     generator = torch.Generator().manual_seed(hash(seed) & 0x7FFFFFFF)
     return torch.randint(-(2**31), 2**31, (count,), generator=generator).to(torch.int32)
 
