@@ -1,6 +1,6 @@
 """Where the time of one micro-step goes: GPU milliseconds of each kind of kernel, of a random Qwen2.5-3B.
 
-    python benchmarks/step_profile.py --tokenizer DIR --micro_batch 16 --recomputed 0
+    python benchmarks/step_profile.py --tokenizer DIR --micro-batch 16 --recomputed 0
 
 Dropout 0.05, rank 16, 512 tokens, compiled and captured as in training. The kinds are told apart by kernel names; what none of
 them matches is `other`. The last line sets the sum beside the time of an unprofiled replay: the rest is gaps between kernels.
@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=existing, required=True, metavar="DIR", help="folder of the Qwen2.5 tokenizer")
     parser.add_argument("--checkpoints", type=Path, metavar="DIR", help="keep the random checkpoint here for the next time")
-    parser.add_argument("--micro_batch", type=int, default=1, metavar="N", help="sequences (default: 1)")
+    parser.add_argument("--micro-batch", type=int, default=1, metavar="N", help="sequences (default: 1)")
     parser.add_argument("--recomputed", type=int, default=36, metavar="N", help="layers computed again (default: all 36)")
     arguments = parser.parse_args()
     require_gpu()

@@ -59,6 +59,9 @@ def assert_same(actual, expected, tolerance=1e-4):
     for name, gradient in expected[1].items():
         assert gradient.abs().max() > 0
         assert (actual[1][name] - gradient).norm() < tolerance * gradient.norm(), name
+        assert actual[1][name].norm().item() == pytest.approx(gradient.norm().item(), rel=max(tolerance / 4, 1e-4)), (
+            name
+        )  # no scale is off
 
 
 @pytest.fixture(scope="module")

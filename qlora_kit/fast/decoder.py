@@ -50,7 +50,7 @@ class Kept(NamedTuple):
     product: torch.Tensor | None = None
     attended: torch.Tensor | None = None  # with autograd's record of the attention alone
     middle: torch.Tensor | None = None
-    gate_up: torch.Tensor | None = None
+    gates: torch.Tensor | None = None  # gate and up side by side
 
 
 HOST_COPY = "weight_in_host_memory"
@@ -136,7 +136,7 @@ class FastDecoder:
         keys = torch.zeros(len(self.layers), len(GROUPS), dtype=torch.int32, device=h.device)
         for layer, key in zip(self.layers, keys, strict=True):
             layer = Layer(layer.norms, *(_without_dropout(getattr(layer, name)) for name in GROUPS))
-            h, _ = self._forward(layer, h, len(labels), rotary, key, keep=False)
+            h, _ = self._forward(layer, h, len(labels), rotary, key, keep_all=False)
         hidden = self._do(steps.rms_norm)(h, self.decoder.norm.weight, self.epsilon)
         losses, _ = cross_entropy(hidden, self.head, _shifted(labels), False, self.rows, accumulate=self._do(accumulate_piece))
         return losses.view_as(labels)
@@ -154,8 +154,8 @@ class FastDecoder:
         h, rotary = self._start(inputs)
         kept: list[Kept] = []
         for number, layer in enumerate(self.layers):
-            h, keep = self._forward(layer, h, len(labels), rotary, keys[number], keep=number >= self.recomputed)
-            kept.append(keep)
+            h, record = self._forward(layer, h, len(labels), rotary, keys[number], keep_all=number >= self.recomputed)
+            kept.append(record)
         norm = (self.decoder.norm.weight, self.epsilon)
         hidden = self._do(steps.rms_norm)(h, *norm)
         losses, dh = cross_entropy(hidden, self.head, _shifted(labels), True, self.rows, share, self._do(accumulate_piece))
@@ -172,32 +172,35 @@ class FastDecoder:
         return h.flatten(0, 1), self._rotary(inputs.shape[1], h.device)
 
     def _forward(
-        self, layer: Layer, h: torch.Tensor, batch: int, rotary: Rotary, keys: torch.Tensor, keep: bool
+        self, layer: Layer, h: torch.Tensor, batch: int, rotary: Rotary, keys: torch.Tensor, keep_all: bool
     ) -> tuple[torch.Tensor, Kept]:
-        q, o, g, d = keys.unbind()
-        heads, product = self._do(steps.attention_input)(h, batch, layer.qkv.sizes, self._part(layer.qkv, q), layer.norms, rotary)
-        attended = _attend(heads, keep)
-        middle, gate_up = self._do(steps.mlp_input)(
-            h, attended.detach(), self._part(layer.o, o), self._part(layer.gate_up, g), layer.norms
-        )
-        out = self._do(steps.mlp_output)(middle, gate_up, self._part(layer.down, d))
-        return out, Kept(h, heads, product, attended, middle, gate_up) if keep else Kept(h)
+        """The layer's output, and what its backward pass will find: everything, or `h` alone."""
+        qkv_key, o_key, gate_up_key, down_key = keys.unbind()
+        qkv = self._part(layer.qkv, qkv_key)
+        heads, product = self._do(steps.attention_input)(h, batch, layer.qkv.sizes, qkv, layer.norms, rotary)
+        del qkv
+        attended = _attend(heads, keep_all)
+        o, gate_up = self._part(layer.o, o_key), self._part(layer.gate_up, gate_up_key)
+        middle, gates = self._do(steps.mlp_input)(h, attended.detach(), o, gate_up, layer.norms)
+        del o, gate_up
+        out = self._do(steps.mlp_output)(middle, gates, self._part(layer.down, down_key))
+        return out, Kept(h, heads, product, attended, middle, gates) if keep_all else Kept(h)
 
     def _backward(self, layer: Layer, dh: torch.Tensor, kept: Kept, rotary: Rotary, keys: torch.Tensor) -> torch.Tensor:
-        q, o, g, d = keys.unbind()
-        qkv, out, gate_up = self._part(layer.qkv, q), self._part(layer.o, o), self._part(layer.gate_up, g)
+        """Gradient of the layer's input from that of its output; adds the adapters'."""
+        qkv_key, o_key, gate_up_key, down_key = keys.unbind()
+        qkv, o, gate_up = self._part(layer.qkv, qkv_key), self._part(layer.o, o_key), self._part(layer.gate_up, gate_up_key)
         h, heads, product, attended, middle, gates = kept
         if heads is None:
-            heads, product = self._do(steps.attention_input)(
-                h, len(h) // len(rotary.cos), layer.qkv.sizes, qkv, layer.norms, rotary
-            )
+            batch = len(h) // len(rotary.cos)
+            heads, product = self._do(steps.attention_input)(h, batch, layer.qkv.sizes, qkv, layer.norms, rotary)
             attended = _attend(heads, True)
-            middle, gates = self._do(steps.mlp_input)(h, attended.detach(), out, gate_up, layer.norms)
+            middle, gates = self._do(steps.mlp_input)(h, attended.detach(), o, gate_up, layer.norms)
         assert attended is not None and middle is not None and gates is not None
-        dgates = self._do(steps.mlp_output_backward)(dh, gates, self._part(layer.down, d))
+        dgates = self._do(steps.mlp_output_backward)(dh, gates, self._part(layer.down, down_key))
         del gates
-        dh, dattended = self._do(steps.mlp_input_backward)(dh, dgates, middle, attended.detach(), out, gate_up, layer.norms)
-        del dgates, middle
+        dh, dattended = self._do(steps.mlp_input_backward)(dh, dgates, middle, attended.detach(), o, gate_up, layer.norms)
+        del dgates, middle, o, gate_up
         dheads = torch.autograd.grad(attended, heads, dattended)
         return self._do(steps.attention_input_backward)(dh, dheads, h, product, layer.qkv.sizes, qkv, layer.norms, rotary)
 
