@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit import cli
 from qlora_kit.checkpoint import build_passport, check_output_dir, find_checkpoint, open_output, save_adapter, write_passport
-from qlora_kit.config import UserError, load_config, parse_set
+from qlora_kit.config import UserError, load_config, override, parse_set
 from qlora_kit.dataset import Blocks, cut_into_blocks, hold_out, tokenize
 from qlora_kit.hub import fetch_model, go_offline_if_unreachable, is_local, read_model_config
 from qlora_kit.memory import CONTEXT_BYTES, GIB, KNOWN_CONFIGS, ModelShape, read_shape, why_not_written_out
@@ -119,8 +119,10 @@ def main(argv: list[str] | None = None) -> None:
     from qlora_kit.device import look_at_machine, out_of_memory_is_one_line
 
     machine = look_at_machine(config, shape)
-    plan = make_plan(config, None if reason else shape, machine.limit)
-    check_fit(plan, config, shape, machine.limit)
+    # What cannot be compiled here takes more memory.
+    as_here = config if machine.compiles else override(config, {"performance.compile": False})
+    plan = make_plan(as_here, None if reason else shape, machine.limit)
+    check_fit(plan, as_here, shape, machine.limit)
     report = RunReport(config, machine, plan)
     fetch_model(config.model)
     report.announce()

@@ -48,6 +48,7 @@ class Machine:
     dtype: torch.dtype  # of products and of everything frozen that is not packed
     description: list[str]
     limit: float | None = None  # bytes that torch's allocator may take; None on a CPU
+    compiles: bool = True  # whether torch.compile works here
 
     @property
     def dtype_name(self) -> str:
@@ -81,7 +82,13 @@ def look_at_machine(config: Config, shape: ModelShape | None) -> Machine:
     lines = [*describe_device(device), *([note] if note else [])]
     if device == "cpu" and config.training.optim.startswith("paged"):
         lines.append(f"{config.training.optim}: paging needs a GPU; the optimizer's state stays in ordinary memory here")
-    return Machine(device, dtype, lines, limit)
+    return Machine(device, dtype, lines, limit, device == "cuda" and _compiles())
+
+
+def _compiles() -> bool:
+    from qlora_kit.fast.nf4 import why_no_triton  # bitsandbytes is slow to import, and a mistake is to be answered at once
+
+    return why_no_triton() is None
 
 
 def check_insistence(config: Config, device: str) -> None:

@@ -155,8 +155,8 @@ def estimate_memory(shape: ModelShape, config: Config, micro_batch: int, recompu
     tokens = micro_batch * config.data.max_length
     kept = recomputed * shape.hidden + (shape.layers - recomputed) * _kept_elements(shape)
     unpacked = _unpacked_elements(shape, config.lora.rank)
-    offloaded = config.performance.offload_embedding
-    layer = element * (tokens * _working_elements(shape) + unpacked)
+    offloaded, compiled = config.performance.offload_embedding, config.performance.compile is not False
+    layer = element * (tokens * _working_elements(shape, compiled) + unpacked)
     return {
         "projection weights": (weight_bytes if quantization.load_in_4bit else element) * shape.projection_parameters(),
         "embedding and norms": float(
@@ -168,7 +168,7 @@ def estimate_memory(shape: ModelShape, config: Config, micro_batch: int, recompu
         "kept activations": float(element * tokens * kept),
         "a layer at work": float(layer),
         # The loss is done with its logits before the backward pass begins: only what exceeds a layer at work counts.
-        "logits beyond that": max(0.0, _loss_bytes(shape, tokens, element, offloaded) - layer),
+        "logits beyond that": max(0.0, _loss_bytes(shape, tokens, element, compiled, offloaded) - layer),
         "libraries": LIBRARIES_BYTES,
     }
 
@@ -184,10 +184,11 @@ def _kept_elements(shape: ModelShape) -> int:
     return 2 * shape.hidden + 2 * query + 2 * key_value + 2 * shape.mlp
 
 
-def _working_elements(shape: ModelShape) -> int:
-    """Per token, of the layer whose backward pass runs: gate and up, five more as wide as one of them, and what it was given."""
+def _working_elements(shape: ModelShape, compiled: bool) -> int:
+    """Per token, of the layer whose backward pass runs: gate and up, what is as wide as one of them, and what it was given."""
     query, key_value = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
-    return 7 * shape.mlp + 3 * shape.hidden + 2 * query + 2 * key_value
+    # Beside gate and up: the gradient's two parts, their two, and the dropped-out product; without fusion also fp32 copies.
+    return (7 if compiled else 15) * shape.mlp + 3 * shape.hidden + 2 * query + 2 * key_value
 
 
 def _unpacked_elements(shape: ModelShape, rank: int) -> int:
@@ -197,7 +198,8 @@ def _unpacked_elements(shape: ModelShape, rank: int) -> int:
     return sum((sizes[name][0] + columns) * sizes[name][1] for name, columns in beside.items())
 
 
-def _loss_bytes(shape: ModelShape, tokens: int, element: int, offloaded: bool) -> float:
+def _loss_bytes(shape: ModelShape, tokens: int, element: int, compiled: bool, offloaded: bool) -> float:
     """Logits of one piece, their exponentials, the hidden states' gradient in fp32 before and after, and an offloaded piece."""
+    per_logit = 2 * element if compiled else 12  # without fusion both in fp32 as well
     rows = min(OFFLOADED_ROWS, shape.vocabulary) if offloaded else vocabulary_piece(tokens, shape.vocabulary)
-    return 2.0 * element * tokens * rows + 12.0 * tokens * shape.hidden + offloaded * element * rows * shape.hidden
+    return 1.0 * per_logit * tokens * rows + 12.0 * tokens * shape.hidden + offloaded * element * rows * shape.hidden

@@ -1,12 +1,15 @@
 """Parameters and bytes by hand, and against models that transformers and peft really build; then what a plan may choose."""
 
 import json
+import weakref
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -19,9 +22,11 @@ from transformers import (
 from qlora_kit import memory
 from qlora_kit import plan as planner
 from qlora_kit.config import UserError, override, parse_set
+from qlora_kit.fast.decoder import FastDecoder
 from qlora_kit.memory import GIB, KNOWN_CONFIGS, ModelShape, estimate_memory, read_shape
 from qlora_kit.plan import Plan, make_plan, plan_table
 from qlora_kit.settings import Config
+from quantization_utils import create_lora_config, prepare_model_for_training
 
 ALL_SEVEN = Config().lora.target_modules
 
@@ -488,3 +493,57 @@ def test_the_verdict_follows_the_limit(qwen_3b):
 def test_an_untied_head_is_counted(qwen_3b):
     untied = replace(qwen_3b, tied_embedding=False)
     assert estimate(untied)["embedding and norms"] - estimate(qwen_3b)["embedding and norms"] == 2 * 151_936 * 2_048
+
+
+# What the allocator would see
+
+
+class LiveStorages(TorchDispatchMode):
+    """The most bytes that tensors made under it held at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.held, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.sizes:
+                storage = tensor.untyped_storage()
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.held += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage._cdata)
+        self.peak = max(self.peak, self.held)
+        return out
+
+    def _freed(self, key):
+        self.held -= self.sizes.pop(key, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "micro_batch", "recomputed"),
+    [
+        ({}, 4, 3),
+        ({}, 4, 0),
+        ({}, 8, 2),
+        ({"intermediate_size": 1408}, 4, 3),
+        ({"vocab_size": 16384}, 4, 3),
+        ({"hidden_size": 256}, 4, 1),
+    ],
+    ids=str,
+)
+def test_a_micro_step_holds_what_is_predicted(changes, micro_batch, recomputed):
+    """Not compiled, as on the CPU: every tensor of a real forward and backward pass, of shapes where tokens outweigh weights."""
+    sizes = {"hidden_size": 128, "intermediate_size": 704, "vocab_size": 512} | changes
+    built = Qwen2Config(**sizes, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=1, tie_word_embeddings=True)
+    model = AutoModelForCausalLM.from_config(built, dtype=torch.bfloat16)
+    model = prepare_model_for_training(model, create_lora_config(16), use_gradient_checkpointing=False)
+    decoder = FastDecoder(model, 0.05, recomputed, compiled=False)
+    decoder.adapters.clear_gradients()
+    ids, keys = torch.randint(512, (micro_batch, 256)), torch.zeros(3, 4, dtype=torch.int32)
+    with LiveStorages() as measured:
+        decoder.accumulate(ids, ids, torch.tensor(1e-3), keys)
+    config = settings(data__max_length=256, performance__compile=False)
+    parts = estimate_memory(read_shape(built.to_dict()), config, micro_batch, recomputed)
+    predicted = parts["kept activations"] + parts["a layer at work"] + parts["logits beyond that"]
+    assert predicted == pytest.approx(measured.peak, rel=0.1)
