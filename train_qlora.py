@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit import cli
 from qlora_kit.checkpoint import build_passport, check_output_dir, find_checkpoint, open_output, save_adapter, write_passport
 from qlora_kit.config import UserError, load_config, override, parse_set
-from qlora_kit.dataset import Blocks, cut_into_blocks, hold_out, tokenize
-from qlora_kit.hub import fetch_model, go_offline_if_unreachable, is_local, read_model_config
+from qlora_kit.dataset import Blocks, cut_into_blocks, hold_out, load_tokenizer, tokenize
+from qlora_kit.hub import fetch_model, fetch_tokenizer, go_offline_if_unreachable, is_local, read_model_config
 from qlora_kit.memory import CONTEXT_BYTES, GIB, KNOWN_CONFIGS, ModelShape, read_shape, why_not_written_out
 from qlora_kit.plan import check_fit, make_plan, plan_table
 from qlora_kit.report import CURVES, RunReport, plot_training_curves, read_metrics
@@ -124,12 +124,14 @@ def main(argv: list[str] | None = None) -> None:
     plan = make_plan(as_here, None if reason else shape, machine.limit)
     check_fit(plan, as_here, shape, machine.limit)
     report = RunReport(config, machine, plan)
-    fetch_model(config.model)
     report.announce()
+    # Data first: what is wrong with it is to be known before gigabytes of weights are fetched.
+    fetch_tokenizer(config.model)
+    train, evaluation = prepare_dataset(config, load_tokenizer(config.model))
+    report.describe_data(train, evaluation)
+    fetch_model(config.model)
     with out_of_memory_is_one_line(config, planned=bool(plan.parts)):
         model, tokenizer = load_adapted_model(config, report)
-        train, evaluation = prepare_dataset(config, tokenizer)
-        report.describe_data(train, evaluation)
 
         from qlora_kit.perplexity import recorded_base
         from qlora_kit.training import build_trainer

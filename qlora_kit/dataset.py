@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import UserError
+from qlora_kit.settings import ModelConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,6 +50,25 @@ class Blocks:
     def fingerprint(self) -> str:
         """SHA-256 of the token ids: the same data, tokenizer and block length give the same value."""
         return hashlib.sha256(self.ids.tobytes()).hexdigest()
+
+
+def load_tokenizer(model: ModelConfig) -> "PreTrainedTokenizerBase":
+    """The base model's tokenizer, without its weights.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            model.name, revision=model.revision or "main", trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"model.name: {model.name}: its tokenizer cannot be loaded ({reason}); copy or download it again"
+        ) from error
 
 
 def separator_id(tokenizer: "PreTrainedTokenizerBase") -> int:

@@ -15,7 +15,8 @@ from qlora_kit.config import UserError
 from qlora_kit.memory import KNOWN_CONFIGS
 from qlora_kit.settings import ModelConfig
 
-MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # no pickles, no code
+SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # config and tokenizer
+MODEL_FILES = [*SMALL_FILES, "*.safetensors"]  # no pickles, no code
 FILE_SUFFIXES = (".txt", ".md", ".text", ".rst", ".json", ".jsonl", ".csv", ".parquet")  # what sources.py reads
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
@@ -52,18 +53,34 @@ def read_model_config(model: ModelConfig) -> dict[str, Any]:
     return read_json(_download(model, ["config.json"]) / "config.json", "model.name")
 
 
-def fetch_model(model: ModelConfig) -> None:
-    """Make the base model's files ready on this machine.
+def fetch_tokenizer(model: ModelConfig) -> None:
+    """Make the base model's config and tokenizer ready on this machine: a few MB, enough to prepare data.
 
     Raises:
         UserError: no such model, no access, no network and no cached copy, or files missing: one line with the remedy.
     """
-    folder = _local_folder(model) if is_local(model.name) else _download(model, MODEL_FILES)
-    key = f"model.name: {model.name}"
+    _fetch(model, SMALL_FILES)
+
+
+def fetch_model(model: ModelConfig) -> None:
+    """Make all of the base model's files ready on this machine.
+
+    Raises:
+        UserError: as fetch_tokenizer.
+    """
+    folder = _fetch(model, MODEL_FILES)
     if not any(folder.glob("*.safetensors")):
-        raise UserError(f"{key}: no *.safetensors weights; save the model with save_pretrained and name that folder")
+        raise UserError(
+            f"model.name: {model.name}: no *.safetensors weights; save the model with save_pretrained and name that folder"
+        )
+
+
+def _fetch(model: ModelConfig, patterns: list[str]) -> Path:
+    folder = _local_folder(model) if is_local(model.name) else _download(model, patterns)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise UserError(f"{key}: the folder has no tokenizer (tokenizer.json); copy the base model's tokenizer files into it")
+        lacking = "the folder has no tokenizer (tokenizer.json); copy the base model's tokenizer files into it"
+        raise UserError(f"model.name: {model.name}: {lacking}")
+    return folder
 
 
 def _local_folder(model: ModelConfig) -> Path:

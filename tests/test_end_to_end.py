@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -639,3 +640,14 @@ def test_a_mistake_that_only_the_loaded_model_shows_costs_no_earlier_run(tmp_pat
 def test_float16_needs_a_gpu(refuses):
     refuses("--set", "quantization.compute_dtype=float16", "--set", "training.device=cpu",
             words=["quantization.compute_dtype", "float16", "bfloat16"])  # fmt: skip
+
+
+def test_a_mistake_in_the_data_is_told_before_weights_are_looked_for(tmp_path, tiny_dir):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_dir, model, ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "data.csv").write_text("words\na\n")
+    flags = ["--config", "configs/tiny.yaml", "--model_name", str(model), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=r"text_field: text: .* has no such column"):
+        train_qlora.main([*flags, "--dataset", str(tmp_path / "data.csv")])
+    with pytest.raises(UserError, match="safetensors"):
+        train_qlora.main(flags)
