@@ -1,0 +1,186 @@
+"""Each format against hand-written messages and pieces; each mistake against its one reason."""
+
+from types import SimpleNamespace
+
+import pytest
+from transformers import AutoTokenizer
+
+from qlora_kit import formats
+from qlora_kit.formats import BadRecord, Piece, chat_pieces, instruction_pieces, recognise
+
+USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+RECORDS = {
+    "alpaca": {"instruction": "Translate", "input": "你好", "output": "Hello"},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]},
+    "messages": {"messages": [SYSTEM, USER, ASSISTANT]},
+    "completion": {"prompt": "2 + 2 =", "completion": "4"},
+    "instruction": {"text": "### Instruction:\nSay hi\n\n### Response:\nhi"},
+    "text": {"text": "A lighthouse is a tower."},
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_dir):
+    return AutoTokenizer.from_pretrained(tiny_dir)
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+def test_each_format_is_recognised_by_its_keys(kind):
+    assert recognise(RECORDS[kind]) == kind
+    assert recognise(RECORDS[kind] | {"id": 7, "source": "somewhere"}) == kind
+
+
+def test_a_column_of_another_name_is_text():
+    assert recognise({"body": "words"}, text_field="body") == "text"
+
+
+def test_an_unknown_record_names_its_keys_and_what_was_expected():
+    with pytest.raises(BadRecord, match=r"has the keys question, answer; expected messages, .* or text"):
+        recognise({"question": "?", "answer": "!"})
+
+
+# Records -> messages
+
+
+@pytest.mark.parametrize(
+    ("record", "user"),
+    [
+        ({"instruction": "Translate", "input": "你好", "output": "Hello"}, "Translate\n\n你好"),
+        ({"instruction": "Say hi", "input": "", "output": "Hello"}, "Say hi"),
+        ({"instruction": "Say hi", "input": None, "output": "Hello"}, "Say hi"),
+        ({"instruction": "Say hi", "output": "Hello"}, "Say hi"),
+    ],
+    ids=["input", "empty input", "null input", "no input"],
+)
+def test_alpaca(record, user):
+    assert formats.from_alpaca(record) == [{"role": "user", "content": user}, {"role": "assistant", "content": "Hello"}]
+
+
+@pytest.mark.parametrize(("human", "gpt"), [("human", "gpt"), ("user", "assistant")])
+def test_sharegpt_by_both_names_with_a_system_turn_and_several_turns(human, gpt):
+    turns = [("system", "Be brief."), (human, "Hi"), (gpt, "Hello!"), (human, "2+2?"), (gpt, "4")]
+    messages = formats.from_sharegpt({"conversations": [{"from": role, "value": text} for role, text in turns]})
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert [message["content"] for message in messages] == [text for _, text in turns]
+
+
+def test_completion():
+    assert formats.from_completion(RECORDS["completion"]) == [
+        {"role": "user", "content": "2 + 2 ="},
+        {"role": "assistant", "content": "4"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "record", "reason"),
+    [
+        ("alpaca", {"instruction": "x"}, "output is missing; expected text"),
+        ("alpaca", {"instruction": 7, "output": "x"}, "instruction holds int; expected text"),
+        ("alpaca", {"instruction": "x", "output": " \n"}, "an answer is empty"),
+        ("completion", {"prompt": "x", "completion": ["y"]}, "completion holds list"),
+        ("messages", {"messages": "Hi"}, "messages holds str; expected a list of turns"),
+        ("messages", {"messages": []}, "messages holds no turn"),
+        ("messages", {"messages": ["Hi"]}, "turn 1 of messages is str; expected role and content"),
+        ("messages", {"messages": [USER, {"role": "assistant"}]}, "turn 2 of messages holds NoneType as content"),
+        ("messages", {"messages": [USER, {"role": "tool", "content": "x"}]}, "turn 2 of messages has role 'tool'"),
+        ("messages", {"messages": [ASSISTANT, USER]}, "turn 1 is assistant; expected user"),
+        ("messages", {"messages": [SYSTEM, USER, USER]}, "turn 3 is user; expected assistant"),
+        ("messages", {"messages": [USER, ASSISTANT, SYSTEM]}, "turn 3 is system; expected user"),
+        ("messages", {"messages": [USER, ASSISTANT, USER]}, "ends without an answer"),
+        ("messages", {"messages": [SYSTEM]}, "ends without an answer"),
+        ("sharegpt", {"conversations": [{"from": "human", "text": "Hi"}]}, "turn 1 of conversations holds NoneType as value"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_bad_record_is_told_in_one_line(kind, record, reason):
+    with pytest.raises(BadRecord) as error:
+        formats.READERS[kind](record)
+    assert reason in str(error.value) and "\n" not in str(error.value)
+
+
+# The templates of plain text
+
+
+def test_alpaca_as_text_with_its_default_templates():
+    assert (
+        formats.alpaca_to_text(RECORDS["alpaca"])
+        == "### Instruction:\nTranslate\n\n### Input:\n你好\n\n### Response:\nHello"
+    )  # fmt: skip
+    assert formats.alpaca_to_text({"instruction": "x", "input": "", "output": "y"}) == "### Instruction:\nx\n\n### Response:\ny"
+    assert formats.alpaca_to_text(RECORDS["alpaca"], "{instruction}: ", "{input} -> ", "{output}") == "Translate: 你好 -> Hello"
+
+
+def test_sharegpt_as_text_with_its_default_templates():
+    assert formats.sharegpt_to_text(RECORDS["sharegpt"]) == "User: Hi\nAssistant: Hello!"
+
+
+def test_a_chat_template_is_applied_where_there_is_one(tokenizer):
+    assert formats.apply_chat_template([USER, ASSISTANT], tokenizer).startswith("<|im_start|>user\nHi<|im_end|>")
+    assert formats.apply_chat_template([USER, ASSISTANT], SimpleNamespace()) == "User: Hi\nAssistant: Hello!\n"
+
+
+# Messages -> pieces
+
+
+def test_answers_and_the_tokens_that_end_their_turns_are_trained(tokenizer):
+    pieces = chat_pieces([USER, ASSISTANT, {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}], tokenizer)
+    assert pieces == [
+        Piece("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", False),
+        Piece("Hello!<|im_end|>", True),
+        Piece("\n", False),
+        Piece("<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n", False),
+        Piece("4<|im_end|>", True),
+        Piece("\n", False),
+    ]
+
+
+@pytest.mark.parametrize(("train_on", "trained"), [("last", ["4<|im_end|>"]), ("assistant", ["Hello!<|im_end|>", "4<|im_end|>"])])
+def test_the_last_answer_alone_can_be_trained(tokenizer, train_on, trained):
+    messages = [USER, ASSISTANT, {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+    assert [piece.text for piece in chat_pieces(messages, tokenizer, train_on) if piece.trained] == trained
+
+
+def test_prompts_can_be_trained_too(tokenizer):
+    assert [piece.text for piece in chat_pieces([USER, ASSISTANT], tokenizer, "all") if not piece.trained] == ["\n"]
+
+
+@pytest.mark.parametrize("content", ["<|im_end|>", "a\n\nb", " leading", "trailing ", "Ünïcödé 你好 🙂", "x" * 5000])
+def test_the_pieces_are_the_whole_rendering_whatever_the_words(tokenizer, content):
+    messages = [SYSTEM, {"role": "user", "content": content}, {"role": "assistant", "content": f"{content}."}]
+    pieces = chat_pieces(messages, tokenizer)
+    assert "".join(piece.text for piece in pieces) == tokenizer.apply_chat_template(messages, tokenize=False)
+    assert [piece.text for piece in pieces if piece.trained] == [f"{content}.<|im_end|>"]
+
+
+def test_without_a_chat_template_roles_stand_before_each_line_and_answers_end():
+    plain = SimpleNamespace(chat_template=None, eos_token="</s>")
+    assert chat_pieces([SYSTEM, USER, ASSISTANT], plain) == [
+        Piece("System: Be brief.\nUser: Hi\nAssistant: ", False),
+        Piece("Hello!</s>", True),
+        Piece("\n", False),
+    ]
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused():
+    rewriting = SimpleNamespace(
+        chat_template="x",
+        eos_token="</s>",
+        apply_chat_template=lambda messages, tokenize, add_generation_prompt: (
+            f"{len(messages)} turns" + "?" * add_generation_prompt
+        ),
+    )
+    with pytest.raises(BadRecord, match="changes what stands before turn 2"):
+        chat_pieces([USER, ASSISTANT], rewriting)
+
+
+def test_ready_made_instructions_train_their_responses():
+    text = "### Instruction:\nSay hi\n\n### Response:\nhi\n\n### Instruction:\nAgain\n\n### Response:\nho\n"
+    assert instruction_pieces(text, "</s>") == [
+        Piece("### Instruction:\nSay hi\n\n### Response:\n", False),
+        Piece("hi</s>", True),
+        Piece("\n\n", False),
+        Piece("### Instruction:\nAgain\n\n### Response:\n", False),
+        Piece("ho</s>", True),
+    ]
