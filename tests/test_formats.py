@@ -164,13 +164,10 @@ def test_without_a_chat_template_roles_stand_before_each_line_and_answers_end():
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused():
-    rewriting = SimpleNamespace(
-        chat_template="x",
-        eos_token="</s>",
-        apply_chat_template=lambda messages, tokenize, add_generation_prompt: (
-            f"{len(messages)} turns" + "?" * add_generation_prompt
-        ),
-    )
+    def count_turns(messages, tokenize, add_generation_prompt):
+        return f"{len(messages)} turns" + "?" * add_generation_prompt
+
+    rewriting = SimpleNamespace(chat_template="x", eos_token="</s>", apply_chat_template=count_turns)
     with pytest.raises(BadRecord, match="changes what stands before turn 2"):
         chat_pieces([USER, ASSISTANT], rewriting)
 
