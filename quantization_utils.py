@@ -76,19 +76,22 @@ def load_model_and_tokenizer(
     dtype: torch.dtype = torch.bfloat16,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a base model onto one device, its projections packed to 4 bits on the way, and its tokenizer.
 
     Args:
         quantization: from create_bnb_config, or None to load in 16 bits (plain LoRA).
         dtype: of everything that is not packed: norms, embeddings, biases.
+        tokenizer: the model's own, where it is loaded already.
 
     Raises:
         UserError: the tokenizer or the weights cannot be loaded, or the model is no causal language model.
     """
     origin = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **origin)
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(name, **origin)
         model = AutoModelForCausalLM.from_pretrained(
             name, quantization_config=quantization, dtype=dtype, device_map={"": 0 if device == "cuda" else device}, **origin
         )

@@ -127,11 +127,12 @@ def main(argv: list[str] | None = None) -> None:
     report.announce()
     # Data first: what is wrong with it is to be known before gigabytes of weights are fetched.
     fetch_tokenizer(config.model)
-    train, evaluation = prepare_dataset(config, load_tokenizer(config.model))
+    tokenizer = load_tokenizer(config.model)
+    train, evaluation = prepare_dataset(config, tokenizer)
     report.describe_data(train, evaluation)
     fetch_model(config.model)
     with out_of_memory_is_one_line(config, planned=bool(plan.parts)):
-        model, tokenizer = load_adapted_model(config, report)
+        model, tokenizer = load_adapted_model(config, report, tokenizer)
 
         from qlora_kit.perplexity import recorded_base
         from qlora_kit.training import build_trainer
@@ -178,7 +179,9 @@ def read_written_out_shape(config: Config) -> tuple[ModelShape | None, str | Non
     return read_shape(model_config), reason if config.performance.fused_lora else "performance.fused_lora is false"
 
 
-def load_adapted_model(config: Config, report: RunReport) -> tuple["PeftModel", "PreTrainedTokenizerBase"]:
+def load_adapted_model(
+    config: Config, report: RunReport, tokenizer: "PreTrainedTokenizerBase | None" = None
+) -> tuple["PeftModel", "PreTrainedTokenizerBase"]:
     """The base model in 4 bits with fresh LoRA matrices beside its projections."""
     from transformers import set_seed
 
@@ -195,6 +198,7 @@ def load_adapted_model(config: Config, report: RunReport) -> tuple["PeftModel", 
         dtype=machine.dtype,
         revision=config.model.revision,
         trust_remote_code=config.model.trust_remote_code,
+        tokenizer=tokenizer,
     )
     check_context(config, model.config)
     moved = offload_embedding(model) if config.performance.offload_embedding else 0

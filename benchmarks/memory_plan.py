@@ -245,14 +245,20 @@ def existing(name: str) -> Path:
     return absolute(name)
 
 
-def input_parser(description: str | None) -> argparse.ArgumentParser:
-    """The flags that both benchmarks take."""
+def checkpoint_parser(description: str | None) -> argparse.ArgumentParser:
+    """The flags that every benchmark takes."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=existing, required=True, metavar="DIR", help="folder of the Qwen2.5 tokenizer")
-    parser.add_argument("--train", type=existing, required=True, metavar="FILE", help="text to train on")
-    parser.add_argument("--eval", type=existing, required=True, metavar="FILE", help="text to evaluate on")
     kept = "keep the random checkpoints here for the next time (default: a temporary folder; 3B takes 6 GiB, 7B 15)"
     parser.add_argument("--checkpoints", type=absolute, metavar="DIR", help=kept)
+    return parser
+
+
+def input_parser(description: str | None) -> argparse.ArgumentParser:
+    """The flags of the benchmarks that train."""
+    parser = checkpoint_parser(description)
+    parser.add_argument("--train", type=existing, required=True, metavar="FILE", help="text to train on")
+    parser.add_argument("--eval", type=existing, required=True, metavar="FILE", help="text to evaluate on")
     parser.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="of one run at most (default: 300)")
     return parser
 

@@ -6,13 +6,12 @@ Dropout 0.05, rank 16, 512 tokens, compiled and captured as in training. The kin
 them matches is `other`. The last line sets the sum beside the time of an unprofiled replay: the rest is gaps between kernels.
 """
 
-import argparse
 import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 
-from memory_plan import ROOT, existing, in_own_process, random_checkpoint, require_gpu
+from memory_plan import ROOT, checkpoint_parser, in_own_process, random_checkpoint, require_gpu
 
 LENGTH, REPLAYS = 512, 8
 KINDS = {  # the first whose word occurs in a kernel's name
@@ -25,9 +24,7 @@ KINDS = {  # the first whose word occurs in a kernel's name
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", type=existing, required=True, metavar="DIR", help="folder of the Qwen2.5 tokenizer")
-    parser.add_argument("--checkpoints", type=Path, metavar="DIR", help="keep the random checkpoint here for the next time")
+    parser = checkpoint_parser(__doc__)
     parser.add_argument("--micro-batch", type=int, default=1, metavar="N", help="sequences (default: 1)")
     parser.add_argument("--recomputed", type=int, default=36, metavar="N", help="layers computed again (default: all 36)")
     arguments = parser.parse_args()

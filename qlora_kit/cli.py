@@ -82,9 +82,10 @@ def prepare_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the name before torch 2.9
     if sys.platform == "linux" and not any(name in os.environ for name in names):
-        old = tuple(int(part) for part in version("torch").split(".")[:2]) < (2, 9)
+        new, old = names
+        before_2_9 = tuple(int(part) for part in version("torch").split(".")[:2]) < (2, 9)
         # Segments that grow, instead of many of fixed size with room left over in each.
-        os.environ[names[old]] = "expandable_segments:True"
+        os.environ[old if before_2_9 else new] = "expandable_segments:True"
     # Idle OpenMP threads sleep instead of spinning: beside one other busy program, two spinning cores trained the tiny model
     # at half this speed, and beside a second training at a fortieth (measured on 2 cores, 2026-11); alone it costs a quarter.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

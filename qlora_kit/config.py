@@ -68,6 +68,11 @@ def _check(values: dict[str, Any], places: dict[str, str], overrides: dict[str, 
     return config
 
 
+def cannot_work(key: str, reason: str, instead: str) -> str:
+    """The line for a switch that was set to true where it cannot work."""
+    return f"{key}: true: cannot work here ({reason}); use {instead}"
+
+
 def parse_set(assignments: list[str]) -> dict[str, Any]:
     """`section.key=value` strings -> {dotted key: value}; the value is read as YAML, so lists and null work."""
     overrides = {}

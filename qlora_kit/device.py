@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from qlora_kit.cli import Failed
-from qlora_kit.config import UserError
+from qlora_kit.config import UserError, cannot_work
 from qlora_kit.memory import GIB, ModelShape
 from qlora_kit.settings import Config
 from qlora_kit.sources import estimate_tokens
@@ -103,7 +103,7 @@ def check_insistence(config: Config, device: str) -> None:
     remedies = {"compile": "auto or false", "cuda_graphs": "auto or false", "offload_embedding": "false"}
     insisted = [key for key in remedies if getattr(config.performance, key) is True]
     if reason and insisted:
-        raise UserError(*(f"performance.{key}: true: cannot work here ({reason}); use {remedies[key]}" for key in insisted))
+        raise UserError(*(cannot_work(f"performance.{key}", reason, remedies[key]) for key in insisted))
 
 
 def _use_first_gpu_only() -> None:

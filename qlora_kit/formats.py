@@ -9,7 +9,7 @@ Pure functions on dicts. A record is one of
     instruction  {"text": "### Instruction: ... ### Response: ..."}, ready made
     text         {"text": ...}, or another column named by data.text_field
 
-Chats are rendered by the tokenizer's own chat template, else by FALLBACK. Imports no torch.
+Chats are rendered by the tokenizer's own chat template, else as `Role: content` lines (_by_fallback). Imports no torch.
 """
 
 import re
@@ -64,9 +64,7 @@ def sharegpt_to_text(
 
 def apply_chat_template(messages: list[Message], tokenizer: Any) -> str:
     """Messages through the tokenizer's own chat template, else as `Role: content` lines."""
-    if getattr(tokenizer, "chat_template", None):
-        return tokenizer.apply_chat_template(messages, tokenize=False)
-    return "".join(f"{message['role'].capitalize()}: {message['content']}\n" for message in messages)
+    return _renderer(tokenizer, end="")(messages, False)
 
 
 # Records -> messages
@@ -188,7 +186,7 @@ def chat_pieces(messages: list[Message], tokenizer: Any, train_on: TrainOn = "as
     Raises:
         BadRecord: the template renders an answer otherwise once more turns follow.
     """
-    render = _by_template(tokenizer) if getattr(tokenizer, "chat_template", None) else _by_fallback(tokenizer.eos_token or "")
+    render = _renderer(tokenizer, tokenizer.eos_token or "")
     answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     pieces, done = [], ""
     for number in answers:
@@ -219,7 +217,10 @@ def instruction_pieces(text: str, end: str) -> list[Piece]:
     return [piece for piece in pieces if piece.text]
 
 
-def _by_template(tokenizer: Any) -> Callable[[list[Message], bool], str]:
+def _renderer(tokenizer: Any, end: str) -> Callable[[list[Message], bool], str]:
+    """Messages, and whether the beginning of an answer follows -> text."""
+    if not getattr(tokenizer, "chat_template", None):
+        return _by_fallback(end)
     return lambda messages, prompting: tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompting)
 
 

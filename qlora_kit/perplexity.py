@@ -75,11 +75,12 @@ def library_losses(model: Any, autocast: AbstractContextManager | None = None) -
 
     @torch.no_grad()
     def losses(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        was_training = model.training
-        model.eval()
+        if was_training := model.training:  # walking through all modules takes longer than a small batch
+            model.eval()
         with autocast or nullcontext():
             result = token_losses(model, ids.to(device), labels.to(device))
-        model.train(was_training)
+        if was_training:
+            model.train()
         return result
 
     return losses

@@ -59,9 +59,6 @@ class ProgressCallback(TrainerCallback):
         self.log.metrics(values)
         self._show(values)
 
-    def on_train_end(self, args, state, control, **rest):
-        self.close()
-
     def close(self) -> None:
         if self.bar:
             self.bar.stop()

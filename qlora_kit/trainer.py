@@ -102,11 +102,11 @@ class QLoraTrainer(Trainer):
     def _micro_step(self, model: Any, inputs: dict[str, torch.Tensor], tokens: int) -> torch.Tensor:
         if self.micro is None:
             return super().training_step(model, inputs, tokens)
-        scaler = getattr(self.accelerator, "scaler", None)
-        factor = torch.ones((), device=self.args.device)
-        if scaler is not None:  # float16
-            factor = scaler.scale(factor)
-        return self.micro.train(inputs["input_ids"], inputs["labels"], factor / tokens) / factor
+        ids, labels, scaler = inputs["input_ids"], inputs["labels"], getattr(self.accelerator, "scaler", None)
+        if scaler is None:
+            return self.micro.train(ids, labels, torch.ones(()) / tokens)
+        factor = scaler.scale(torch.ones((), device=self.args.device))  # float16
+        return self.micro.train(ids, labels, factor / tokens) / factor
 
     def _halve(self, what: str) -> None:
         self.rows = (self.rows + 1) // 2
@@ -153,6 +153,8 @@ class QLoraTrainer(Trainer):
     def measure(self) -> Perplexity:
         """Perplexity on the evaluation blocks with the weights as they are now."""
         assert isinstance(self.eval_dataset, Blocks)
+        if self.micro is None:
+            self.adapted.eval()  # once, for all batches; the library's training_step switches back
         losses_of = self.micro.losses if self.micro else library_losses(self.adapted, self.autocast())
         with self.progress.evaluation(len(self.eval_dataset)) as on_batch:
             try:
@@ -176,9 +178,8 @@ class QLoraTrainer(Trainer):
     @property
     def kept_step(self) -> int:
         """The step whose weights are in the model when training is over: with early stopping that of the best evaluation."""
-        return (
-            self.state.best_global_step or self.state.global_step if self.args.load_best_model_at_end else self.state.global_step
-        )
+        best = self.state.best_global_step if self.args.load_best_model_at_end else None
+        return best or self.state.global_step
 
     def measure_final(self) -> Perplexity | None:
         """Perplexity of the weights that will be saved; not measured again when the last step's evaluation was of the same."""

@@ -15,7 +15,7 @@ from transformers import (
 
 from qlora_kit.callbacks import FiniteLossCallback
 from qlora_kit.checkpoint import CHECKPOINTS
-from qlora_kit.config import UserError
+from qlora_kit.config import UserError, cannot_work
 from qlora_kit.dataset import Blocks
 from qlora_kit.device import Machine
 from qlora_kit.fast.decoder import FastDecoder, why_not_fast
@@ -62,7 +62,7 @@ def build_micro_step(model: Any, report: RunReport) -> MicroStep | None:
     not_compiled = why_not_used("performance.compile", settings.compile, reason or why_not_compiled(device))
     not_captured = why_not_used("performance.cuda_graphs", settings.cuda_graphs, reason or why_not_graphed(device))
     if config.performance.offload_embedding and (reason or device != "cuda"):
-        raise UserError(f"performance.offload_embedding: true: cannot work here ({reason or 'needs a CUDA GPU'}); use false")
+        raise UserError(cannot_work("performance.offload_embedding", reason or "needs a CUDA GPU", "false"))
     report.describe_path(reason, not_compiled, not_captured)
     if reason:
         if config.performance.fused_lora:

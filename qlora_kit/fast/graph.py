@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qlora_kit.config import UserError
+from qlora_kit.config import UserError, cannot_work
 from qlora_kit.device import is_out_of_memory
 from qlora_kit.fast.decoder import GROUPS, FastDecoder
 from qlora_kit.fast.loss import IGNORED
@@ -145,5 +145,5 @@ def why_not_used(key: str, value: bool | str, reason: str | None) -> str | None:
         UserError: it was insisted on (true), and something stands against it.
     """
     if value is True and reason:
-        raise UserError(f"{key}: true: cannot work here ({reason}); use auto or false")
+        raise UserError(cannot_work(key, reason, "auto or false"))
     return reason if value else f"{key} is false"
