@@ -5,6 +5,14 @@ import torch
 import torch.nn.functional as F
 
 from qlora_kit.fast import layer as steps
+from qlora_kit.fast.activation import (
+    activate,
+    activate_backward,
+    activate_backward_in_one,
+    activate_in_one,
+    add_sums,
+    has_kernels,
+)
 from qlora_kit.fast.layer import Norms, Part, Rotary
 from qlora_kit.fast.nf4 import unpack_stacked
 from qlora_kit.fast.projection import Lora
@@ -58,36 +66,32 @@ def rotary():
 def test_attention_input(rotary, with_heads):
     sizes = (8, 4, 4)  # two heads of q, one of k and v
     h, qkv, norm = random(BATCH * LENGTH, HIDDEN).requires_grad_(), part(HIDDEN, *sizes), norms(with_heads)
-    heads, _ = steps.attention_input(h, BATCH, sizes, qkv, norm, rotary)
+    heads, _, _ = steps.attention_input(h, BATCH, sizes, qkv, norm, rotary)
     assert [tuple(x.shape) for x in heads] == [(2, 2, 5, 4), (2, 1, 5, 4), (2, 1, 5, 4)]
     upstream, dh = tuple(random(*x.shape) for x in heads), random(*h.shape)
     with torch.no_grad():
-        _, product = steps.attention_input(h, BATCH, sizes, frozen(qkv), norm, rotary)
-        actual = steps.attention_input_backward(dh, upstream, h, product, sizes, frozen(qkv), norm, rotary)
+        _, xa, product = steps.attention_input(h, BATCH, sizes, frozen(qkv), norm, rotary)
+        dproduct = torch.cat(steps.heads_backward(upstream, product, sizes, norm, rotary), 1)
+        actual = steps.attention_input_backward(dh, dproduct, h, xa, frozen(qkv), norm)
     assert (product is not None) == with_heads
     assert_gradients(heads, upstream, [h], [actual - dh], qkv)  # dh came along the residual path
 
 
-def test_mlp_input():
+def test_mlp():
     h, attended = random(BATCH * LENGTH, HIDDEN).requires_grad_(), random(BATCH, 2, LENGTH, HEAD).requires_grad_()
-    o, gate_up, norm = part(8, HIDDEN), part(HIDDEN, MLP, MLP), norms()
-    outputs = steps.mlp_input(h, attended, o, gate_up, norm)
-    upstream = tuple(random(*x.shape) for x in outputs)
-    with torch.no_grad():
-        actual = steps.mlp_input_backward(
-            upstream[0], upstream[1].chunk(2, 1), outputs[0], attended, frozen(o), frozen(gate_up), norm
-        )
-    assert_gradients(outputs, upstream, [h, attended], actual, o, gate_up)
-
-
-def test_mlp_output():
-    middle, gate_up = random(BATCH * LENGTH, HIDDEN), random(BATCH * LENGTH, 2 * MLP).requires_grad_()
-    down = part(MLP, HIDDEN)
-    out = steps.mlp_output(middle, gate_up, down)
+    o, gate_up, down, norm = part(8, HIDDEN), part(HIDDEN, MLP, MLP), part(MLP, HIDDEN), norms()
+    middle, gates, _, _ = steps.mlp_input(h, attended, o, gate_up, norm)
+    out, _ = steps.mlp_output(middle, *activate(gates, down.lora, KEY), down)
     upstream = random(*out.shape)
     with torch.no_grad():
-        actual = torch.cat(steps.mlp_output_backward(upstream, gate_up, frozen(down)), 1)
-    assert_gradients(out, upstream, [gate_up], [actual], down)
+        o_, gate_up_, down_ = frozen(o), frozen(gate_up), frozen(down)
+        middle, gates, o_xa, gate_up_xa = steps.mlp_input(h, attended, o_, gate_up_, norm)
+        _, down_xa = steps.mlp_output(middle, *activate(gates, down_.lora, KEY), down_)
+        dy, u = steps.mlp_output_backward(upstream, down_xa, down_)
+        dgates, sums = activate_backward(dy, u, gates, gate_up_xa, KEY, down_.lora, gate_up_.lora)
+        add_sums(sums, down_.gradients, gate_up_.gradients)
+        actual = steps.mlp_input_backward(upstream, dgates, middle, attended, o_xa, o_, gate_up_, norm)
+    assert_gradients(out, upstream, [h, attended], actual, o, gate_up, down)
 
 
 def test_rms_norm_equals_torchs_and_gradcheck():
@@ -96,3 +100,38 @@ def test_rms_norm_equals_torchs_and_gradcheck():
     upstream = random(4, HIDDEN)
     (expected,) = torch.autograd.grad(F.rms_norm(x, (HIDDEN,), weight, 1e-6), x, upstream)
     torch.testing.assert_close(steps.rms_norm_backward(upstream, x, weight, 1e-6), expected)
+
+
+def adapter(rank, sizes, adapted, fan_in, keep, dtype):
+    """LoRA on the GPU of those projections of a group that `adapted` names, A rounded to `dtype`; None where it names none."""
+    if not any(adapted):
+        return None
+    A = (torch.randn(rank * sum(adapted), fan_in, device="cuda") / 10).to(dtype).float()
+    B = tuple(torch.zeros(size, rank, device="cuda") if has else None for size, has in zip(sizes, adapted, strict=True))
+    return Lora(A, B, sizes, 2.0, keep)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows, mlp, rank, keep", [(150, 300, 16, 0.95), (2100, 128, 8, 0.5), (64, 1200, 64, 1.0)])
+@pytest.mark.parametrize("adapted", [(1, 1, 1), (1, 0, 1), (0, 1, 0), (1, 1, 0), (0, 0, 1), (0, 0, 0)], ids=str)  # gate, up, down
+def test_the_kernels_compute_what_the_steps_compute_in_fp32(rows, mlp, rank, keep, adapted, dtype):
+    torch.manual_seed(0)
+    down, gate_up = adapter(rank, (7,), adapted[2:], mlp, keep, dtype), adapter(rank, (mlp, mlp), adapted[:2], 5, keep, dtype)
+    gates, dy = torch.randn(rows, 2 * mlp, device="cuda").to(dtype), torch.randn(rows, mlp, device="cuda").to(dtype)
+    u = None if down is None else torch.randn(rows, rank, device="cuda").to(dtype)
+    xa = None if gate_up is None else torch.randn(rows, len(gate_up.A), device="cuda").to(dtype)
+    assert has_kernels(gates, down, gate_up)
+
+    def run(forward, backward, kind):
+        change = lambda t: t if t is None else t.to(kind)  # noqa: E731
+        y, parts = forward(change(gates), down, KEY.cuda())
+        dgates, sums = backward(change(dy), change(u), change(gates), change(xa), KEY.cuda(), down, gate_up)
+        return [y, dgates, *(None if part is None else part.sum(0) for part in (parts, *sums))]
+
+    in_one, in_steps = run(activate_in_one, activate_backward_in_one, dtype), run(activate, activate_backward, torch.float32)
+    for actual, expected in zip(in_one, in_steps, strict=True):
+        assert (actual is None) == (expected is None)
+        if expected is not None:
+            torch.testing.assert_close(actual.float(), expected, rtol=0.02, atol=0.01 * expected.abs().max().item())

@@ -7,7 +7,7 @@ from peft.tuners.lora.bnb import Linear4bit
 
 from qlora_kit.fast.lora import FusedLinear4bit, fuse
 from qlora_kit.fast.nf4 import unpack_stacked
-from qlora_kit.fast.projection import Lora, LoraProjection, draw_keys, keep_mask, project
+from qlora_kit.fast.projection import Lora, LoraProjection, draw_keys, keep_mask, project, reduced
 from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
 
 
@@ -57,7 +57,7 @@ def test_projections_that_share_an_input_are_one_product(adapted_members):
     lora = Lora(torch.cat(As), Bs, sizes, 0.5, 0.8)
     stacked = unpack_stacked(weights, Bs, lora.rank, torch.float64)
     assert stacked.shape == (11, 5 + 8)  # 2, 4 or 6 columns of B, rounded up to 8
-    y = project(x, stacked, None, lora, key)
+    y = project(x, reduced(x, lora, key), stacked, None)
     mask, waiting, expected = keep_mask(x.shape, key, 0.8).double(), list(As), []
     for weight, B in zip(weights, Bs, strict=True):
         update = 0.0 if B is None else 0.5 * ((x * mask / 0.8) @ waiting.pop(0).T) @ B.T

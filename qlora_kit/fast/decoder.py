@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import LoraLayer
 
+from qlora_kit.fast import activation
 from qlora_kit.fast import layer as steps
 from qlora_kit.fast.adapters import FlatAdapters, lora_tensors
-from qlora_kit.fast.layer import Heads, Norms, Part, Rotary
+from qlora_kit.fast.attention import attend
+from qlora_kit.fast.layer import Heads, Norms, Part, Reduced, Rotary
 from qlora_kit.fast.lora import is_plain
 from qlora_kit.fast.loss import IGNORED, accumulate_piece, cross_entropy, decoder_and_head
 from qlora_kit.fast.nf4 import unpack_stacked
@@ -43,14 +45,25 @@ class Layer(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What a layer's backward pass finds; all but `h` is None where it computes it again."""
+    """What a layer's backward pass finds."""
 
     h: torch.Tensor
-    heads: Heads | None = None
-    product: torch.Tensor | None = None
-    attended: torch.Tensor | None = None  # with autograd's record of the attention alone
-    middle: torch.Tensor | None = None
-    gates: torch.Tensor | None = None  # gate and up side by side
+    down_xa: Reduced  # small, and what it is made of is the largest
+    inner: "Inner | None"  # None: computed again
+    parts: tuple[Part, ...] | None  # in the order of GROUPS; None: unpacked again
+
+
+class Inner(NamedTuple):
+    """What stands between a layer's input and its activation."""
+
+    heads: Heads
+    qkv_xa: Reduced
+    product: torch.Tensor | None
+    attended: torch.Tensor  # with autograd's record of the attention alone
+    middle: torch.Tensor
+    gates: torch.Tensor  # gate and up side by side
+    o_xa: Reduced
+    gate_up_xa: Reduced
 
 
 HOST_COPY = "weight_in_host_memory"
@@ -77,9 +90,10 @@ class FastDecoder:
     Args:
         recomputed: how many layers, from the first on, keep their input only and compute the rest again in the backward pass.
         compiled: whether torch.compile fuses the steps; the same functions run without it.
+        keep_weights: whether what the forward pass unpacked stays for the backward pass.
     """
 
-    def __init__(self, model: Any, dropout: float, recomputed: int, compiled: bool):
+    def __init__(self, model: Any, dropout: float, recomputed: int, compiled: bool, keep_weights: bool = False):
         parts = decoder_and_head(model)
         assert parts is not None, "why_not_fast comes first"
         self.decoder = parts[0]
@@ -88,7 +102,7 @@ class FastDecoder:
         )
         self.dtype = self.embedding.dtype
         self.rows = OFFLOADED_ROWS if hasattr(parts[1], HOST_COPY) else None
-        self.recomputed = recomputed
+        self.recomputed, self.keep_weights = recomputed, keep_weights
         self.adapters = FlatAdapters([parameter for parameter in model.parameters() if parameter.requires_grad])
         self.layers = [self._read_layer(layer, 1.0 - dropout) for layer in self.decoder.layers]
         assert self.adapters.used == len(self.adapters.flat), "an adapter outside the decoder's projections"
@@ -175,39 +189,61 @@ class FastDecoder:
         self, layer: Layer, h: torch.Tensor, batch: int, rotary: Rotary, keys: torch.Tensor, keep_all: bool
     ) -> tuple[torch.Tensor, Kept]:
         """The layer's output, and what its backward pass will find: everything, or `h` alone."""
-        qkv_key, o_key, gate_up_key, down_key = keys.unbind()
-        qkv = self._part(layer.qkv, qkv_key)
-        heads, product = self._do(steps.attention_input)(h, batch, layer.qkv.sizes, qkv, layer.norms, rotary)
-        del qkv
-        attended = _attend(heads, keep_all)
-        o, gate_up = self._part(layer.o, o_key), self._part(layer.gate_up, gate_up_key)
-        middle, gates = self._do(steps.mlp_input)(h, attended.detach(), o, gate_up, layer.norms)
-        del o, gate_up
-        out = self._do(steps.mlp_output)(middle, gates, self._part(layer.down, down_key))
-        return out, Kept(h, heads, product, attended, middle, gates) if keep_all else Kept(h)
+        qkv, o, gate_up = self._parts(layer, keys, "qkv", "o", "gate_up")
+        inner = self._inner(layer, h, batch, rotary, qkv, o, gate_up, keep_all)
+        kept = (qkv, o, gate_up) if keep_all and self.keep_weights else ()
+        del qkv, o, gate_up
+        (down,) = self._parts(layer, keys, "down")
+        activate = self._or_kernel(activation.activate, activation.activate_in_one, inner.gates, down.lora)
+        out, down_xa = self._do(steps.mlp_output)(inner.middle, *activate(inner.gates, down.lora, down.key), down)
+        return out, Kept(h, down_xa, inner if keep_all else None, (*kept, down) if kept else None)
+
+    def _inner(
+        self, layer: Layer, h: torch.Tensor, batch: int, rotary: Rotary, qkv: Part, o: Part, gate_up: Part, differentiable: bool
+    ) -> Inner:
+        heads, qkv_xa, product = self._do(steps.attention_input)(h, batch, layer.qkv.sizes, qkv, layer.norms, rotary)
+        attended = attend(heads, differentiable)
+        middle, gates, o_xa, gate_up_xa = self._do(steps.mlp_input)(h, attended.detach(), o, gate_up, layer.norms)
+        return Inner(heads, qkv_xa, product, attended, middle, gates, o_xa, gate_up_xa)
 
     def _backward(self, layer: Layer, dh: torch.Tensor, kept: Kept, rotary: Rotary, keys: torch.Tensor) -> torch.Tensor:
         """Gradient of the layer's input from that of its output; adds the adapters'."""
-        qkv_key, o_key, gate_up_key, down_key = keys.unbind()
-        qkv, o, gate_up = self._part(layer.qkv, qkv_key), self._part(layer.o, o_key), self._part(layer.gate_up, gate_up_key)
-        h, heads, product, attended, middle, gates = kept
-        if heads is None:
-            batch = len(h) // len(rotary.cos)
-            heads, product = self._do(steps.attention_input)(h, batch, layer.qkv.sizes, qkv, layer.norms, rotary)
-            attended = _attend(heads, True)
-            middle, gates = self._do(steps.mlp_input)(h, attended.detach(), o, gate_up, layer.norms)
-        assert attended is not None and middle is not None and gates is not None
-        dgates = self._do(steps.mlp_output_backward)(dh, gates, self._part(layer.down, down_key))
-        del gates
-        dh, dattended = self._do(steps.mlp_input_backward)(dh, dgates, middle, attended.detach(), o, gate_up, layer.norms)
+        h, down_xa, inner, parts = kept
+        qkv, o, gate_up = parts[:3] if parts else self._parts(layer, keys, "qkv", "o", "gate_up")
+        if inner is None:
+            inner = self._inner(layer, h, len(h) // len(rotary.cos), rotary, qkv, o, gate_up, True)
+        heads, qkv_xa, product, attended, middle, gates, o_xa, gate_up_xa = inner
+        down = parts[3] if parts else self._parts(layer, keys, "down")[0]
+        dgates = self._gates_backward(dh, gates, down_xa, gate_up_xa, down, gate_up)
+        del kept, inner, parts, gates, down  # what is of no more use makes room
+        dh, dattended = self._do(steps.mlp_input_backward)(dh, dgates, middle, attended.detach(), o_xa, o, gate_up, layer.norms)
         del dgates, middle, o, gate_up
         dheads = torch.autograd.grad(attended, heads, dattended)
-        return self._do(steps.attention_input_backward)(dh, dheads, h, product, layer.qkv.sizes, qkv, layer.norms, rotary)
+        pieces = self._do(steps.heads_backward)(dheads, product, layer.qkv.sizes, layer.norms, rotary)
+        return self._do(steps.attention_input_backward)(dh, torch.cat(pieces, 1), h, qkv_xa, qkv, layer.norms)
 
-    def _part(self, group: Group, key: torch.Tensor) -> Part:
-        lora = group.lora
-        B, rank = (lora.B, lora.rank) if lora else ((None,) * len(group.sizes), 0)
-        return Part(unpack_stacked(group.weights, B, rank, self.dtype), group.bias, lora, group.gradients, key)
+    def _gates_backward(
+        self, dh: torch.Tensor, gates: torch.Tensor, down_xa: Reduced, gate_up_xa: Reduced, down: Part, gate_up: Part
+    ) -> torch.Tensor:
+        dy, u = self._do(steps.mlp_output_backward)(dh, down_xa, down)
+        in_steps, in_one = activation.activate_backward, activation.activate_backward_in_one
+        backward = self._or_kernel(in_steps, in_one, gates, down.lora, gate_up.lora)
+        dgates, sums = backward(dy, u, gates, gate_up_xa, down.key, down.lora, gate_up.lora)
+        self._do(activation.add_sums)(sums, down.gradients, gate_up.gradients)
+        return dgates
+
+    def _or_kernel(self, function: Callable, in_one: Callable, gates: torch.Tensor, *adapters: Lora | None) -> Callable:
+        return in_one if self.compiled and activation.has_kernels(gates, *adapters) else self._do(function)
+
+    def _parts(self, layer: Layer, keys: torch.Tensor, *names: str) -> list[Part]:
+        """Groups of projections with their weights unpacked."""
+        parts = []
+        for name in names:
+            group: Group = getattr(layer, name)
+            B, rank = (group.lora.B, group.lora.rank) if group.lora else ((None,) * len(group.sizes), 0)
+            weight = unpack_stacked(group.weights, B, rank, self.dtype)
+            parts.append(Part(weight, group.bias, group.lora, group.gradients, keys[GROUPS.index(name)]))
+        return parts
 
     def _do(self, function: Callable) -> Callable:
         return _compiled(function) if self.compiled else function
@@ -224,23 +260,6 @@ class FastDecoder:
             first, second = sin.chunk(2, -1)
             self._angles[length] = Rotary(cos, torch.cat([-first, second], -1))
         return self._angles[length]
-
-
-def _attend(heads: Heads, differentiable: bool) -> torch.Tensor:
-    """Causal attention, (batch, heads, length, size); `differentiable` leaves autograd's record from q, k, v to the result."""
-    q, k, v = heads
-    with torch.set_grad_enabled(differentiable):
-        for part in heads:
-            part.requires_grad_(differentiable)
-        shared = q.shape[1] // k.shape[1]  # heads of q that look at the same k and v
-        if shared > 1 and not _has_flash(q):  # without flash attention, torch serves them with (length, length) tensors only
-            k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
-            shared = 1
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared > 1)
-
-
-def _has_flash(q: torch.Tensor) -> bool:
-    return q.is_cuda and q.dtype != torch.float32 and torch.cuda.get_device_capability(q.device)[0] >= 8
 
 
 def _without_dropout(group: Group) -> Group:

@@ -74,6 +74,7 @@ class MicroStep:
         """The same for fewer rows; this one gives its graphs and their memory up and is of no more use."""
         self.ways.clear()
         self.pool = None
+        self.decoder.keep_weights = False  # they are no fewer for a smaller batch
         return MicroStep(self.decoder, batch, self.labels.shape[1], self.seed, self.captured, self.give_up)
 
     def _fill(self, ids: torch.Tensor, labels: torch.Tensor) -> None:

@@ -21,7 +21,7 @@ IGNORED = -100
 def accumulate_piece(
     hidden: torch.Tensor,
     piece: torch.Tensor,
-    local: torch.Tensor,
+    local: torch.Tensor | None,
     highest: torch.Tensor,
     total: torch.Tensor,
     right: torch.Tensor,
@@ -29,7 +29,7 @@ def accumulate_piece(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Take in one piece (rows, hidden) of the head.
 
-    local: (N, 1), the target's row within this piece, or a number outside it.
+    local: (N, 1), the target's row within this piece, or a number outside it; None: `right` is complete.
     highest, total: (N, 1), the largest logit so far and the sum of exp(logit - highest).
     right: (N, hidden), the target's row of the head once its piece has come.
     mean: (N, hidden), the sum of exp(logit - highest) · (the logit's row of the head); None when no gradient is wanted.
@@ -40,8 +40,9 @@ def accumulate_piece(
     share = torch.exp(logits - raised)
     if mean is not None:
         mean = mean * shrink + (share.to(piece.dtype) @ piece).to(total.dtype)
-    inside = (local >= 0) & (local < len(piece))
-    right = torch.where(inside, piece[local[:, 0].clamp(0, len(piece) - 1)], right)
+    if local is not None:
+        inside = (local >= 0) & (local < len(piece))
+        right = torch.where(inside, piece[local[:, 0].clamp(0, len(piece) - 1)], right)
     return raised, total * shrink + share.sum(1, keepdim=True), right, mean
 
 
@@ -72,11 +73,13 @@ def cross_entropy(
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     highest = torch.full((len(hidden), 1), -torch.inf, dtype=dtype, device=hidden.device)
     total = torch.zeros_like(highest)
-    right = torch.zeros_like(hidden)
+    here = head.device == hidden.device
+    right = head[targets.clamp(0)] if here else torch.zeros_like(hidden)
     mean = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if want_gradient else None
     for start in range(0, len(head), rows):
         piece = head[start : start + rows].to(hidden.device, non_blocking=True)
-        highest, total, right, mean = accumulate(hidden, piece, targets[:, None] - start, highest, total, right, mean)
+        local = None if here else targets[:, None] - start
+        highest, total, right, mean = accumulate(hidden, piece, local, highest, total, right, mean)
     target_logit = (hidden.to(dtype) * right).sum(1).to(hidden.dtype)  # rounded as the other logits were
     losses = (highest + total.log())[:, 0] - target_logit.to(dtype)
     gradient = None if mean is None else torch.where(counted, (mean / total - right) * scale, 0.0).to(hidden.dtype)

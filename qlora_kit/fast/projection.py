@@ -8,8 +8,6 @@ Dropout draws one random key, not a number an element: each is kept or not by a 
 and a recomputation hash again instead of storing a mask. One mask serves the projections that share an input.
 """
 
-import functools
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -31,76 +29,90 @@ class Lora(NamedTuple):
     def rank(self) -> int:
         return len(self.A) // sum(B is not None for B in self.B)
 
+    @property
+    def factor(self) -> float:
+        """Of the update; dropout leaves the elements that it keeps as they are."""
+        return self.scale / self.keep
 
-def project(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lora: Lora | None, key: torch.Tensor
-) -> torch.Tensor:
-    """y = x Wᵀ + xa Bᵀ + bias with xa = scale / keep · x̃ Aᵀ.
+    def scaled_A(self, dtype: torch.dtype) -> torch.Tensor:
+        return (self.A * self.factor).to(dtype)
+
+
+def reduced(x: torch.Tensor, lora: Lora, key: torch.Tensor) -> torch.Tensor:
+    """xa = scale / keep · x̃ Aᵀ, (N, k · rank) of x (N, in); key: () int32, of the dropout mask."""
+    return dropped(x, key, lora.keep) @ lora.scaled_A(x.dtype).T
+
+
+def project(x: torch.Tensor, xa: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """y = x Wᵀ + xa Bᵀ + bias.
 
     Args:
         x: (N, in).
+        xa: (N, k · rank) from `reduced`, or None where nothing is adapted.
         weight: (out, in + width), stacked weights with each B_i to their right: [W | B] (nf4.unpack_stacked).
         bias: (out,).
-        key: () int32, of the dropout mask.
 
     Returns:
         (N, out) in x's dtype.
     """
-    if lora is None:
+    if xa is None:
         return F.linear(x, weight, bias)
     fan_out, fan_in = len(weight), x.shape[1]
-    xa = _reduced(dropped(x, key, lora.keep), lora)
     if fan_out > fan_in:  # one product with [x | xa]: a copy of x costs less than a second pass over y
         xa = F.pad(xa, (0, weight.shape[1] - fan_in - xa.shape[1]))
         return F.linear(torch.cat([x, xa], 1), weight, bias)
     y = F.linear(x, weight[:, :fan_in], bias)
-    return _add(y, xa @ weight[:, fan_in : fan_in + xa.shape[1]].T)
+    return add(y, xa @ weight[:, fan_in : fan_in + xa.shape[1]].T)
 
 
 def project_backward(
-    dy: tuple[torch.Tensor, ...], x: torch.Tensor, weight: torch.Tensor, lora: Lora | None, key: torch.Tensor,
+    dy: torch.Tensor, x: torch.Tensor, xa: torch.Tensor | None, weight: torch.Tensor, lora: Lora | None, key: torch.Tensor,
     gradients: Lora | None,
 ) -> torch.Tensor:  # fmt: skip
-    """dx = dy W + (u A) ⊙ mask with u = scale / keep · dy B; adds uᵀ x̃ to gradients.A and dyᵀ xa to gradients.B.
+    """dx = dy W + scale / keep · (u A) ⊙ mask with u = dy B; adds scale / keep · uᵀ x̃ to gradients.A and dyᵀ xa to gradients.B.
 
-    Shapes as in `project`, dy in one piece or cut by columns where that spares joining them. The weight and its bias are frozen.
-    The gradients keep their own dtype, fp32.
+    Shapes as in `project`. The weight and its bias are frozen. The gradients keep their own dtype, fp32.
     """
-    rows = weight.split([piece.shape[1] for piece in dy])
+    if xa is not None and gradients is not None:
+        add_gradients_of_B(dy, xa, gradients)
+    return input_gradient(dy, x, weight, lora, key, gradients)
+
+
+def input_gradient(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, lora: Lora | None, key: torch.Tensor, gradients: Lora | None
+) -> torch.Tensor:
+    """`project_backward` without the gradients of B."""
+    dx = dy @ weight[:, : x.shape[1]]
     if lora is None or gradients is None:
-        return _sum(piece @ row for piece, row in zip(dy, rows, strict=True))
-    fan_in, columns = x.shape[1], slice(x.shape[1], x.shape[1] + len(lora.A))
-    kept = dropped(x, key, lora.keep)  # (N, in)
-    u = _sum(piece @ row[:, columns] for piece, row in zip(dy, rows, strict=True)) * (lora.scale / lora.keep)  # (N, k · rank)
-    gradients.A.add_(u.T @ kept)
-    xa = _reduced(kept, lora)
-    blocks = torch.cat([piece.T @ xa for piece in dy]).split(list(lora.sizes))  # (out_i, k · rank), of which A_i's columns count
-    column = 0
+        return dx
+    u = gradient_of_xa(dy, weight, lora)
+    gradients.A.add_(u.T @ dropped(x, key, lora.keep), alpha=lora.factor)
+    return add(dx, dropped(u @ lora.scaled_A(x.dtype), key, lora.keep))
+
+
+def gradient_of_xa(dy: torch.Tensor, weight: torch.Tensor, lora: Lora) -> torch.Tensor:
+    """u = dy B, (N, k · rank)."""
+    fan_in, width = lora.A.shape[1], len(lora.A)
+    return dy @ weight[:, fan_in : fan_in + width]
+
+
+def add_gradients_of_B(dy: torch.Tensor, xa: torch.Tensor, gradients: Lora) -> None:
+    """dyᵀ xa, of which each projection has its own rows and columns."""
+    blocks, column = (dy.T @ xa).split(list(gradients.sizes)), 0
     for block, gradient in zip(blocks, gradients.B, strict=True):
         if gradient is not None:
             gradient.add_(block[:, column : column + gradient.shape[1]])
             column += gradient.shape[1]
-    dx = _sum(piece @ row[:, :fan_in] for piece, row in zip(dy, rows, strict=True))
-    return _add(dx, dropped(u @ lora.A.to(x.dtype), key, lora.keep))
+
+
+def add(product: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+    """Their sum, rounded once; in fp32 also because torch.compile would else make it part of the product, with a copy before."""
+    return (wide(product) + wide(update)).to(product.dtype)
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
     """fp32 for what comes in 16 bits."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def _add(product: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
-    """Their sum, rounded once; in fp32 also because torch.compile would else make it part of the product, with a copy before."""
-    return (wide(product) + wide(update)).to(product.dtype)
-
-
-def _sum(products: Iterable[torch.Tensor]) -> torch.Tensor:
-    return functools.reduce(torch.add, products)
-
-
-def _reduced(kept: torch.Tensor, lora: Lora) -> torch.Tensor:
-    """xa (N, k · rank) of x̃."""
-    return (kept @ lora.A.to(kept.dtype).T) * (lora.scale / lora.keep)
 
 
 def dropped(x: torch.Tensor, key: torch.Tensor, keep: float) -> torch.Tensor:
@@ -136,19 +148,20 @@ def draw_keys(seed: tuple[int, ...], count: int) -> torch.Tensor:
 class LoraProjection(torch.autograd.Function):
     """`project` for autograd, one projection at a time: LoraProjection.apply(x, weight, bias, A, B, scale, keep, key).
 
-    What is kept for the backward pass is x; the weight is unpacked again.
+    What is kept for the backward pass is x and xa; the weight is unpacked again.
     """
 
     @staticmethod
     def forward(ctx: Any, x, weight, bias, A, B, scale, keep, key):  # type: ignore[override]
-        ctx.save_for_backward(x, A, B, key)
+        xa = reduced(x, Lora(A, (B,), (len(B),), scale, keep), key)
+        ctx.save_for_backward(x, xa, A, B, key)
         ctx.weight, ctx.scale, ctx.keep = weight, scale, keep
-        return project(x, unpack_stacked((weight,), (B,), len(A), x.dtype), bias, Lora(A, (B,), (len(B),), scale, keep), key)
+        return project(x, xa, unpack_stacked((weight,), (B,), len(A), x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, dy):  # type: ignore[override]
-        x, A, B, key = ctx.saved_tensors
+        x, xa, A, B, key = ctx.saved_tensors
         lora = Lora(A, (B,), (len(B),), ctx.scale, ctx.keep)
         gradients = lora._replace(A=torch.zeros_like(A), B=(torch.zeros_like(B),))
-        dx = project_backward((dy,), x, unpack_stacked((ctx.weight,), (B,), len(A), x.dtype), lora, key, gradients)
+        dx = project_backward(dy, x, xa, unpack_stacked((ctx.weight,), (B,), len(A), x.dtype), lora, key, gradients)
         return dx, None, None, gradients.A, gradients.B[0], None, None, None
