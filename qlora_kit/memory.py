@@ -134,12 +134,14 @@ def vocabulary_piece(tokens: int, vocabulary: int) -> int:
 
 
 # What the allocator holds beside the parts below: cuBLAS workspaces, rounding. Fitted to the peaks in benchmarks/README.md.
-LIBRARIES_BYTES = 0.1 * GIB
+LIBRARIES_BYTES = 0.15 * GIB
 # CUDA's own memory outside torch's allocator, kernels and graphs: a round figure, different from driver to driver.
 CONTEXT_BYTES = 0.6 * GIB
 
 
-def estimate_memory(shape: ModelShape, config: Config, micro_batch: int, recomputed: int) -> dict[str, float]:
+def estimate_memory(
+    shape: ModelShape, config: Config, micro_batch: int, recomputed: int, keep_weights: bool = False
+) -> dict[str, float]:
     """Bytes that each part of a training run on a GPU holds at its peak; the sum is what torch's allocator needs.
 
     A paged optimizer's state is managed by CUDA outside the allocator and not part of it.
@@ -147,16 +149,19 @@ def estimate_memory(shape: ModelShape, config: Config, micro_batch: int, recompu
     Args:
         micro_batch: sequences per forward pass.
         recomputed: layers that keep their input only and are computed again in the backward pass.
+        keep_weights: whether the weights unpacked for the forward pass stay for the backward pass.
     """
     quantization = config.quantization
     element = 4 if quantization.compute_dtype == "float32" else 2
     weight_bytes = BYTES_4BIT_DOUBLE if quantization.use_double_quant else BYTES_4BIT
     adapters = shape.lora_parameters(config.lora.rank, config.lora.target_modules)
     tokens = micro_batch * config.data.max_length
-    kept = recomputed * shape.hidden + (shape.layers - recomputed) * _kept_elements(shape)
-    unpacked = _unpacked_elements(shape, config.lora.rank)
+    rank = config.lora.rank
+    kept = recomputed * (shape.hidden + rank) + (shape.layers - recomputed) * _kept_elements(shape, rank)
+    unpacked = 0 if keep_weights else _unpacked_elements(shape, rank, ("o_proj", "gate_proj", "up_proj", "down_proj"))
+    all_unpacked = shape.layers * _unpacked_elements(shape, rank, tuple(shape.projections())) if keep_weights else 0
     offloaded, compiled = config.performance.offload_embedding, config.performance.compile is not False
-    layer = element * (tokens * _working_elements(shape, compiled) + unpacked)
+    layer = element * (tokens * _working_elements(shape, compiled, recomputed == shape.layers) + unpacked)
     return {
         "projection weights": (weight_bytes if quantization.load_in_4bit else element) * shape.projection_parameters(),
         "embedding and norms": float(
@@ -166,6 +171,7 @@ def estimate_memory(shape: ModelShape, config: Config, micro_batch: int, recompu
         "gradients (fp32)": 4.0 * adapters,
         "optimizer state": 0.0 if "paged" in config.training.optim else optimizer_bytes(config.training.optim) * adapters,
         "kept activations": float(element * tokens * kept),
+        "unpacked weights": float(element * all_unpacked),
         "a layer at work": float(layer),
         # The loss is done with its logits before the backward pass begins: only what exceeds a layer at work counts.
         "logits beyond that": max(0.0, _loss_bytes(shape, tokens, element, compiled, offloaded) - layer),
@@ -178,24 +184,29 @@ def optimizer_bytes(optim: str) -> float:
     return 2.0 if "8bit" in optim else 8.0
 
 
-def _kept_elements(shape: ModelShape) -> int:
-    """Per token, of a layer that is not computed again: its input, q, k, v, the attention's output, the residual, gate and up."""
+def _kept_elements(shape: ModelShape, rank: int) -> int:
+    """Per token, of a layer that is not computed again.
+
+    Its input, q, k, v, the attention's output, the residual, gate and up; and what the A of each projection made of its input.
+    """
     query, key_value = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
-    return 2 * shape.hidden + 2 * query + 2 * key_value + 2 * shape.mlp
+    return 2 * shape.hidden + 2 * query + 2 * key_value + 2 * shape.mlp + len(shape.projections()) * rank
 
 
-def _working_elements(shape: ModelShape, compiled: bool) -> int:
-    """Per token, of the layer whose backward pass runs: gate and up, what is as wide as one of them, and what it was given."""
+def _working_elements(shape: ModelShape, compiled: bool, recomputed: bool) -> int:
+    """Per token, of the layer whose backward pass runs: what is as wide as gate or up, and what it was given."""
     query, key_value = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
-    # Beside gate and up: the gradient's two parts, their two, and the dropped-out product; without fusion also fp32 copies.
-    return (7 if compiled else 15) * shape.mlp + 3 * shape.hidden + 2 * query + 2 * key_value
+    # The gradients of gate, up and their product, and two more between the allocator's blocks; without fusion also steps in
+    # between, and fp32 copies. Gate and up themselves, unless they count among what was kept.
+    wide = (5 if compiled else 13) + (2 if recomputed else 0)
+    return wide * shape.mlp + 3 * shape.hidden + 2 * query + 2 * key_value
 
 
-def _unpacked_elements(shape: ModelShape, rank: int) -> int:
-    """Of the weights that are unpacked at once: o, gate, up and down, each with LoRA's columns beside."""
+def _unpacked_elements(shape: ModelShape, rank: int, names: tuple[str, ...]) -> int:
+    """Of unpacked weights of one layer, each with LoRA's columns of its group beside."""
     sizes = shape.projections()
-    beside = {"o_proj": rank, "gate_proj": 2 * rank, "up_proj": 2 * rank, "down_proj": rank}
-    return sum((sizes[name][0] + columns) * sizes[name][1] for name, columns in beside.items())
+    together = {"q_proj": 3, "k_proj": 3, "v_proj": 3, "gate_proj": 2, "up_proj": 2}
+    return sum((sizes[name][0] + together.get(name, 1) * rank) * sizes[name][1] for name in names)
 
 
 def _loss_bytes(shape: ModelShape, tokens: int, element: int, compiled: bool, offloaded: bool) -> float:

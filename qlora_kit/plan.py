@@ -18,6 +18,7 @@ class Plan:
     micro_batch: int  # sequences per forward pass
     recomputed: int  # layers
     parts: dict[str, float]  # bytes
+    keep_weights: bool = False  # whether the backward pass finds the weights that the forward pass unpacked
 
     @property
     def peak(self) -> float:
@@ -33,6 +34,7 @@ FILL = 0.9
 # 83.5 and 300.9 ms) and of the last two with none (68.4 and 244.0 ms).
 MICRO_STEP_TOKENS = 650
 RECOMPUTATION = 0.29
+KEPT_WEIGHTS_TOKENS = 100  # of those, what unpacking only once saves
 
 
 def make_plan(config: Config, shape: ModelShape | None, limit: float | None) -> Plan:
@@ -47,14 +49,16 @@ def make_plan(config: Config, shape: ModelShape | None, limit: float | None) -> 
         return Plan(config.training.batch_size if micro == "auto" else int(micro), layers, {})
     batches = _divisors(config.effective_batch) if micro == "auto" else [int(micro)]
     choices = {"auto": range(shape.layers + 1), True: [shape.layers], False: [0]}[recompute]
-    plans = [Plan(b, n, estimate_memory(shape, config, b, n)) for b in batches for n in choices]
+    divisions = [(b, n, False) for b in batches for n in choices] + [(b, 0, True) for b in batches if recompute == "auto"]
+    plans = [Plan(b, n, estimate_memory(shape, config, b, n, keep), keep) for b, n, keep in divisions]
     fitting = [plan for plan in plans if plan.peak <= FILL * limit]
     if not fitting:
         return min(plans, key=lambda plan: plan.peak)
 
     def cost(plan: Plan) -> float:
         tokens = plan.micro_batch * config.data.max_length
-        return MICRO_STEP_TOKENS / tokens + RECOMPUTATION * plan.recomputed / shape.layers
+        beside = MICRO_STEP_TOKENS - KEPT_WEIGHTS_TOKENS * plan.keep_weights
+        return beside / tokens + RECOMPUTATION * plan.recomputed / shape.layers
 
     return min(fitting, key=cost)
 
@@ -121,6 +125,7 @@ def plan_table(plan: Plan, config: Config, shape: ModelShape, limit: float, card
     title += (
         f"{config.data.max_length} tokens, rank {config.lora.rank}, {plan.recomputed} of {shape.layers} layers computed again"
     )
+    title += ", weights unpacked once" if plan.keep_weights else ""
     paged = 0.0 if plan.parts["optimizer state"] else optimizer_bytes(config.training.optim) * plan.parts["adapters (fp32)"] / 4
     rows = list(plan.parts.items())
     rows += [("sum: torch's allocator", plan.peak), ("paged optimizer state", paged), ("CUDA context (about)", CONTEXT_BYTES)]

@@ -106,6 +106,7 @@ class RunReport:
             self.log.line(f"Each optimizer step: {division}, through the library's layers ({reason})")
             return
         layers = f"{plan.recomputed} layers computed again in the backward pass" if plan.recomputed else "no layer computed again"
+        layers += ", weights unpacked once" if plan.keep_weights else ""
         self.log.line(f"Each optimizer step: {division}; {layers}")
         if self.machine.device == "cuda":
             compiled = f"no, {not_compiled}" if not_compiled else "yes, the first evaluation and the first step wait for it"
