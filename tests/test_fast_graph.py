@@ -105,26 +105,30 @@ class TestOnTheGpu:
 
         return make
 
-    def one_step(self, decoder, captured):
+    def one_step(self, decoder, captured, packed=False):
         """Loss of three micro-batches, gradient, and evaluation, of an optimizer step."""
         ids = torch.randint(6000, (3, 4, 64), generator=torch.Generator().manual_seed(0)).pin_memory()
-        micro = MicroStep(decoder, 4, 64, seed=1, captured=captured)
-        before = micro.losses(ids[0], ids[0]).clone()
+        starts = torch.arange(64).expand(4, 64) // 24 * 24 if packed else None  # records of 24, 24 and 16 tokens
+        micro = MicroStep(decoder, 4, 64, seed=1, captured=captured, packed=packed)
+        before = micro.losses(ids[0], ids[0], starts).clone()
         micro.begin_step(7)
         share = torch.tensor(1.0 / ids[:, :, 1:].numel(), device="cuda")
-        loss = sum(micro.train(batch, batch, share).clone() for batch in ids)
+        loss = sum(micro.train(batch, batch, share, starts).clone() for batch in ids)
         gradient = decoder.adapters.gradient.clone()
-        torch.testing.assert_close(micro.losses(ids[0], ids[0]), before)  # of the same weights, from the same pool as training
+        torch.testing.assert_close(
+            micro.losses(ids[0], ids[0], starts), before
+        )  # of the same weights, from the same pool as training
         return loss.item(), gradient, before
 
     @pytest.mark.parametrize(
-        "compiled, captured, offloaded",
-        [(False, True, False), (True, False, False), (True, True, False), (True, True, True)],
-        ids=["captured", "compiled", "both", "both, embedding offloaded"],
-    )
-    def test_it_computes_what_the_plain_functions_compute(self, decoder, compiled, captured, offloaded):
-        expected = self.one_step(decoder(), captured=False)
-        actual = self.one_step(decoder(compiled=compiled, offloaded=offloaded), captured)
+        "compiled, captured, offloaded, packed",
+        [(False, True, False, False), (True, False, False, False), (True, True, False, False), (True, True, True, False),
+         (True, True, False, True)],
+        ids=["captured", "compiled", "both", "both, embedding offloaded", "both, packed blocks"],
+    )  # fmt: skip
+    def test_it_computes_what_the_plain_functions_compute(self, decoder, compiled, captured, offloaded, packed):
+        expected = self.one_step(decoder(), captured=False, packed=packed)
+        actual = self.one_step(decoder(compiled=compiled, offloaded=offloaded), captured, packed)
         assert actual[0] == pytest.approx(expected[0], rel=1e-3)
         # bf16 through six layers, rounded less often where steps are fused: the CPU and the library are as far apart.
         assert (actual[1] - expected[1]).norm() < 0.08 * expected[1].norm()

@@ -15,10 +15,10 @@ from peft.tuners.lora.layer import LoraLayer
 from qlora_kit.fast import activation
 from qlora_kit.fast import layer as steps
 from qlora_kit.fast.adapters import FlatAdapters, lora_tensors
-from qlora_kit.fast.attention import attend
+from qlora_kit.fast.attention import Places, attend, places
 from qlora_kit.fast.layer import Heads, Norms, Part, Reduced, Rotary
 from qlora_kit.fast.lora import is_plain
-from qlora_kit.fast.loss import IGNORED, accumulate_piece, cross_entropy, decoder_and_head
+from qlora_kit.fast.loss import accumulate_piece, cross_entropy, decoder_and_head, next_labels
 from qlora_kit.fast.nf4 import unpack_stacked
 from qlora_kit.fast.projection import Lora
 from qlora_kit.memory import OFFLOADED_ROWS, why_not_written_out
@@ -144,19 +144,26 @@ class FastDecoder:
         return Group(tuple(base.weight for base in bases), bias, sizes, lora, gradients)
 
     @torch.no_grad()
-    def losses(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def losses(self, inputs: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
         """Loss of each label but the first of each row, (B, T) with a last column of zeros, nats in fp32; no dropout."""
-        h, rotary = self._start(inputs)
+        h, where = self._start(inputs, starts)
         keys = torch.zeros(len(self.layers), len(GROUPS), dtype=torch.int32, device=h.device)
         for layer, key in zip(self.layers, keys, strict=True):
             layer = Layer(layer.norms, *(_without_dropout(getattr(layer, name)) for name in GROUPS))
-            h, _ = self._forward(layer, h, len(labels), rotary, key, keep_all=False)
+            h, _ = self._forward(layer, h, where, key, keep_all=False)
         hidden = self._do(steps.rms_norm)(h, self.decoder.norm.weight, self.epsilon)
-        losses, _ = cross_entropy(hidden, self.head, _shifted(labels), False, self.rows, accumulate=self._do(accumulate_piece))
+        losses, _ = cross_entropy(hidden, self.head, next_labels(labels), False, self.rows, accumulate=self._do(accumulate_piece))
         return losses.view_as(labels)
 
     @torch.no_grad()
-    def accumulate(self, inputs: torch.Tensor, labels: torch.Tensor, share: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    def accumulate(
+        self,
+        inputs: torch.Tensor,
+        labels: torch.Tensor,
+        share: torch.Tensor,
+        keys: torch.Tensor,
+        starts: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Add the gradients of share · Σ losses to `adapters.gradient`, and return that loss.
 
         Args:
@@ -164,33 +171,34 @@ class FastDecoder:
             labels: (B, T).
             share: (), one over the tokens that the optimizer step predicts; in float16 times the scale of the loss.
             keys: (layers, 4) int32, dropout keys.
+            starts: (B, T), where each token's record begins (attention.py); None: one record a row.
         """
-        h, rotary = self._start(inputs)
+        h, where = self._start(inputs, starts)
         kept: list[Kept] = []
         for number, layer in enumerate(self.layers):
-            h, record = self._forward(layer, h, len(labels), rotary, keys[number], keep_all=number >= self.recomputed)
+            h, record = self._forward(layer, h, where, keys[number], keep_all=number >= self.recomputed)
             kept.append(record)
         norm = (self.decoder.norm.weight, self.epsilon)
         hidden = self._do(steps.rms_norm)(h, *norm)
-        losses, dh = cross_entropy(hidden, self.head, _shifted(labels), True, self.rows, share, self._do(accumulate_piece))
+        losses, dh = cross_entropy(hidden, self.head, next_labels(labels), True, self.rows, share, self._do(accumulate_piece))
         assert dh is not None
         del hidden
         dh = self._do(steps.rms_norm_backward)(dh, h, *norm)
         del h
         for number in reversed(range(len(self.layers))):
-            dh = self._backward(self.layers[number], dh, kept.pop(), rotary, keys[number])
+            dh = self._backward(self.layers[number], dh, kept.pop(), where, keys[number])
         return losses.sum() * share
 
-    def _start(self, inputs: torch.Tensor) -> tuple[torch.Tensor, Rotary]:
+    def _start(self, inputs: torch.Tensor, starts: torch.Tensor | None) -> tuple[torch.Tensor, Places]:
         h = inputs if inputs.is_floating_point() else self.embed(inputs)
-        return h.flatten(0, 1), self._rotary(inputs.shape[1], h.device)
+        return h.flatten(0, 1), places(len(inputs), self._rotary(inputs.shape[1], h.device), starts)
 
     def _forward(
-        self, layer: Layer, h: torch.Tensor, batch: int, rotary: Rotary, keys: torch.Tensor, keep_all: bool
+        self, layer: Layer, h: torch.Tensor, where: Places, keys: torch.Tensor, keep_all: bool
     ) -> tuple[torch.Tensor, Kept]:
         """The layer's output, and what its backward pass will find: everything, or `h` alone."""
         qkv, o, gate_up = self._parts(layer, keys, "qkv", "o", "gate_up")
-        inner = self._inner(layer, h, batch, rotary, qkv, o, gate_up, keep_all)
+        inner = self._inner(layer, h, where, qkv, o, gate_up, keep_all)
         kept = (qkv, o, gate_up) if keep_all and self.keep_weights else ()
         del qkv, o, gate_up
         (down,) = self._parts(layer, keys, "down")
@@ -199,19 +207,20 @@ class FastDecoder:
         return out, Kept(h, down_xa, inner if keep_all else None, (*kept, down) if kept else None)
 
     def _inner(
-        self, layer: Layer, h: torch.Tensor, batch: int, rotary: Rotary, qkv: Part, o: Part, gate_up: Part, differentiable: bool
+        self, layer: Layer, h: torch.Tensor, where: Places, qkv: Part, o: Part, gate_up: Part, differentiable: bool
     ) -> Inner:
-        heads, qkv_xa, product = self._do(steps.attention_input)(h, batch, layer.qkv.sizes, qkv, layer.norms, rotary)
-        attended = attend(heads, differentiable)
+        split = (where.batch, layer.qkv.sizes)
+        heads, qkv_xa, product = self._do(steps.attention_input)(h, *split, qkv, layer.norms, where.rotary)
+        attended = attend(heads, where.mask, differentiable)
         middle, gates, o_xa, gate_up_xa = self._do(steps.mlp_input)(h, attended.detach(), o, gate_up, layer.norms)
         return Inner(heads, qkv_xa, product, attended, middle, gates, o_xa, gate_up_xa)
 
-    def _backward(self, layer: Layer, dh: torch.Tensor, kept: Kept, rotary: Rotary, keys: torch.Tensor) -> torch.Tensor:
+    def _backward(self, layer: Layer, dh: torch.Tensor, kept: Kept, where: Places, keys: torch.Tensor) -> torch.Tensor:
         """Gradient of the layer's input from that of its output; adds the adapters'."""
         h, down_xa, inner, parts = kept
         qkv, o, gate_up = parts[:3] if parts else self._parts(layer, keys, "qkv", "o", "gate_up")
         if inner is None:
-            inner = self._inner(layer, h, len(h) // len(rotary.cos), rotary, qkv, o, gate_up, True)
+            inner = self._inner(layer, h, where, qkv, o, gate_up, True)
         heads, qkv_xa, product, attended, middle, gates, o_xa, gate_up_xa = inner
         down = parts[3] if parts else self._parts(layer, keys, "down")[0]
         dgates = self._gates_backward(dh, gates, down_xa, gate_up_xa, down, gate_up)
@@ -219,7 +228,7 @@ class FastDecoder:
         dh, dattended = self._do(steps.mlp_input_backward)(dh, dgates, middle, attended.detach(), o_xa, o, gate_up, layer.norms)
         del dgates, middle, o, gate_up
         dheads = torch.autograd.grad(attended, heads, dattended)
-        pieces = self._do(steps.heads_backward)(dheads, product, layer.qkv.sizes, layer.norms, rotary)
+        pieces = self._do(steps.heads_backward)(dheads, product, layer.qkv.sizes, layer.norms, where.rotary)
         return self._do(steps.attention_input_backward)(dh, torch.cat(pieces, 1), h, qkv_xa, qkv, layer.norms)
 
     def _gates_backward(
@@ -264,13 +273,6 @@ class FastDecoder:
 
 def _without_dropout(group: Group) -> Group:
     return group if group.lora is None else group._replace(lora=group.lora._replace(keep=1.0))
-
-
-def _shifted(labels: torch.Tensor) -> torch.Tensor:
-    """(B · T,): the next label of each position, none for the last of a row."""
-    targets = torch.full_like(labels, IGNORED)
-    targets[:, :-1] = labels[:, 1:]
-    return targets.flatten()
 
 
 @functools.cache

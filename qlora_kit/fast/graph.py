@@ -24,6 +24,7 @@ class MicroStep:
     """Forward and backward, or the losses alone, of one micro-batch of (batch, length) tokens or fewer rows.
 
     Args:
+        packed: whether `starts` comes with each micro-batch (attention.py).
         seed: of dropout, which follows from (seed, optimizer step, micro-step): a resumed run draws what an unbroken one drew.
         captured: whether to use CUDA graphs; without, the same functions run one kernel after the other.
         give_up: told why compiling or capturing failed, before the plain functions take over; None: the error is raised.
@@ -37,6 +38,7 @@ class MicroStep:
         seed: int,
         captured: bool,
         give_up: Callable[[str], None] | None = None,
+        packed: bool = False,
     ):
         self.decoder, self.seed, self.captured, self.give_up = decoder, seed, captured, give_up
         device = decoder.adapters.flat.device
@@ -45,6 +47,7 @@ class MicroStep:
         self.offloaded = decoder.embedding.device != device
         self.inputs = decoder.embed(ids).to(device) if self.offloaded else ids
         self.labels = torch.full_like(ids, IGNORED)
+        self.starts = torch.zeros_like(ids) if packed else None
         self.share = torch.zeros((), device=device)
         self.keys = torch.zeros(len(decoder.layers), len(GROUPS), dtype=torch.int32, device=device)
         self.step, self.number = 0, 0  # of the optimizer step, and of the micro-step within it
@@ -57,31 +60,36 @@ class MicroStep:
         self.decoder.adapters.clear_gradients()
         self.step, self.number = step, 0
 
-    def train(self, ids: torch.Tensor, labels: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    def train(
+        self, ids: torch.Tensor, labels: torch.Tensor, share: torch.Tensor, starts: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Add the gradients of share · Σ losses to the adapters'; returns that loss, (), which the next call overwrites."""
-        self._fill(ids, labels)
+        self._fill(ids, labels, starts)
         self.share.copy_(share, non_blocking=True)
         self.keys.copy_(draw_keys((self.seed, self.step, self.number), self.keys.numel()).view_as(self.keys), non_blocking=True)
         self.number += 1
-        return self._run("train", lambda: self.decoder.accumulate(self.inputs, self.labels, self.share, self.keys))
+        return self._run("train", lambda: self.decoder.accumulate(self.inputs, self.labels, self.share, self.keys, self.starts))
 
-    def losses(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def losses(self, ids: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
         """Loss of each label but the first of each row, (rows, length - 1), nats in fp32; the next call overwrites it."""
-        self._fill(ids, labels)
-        return self._run("losses", lambda: self.decoder.losses(self.inputs, self.labels))[: len(ids), :-1]
+        self._fill(ids, labels, starts)
+        return self._run("losses", lambda: self.decoder.losses(self.inputs, self.labels, self.starts))[: len(ids), :-1]
 
     def smaller(self, batch: int) -> "MicroStep":
         """The same for fewer rows; this one gives its graphs and their memory up and is of no more use."""
         self.ways.clear()
         self.pool = None
         self.decoder.keep_weights = False  # they are no fewer for a smaller batch
-        return MicroStep(self.decoder, batch, self.labels.shape[1], self.seed, self.captured, self.give_up)
+        packed = self.starts is not None
+        return MicroStep(self.decoder, batch, self.labels.shape[1], self.seed, self.captured, self.give_up, packed)
 
-    def _fill(self, ids: torch.Tensor, labels: torch.Tensor) -> None:
+    def _fill(self, ids: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor | None) -> None:
         rows = len(ids)
         inputs = self.decoder.embed(ids).pin_memory() if self.offloaded else ids
         self.inputs[:rows].copy_(inputs, non_blocking=True)
         self.labels[:rows].copy_(labels, non_blocking=True)
+        if self.starts is not None and starts is not None:
+            self.starts[:rows].copy_(starts, non_blocking=True)
         if rows < len(self.labels):
             self.labels[rows:].fill_(IGNORED)
 

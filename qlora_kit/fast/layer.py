@@ -54,7 +54,9 @@ class Norms(NamedTuple):
 
 
 class Rotary(NamedTuple):
-    """Of each position's angles, (length, head size): cos, and sin with the sign that the other half comes with (`_rotate`).
+    """Of each position's angles: cos, and sin with the sign that the other half comes with (`_rotate`).
+
+    (length, head size), or (batch, 1, length, head size) where rows have positions of their own.
 
     RoFormer, arXiv 2104.09864, section 3.4.
     """

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from qlora_kit.fast.attention import positions, record_mask
 from qlora_kit.memory import LLAMA_LIKE, vocabulary_piece
 
 IGNORED = -100
@@ -107,25 +108,36 @@ def chunked_losses(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tens
         return ChunkedCrossEntropy.apply(hidden.to(head.dtype), head, targets, rows)
 
 
-def token_losses(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def token_losses(model: Any, ids: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
     """Loss of each label but the first of each row, predicted from what stands before it, through the library's own layers.
 
     Args:
         model: a causal language model, with or without PEFT around it.
         ids, labels: (B, T).
+        starts: (B, T), where each token's record begins (attention.py); None: one record a row.
 
     Returns:
         (B, T - 1), nats in fp32; zero where the label is -100.
     """
     targets = labels[:, 1:]  # (B, T - 1)
+    inputs = {"input_ids": ids, "use_cache": False}
+    if starts is not None:
+        inputs |= {"position_ids": positions(starts), "attention_mask": record_mask(starts, model.dtype)}
     parts = decoder_and_head(model)
     if parts is None:
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]  # (B, T - 1, V)
+        logits = model(**inputs).logits[:, :-1]  # (B, T - 1, V)
         rows = zip(logits, targets, strict=True)  # a row at a time: its fp32 copy is the largest tensor
         return torch.stack([F.cross_entropy(row.float(), target, reduction="none", ignore_index=IGNORED) for row, target in rows])
     decoder, head = parts
-    hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # (B, T - 1, H)
+    hidden = decoder(**inputs).last_hidden_state[:, :-1]  # (B, T - 1, H)
     return chunked_losses(hidden.flatten(0, 1), head.weight, targets.flatten()).view_as(targets)
+
+
+def next_labels(labels: torch.Tensor) -> torch.Tensor:
+    """(B · T,): the next label of each position, none for the last of a row."""
+    targets = torch.full_like(labels, IGNORED)
+    targets[:, :-1] = labels[:, 1:]
+    return targets.flatten()
 
 
 def decoder_and_head(model: Any) -> tuple[Any, torch.nn.Linear] | None:

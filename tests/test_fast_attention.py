@@ -1,0 +1,121 @@
+"""A packed block against its records alone: the same losses and gradients, on the fast path and on the library's."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config
+
+from qlora_kit.fast.attention import positions, record_mask
+from qlora_kit.fast.decoder import FastDecoder
+from qlora_kit.fast.graph import MicroStep
+from qlora_kit.fast.loss import token_losses
+from qlora_kit.fast.projection import draw_keys
+from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
+
+LENGTH = 24
+RECORDS = [[7, 9, 5], [3, 11, 10]]  # lengths in two blocks, the rest is padding
+
+
+def block_of(lengths, generator):
+    """ids, labels and starts of one block; the first of a record is no label, nor is padding."""
+    ids = torch.randint(6000, (LENGTH,), generator=generator)
+    labels, starts, at = ids.clone(), torch.zeros(LENGTH, dtype=torch.long), 0
+    for length in lengths:
+        labels[at] = -100
+        starts[at : at + length] = at
+        at += length
+    labels[at:], starts[at:] = -100, at
+    return ids, labels, starts
+
+
+@pytest.fixture
+def blocks():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.stack(rows) for rows in zip(*(block_of(lengths, generator) for lengths in RECORDS), strict=True)]
+
+
+def alone(ids, labels):
+    """Each record of the blocks, (1, length)."""
+    for row, lengths in enumerate(RECORDS):
+        at = 0
+        for length in lengths:
+            yield row, at, ids[row : row + 1, at : at + length], labels[row : row + 1, at : at + length]
+            at += length
+
+
+def model_of(tiny_dir, four_bits):
+    bnb = create_bnb_config(compute_dtype=torch.float32) if four_bits else None
+    model, _ = load_model_and_tokenizer(str(tiny_dir), bnb, device="cpu", dtype=torch.float32)
+    torch.manual_seed(0)
+    model = prepare_model_for_training(model, create_lora_config(4, dropout=0.0), use_gradient_checkpointing=False)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def test_positions_and_mask_by_hand():
+    starts = torch.tensor([[0, 0, 2, 2, 4]])
+    assert positions(starts).tolist() == [[0, 1, 0, 1, 0]]
+    visible = record_mask(starts, torch.float32)[0, 0] == 0
+    assert visible.int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("four_bits", [True, False])
+def test_losses_of_a_packed_block_are_those_of_its_records_alone(tiny_dir, blocks, four_bits):
+    model = model_of(tiny_dir, four_bits)
+    ids, labels, starts = blocks
+    with torch.no_grad():
+        library = token_losses(model.eval(), ids, labels, starts)
+        through = token_losses(model, ids, labels)  # every record sees those before it
+        fast = FastDecoder(model, 0.0, 0, compiled=False).losses(ids, labels, starts)[:, :-1]
+        for row, at, record, label in alone(ids, labels):
+            expected = model(input_ids=record).logits[0, :-1].log_softmax(-1).gather(1, label[0, 1:, None])[:, 0].neg()
+            here = slice(at, at + record.shape[1] - 1)
+            for losses in (library, fast):
+                torch.testing.assert_close(losses[row, here], expected, rtol=1e-4, atol=1e-5)
+            assert at == 0 or not torch.allclose(through[row, here], expected, rtol=1e-2)
+    assert (library != 0).sum() == (fast != 0).sum() == (labels != -100).sum()
+
+
+@pytest.mark.parametrize("recomputed", [0, 6])
+def test_gradients_of_a_packed_block_are_those_of_its_records_together(tiny_dir, blocks, recomputed):
+    model = model_of(tiny_dir, four_bits=True)
+    ids, labels, starts = blocks
+    share = 1.0 / (labels != -100).sum()
+    loss = sum(model(input_ids=r, labels=t).loss * (t[:, 1:] != -100).sum() for _, _, r, t in alone(ids, labels)) * share
+    loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    (token_losses(model, ids, labels, starts).sum() * share).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert (parameter.grad - expected[name]).norm() < 1e-4 * expected[name].norm(), name
+    decoder = FastDecoder(model, 0.0, recomputed, compiled=False)
+    decoder.adapters.clear_gradients()
+    keys = draw_keys((0,), 24).view(-1, 4)
+    assert decoder.accumulate(ids, labels, share, keys, starts).item() == pytest.approx(loss.item(), rel=1e-5)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert (decoder.adapters.gradient_of(parameter) - expected[name]).norm() < 1e-4 * expected[name].norm(), name
+
+
+def test_micro_batches_bring_their_own_records(tiny_dir, blocks):
+    """Also a smaller last one, in the shape of the others."""
+    ids, labels, starts = blocks
+    decoder = FastDecoder(model_of(tiny_dir, four_bits=True), 0.0, 0, compiled=False)
+    micro = MicroStep(decoder, 2, LENGTH, seed=0, captured=False, packed=True)
+    together = micro.losses(ids, labels, starts).clone()
+    for row in (1, 0):
+        one = slice(row, row + 1)
+        torch.testing.assert_close(micro.losses(ids[one], labels[one], starts[one]), together[one])
+    assert micro.smaller(1).starts.shape == (1, LENGTH)
+
+
+def test_another_architecture_keeps_records_apart_too(blocks):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=6144)).eval()
+    ids, labels, starts = blocks
+    with torch.no_grad():
+        packed = token_losses(model, ids, labels, starts)
+        for row, at, record, label in alone(ids, labels):
+            torch.testing.assert_close(packed[row, at : at + record.shape[1] - 1], token_losses(model, record, label)[0])
