@@ -193,7 +193,7 @@ def test_dropout_follows_from_seed_step_and_micro_step(tiny_dir):
     assert len({*losses(1, 4), *losses(1, 5), *losses(2, 4)}) == 6
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 0.02)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.02)], ids=["fp32", "bf16"])
 def test_learning_is_unchanged_over_200_steps(tiny_dir, root, dtype, tolerance):
     """The loss curve of the fast path beside that of transformers, peft and autograd: same start, data and order."""
     from transformers import AutoTokenizer
@@ -219,7 +219,7 @@ def test_learning_is_unchanged_over_200_steps(tiny_dir, root, dtype, tolerance):
             optimizer.step()
             curve.append(loss.item())
         curves.append(torch.tensor(curve))
-    assert curves[0][-50:].mean() < curves[0][:50].mean() - 0.3  # something was learned
+    assert curves[0][-50:].mean() < curves[0][:50].mean() - 0.5  # something was learned
     assert (curves[0] - curves[1]).abs().mean() < tolerance
     assert abs(curves[0][-50:].mean() - curves[1][-50:].mean()) < tolerance
 

@@ -316,7 +316,16 @@ def test_a_scaled_loss_as_in_float16_gives_the_same_adapter(make_trainer, monkey
     assert adapters[0][0] == adapters[1][0] and torch.equal(adapters[0][1], adapters[1][1])
 
 
-def test_the_seed_decides_every_byte_of_the_adapter(make_trainer, tmp_path):
+@pytest.fixture
+def two_threads():
+    """Sums are split between them, as in a user's run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_seed_decides_every_byte_of_the_adapter(make_trainer, tmp_path, two_threads):
     files = {}
     for run, seed in (("first", 1), ("again", 1), ("other", 2)):
         trainer = make_trainer(training__seed=seed, lora__dropout=0.1, training__output_dir=str(tmp_path / run))
