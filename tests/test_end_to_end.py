@@ -22,6 +22,7 @@ from transformers import (
 
 import inference_example
 import train_qlora
+from qlora_kit import cli
 from qlora_kit.checkpoint import find_checkpoint
 from qlora_kit.cli import Failed
 from qlora_kit.config import UserError, load_config
@@ -34,7 +35,7 @@ SMALL = [
     "--set", "training.gradient_accumulation_steps=1", "--set", "data.max_train_samples=8", "--set", "data.max_eval_samples=2",
     "--set", "training.logging_steps=1",
 ]  # fmt: skip
-TRAINED = ["--config", "configs/tiny.yaml", "--max_steps", "12", "--max_length", "128",
+TRAINED = ["--config", "configs/tiny.yaml", "--max_steps", "12", "--max_length", "128", "--batch_size", "1",
            "--set", "data.max_train_samples=32", "--set", "data.max_eval_samples=8"]  # fmt: skip
 
 
@@ -55,6 +56,19 @@ def run(root: Path, *arguments: str, **extra: str) -> subprocess.CompletedProces
 
 def train(*arguments: str) -> None:
     train_qlora.main([*SMALL, *arguments])
+
+
+@pytest.fixture
+def run_here(capsys):
+    """As `run`, in this process: a new one takes six seconds to import the libraries."""
+
+    def call(*arguments: str) -> subprocess.CompletedProcess:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ending:
+            cli.run(lambda: train_qlora.main([*arguments]))
+        return subprocess.CompletedProcess(arguments, ending.value.code, *capsys.readouterr())
+
+    return call
 
 
 def weights(folder: Path) -> bytes:
@@ -306,7 +320,7 @@ def test_a_plan_that_cannot_be_made(capsys, arguments, words):
 
 # --- stopping and going on ----------------------------------------------------------------------------------------------
 
-STOPPED = [*SMALL, "--max_steps", "8", "--max_length", "128", "--batch_size", "4", "--set", "data.max_train_samples=16",
+STOPPED = [*SMALL, "--max_steps", "8", "--max_length", "64", "--batch_size", "4", "--set", "data.max_train_samples=16",
            "--set", "training.eval_steps=3", "--set", "training.save_steps=5"]  # fmt: skip
 
 
@@ -491,8 +505,8 @@ def test_a_mistake_is_one_line_and_status_2(root, tmp_path, arguments, words):
     assert {path.name for path in tmp_path.iterdir()} == {"file"}
 
 
-def test_a_mistake_found_after_loading_is_one_line_and_status_2_too(root, tmp_path):
-    result = run(root, *SMALL, "--set", "lora.target_modules=[c_attn]", "--output_dir", str(tmp_path / "out"))
+def test_a_mistake_found_after_loading_is_one_line_and_status_2_too(run_here, tmp_path):
+    result = run_here(*SMALL, "--set", "lora.target_modules=[c_attn]", "--output_dir", str(tmp_path / "out"))
     assert result.returncode == 2
     assert_one_line(result, "lora.target_modules: c_attn", "q_proj", "all-linear", after_loading=True)
     assert not (tmp_path / "out").exists()
@@ -613,10 +627,10 @@ def test_a_technique_of_the_gpu_without_one(refuses, tmp_path, key):
 
 
 @NO_GPU
-def test_a_technique_of_the_gpu_without_one_is_one_line_and_status_2_before_the_model_is_loaded(root, trained):
+def test_a_technique_of_the_gpu_without_one_is_one_line_and_status_2_before_the_model_is_loaded(run_here, trained):
     folder, _ = trained
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}, weights(folder)
-    result = run(root, *TRAINED, "--output_dir", str(folder), "--overwrite", "--set", "performance.cuda_graphs=true")
+    result = run_here(*TRAINED, "--output_dir", str(folder), "--overwrite", "--set", "performance.cuda_graphs=true")
     assert result.returncode == 2
     assert_one_line(result, "performance.cuda_graphs: true: cannot work here (needs a CUDA GPU); use auto or false")
     assert ({path.name: path.stat().st_mtime_ns for path in folder.iterdir()}, weights(folder)) == before
