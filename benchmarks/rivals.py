@@ -21,8 +21,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from runs import SEQUENCES, existing
+
 BLOCK_TOKENS = 512
-SEQUENCES = 16  # of an optimizer step
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SYSTEMS = {"plain": ("transformers", "peft", "bitsandbytes"), "trl": ("trl",), "unsloth": ("unsloth", "trl")}  # what each needs
 CHECKPOINTING = {"off": False, "plain": True, "own": "unsloth"}  # the words, and what Unsloth calls them
@@ -213,8 +214,8 @@ def main() -> None:
     parser.add_argument("--checkpointing", default="plain", choices=CHECKPOINTING, help="of activations; own: Unsloth's")
     parser.add_argument("--dropout", type=float, default=0.05, help="of LoRA; Unsloth's fast path is at 0")
     parser.add_argument("--cap", type=float, metavar="GIB", help="let torch's allocator have no more than this")
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint with its tokenizer")
-    parser.add_argument("--train", type=Path, required=True, metavar="FILE", help="text to train on")
+    parser.add_argument("--model", type=existing, required=True, metavar="DIR", help="checkpoint with its tokenizer")
+    parser.add_argument("--train", type=existing, required=True, metavar="FILE", help="text to train on")
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps (default: 8)")
     chosen = parser.parse_args()
     rival = Rival(chosen.system, chosen.micro_batch, chosen.checkpointing, chosen.dropout, chosen.cap)

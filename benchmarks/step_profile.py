@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from memory_plan import ROOT, checkpoint_parser, in_own_process, random_checkpoint, require_gpu
+from runs import ROOT, checkpoint_parser, in_own_process, random_checkpoint, require_gpu
 
 LENGTH, REPLAYS = 512, 8
 KINDS = {  # the first whose word occurs in a kernel's name

@@ -34,8 +34,8 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from memory_plan import ROOT, Job, NoMeasurement, input_parser, random_checkpoint, require_gpu, run_limited, run_toolkit
 from rivals import SYSTEMS, Rival
+from runs import ROOT, Job, NoMeasurement, input_parser, random_checkpoint, require_gpu, run_limited, run_toolkit
 
 WARM_UP = 2  # optimizer steps at the start that are not counted
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "unsloth")
