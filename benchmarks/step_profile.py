@@ -18,7 +18,7 @@ KINDS = {  # the first whose word occurs in a kernel's name
     "unpacking 4-bit weights": ("_unpack_kernel",),
     "attention": ("sdpa", "flash", "fmha", "cudnn"),
     "matrix products": ("nvjet", "gemm", "cutlass", "splitK", "cublas"),
-    "fused elementwise": ("triton_",),
+    "fused elementwise": ("triton_", "_activate"),
     "copies": ("memcpy", "memset"),
 }
 
