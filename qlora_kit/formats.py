@@ -5,33 +5,35 @@ Pure functions on dicts. A record is one of
     alpaca       {"instruction": ..., "input": ... (may be empty or missing), "output": ...}
     sharegpt     {"conversations": [{"from": "human" | "gpt" | "system", "value": ...}, ...]}
     messages     {"messages": [{"role": "user" | "assistant" | "system", "content": ...}, ...]}
-    completion   {"prompt": ..., "completion": ...}
+    completion   {"prompt": ..., "completion": ...}, both text or both lists of messages
     instruction  {"text": "### Instruction: ... ### Response: ..."}, ready made
     text         {"text": ...}, or another column named by data.text_field
 
-Chats are rendered by the tokenizer's own chat template, else as `Role: content` lines (_by_fallback). Imports no torch.
+Other keys, of a record or of a turn, are left alone; only `weight` counts: an answer of weight 0 is context and never trained.
+
+Chats are rendered by chat.py. What a turn says stays words: a `<|im_end|>` in it ends no turn, ordinary tokens spell it out. Text
+that is ready made is taken as it is. Imports no torch.
 """
 
 import re
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-Message = dict[str, str]  # role: system, user or assistant; content
+from qlora_kit.chat import BadRecord, Message, Span, answer_spans, apply_chat_template, control_tokens
+
 TrainOn = Literal["assistant", "last", "all"]
 
 ROLES = {
-    "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
+    "system": "system", "developer": "system", "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant", "model": "assistant",
 }  # fmt: skip
-RESPONSE = re.compile(r"### Response:[ \t]*\n?")
+RESPONSE = re.compile(r"### Response:[ \t]*\r?\n?")
 INSTRUCTION = re.compile(r"### Instruction:")
-
-
-class BadRecord(ValueError):
-    """What is wrong with a record and what was expected; the reader of the file adds its place."""
+CUT = "\ud800"  # half a character, so that no text holds it: where a control token among the words is cut in two
 
 
 class Piece(NamedTuple):
-    """A stretch of a rendered record."""
+    """A stretch of a rendered record. Each piece is tokenized by itself: pieces must not be joined before."""
 
     text: str
     trained: bool
@@ -47,10 +49,10 @@ def alpaca_to_text(
     response_template: str = "### Response:\n{output}",
 ) -> str:
     """An Alpaca record as one text; a record without input has no input section."""
-    text = instruction_template.format(instruction=record["instruction"])
-    if record.get("input"):
-        text += input_template.format(input=record["input"])
-    return text + response_template.format(output=record["output"])
+    text = instruction_template.format(instruction=_text(record, "instruction"))
+    if given := _text(record, "input", ""):
+        text += input_template.format(input=given)
+    return text + response_template.format(output=_text(record, "output"))
 
 
 def sharegpt_to_text(
@@ -60,11 +62,6 @@ def sharegpt_to_text(
     templates = {"user": human_template, "assistant": assistant_template, "system": "System: {message}\n"}
     turns = [templates[message["role"]].format(message=message["content"]) for message in from_sharegpt(record)]
     return "".join(turns).strip()
-
-
-def apply_chat_template(messages: list[Message], tokenizer: Any) -> str:
-    """Messages through the tokenizer's own chat template, else as `Role: content` lines."""
-    return _renderer(tokenizer, end="")(messages, False)
 
 
 # Records -> messages
@@ -96,22 +93,24 @@ def recognise(record: dict[str, Any], text_field: str = "text") -> str:
 def from_alpaca(record: dict[str, Any]) -> list[Message]:
     """One user turn (instruction, and input below it) and one assistant turn."""
     instruction, given, output = _text(record, "instruction"), _text(record, "input", ""), _text(record, "output")
-    user = f"{instruction}\n\n{given}" if given.strip() else instruction
-    return _checked([{"role": "user", "content": user}, {"role": "assistant", "content": output}])
+    return _one_round(f"{instruction}\n\n{given}" if given.strip() else instruction, output)
 
 
 def from_sharegpt(record: dict[str, Any]) -> list[Message]:
-    return _turns(record, "conversations", ("from", "role"), ("value", "content"))
+    return _checked(_turns(record, "conversations", ("from", "role"), ("value", "content")))
 
 
 def from_messages(record: dict[str, Any]) -> list[Message]:
-    return _turns(record, "messages", ("role", "from"), ("content", "value"))
+    return _checked(_turns(record, "messages", ("role", "from"), ("content", "value")))
 
 
 def from_completion(record: dict[str, Any]) -> list[Message]:
-    return _checked(
-        [{"role": "user", "content": _text(record, "prompt")}, {"role": "assistant", "content": _text(record, "completion")}]
-    )
+    """Prompt and completion, both text or both lists of messages; answers within a prompt are context."""
+    prompt, completion = record.get("prompt"), record.get("completion")
+    if not isinstance(prompt, list) and not isinstance(completion, list):
+        return _one_round(_text(record, "prompt"), _text(record, "completion"))
+    before, after = (_turns(record, key, ("role", "from"), ("content", "value")) for key in ("prompt", "completion"))
+    return _checked([message | {"weight": 0} for message in before] + after)
 
 
 READERS: dict[str, Callable[[dict[str, Any]], list[Message]]] = {
@@ -119,35 +118,56 @@ READERS: dict[str, Callable[[dict[str, Any]], list[Message]]] = {
 }  # fmt: skip
 
 
+def _one_round(user: str, assistant: str) -> list[Message]:
+    return _checked([{"role": "user", "content": user}, {"role": "assistant", "content": assistant}])
+
+
 def _text(record: dict[str, Any], key: str, missing: str | None = None) -> str:
     value = record.get(key)
     if value is None and missing is not None:
         return missing
+    if key not in record:
+        raise BadRecord(f"{key} is missing; expected text")
+    return checked_text(value, key)
+
+
+def checked_text(value: Any, what: str) -> str:
+    """The text itself.
+
+    Raises:
+        BadRecord: it is not text, or holds what text cannot: NUL, or half a character (an emoji's `\\ud83d` alone, in JSON).
+    """
     if not isinstance(value, str):
-        what = "is missing" if key not in record else f"holds {type(value).__name__}"
-        raise BadRecord(f"{key} {what}; expected text")
+        raise BadRecord(f"{what} holds {type(value).__name__}; expected text")
+    if "\0" in value:
+        raise BadRecord(f"{what} holds NUL at character {value.index(chr(0)) + 1}; expected text")
+    try:
+        value.isascii() or value.encode()
+    except UnicodeEncodeError as error:
+        raise BadRecord(f"{what} holds half a character (a lone surrogate) at {error.start + 1}; expected whole ones") from None
     return value
 
 
 def _turns(record: dict[str, Any], key: str, role_keys: tuple[str, str], content_keys: tuple[str, str]) -> list[Message]:
     turns = record.get(key)
     if not isinstance(turns, list) or not turns:
-        raise BadRecord(
-            f"{key} holds {type(turns).__name__ if not isinstance(turns, list) else 'no turn'}; expected a list of turns"
-        )
-    messages = []
-    for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, dict):
-            raise BadRecord(f"turn {number} of {key} is {type(turn).__name__}; expected {role_keys[0]} and {content_keys[0]}")
-        role_key = next((name for name in role_keys if name in turn), role_keys[0])
-        content_key = next((name for name in content_keys if name in turn), content_keys[0])
-        role, content = turn.get(role_key), turn.get(content_key)
-        if role not in ROLES:
-            raise BadRecord(f"turn {number} of {key} has {role_key} {role!r}; expected {', '.join(ROLES)}")
-        if not isinstance(content, str):
-            raise BadRecord(f"turn {number} of {key} holds {type(content).__name__} as {content_key}; expected text")
-        messages.append({"role": ROLES[role], "content": content})
-    return _checked(messages)
+        what = "no turn" if isinstance(turns, list) else type(turns).__name__
+        raise BadRecord(f"{key} holds {what}; expected a list of turns")
+    return [_turn(turn, f"turn {number} of {key}", role_keys, content_keys) for number, turn in enumerate(turns, 1)]
+
+
+def _turn(turn: Any, where: str, role_keys: tuple[str, str], content_keys: tuple[str, str]) -> Message:
+    if not isinstance(turn, dict):
+        raise BadRecord(f"{where} is {type(turn).__name__}; expected {role_keys[0]} and {content_keys[0]}")
+    role_key = next((name for name in role_keys if name in turn), role_keys[0])
+    content_key = next((name for name in content_keys if name in turn), content_keys[0])
+    role, weight = turn.get(role_key), turn.get("weight")
+    if not isinstance(role, str) or role not in ROLES:
+        raise BadRecord(f"{where} has {role_key} {role!r}; expected {', '.join(ROLES)}")
+    if weight not in (None, 0, 1):
+        raise BadRecord(f"{where} has weight {weight!r}; expected 0 or 1")
+    message = {"role": ROLES[role], "content": checked_text(turn.get(content_key), f"{content_key} of {where}")}
+    return message | {"weight": 0} if weight == 0 else message
 
 
 def _checked(messages: list[Message]) -> list[Message]:
@@ -181,57 +201,60 @@ def chat_pieces(messages: list[Message], tokenizer: Any, train_on: TrainOn = "as
     behind that token is not. The pieces joined are the whole rendering.
 
     Args:
-        train_on: the answers of `assistant`, the `last` one only, or `all`: prompts as well.
+        train_on: the answers of `assistant`, the `last` one only, or `all`: the whole rendering.
 
     Raises:
-        BadRecord: the template renders an answer otherwise once more turns follow.
+        BadRecord: as apply_chat_template and answer_spans do.
     """
-    render = _renderer(tokenizer, tokenizer.eos_token or "")
-    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    pieces, done = [], ""
-    for number in answers:
-        prompt, whole = render(messages[:number], True), render(messages[: number + 1], False)
-        if not (whole.startswith(prompt) and prompt.startswith(done)):
-            raise BadRecord(f"the chat template changes what stands before turn {number + 1}; expected it to append only")
-        answer = whole[len(prompt) :]
-        end = answer.rfind(tokenizer.eos_token or "\0")
-        stop = end + len(tokenizer.eos_token) if end >= 0 else len(answer)
-        wanted = train_on != "last" or number == answers[-1]
-        pieces += [Piece(prompt[len(done) :], train_on == "all"), Piece(answer[:stop], wanted), Piece(answer[stop:], False)]
-        done = whole
-    return [piece for piece in pieces if piece.text]
+    control = control_tokens(tokenizer)
+    turns = [
+        {"role": message["role"], "content": control.sub(lambda token: token[0][0] + CUT + token[0][1:], message["content"])}
+        for message in messages
+    ]
+    whole = apply_chat_template(turns, tokenizer)
+    if train_on == "all":
+        return _pieces(whole, [(0, len(whole))])
+    answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
+    answers = answers[-1:] if train_on == "last" else answers
+    wanted = [number for number in answers if messages[number].get("weight") != 0]
+    return _pieces(whole, answer_spans(turns, whole, wanted, tokenizer))
 
 
-def instruction_pieces(text: str, end: str) -> list[Piece]:
-    """Ready-made `### Instruction: ... ### Response: ...` text of one or more turns: responses and an end token are trained."""
-    pieces, at = [], 0
-    for response in RESPONSE.finditer(text):
-        if response.start() < at:
-            continue
+def instruction_pieces(text: str, end: str, train_on: TrainOn = "assistant") -> list[Piece]:
+    """Ready-made `### Instruction: ... ### Response: ...` text of one or more rounds: responses are trained, each with an end.
+
+    Args:
+        end: the text of the token that ends a response.
+
+    Raises:
+        BadRecord: an instruction without a response, or no `end`.
+    """
+    if not end:
+        raise BadRecord("the tokenizer has no token to end a response with, so that the model would not learn to stop")
+    whole, spans, at = "", [], 0
+    while response := RESPONSE.search(text, at):
         following = INSTRUCTION.search(text, response.end())
         stop = following.start() if following else len(text)
-        answer = text[response.end() : stop]
-        pieces += [Piece(text[at : response.end()], False), Piece(answer.rstrip() + end, True)]
-        pieces.append(Piece(answer[len(answer.rstrip()) :] if following else "", False))
+        answer = text[response.end() : stop].rstrip()
+        words = answer.removesuffix(end)
+        if not words.strip():
+            raise BadRecord("a response is empty; expected text to train on")
+        whole += text[at : response.end()] + words + end
+        spans.append((len(whole) - len(words + end), len(whole)))
+        whole += text[response.end() + len(answer) : stop] if following else ""
         at = stop
-    return [piece for piece in pieces if piece.text]
+    if not spans or at < len(text):
+        raise BadRecord("ends with an instruction; expected ### Response: behind it")
+    if train_on == "all":
+        spans = [(0, len(whole))]
+    return _pieces(whole, spans[-1:] if train_on == "last" else spans)
 
 
-def _renderer(tokenizer: Any, end: str) -> Callable[[list[Message], bool], str]:
-    """Messages, and whether the beginning of an answer follows -> text."""
-    if not getattr(tokenizer, "chat_template", None):
-        return _by_fallback(end)
-    return lambda messages, prompting: tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompting)
-
-
-def _by_fallback(end: str) -> Callable[[list[Message], bool], str]:
-    """`Role: content` a line, the end token after each answer: for tokenizers without a chat template."""
-
-    def render(messages: list[Message], prompting: bool) -> str:
-        lines = [
-            f"{message['role'].capitalize()}: {message['content']}{end if message['role'] == 'assistant' else ''}\n"
-            for message in messages
-        ]
-        return "".join(lines) + ("Assistant: " if prompting else "")
-
-    return render
+def _pieces(whole: str, spans: list[Span]) -> list[Piece]:
+    """A rendering cut at the spans, which are trained, and at each CUT, which is left out."""
+    pieces, at = [], 0
+    for start, stop in [*spans, (len(whole), len(whole))]:
+        for stretch, trained in ((whole[at:start], False), (whole[start:stop], True)):
+            pieces += [Piece(text, trained) for text in stretch.split(CUT) if text]
+        at = stop
+    return pieces
