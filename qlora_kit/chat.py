@@ -130,10 +130,10 @@ def _outline(tokenizer: Any, system: bool) -> _Outline | None:
         return None
     if re.findall("|".join(words), whole) != words:
         return None
-    *start, answer, user, again, finish = re.split("|".join(words), whole)
+    *start, answer, user, _, finish = re.split("|".join(words), whole)
     first, last = whole.index(words[-3]), whole.index(words[-1])
     lead, tail = last - spans[1][0], spans[1][1] - last - len(words[-1])
-    if again != answer or spans[0] != (first - lead, first + len(words[-3]) + tail):
+    if spans[0] != (first - lead, first + len(words[-3]) + tail):
         return None
     return _Outline(start, answer, user, finish, lead, tail)
 
