@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit import cli
 from qlora_kit.checkpoint import build_passport, check_output_dir, find_checkpoint, open_output, save_adapter, write_passport
 from qlora_kit.config import UserError, load_config, override, parse_set
-from qlora_kit.dataset import Blocks, cut_into_blocks, hold_out, load_tokenizer, tokenize
+from qlora_kit.dataset import Blocks, load_blocks, load_tokenizer
 from qlora_kit.hub import fetch_model, fetch_tokenizer, go_offline_if_unreachable, is_local, read_model_config
 from qlora_kit.memory import CONTEXT_BYTES, GIB, KNOWN_CONFIGS, ModelShape, read_shape, why_not_written_out
+from qlora_kit.packing import RecordBlocks
 from qlora_kit.plan import check_fit, make_plan, plan_table
 from qlora_kit.report import CURVES, RunReport, plot_training_curves, read_metrics
 from qlora_kit.settings import Config
-from qlora_kit.sources import check_source, is_file_name, load_documents
+from qlora_kit.sources import check_source
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -78,28 +79,15 @@ def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
     return parse_set(arguments.set) | named
 
 
-def prepare_dataset(config: Config, tokenizer: "PreTrainedTokenizerBase") -> tuple[Blocks, Blocks | None]:
+def prepare_dataset(
+    config: Config, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[Blocks | RecordBlocks, Blocks | RecordBlocks | None]:
     """Training and evaluation blocks of `data.max_length` tokens.
 
     Raises:
-        UserError: the source cannot be read, lacks the split or the text column, or is too short for one block.
+        UserError: the source cannot be read, a record of it is wrong, or it is too short for one block.
     """
-    data = config.data
-    documents, rule = load_documents(data, data.dataset, data.train_split, "data.dataset")
-    if isinstance(data.eval_split, float):
-        documents, held_out = hold_out(documents, data.eval_split, config.training.seed)
-        held_out_rule = rule
-    elif data.eval_split is not None:
-        name = data.eval_split if is_file_name(data.eval_split) else data.dataset
-        held_out, held_out_rule = load_documents(data, name, data.eval_split, "data.eval_split")
-
-    def blocks(texts: list[str], join_rule: str, key: str) -> Blocks:
-        return cut_into_blocks(tokenize(texts, tokenizer), data.max_length, len(texts), join_rule, key)
-
-    train = blocks(documents, rule, "data.dataset").take(data.max_train_samples)
-    if data.eval_split is None:
-        return train, None
-    return train, blocks(held_out, held_out_rule, "data.eval_split").take(data.max_eval_samples)
+    return load_blocks(config, tokenizer)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -112,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     resume = arguments.resume is not None
     folder = check_output_dir(config.training.output_dir, arguments.overwrite, resume)
     checkpoint = find_checkpoint(folder, config, arguments.resume) if resume else None
-    if not (is_local(config.model.name) and is_local(config.data.dataset)):
+    if not (is_local(config.model.name) and all(map(is_local, config.data.names))):
         go_offline_if_unreachable()
     shape, reason = read_written_out_shape(config)
 

@@ -1,25 +1,32 @@
-"""Documents -> one stream of tokens -> blocks of equal length, each token a label at its own position.
+"""Source -> tokens on disk -> blocks of equal length for the Trainer.
 
-Every document is followed by the separator token, which is trained like any other token, so that the model learns where a
-text ends. The stream is cut into blocks; only the tail that fills no block is left out. Reading documents: sources.py.
-Chat and instruction records, packing and streaming are not handled here.
+Running text is one stream: every document is followed by the separator token, which is trained like any other token, so that
+the model learns where a text ends. The stream is cut into blocks; only the tail that fills no block is left out. Records (chats,
+instructions) stay whole and are packed into blocks (packing.py). Either way labels go by position, and tokens are kept in a
+cache, so that the second run with the same data begins at once. Reading: sources.py; tokenizing: encoding.py.
 """
 
 import hashlib
-import itertools
-import random
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import UserError
-from qlora_kit.settings import ModelConfig
+from qlora_kit.documents import Fragments, draw, hold_out, placed
+from qlora_kit.encoding import check, encode, encode_text, record_pieces
+from qlora_kit.formats import Piece
+from qlora_kit.packing import RecordBlocks, build_record_blocks
+from qlora_kit.settings import Config, DataConfig, ModelConfig
+from qlora_kit.sources import Source, is_file_name, open_source
+from qlora_kit.storage import Tokens, TokenWriter, cache_folder, read_tokens, writing
 
 if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
-DOCUMENTS_PER_BATCH = 64
+RECORDS_AT_ONCE = 1024
+CHARACTERS_AT_ONCE = 2**20
+LAYOUT = 1  # of the cache; counted up when the same source is to be tokenized otherwise
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,18 @@ class Blocks:
 
     def fingerprint(self) -> str:
         """SHA-256 of the token ids: the same data, tokenizer and block length give the same value."""
-        return hashlib.sha256(self.ids.tobytes()).hexdigest()
+        digest = hashlib.sha256()
+        for at in range(0, len(self), 1024):  # a copy of all would be as large as the data
+            digest.update(self.ids[at : at + 1024].tobytes())
+        return digest.hexdigest()
+
+    def summary(self) -> str:
+        return f"{self.documents:,} documents"
+
+    def description(self) -> str:
+        """What the log says of training data."""
+        blocks = f"{len(self):,} blocks of {self.ids.shape[1]} tokens, tail of {self.tail_tokens} tokens left out"
+        return f"{self.summary()} ({self.join_rule}), {blocks}"
 
 
 def load_tokenizer(model: ModelConfig) -> "PreTrainedTokenizerBase":
@@ -86,47 +104,130 @@ def separator_id(tokenizer: "PreTrainedTokenizerBase") -> int:
     return int(tokenizer.eos_token_id)
 
 
-def tokenize(documents: list[str], tokenizer: "PreTrainedTokenizerBase") -> "np.ndarray":
-    """All documents as one stream of ids (int32), a separator after each; cached on disk by content.
+# A source as tokens
 
-    The Rust tokenizer spreads each batch over all cores.
+
+def load_blocks(
+    config: Config, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[Blocks | RecordBlocks, Blocks | RecordBlocks | None]:
+    """Training and evaluation blocks of `data.max_length` tokens.
+
+    Raises:
+        UserError: a source cannot be read, a record of it is wrong, or it is too short for one block.
     """
-    import numpy as np
-    from datasets import Dataset, config, utils
+    data = config.data
+    source = open_source(data, data.names, data.train_split, "data.dataset")
+    if isinstance(data.eval_split, float):
+        share = (data.eval_split, config.training.seed)
+        train, evaluation = (_text_parts if source.is_text else _record_parts)(source, data, tokenizer, share)
+        return train.take(data.max_train_samples), evaluation.take(data.max_eval_samples)
+    train = _blocks(source, data, tokenizer, "data.dataset").take(data.max_train_samples)
+    if data.eval_split is None:
+        return train, None
+    names = [data.eval_split] if is_file_name(data.eval_split) else data.names
+    other = open_source(data, names, data.eval_split, "data.eval_split")
+    return train, _blocks(other, data, tokenizer, "data.eval_split").take(data.max_eval_samples)
 
+
+def _blocks(source: Source, data: DataConfig, tokenizer: "PreTrainedTokenizerBase", key: str) -> Blocks | RecordBlocks:
+    if source.is_text:
+        return text_blocks(tokenize(source, source.documents, tokenizer), data.max_length, key)
+    stored = tokenize_records(source, data, tokenizer)
+    return build_record_blocks(stored, range(len(stored)), data, padding_id(tokenizer), key)
+
+
+def _text_parts(
+    source: Source, data: DataConfig, tokenizer: "PreTrainedTokenizerBase", share: tuple[float, int]
+) -> tuple[Blocks, Blocks]:
+    train, held_out = hold_out(source.documents, *share)
+    return (
+        text_blocks(tokenize(source, train, tokenizer, ("train", *share)), data.max_length, "data.dataset"),
+        text_blocks(tokenize(source, held_out, tokenizer, ("held out", *share)), data.max_length, "data.eval_split"),
+    )
+
+
+def _record_parts(
+    source: Source, data: DataConfig, tokenizer: "PreTrainedTokenizerBase", share: tuple[float, int]
+) -> tuple[RecordBlocks, RecordBlocks]:
+    stored = tokenize_records(source, data, tokenizer)
+    if len(stored) < 2:
+        raise UserError(f"data.eval_split: {share[0]}: no share of a single record can be held out; use null, or a file")
+    chosen = draw(len(stored), *share)
+    train = [number for number in range(len(stored)) if number not in chosen]
+    pad = padding_id(tokenizer)
+    return (
+        build_record_blocks(stored, train, data, pad, "data.dataset"),
+        build_record_blocks(stored, sorted(chosen), data, pad, "data.eval_split"),
+    )
+
+
+def tokenize(
+    source: Source, documents: Fragments, tokenizer: "PreTrainedTokenizerBase", part: tuple[Any, ...] = ("all",)
+) -> Tokens:
+    """Documents as tokens, a separator after each; from the cache where this `part` of the source is there already."""
     separator = separator_id(tokenizer)
 
-    def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        ids = tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]
-        return {"input_ids": [[*document, separator] for document in ids]}
+    def write(writer: TokenWriter) -> None:
+        for ids, ends in encode_text(documents(), tokenizer, separator):
+            writer.append(ids)
+            if ends:
+                writer.end()
+        writer.about = {"join_rule": source.join_rule()}
 
-    utils.enable_progress_bars() if _worth_a_bar(documents) else utils.disable_progress_bars()
-    cache = Path(config.HF_DATASETS_CACHE, "qlora_kit", f"{_cache_key(documents, tokenizer, separator)}.arrow")
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    table = Dataset.from_dict({"text": documents}).map(
-        encode,
-        batched=True,
-        batch_size=DOCUMENTS_PER_BATCH,
-        remove_columns="text",
-        cache_file_name=str(cache),
-        new_fingerprint=cache.stem,  # known already: hashing the closure would be slow and may differ between runs
-        desc="Tokenizing documents",
-    )
-    chunks = table.with_format("numpy").iter(batch_size=1024)
-    return np.concatenate([np.asarray(row, dtype=np.int32) for chunk in chunks for row in chunk["input_ids"]])
+    return _cached(_key(source, tokenizer, separator, *part), write)
 
 
-def _worth_a_bar(documents: list[str]) -> bool:
-    return sum(map(len, itertools.islice(documents, 10_000))) > 2_000_000
+def tokenize_records(source: Source, data: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
+    """Records as tokens, trained or not; from the cache where they are there already.
+
+    Raises:
+        UserError: a record of a wrong form, or one that would train on nothing or never its end of turn.
+    """
+
+    def write(writer: TokenWriter) -> None:
+        for batch in _batches(source, data, tokenizer):
+            for (place, _), record in zip(batch, encode([pieces for _, pieces in batch], tokenizer), strict=True):
+                with placed(place):
+                    check(record, tokenizer.eos_token_id)
+                writer.append(record.ids, record.trained)
+                writer.end()
+        writer.about = {"formats": source.formats, "train_on": data.train_on}
+
+    return _cached(_key(source, tokenizer, tokenizer.eos_token_id, tokenizer.chat_template, data.train_on), write)
 
 
-def _cache_key(documents: list[str], tokenizer: "PreTrainedTokenizerBase", separator: int) -> str:
-    digest = hashlib.sha256(tokenizer_fingerprint(tokenizer).encode())
-    digest.update(str(separator).encode())
-    for document in documents:
-        digest.update(len(document).to_bytes(8, "big"))
-        digest.update(document.encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()[:32]
+def _batches(source: Source, data: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[tuple[str, list[Piece]]]]:
+    batch: list[tuple[str, list[Piece]]] = []
+    characters = 0
+    for place, kind, record in source.records():
+        with placed(place):
+            pieces = record_pieces(record, kind, tokenizer, data.text_field, data.train_on)
+        batch.append((place, pieces))
+        characters += sum(len(piece.text) for piece in pieces)
+        if len(batch) == RECORDS_AT_ONCE or characters > CHARACTERS_AT_ONCE:
+            yield batch
+            batch, characters = [], 0
+    yield batch
+
+
+def _cached(key: str, write: Callable[[TokenWriter], None]) -> Tokens:
+    folder = cache_folder() / key
+    if (found := read_tokens(folder)) is None:
+        with writing(folder) as writer:
+            write(writer)
+        found = read_tokens(folder)
+    assert found is not None
+    return found
+
+
+def _key(source: Source, tokenizer: "PreTrainedTokenizerBase", *settings: Any) -> str:
+    said = (LAYOUT, source.fingerprint, tokenizer_fingerprint(tokenizer), settings)
+    return hashlib.sha256(repr(said).encode()).hexdigest()[:32]
+
+
+def padding_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Any token will do: padding is neither seen nor trained."""
+    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
 
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -134,6 +235,17 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     described = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(described.encode()).hexdigest()
+
+
+def text_blocks(stored: Tokens, length: int, key: str) -> Blocks:
+    """The stream of all documents as blocks.
+
+    Raises:
+        UserError: no text, or not even one block of it.
+    """
+    if not len(stored):
+        raise UserError(f"{key}: holds no text; name another source")
+    return cut_into_blocks(stored.ids, length, len(stored), stored.about["join_rule"], key)
 
 
 def cut_into_blocks(stream: "np.ndarray", length: int, documents: int, join_rule: str, key: str) -> Blocks:
@@ -148,18 +260,3 @@ def cut_into_blocks(stream: "np.ndarray", length: int, documents: int, join_rule
         raise UserError(f"{key}: {len(stream)} tokens do not fill one block of data.max_length {length}; use more text{shorter}")
     ids = stream[: count * length].reshape(count, length)
     return Blocks(ids, documents, join_rule, tail_tokens=len(stream) - count * length)
-
-
-def hold_out(documents: list[str], fraction: float, seed: int) -> tuple[list[str], list[str]]:
-    """Whole documents drawn by seed for evaluation; the rest, in their order, for training.
-
-    A source with fewer than 10 documents is cut near its end instead, at a line's end.
-    """
-    if len(documents) < 10:
-        text = "\n".join(documents)
-        cut = text.rfind("\n", 0, round(len(text) * (1 - fraction))) + 1 or round(len(text) * (1 - fraction))
-        return [text[:cut]], [text[cut:]]
-    count = min(max(1, round(fraction * len(documents))), len(documents) - 1)
-    chosen = set(random.Random(seed).sample(range(len(documents)), count))
-    train = [document for number, document in enumerate(documents) if number not in chosen]
-    return train, [documents[number] for number in sorted(chosen)]

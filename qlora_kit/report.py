@@ -20,6 +20,7 @@ from qlora_kit.settings import Config
 if TYPE_CHECKING:
     from qlora_kit.dataset import Blocks
     from qlora_kit.device import Machine
+    from qlora_kit.packing import RecordBlocks
     from qlora_kit.perplexity import Perplexity
 
 LOG, METRICS, CURVES = "training_log.txt", "metrics.jsonl", "training_curves.png"
@@ -122,13 +123,11 @@ class RunReport:
         self.micro_batch = micro_batch
         self.log.line(f"Out of GPU memory {what} with {rows} at a time; the effective batch stays")
 
-    def describe_data(self, train: "Blocks", evaluation: "Blocks | None") -> None:
+    def describe_data(self, train: "Blocks | RecordBlocks", evaluation: "Blocks | RecordBlocks | None") -> None:
         config = self.config
         steps = config.steps_per_epoch(len(train))
-        self.log.line(
-            f"Training data: {config.data.dataset}: {train.documents:,} documents ({train.join_rule}), {len(train):,} blocks of "
-            f"{config.data.max_length} tokens, tail of {train.tail_tokens} tokens left out; {steps:,} optimizer steps an epoch"
-        )
+        source = ", ".join(config.data.names)
+        self.log.line(f"Training data: {source}: {train.description()}; {steps:,} optimizer steps an epoch")
         self.data = {
             "source": config.data.dataset,
             "join_rule": train.join_rule,
@@ -136,7 +135,7 @@ class RunReport:
             "train_sha256": train.fingerprint(),
         }
         if evaluation:
-            self.log.line(f"Evaluation data: {evaluation.documents:,} documents, {len(evaluation):,} blocks")
+            self.log.line(f"Evaluation data: {evaluation.summary()}, {len(evaluation):,} blocks")
             self.data |= {"eval_blocks": len(evaluation), "eval_sha256": evaluation.fingerprint()}
 
     def memory(self, when: str) -> None:

@@ -54,6 +54,13 @@ def _eval_split(value: Any) -> Any:
     return float(value)
 
 
+def _dataset(value: Any) -> Any:
+    names = value if isinstance(value, list) else [value]
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError("should be a Hub name, a file, a folder, or a list of them")
+    return value
+
+
 def _is_number(value: Any) -> bool:
     try:
         float(value)
@@ -98,14 +105,23 @@ class LoraSettings(Section):
 
 
 class DataConfig(Section):
-    dataset: Name = "Salesforce/wikitext"
+    dataset: Annotated[list[str] | str, BeforeValidator(_dataset)] = "Salesforce/wikitext"
     subset: Name | None = "wikitext-2-raw-v1"
+    format: Literal["auto", "text", "alpaca", "sharegpt", "messages", "completion", "instruction"] = "auto"
     text_field: Name = "text"
+    train_on: Literal["assistant", "last", "all"] = "assistant"
     max_length: Annotated[int, BeforeValidator(_not_bool), Field(ge=8)] = 512
+    too_long: Literal["cut", "drop"] = "cut"
+    packing: bool = True
     train_split: Name = "train"
     eval_split: Annotated[str | float | None, BeforeValidator(_eval_split)] = "validation"
     max_train_samples: Count | None = None
     max_eval_samples: Count | None = 256
+
+    @property
+    def names(self) -> list[str]:
+        """`dataset` as a list."""
+        return self.dataset if isinstance(self.dataset, list) else [self.dataset]
 
 
 class TrainingConfig(Section):

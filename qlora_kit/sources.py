@@ -1,23 +1,72 @@
-"""Where text comes from: a Hub data set, a local file, or a folder of them -> documents.
+"""Where data comes from: a Hub data set, local files or folders, or a list of them -> running text, or records of known formats.
 
-Wikitext's rows are lines: they are joined to documents at its ` = Title = ` lines. In any other table a row is a document,
-and a text file without such lines is one document. Tokens and blocks are made in dataset.py.
+How files are read: readers.py; how text becomes documents: documents.py; how records become tokens: encoding.py.
 """
 
+import hashlib
 import math
 import os
-import re
-from collections.abc import Iterable
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qlora_kit.config import UserError
+from qlora_kit.documents import Part, check_format, join_rule, placed, read_documents
+from qlora_kit.encoding import Fragment
+from qlora_kit.formats import recognise
 from qlora_kit.hub import FILE_SUFFIXES, is_local
+from qlora_kit.readers import Row, read_records
 from qlora_kit.settings import DataConfig
 
-TITLE = re.compile(r"^ = [^=](.*[^=])? = $")  # ` = Title = `, and not ` = = Section = = `
-TABLE_SUFFIXES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}  # the other kinds are text
+TABLE_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")  # the other kinds are text
 WIKITEXT_2_TOKENS = 2_400_000  # training split, Qwen2.5 tokenizer, rounded: used to estimate a run's length only
+
+
+@dataclass(frozen=True)
+class Source:
+    """Running text, as documents, or records of known formats."""
+
+    parts: list[Part]
+    text_field: str
+    mixed_is_wrong: bool  # the format was recognised, and not stated
+
+    @property
+    def formats(self) -> list[str]:
+        return list(dict.fromkeys(part.format for part in self.parts))
+
+    @property
+    def is_text(self) -> bool:
+        return self.formats == ["text"]
+
+    @property
+    def fingerprint(self) -> str:
+        said = [(part.fingerprint, part.format) for part in self.parts]
+        return hashlib.sha256(repr((said, self.text_field)).encode()).hexdigest()
+
+    def records(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        """Place, format and fields of each record.
+
+        Raises:
+            UserError: a record of another format than those before it.
+        """
+        for part in self.parts:
+            for place, record in part.rows():
+                if self.mixed_is_wrong:
+                    with placed(f"{part.where}: {place}"):
+                        check_format(record, part.format, self.text_field)
+                yield f"{part.where}: {place}", part.format, record
+
+    def documents(self) -> Iterator[Fragment]:
+        for part in self.parts:
+            yield from read_documents(part, self.text_field)
+
+    def join_rule(self) -> str:
+        """How rows became documents."""
+        return ", ".join(dict.fromkeys(join_rule(part, self.text_field) for part in self.parts))
+
+
+# Before anything is loaded
 
 
 def check_source(data: DataConfig) -> None:
@@ -26,13 +75,14 @@ def check_source(data: DataConfig) -> None:
     Raises:
         UserError: missing, empty, or of a kind that is not text.
     """
-    if is_local(data.dataset):
-        for path in source_files(data.dataset):
+    local = [name for name in data.names if is_local(name)]
+    for name in local:
+        for path in source_files(name):
             _check_file(path, "data.dataset")
     if isinstance(data.eval_split, str) and is_file_name(data.eval_split):
         for path in source_files(data.eval_split, "data.eval_split"):
             _check_file(path, "data.eval_split")
-    elif is_local(data.dataset) and isinstance(data.eval_split, str) and data.eval_split != data.train_split:
+    elif local and isinstance(data.eval_split, str) and data.eval_split != data.train_split:
         raise UserError(
             f"data.eval_split: {data.eval_split}: a local source has no named splits; "
             "hold out a share (--set data.eval_split=0.1), name another file, or null for no evaluation"
@@ -63,7 +113,7 @@ def _check_file(path: Path, key: str) -> None:
             start = file.read(65536)
     except OSError as error:
         raise UserError(f"{key}: {path}: cannot be read ({error.strerror}); check its permissions") from None
-    if not start.strip():
+    if not start.removeprefix(b"\xef\xbb\xbf").strip():
         raise UserError(f"{key}: {path}: the file is empty; put text into it, or name another")
     if path.suffix.lower() in TABLE_SUFFIXES:
         return
@@ -79,8 +129,9 @@ def _check_file(path: Path, key: str) -> None:
 def estimate_tokens(data: DataConfig) -> float | None:
     """Training tokens of one epoch, roughly and before anything is read; None for a Hub data set of unknown size."""
     tokens: float
-    if is_local(data.dataset):
-        tokens = sum(path.stat().st_size for path in source_files(data.dataset)) / 4  # about 4 bytes of English a token
+    if all(is_local(name) for name in data.names):
+        # about 4 bytes of English a token
+        tokens = sum(path.stat().st_size for name in data.names for path in source_files(name)) / 4
     elif data.subset and data.subset.startswith("wikitext-2"):
         tokens = WIKITEXT_2_TOKENS
     else:
@@ -88,84 +139,77 @@ def estimate_tokens(data: DataConfig) -> float | None:
     return min(tokens, (data.max_train_samples or math.inf) * data.max_length)
 
 
-def load_documents(data: DataConfig, name: str, split: str, key: str) -> tuple[list[str], str]:
-    """All documents of one source, and the rule by which its rows were joined.
+# Opening
+
+
+def open_source(data: DataConfig, names: list[str], split: str, key: str) -> Source:
+    """Names -> what can be read from them; of each table the first record is read, for its format.
 
     Raises:
-        UserError: the source or the split does not exist, cannot be reached, or holds no text.
+        UserError: a source or split does not exist or cannot be reached, is of an unknown format, or text stands beside records.
     """
-    if is_local(name):
-        documents, rule = _local_documents(data, name, key)
-    else:
-        documents, rule = join_rows(_hub_rows(data, name, split))
-    documents = [document for document in documents if document.strip()]
-    if not documents:
-        raise UserError(f"{key}: {name}: holds no text; name another source")
-    return documents, rule
-
-
-def join_rows(rows: Iterable[str]) -> tuple[list[str], str]:
-    """Rows -> documents: joined at Wikitext's title lines when there are any, else one document a row.
-
-    A joined document keeps every character of its rows: nothing is stripped but the line ends are made equal.
-    """
-    rows = list(rows)
-    lines = [row.rstrip("\r\n") for row in rows]
-    if not any(TITLE.match(line) for line in lines):
-        return rows, "one document a row"
-    documents: list[list[str]] = [[]]
-    for line in lines:
-        if TITLE.match(line) and any(part.strip() for part in documents[-1]):
-            documents.append([])
-        documents[-1].append(line)
-    return ["\n".join(document) + "\n" for document in documents], "rows joined at ' = Title = ' lines"
-
-
-def _local_documents(data: DataConfig, name: str, key: str) -> tuple[list[str], str]:
-    documents, rules = [], []
-    for path in source_files(name, key):
-        _check_file(path, key)
-        if path.suffix.lower() in TABLE_SUFFIXES:
-            part, rule = join_rows(_table_rows(data, path, key))
+    parts: list[Part] = []
+    for name in names:
+        if is_local(name):
+            parts += [_file(path, key) for path in source_files(name, key)]
         else:
-            part, rule = _text_documents(path, key)
-        documents += part
-        rules.append(rule)
-    return documents, ", ".join(dict.fromkeys(rules))
+            parts.append(_hub_table(data, name, split))
+    parts = [replace(part, format=_format(part, data)) for part in parts]
+    source = Source(parts, data.text_field, mixed_is_wrong=data.format == "auto")
+    if "text" in source.formats and not source.is_text:
+        text, other = (next(part for part in parts if (part.format == "text") == is_text) for is_text in (True, False))
+        raise UserError(
+            f"{text.where} is running text, and {other.where.removeprefix(key + ': ')} holds {other.format} records; "
+            "train on one kind at a time"
+        )
+    return source
 
 
-def _text_documents(path: Path, key: str) -> tuple[list[str], str]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{key}: {path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    documents, rule = join_rows(text.removesuffix("\n").split("\n"))
-    if rule == "one document a row":
-        return [text], "one document a file"
-    return documents, rule
+def _file(path: Path, key: str) -> Part:
+    _check_file(path, key)
+    where = f"{key}: {path}"
+    with path.open("rb") as file:
+        fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
+    if path.suffix.lower() in TABLE_SUFFIXES:
+        return Part(where, fingerprint, None, lambda: read_records(path, where))
+    return Part(where, fingerprint, path, lambda: iter(()))
 
 
-def _table_rows(data: DataConfig, path: Path, key: str) -> list[str]:
-    from datasets import Dataset, load_dataset
+def _format(part: Part, data: DataConfig) -> str:
+    """
+    Raises:
+        UserError: the table is empty, or its first record is of no known format; or a text file is to be read as records.
+    """
+    if part.path:
+        if data.format not in ("auto", "text"):
+            raise UserError(
+                f"data.format: {data.format}: {part.path} is running text; convert it to .jsonl, or set data.format to auto"
+            )
+        return "text"
+    place, record = next(part.rows(), ("", None))
+    if record is None:
+        raise UserError(f"{part.where}: holds no record; put records into it, or name another")
+    if data.format != "auto":
+        return data.format
+    with placed(f"{part.where}: {place}"):
+        return recognise(record, data.text_field)
 
-    kind = TABLE_SUFFIXES[path.suffix.lower()]
-    try:
-        words_for_missing = {"keep_default_na": False} if kind == "csv" else {}  # `NA` and `None` are text
-        table = load_dataset(kind, data_files=str(path), split="train", **words_for_missing)
-    except Exception as error:  # datasets wraps parser errors in many classes of its own
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise UserError(f"{key}: {path}: not readable as {kind} ({reason}); mend the file") from None
-    assert isinstance(table, Dataset)
-    return _column(table, data.text_field, f"{key}: {path}")
+
+# The Hub
 
 
-def _hub_rows(data: DataConfig, name: str, split: str) -> list[str]:
+def _hub_table(data: DataConfig, name: str, split: str) -> Part:
     from datasets import DatasetDict, load_dataset
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
     key = f"data.dataset: {name}"
     try:
         table = load_dataset(_downloaded(name), data.subset, split=split)
-    except (ConnectionError, OSError):
+    except (ConnectionError, OSError) as error:
+        if isinstance(error, DatasetNotFoundError) and not os.environ.get("HF_HUB_OFFLINE"):
+            raise UserError(
+                f"{key}: neither a file here nor a data set on the Hub; correct the name, or log in if it is private"
+            ) from None
         raise UserError(
             f"{key}: not on this machine, and the Hub cannot be reached; download it where there is a network "
             f"(hf download --repo-type dataset {name}), or name a local text file: --dataset FILE"
@@ -174,8 +218,15 @@ def _hub_rows(data: DataConfig, name: str, split: str) -> list[str]:
         raise UserError(
             f"{key}: {' '.join(str(error).split())}; correct data.subset, data.train_split or data.eval_split"
         ) from None
+    except (DatasetsError, RuntimeError) as error:  # files that do not fit together, or a data set that is a program
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise UserError(f"{key}: cannot be read ({reason}); name another data set, or a local file") from None
     assert not isinstance(table, DatasetDict)
-    return _column(table, data.text_field, key)
+
+    def rows() -> Iterator[Row]:
+        return ((f"record {number}", record) for number, record in enumerate(table, 1))
+
+    return Part(f"{key}, {split}", table._fingerprint, None, rows)
 
 
 def _downloaded(name: str) -> str:
@@ -188,19 +239,3 @@ def _downloaded(name: str) -> str:
         return snapshot_download(name, repo_type="dataset", local_files_only=True)
     except OSError:
         return name
-
-
-def _column(table: Any, field: str, where: str) -> list[str]:
-    if field not in table.column_names:
-        raise UserError(f"data.text_field: {field}: {where} has no such column; it has {', '.join(table.column_names)}")
-    try:
-        rows = table[field][:]
-    except UnicodeDecodeError:
-        raise UserError(f"{where}: not UTF-8 text; save it as UTF-8") from None
-    wrong = next((number for number, row in enumerate(rows, 1) if row is not None and not isinstance(row, str)), None)
-    if wrong is not None:
-        raise UserError(
-            f"data.text_field: {field}: {where}: record {wrong} holds {type(rows[wrong - 1]).__name__}, not text; "
-            "name a text column"
-        )
-    return [row or "" for row in rows]

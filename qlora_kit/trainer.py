@@ -21,6 +21,7 @@ from qlora_kit.dataset import Blocks
 from qlora_kit.device import is_out_of_memory
 from qlora_kit.fast.graph import MicroStep
 from qlora_kit.fast.loss import IGNORED, token_losses
+from qlora_kit.packing import RecordBlocks
 from qlora_kit.perplexity import Perplexity, as_metrics, library_losses, measure_perplexity
 from qlora_kit.progress import ProgressCallback
 
@@ -152,7 +153,7 @@ class QLoraTrainer(Trainer):
 
     def measure(self) -> Perplexity:
         """Perplexity on the evaluation blocks with the weights as they are now."""
-        assert isinstance(self.eval_dataset, Blocks)
+        assert isinstance(self.eval_dataset, Blocks | RecordBlocks)
         if self.micro is None:
             self.adapted.eval()  # once, for all batches; the library's training_step switches back
         losses_of = self.micro.losses if self.micro else library_losses(self.adapted, self.autocast())

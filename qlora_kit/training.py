@@ -21,13 +21,16 @@ from qlora_kit.device import Machine
 from qlora_kit.fast.decoder import FastDecoder, why_not_fast
 from qlora_kit.fast.graph import MicroStep, why_not_compiled, why_not_graphed, why_not_used
 from qlora_kit.fast.lora import fuse
+from qlora_kit.packing import RecordBlocks
 from qlora_kit.progress import ProgressCallback
 from qlora_kit.report import RunReport
 from qlora_kit.settings import Config
 from qlora_kit.trainer import QLoraTrainer
 
 
-def build_trainer(model: Any, train: Blocks, evaluation: Blocks | None, report: RunReport) -> QLoraTrainer:
+def build_trainer(
+    model: Any, train: Blocks | RecordBlocks, evaluation: Blocks | RecordBlocks | None, report: RunReport
+) -> QLoraTrainer:
     config, machine = report.config, report.machine
     progress = ProgressCallback(report, train.tokens / config.steps_per_epoch(len(train)))
     callbacks: list[TrainerCallback] = [FiniteLossCallback(), progress]  # in this order: no NaN reaches the files

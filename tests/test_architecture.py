@@ -12,7 +12,10 @@ SCRIPTS = {"train_qlora", "inference_example", "quantization_utils"}
 FOLDERS = [path for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".") and path.name != "tests"]
 SOURCES = sorted([*ROOT.glob("*.py"), *(file for folder in FOLDERS for file in folder.rglob("*.py"))])
 # A mistake in a config must be answered at once: these are read before torch is.
-LIGHT = ("config", "settings", "memory", "plan", "formats", "sources", "hub", "cli", "report", "dataset", "checkpoint")
+LIGHT = (
+    "config", "settings", "memory", "plan", "formats", "sources", "readers", "documents", "encoding", "storage", "packing", "hub",
+    "cli", "report", "dataset", "checkpoint",
+)  # fmt: skip
 HEAVY = {"torch", "transformers", "datasets", "peft", "bitsandbytes", "matplotlib"}
 
 

@@ -1,4 +1,6 @@
-"""Documents -> tokens -> blocks: nothing is lost but the tail, and every token is a label."""
+"""A source -> tokens on disk -> blocks: nothing is lost but the tail, and every token of running text is a label."""
+
+import json
 
 import numpy as np
 import pytest
@@ -6,7 +8,10 @@ import torch
 from transformers import AutoTokenizer
 
 from qlora_kit.config import UserError
-from qlora_kit.dataset import Blocks, cut_into_blocks, hold_out, separator_id, tokenize
+from qlora_kit.dataset import Blocks, cut_into_blocks, separator_id, tokenize
+from qlora_kit.documents import hold_out
+from qlora_kit.settings import DataConfig
+from qlora_kit.sources import open_source
 
 
 @pytest.fixture(scope="module")
@@ -14,18 +19,17 @@ def tokenizer(tiny_dir):
     return AutoTokenizer.from_pretrained(tiny_dir)
 
 
-class Counting:
-    """The tokenizer, with its calls counted."""
+@pytest.fixture
+def tokenized(tmp_path, tokenizer):
+    """tokenized(documents) -> the ids of their stream, through a file of records."""
 
-    def __init__(self, tokenizer):
-        self.tokenizer, self.calls = tokenizer, 0
+    def tokenized(documents: list[str], tokenizer=tokenizer) -> np.ndarray:
+        path = tmp_path / "documents.jsonl"
+        path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+        source = open_source(DataConfig(dataset=str(path), subset=None), [str(path)], "train", "data.dataset")
+        return tokenize(source, source.documents, tokenizer).ids
 
-    def __getattr__(self, name):
-        return getattr(self.tokenizer, name)
-
-    def __call__(self, *args, **rest):
-        self.calls += 1
-        return self.tokenizer(*args, **rest)
+    return tokenized
 
 
 def blocks_of(stream, length: int) -> Blocks:
@@ -59,42 +63,71 @@ def test_a_tokenizer_without_any_end_is_one_problem():
         separator_id(PlainTokenizer(None))
 
 
-def test_the_stream_is_each_document_followed_by_the_separator(tokenizer):
-    documents = [f"Document {number}: " + "the sea rises and falls. " * (number % 5) for number in range(150)]  # over two batches
-    expected = []
-    for document in documents:
-        expected += [*tokenizer.encode(document, add_special_tokens=False), separator_id(tokenizer)]
-    stream = tokenize(documents, tokenizer)
+def stream_of(documents: list[str], tokenizer) -> list[int]:
+    """Each document tokenized by itself, as a whole."""
+    return [
+        token
+        for document in documents
+        for token in [*tokenizer.encode(document, add_special_tokens=False), separator_id(tokenizer)]
+    ]
+
+
+def test_the_stream_is_each_document_followed_by_the_separator(tokenizer, tokenized):
+    documents = [
+        f"Document {number}: " + "the sea rises and falls. " * (number % 5) for number in range(1500)
+    ]  # over two batches
+    stream = tokenized(documents)
     assert stream.dtype == np.int32 and stream.ndim == 1
-    assert stream.tolist() == expected
+    assert stream.tolist() == stream_of(documents, tokenizer)
 
 
-def test_documents_of_equal_length_make_a_flat_stream_too(tokenizer):
-    assert tokenize(["sea"] * 3, tokenizer).tolist() == 3 * [*tokenizer.encode("sea"), separator_id(tokenizer)]
+def test_documents_of_equal_length_make_a_flat_stream_too(tokenizer, tokenized):
+    assert tokenized(["sea"] * 3).tolist() == 3 * [*tokenizer.encode("sea"), separator_id(tokenizer)]
 
 
-def test_a_document_longer_than_the_model_reads_is_not_cut(tokenizer):
-    document = "sea " * (2 * tokenizer.model_max_length)
-    assert len(tokenize([document], tokenizer)) > 2 * tokenizer.model_max_length
+@pytest.mark.parametrize(
+    "document",
+    [
+        "sea " * 50_000,
+        "The sea rises.\n\nIt falls.\n  indented\r\n" * 5_000,
+        "Ünïcödé 你好 🙂 " * 20_000,
+        "a" * 70_000 + " " + "b" * 70_000,  # no place to cut for long
+        " \n" * 100_000 + "x",
+    ],
+    ids=["one line", "lines", "unicode", "long words", "blanks"],
+)
+def test_a_long_document_has_the_tokens_of_the_whole(tokenizer, tokenized, document):
+    """It is longer than what is tokenized at once, and than the model reads."""
+    assert tokenized([document]).tolist() == stream_of([document], tokenizer)
 
 
-def test_the_second_time_tokens_come_from_the_cache(tokenizer):
-    first, second = Counting(tokenizer), Counting(tokenizer)
-    stream = tokenize(["a text that no other test has"], first)
-    assert first.calls == 1
-    assert tokenize(["a text that no other test has"], second).tolist() == stream.tolist()
-    assert second.calls == 0
+def test_the_second_time_tokens_come_from_the_cache(tokenized, monkeypatch):
+    stream = tokenized(["a text that no other test has"])
+    monkeypatch.setattr("qlora_kit.dataset.encode_text", None)  # would fail when called
+    assert tokenized(["a text that no other test has"]).tolist() == stream.tolist()
 
 
-def test_the_cache_tells_documents_apart_by_their_borders(tokenizer):
-    assert tokenize(["ab", "c"], tokenizer).tolist() != tokenize(["a", "bc"], tokenizer).tolist()
+def test_a_run_that_fails_leaves_nothing_in_the_cache(tokenized, monkeypatch):
+    def failing(*arguments):
+        yield np.arange(3, dtype=np.int32), True
+        raise RuntimeError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("qlora_kit.dataset.encode_text", failing)
+        with pytest.raises(RuntimeError):
+            tokenized(["a text that was interrupted"])
+    assert tokenized(["a text that was interrupted"]).tolist() != [0, 1, 2]
 
 
-def test_the_cache_tells_tokenizers_apart(tokenizer, tiny_dir):
+def test_the_cache_tells_documents_apart_by_their_borders(tokenized):
+    assert tokenized(["ab", "c"]).tolist() != tokenized(["a", "bc"]).tolist()
+
+
+def test_the_cache_tells_tokenizers_apart(tokenizer, tokenized, tiny_dir):
     other = AutoTokenizer.from_pretrained(tiny_dir)
     other.add_tokens(["tides"])
-    assert tokenize(["tides"], tokenizer).tolist() != tokenize(["tides"], other).tolist()
-    assert len(tokenize(["tides"], other)) == 2
+    assert tokenized(["tides"]).tolist() != tokenized(["tides"], other).tolist()
+    assert len(tokenized(["tides"], other)) == 2
 
 
 # Blocks
@@ -119,8 +152,8 @@ def test_a_stream_too_short_for_one_block_is_one_problem():
     assert problem.startswith("data.dataset: 9 tokens") and "data.max_length 10" in problem and "--max_length 9" in problem
 
 
-def test_every_token_is_a_label_at_its_own_position_and_so_is_the_separator(tokenizer):
-    blocks = blocks_of(tokenize(["The sea.", "Salt.", "The Moon rises."], tokenizer), 8)
+def test_every_token_is_a_label_at_its_own_position_and_so_is_the_separator(tokenizer, tokenized):
+    blocks = blocks_of(tokenized(["The sea.", "Salt.", "The Moon rises."]), 8)
     separator = separator_id(tokenizer)
     assert separator == tokenizer.pad_token_id  # collators that mask padding by id would not train it
     separators = 0
@@ -144,11 +177,26 @@ def test_fingerprint_changes_with_the_data_and_with_nothing_else():
 
 # Held-out share
 
+
+def held(documents: list[str], fraction: float, seed: int) -> tuple[list[str], list[str]]:
+    train, held_out = hold_out(lambda: ((document, True) for document in documents), fraction, seed)
+    return joined(train()), joined(held_out())
+
+
+def joined(fragments) -> list[str]:
+    documents = [""]
+    for text, ends in fragments:
+        documents[-1] += text
+        documents += [""] * ends
+    assert documents.pop() == ""  # the last one ended
+    return documents
+
+
 DOCUMENTS = [f"document {number}" for number in range(40)]
 
 
 def test_held_out_documents_are_disjoint_complete_and_in_order():
-    train, held_out = hold_out(DOCUMENTS, 0.25, seed=1)
+    train, held_out = held(DOCUMENTS, 0.25, seed=1)
     assert (len(train), len(held_out)) == (30, 10)
     assert sorted(train + held_out) == sorted(DOCUMENTS)
     assert train == [document for document in DOCUMENTS if document in train]
@@ -156,29 +204,29 @@ def test_held_out_documents_are_disjoint_complete_and_in_order():
 
 
 def test_the_seed_decides_what_is_held_out():
-    assert hold_out(DOCUMENTS, 0.25, seed=1) == hold_out(DOCUMENTS, 0.25, seed=1)
-    assert hold_out(DOCUMENTS, 0.25, seed=1) != hold_out(DOCUMENTS, 0.25, seed=2)
+    assert held(DOCUMENTS, 0.25, seed=1) == held(DOCUMENTS, 0.25, seed=1)
+    assert held(DOCUMENTS, 0.25, seed=1) != held(DOCUMENTS, 0.25, seed=2)
 
 
 @pytest.mark.parametrize("fraction", [0.001, 0.5, 0.999])
 @pytest.mark.parametrize("count", [10, 40])
 def test_neither_part_is_ever_empty(count, fraction):
-    train, held_out = hold_out(DOCUMENTS[:count], fraction, seed=1)
+    train, held_out = held(DOCUMENTS[:count], fraction, seed=1)
     assert train and held_out
 
 
 def test_one_long_document_is_cut_near_its_end_at_a_line():
     text = "".join(f"line {number}\n" for number in range(100))
-    (train,), (held_out,) = hold_out([text], 0.2, seed=1)
+    (train,), (held_out,) = held([text], 0.2, seed=1)
     assert train + held_out == text
     assert train.endswith("\n") and held_out.startswith("line ")
     assert len(held_out) == pytest.approx(0.2 * len(text), abs=len("line 99\n"))
 
 
 def test_a_few_documents_are_cut_without_losing_text():
-    (train,), (held_out,) = hold_out(["one\n", "two\n", "three\n"], 0.3, seed=1)
+    (train,), (held_out,) = held(["one\n", "two\n", "three\n"], 0.3, seed=1)
     assert (train + held_out).split() == ["one", "two", "three"]
 
 
 def test_a_document_without_line_ends_is_still_cut():
-    assert hold_out(["x" * 100], 0.1, seed=1) == (["x" * 90], ["x" * 10])
+    assert held(["x" * 100], 0.1, seed=1) == (["x" * 90], ["x" * 10])

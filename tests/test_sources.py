@@ -11,8 +11,9 @@ import pyarrow.parquet
 import pytest
 
 from qlora_kit.config import UserError
+from qlora_kit.documents import join_lines
 from qlora_kit.settings import DataConfig
-from qlora_kit.sources import check_source, estimate_tokens, join_rows, load_documents, source_files
+from qlora_kit.sources import check_source, estimate_tokens, open_source, source_files
 
 
 @pytest.fixture
@@ -33,8 +34,26 @@ def data_config(path, **changes) -> DataConfig:
 
 
 def documents_of(path, **changes) -> list[str]:
-    data = data_config(path, **changes)
-    return load_documents(data, data.dataset, data.train_split, "data.dataset")[0]
+    source = open_source(data_config(path, **changes), [str(path)], "train", "data.dataset")
+    assert source.is_text
+    return joined(source.documents())
+
+
+def joined(fragments) -> list[str]:
+    documents = [""]
+    for text, ends in fragments:
+        documents[-1] += text
+        documents += [""] * ends
+    assert documents.pop() == ""  # the last one ended
+    return documents
+
+
+def rule_of(path, **changes) -> str:
+    return open_source(data_config(path, **changes), [str(path)], "train", "data.dataset").join_rule()
+
+
+def records_of(path, **changes) -> list[tuple[str, str, dict]]:
+    return list(open_source(data_config(path, **changes), [str(path)], "train", "data.dataset").records())
 
 
 def problem_of(path, **changes) -> str:
@@ -60,35 +79,52 @@ WIKITEXT_ROWS = [
 ]
 
 
-def test_rows_are_joined_at_titles_and_not_at_section_headings():
+@pytest.fixture
+def join_rows(write):
+    """join_rows(rows) -> the documents of a table that has them as rows, and the rule that joined them."""
+
+    def join_rows(rows: list[str]) -> tuple[list[str], str]:
+        path = write("rows.jsonl", as_jsonl(*({"text": row} for row in rows)))
+        return documents_of(path), rule_of(path)
+
+    return join_rows
+
+
+def test_rows_are_joined_at_titles_and_not_at_section_headings(join_rows):
     documents, rule = join_rows(WIKITEXT_ROWS)
     assert documents == ["\n = Tides = \n\n The sea rises . \n = = Cause = = \n\n The Moon . \n", " = Salt = \n NaCl . \n"]
     assert "joined" in rule
 
 
-def test_joining_loses_no_row_and_no_blank_one():
+def test_joining_loses_no_row_and_no_blank_one(join_rows):
     joined = "".join(join_rows(WIKITEXT_ROWS)[0])
     assert joined.split("\n")[:-1] == [row.rstrip("\n") for row in WIKITEXT_ROWS]
 
 
 @pytest.mark.parametrize("title", [" = A = ", " = E = mc2 = ", " = C # = ", " = 1984 = "])
-def test_these_lines_begin_a_document(title):
+def test_these_lines_begin_a_document(join_rows, title):
     assert len(join_rows([" = First = ", " text ", title, " text "])[0]) == 2
 
 
 @pytest.mark.parametrize("line", [" = = Part = = ", " = = = Sub = = = ", "= Bare =", " x = y ", " = open ", " = "])
-def test_these_lines_do_not_begin_a_document(line):
+def test_these_lines_do_not_begin_a_document(join_rows, line):
     assert len(join_rows([" = First = ", " text ", line, " text "])[0]) == 1
 
 
-def test_text_before_the_first_title_is_a_document_of_its_own():
+def test_text_before_the_first_title_is_a_document_of_its_own(join_rows):
     documents, _ = join_rows([" foreword ", " = Title = ", " text "])
     assert documents == [" foreword \n", " = Title = \n text \n"]
 
 
-def test_rows_without_titles_are_one_document_each_unchanged():
-    rows = ["one\n", "  two", "", "three = 3"]
-    assert join_rows(rows) == (rows, "one document a row")
+def test_rows_without_titles_are_one_document_each_unchanged(join_rows):
+    assert join_rows(["one\n", "  two", "", "three = 3"]) == (["one\n", "  two", "three = 3"], "one document a row")
+
+
+def test_a_document_longer_than_what_is_read_at_once_is_one_document(write):
+    lines = [" = A = \n", *(f"line {number} \n" for number in range(200_000)), " = B = \n", "end\n"]
+    assert documents_of(write("a.txt", "".join(lines))) == ["".join(lines[:-2]), "".join(lines[-2:])]
+    fragments = list(join_lines(lines))
+    assert max(len(text) for text, _ in fragments) < 2**21
 
 
 # Text files
@@ -185,41 +221,146 @@ def test_the_text_column_can_be_named(write):
 
 @pytest.mark.parametrize(("name", "content"), [("a.jsonl", '{"title": "x", "body": "y"}\n'), ("a.csv", "title,body\nx,y\n")])
 def test_a_missing_text_column_is_one_problem_that_lists_the_others(write, name, content):
-    problem = problem_of(write(name, content))
-    assert problem.startswith("data.text_field: text: ") and "title, body" in problem
+    for changes in ({}, {"format": "text"}):
+        path = write(name, content)
+        problem = problem_of(path, **changes)
+        assert problem.startswith(f"data.dataset: {path}: ") and "1: has the keys title, body; expected" in problem
+        assert problem.endswith("or text")
 
 
 @pytest.mark.parametrize("wrong", [5, ["x"], {"x": 1}])
 def test_a_record_that_is_not_text_is_named_by_its_number(write, wrong):
     problem = problem_of(write("a.jsonl", as_jsonl({"text": "one"}, {"text": "two"}, {"text": wrong})))
-    assert problem.startswith("data.text_field: text: ") and "record 3" in problem and type(wrong).__name__ in problem
+    assert f"a.jsonl: line 3: text holds {type(wrong).__name__}; expected text" in problem
 
 
 def test_records_without_text_are_passed_over(write):
-    assert documents_of(write("a.jsonl", as_jsonl({"text": "one"}, {"text": None}, {"text": " "}, {"n": 1}))) == ["one"]
-
-
-def test_a_table_without_any_text_is_one_problem(write):
-    assert "holds no text" in problem_of(write("a.jsonl", as_jsonl({"text": ""})))
+    assert documents_of(write("a.jsonl", as_jsonl({"text": "one"}, {"text": None}, {"text": " "}))) == ["one"]
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("name", "content", "reason"),
     [
-        ("a.jsonl", b'{"text": "one"}\nnot json\n'),
-        ("a.csv", b'text\n1,2,3\n"open\n'),
-        ("a.parquet", b"not parquet"),
-        ("a.jsonl", b'{"text": "caf\xe9"}\n'),
+        ("a.jsonl", b'{"text": "one"}\n\nnot json\n', "line 3: broken JSON (Expecting value); mend this line"),
+        ("a.jsonl", b'{"text": "one"}\n{"text": "two\n', "line 2: broken JSON (Invalid control character at)"),
+        ("a.jsonl", b'{"text": "one"}\n["two"]\n', "line 2: holds list; expected an object"),
+        ("a.jsonl", b'[{"text": "one"}]\n', "line 1: begins an array; put one object on each line"),
+        ("a.jsonl", b'{"text": "a\x00b"}\n', "line 1 holds NUL bytes"),
+        ("a.jsonl", b'{"text": "one"}\n{"text": "caf\xe9"}\n', "line 2: not UTF-8 text (byte 13)"),
+        ("a.jsonl", b'{"text": "\\ud83d"}\n', "line 1: holds half a character"),
+        ("a.jsonl", b"[" * 100_000, "line 1: broken JSON (nested too deep"),
+        ("a.json", b'[{"text": "one"},\n {"text": two}]', "line 2: broken JSON (Expecting value)"),
+        ("a.json", b'[{"text": "one"}\n {"text": "two"}]', "line 2: broken JSON (expected ,)"),
+        ("a.json", b'[{"text": "one"},\n{"text": "two"', "line 2: broken JSON (Expecting ',' delimiter)"),
+        ("a.json", b'[{"text": "one"}\n', "line 2: broken JSON (expected ,)"),
+        ("a.json", b'[{"text": "one"}]\n]', "line 2: broken JSON (more after the array)"),
+        ("a.json", b'[{"text": "one"}, 7]', "record 2: holds int; expected an object"),
+        ("a.json", b"[]", "holds no record"),
+        ("a.csv", b'text\n1,2,3\n"open\n', "record 1 (line 2) has 3 fields where the header has 1"),
+        ("a.csv", b'text\none\n"open\n', "record 2 (line 3): not readable as CSV"),
+        ("a.csv", b"text\n", "holds no record"),
+        ("a.csv", b"text\na\x00b\n", "line 2 holds NUL bytes"),
+        ("a.parquet", b"not parquet", "not readable as parquet"),
     ],
 )
-def test_a_broken_table_is_one_problem_with_the_file(write, name, content):
+def test_a_broken_table_is_one_problem_with_file_and_place(write, name, content, reason):
     path = write(name, content)
-    assert str(path) in problem_of(path)
+    problem = problem_of(path)
+    assert str(path) in problem and reason in problem
+
+
+def test_a_line_of_100_mb_is_refused_without_reading_it(write):
+    path = write("a.jsonl", b'{"text": "' + b"x" * 10)
+    os.truncate(path, 100_000_000)
+    assert f"line 1 is longer than {2**25:,} bytes" in problem_of(path)
+
+
+def test_text_without_any_space_for_a_million_characters_is_refused(write):
+    assert "1,000,000 characters without a space or line end" in problem_of(write("a.txt", "x" * 2_200_000))
+    assert "line 1: holds more than 1,000,000 characters" in problem_of(write("a.jsonl", as_jsonl({"text": "x" * 1_000_001})))
 
 
 def test_a_table_that_changed_is_read_anew(write):
     documents_of(write("a.jsonl", as_jsonl({"text": "old"})))
     assert documents_of(write("a.jsonl", as_jsonl({"text": "new text"}))) == ["new text"]  # and not from a cache
+
+
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("a.jsonl", [b'{"text": "one"}', b"", b'{"text": "t\xc3\xa9a"}']),
+        ("a.json", [b"[", b'{"text": "one"},', b'{"text": "t\xc3\xa9a"}', b"]"]),
+        ("b.json", [b'{"text":', b'"one"}', b'{"text": "t\xc3\xa9a"}']),  # objects one after the other
+        ("a.csv", [b"n,text", b"1,one", b'2,"t\xc3\xa9a"', b""]),
+    ],
+)
+def test_byte_order_mark_and_line_ends_leave_no_trace_in_tables(write, bom, end, name, lines):
+    assert documents_of(write(name, bom + end.join(lines))) == ["one", "t\xe9a"]
+
+
+def test_line_ends_within_a_field_are_equal_too(write):
+    assert documents_of(write("a.csv", b'text\r\n"one\r\ntwo"\r\n')) == ["one\ntwo"]
+
+
+def test_an_array_is_read_over_the_borders_of_what_is_read_at_once(write, monkeypatch):
+    records = [{"text": f"{number} \u00e9 {'x' * (number % 40)}", "n": [number, {"a": None}]} for number in range(200)]
+    for chunk in (16, 17, 61):
+        monkeypatch.setattr("qlora_kit.readers.CHUNK", chunk)
+        path = write("a.json", json.dumps(records, indent=chunk % 2 or None))
+        assert [record for _, _, record in records_of(path)] == records
+
+
+# Records
+
+ALPACA = {"instruction": "Say hi", "input": "", "output": "Hi"}
+MESSAGES = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+
+
+def test_records_come_with_their_place_and_format(write):
+    path = write("a.jsonl", as_jsonl(ALPACA) + "\n" + as_jsonl(ALPACA))
+    where = f"data.dataset: {path}"
+    assert records_of(path) == [(f"{where}: line 1", "alpaca", ALPACA), (f"{where}: line 3", "alpaca", ALPACA)]
+    path = write("a.json", json.dumps([MESSAGES]))
+    assert records_of(path) == [(f"data.dataset: {path}: record 1", "messages", MESSAGES)]
+
+
+def test_another_format_in_the_same_file_is_one_problem_with_its_line(write):
+    path = write("a.jsonl", as_jsonl(ALPACA, ALPACA, MESSAGES))
+    with pytest.raises(UserError, match=r"a\.jsonl: line 3: is of format messages, and those before it alpaca; expected one"):
+        records_of(path)
+
+
+def test_files_of_a_folder_may_be_of_different_formats(write, tmp_path):
+    write("chats/a.jsonl", as_jsonl(ALPACA))
+    write("chats/b.json", json.dumps([MESSAGES]))
+    assert [kind for _, kind, _ in records_of(tmp_path / "chats")] == ["alpaca", "messages"]
+
+
+def test_text_beside_records_is_one_problem(write, tmp_path):
+    write("mixed/a.txt", "text")
+    write("mixed/b.jsonl", as_jsonl(ALPACA))
+    problem = problem_of(tmp_path / "mixed")
+    assert "a.txt is running text, and " in problem and "b.jsonl holds alpaca records" in problem
+
+
+def test_an_unknown_record_is_one_problem_with_its_place_and_keys(write):
+    problem = problem_of(write("a.jsonl", as_jsonl({"question": "?", "answer": "!"})))
+    assert "a.jsonl: line 1: has the keys question, answer; expected messages" in problem
+
+
+def test_a_text_file_is_not_read_as_records(write):
+    problem = problem_of(write("a.txt", "text"), format="alpaca")
+    assert problem.startswith("data.format: alpaca: ") and "a.txt is running text" in problem
+
+
+def test_several_sources_are_read_in_their_order(write):
+    paths = [str(write("b.txt", "one")), str(write("a.jsonl", as_jsonl({"text": "two"})))]
+    data = DataConfig(dataset=paths, subset=None, eval_split=None)
+    check_source(data)
+    source = open_source(data, data.names, "train", "data.dataset")
+    assert (joined(source.documents()), source.join_rule()) == (["one", "two"], "one document a file, one document a row")
 
 
 # What is checked before a model is loaded
@@ -301,8 +442,9 @@ def test_hub_data_set_is_read_from_the_cache_without_a_network(tmp_path, root):
     files = "".join(f"  - split: {split}\n    path: wikitext-2-raw-v1/{split}-*\n" for split in splits)
     (data.parent / "README.md").write_text(f"---\nconfigs:\n- config_name: wikitext-2-raw-v1\n  data_files:\n{files}---\n")
     code = (
-        "from qlora_kit.settings import DataConfig; from qlora_kit.sources import load_documents; "
-        "print(load_documents(DataConfig(), 'Salesforce/wikitext', 'validation', 'data.eval_split'))"
+        "from qlora_kit.settings import DataConfig; from qlora_kit.sources import open_source; "
+        "source = open_source(DataConfig(), ['Salesforce/wikitext'], 'validation', 'data.eval_split'); "
+        "print(([text for text, _ in source.documents()], source.join_rule()))"
     )
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
