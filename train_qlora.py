@@ -4,6 +4,7 @@
     python train_qlora.py --config configs/tiny.yaml   a 3.5 M parameter model on a laptop, about a minute
     python train_qlora.py --rank 8 --alpha 16 --num_epochs 1 --output_dir out_r8
     python train_qlora.py --plan                       what the run will take, and whether it fits, before anything is loaded
+    python train_qlora.py --preview                    what it will train on: records with their trained tokens marked, and counts
 
 Every key of config.yaml can be set: --set training.learning_rate=1e-4. inference_example.py talks to the result.
 torch is imported only when the settings are known to be right, so that a mistake is answered at once.
@@ -70,6 +71,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the run that output_dir holds")
     parser.add_argument("--plan", action="store_true", help="show what the run will take and whether it fits, then stop")
+    parser.add_argument("--preview", action="store_true", help="show what will be trained on, then stop; loads no weights")
     return parser.parse_args(argv)
 
 
@@ -97,6 +99,8 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.plan:
         return print(describe_plan(config))
     check_source(config.data)
+    if arguments.preview:
+        return preview(config)
     resume = arguments.resume is not None
     folder = check_output_dir(config.training.output_dir, arguments.overwrite, resume)
     checkpoint = find_checkpoint(folder, config, arguments.resume) if resume else None
@@ -158,6 +162,19 @@ def describe_plan(config: Config) -> str:
             card, gib = f"free on {torch.cuda.get_device_name(0)}", torch.cuda.mem_get_info()[0] / GIB
     limit = gib * GIB
     return plan_table(make_plan(config, shape, limit), config, shape, limit, card)
+
+
+def preview(config: Config) -> None:
+    """Print what a run would train on; loads the tokenizer only."""
+    from rich.console import Console
+
+    from qlora_kit.preview import show_preview
+
+    if not (is_local(config.model.name) and all(map(is_local, config.data.names))):
+        go_offline_if_unreachable()
+    fetch_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model)
+    show_preview(config, tokenizer, *prepare_dataset(config, tokenizer), Console())
 
 
 def read_written_out_shape(config: Config) -> tuple[ModelShape | None, str | None]:

@@ -8,7 +8,7 @@ cache, so that the second run with the same data begins at once. Reading: source
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import UserError
@@ -37,6 +37,7 @@ class Blocks:
     documents: int
     join_rule: str  # how rows became documents
     tail_tokens: int  # tokens at the end of the stream that filled no block
+    full_lengths: Any = ()  # (documents,) int64, tokens of each with its separator
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -52,7 +53,7 @@ class Blocks:
         return int(self.ids.size)
 
     def take(self, count: int | None) -> "Blocks":
-        return Blocks(self.ids[:count], self.documents, self.join_rule, self.tail_tokens)
+        return replace(self, ids=self.ids[:count])
 
     def fingerprint(self) -> str:
         """SHA-256 of the token ids: the same data, tokenizer and block length give the same value."""
@@ -191,7 +192,7 @@ def tokenize_records(source: Source, data: DataConfig, tokenizer: "PreTrainedTok
                     check(record, tokenizer.eos_token_id)
                 writer.append(record.ids, record.trained)
                 writer.end()
-        writer.about = {"formats": source.formats, "train_on": data.train_on}
+        writer.about = {"formats": source.formats}
 
     return _cached(_key(source, tokenizer, tokenizer.eos_token_id, tokenizer.chat_template, data.train_on), write)
 
@@ -245,7 +246,10 @@ def text_blocks(stored: Tokens, length: int, key: str) -> Blocks:
     """
     if not len(stored):
         raise UserError(f"{key}: holds no text; name another source")
-    return cut_into_blocks(stored.ids, length, len(stored), stored.about["join_rule"], key)
+    import numpy as np
+
+    blocks = cut_into_blocks(stored.ids, length, len(stored), stored.about["join_rule"], key)
+    return replace(blocks, full_lengths=np.diff(stored.ends, prepend=0))
 
 
 def cut_into_blocks(stream: "np.ndarray", length: int, documents: int, join_rule: str, key: str) -> Blocks:

@@ -55,8 +55,16 @@ class RecordBlocks:
     bounds: "np.ndarray"  # (blocks + 1,) int64, where in `order` each block begins
     length: int
     pad_id: int
+    full_lengths: "np.ndarray"  # (records,) int64, before any is cut
     counts: Counts
-    join_rule: str  # what a block is made of
+    formats: list[str]
+    train_on: str
+    recognised: bool  # the format by its keys, and not stated
+
+    @property
+    def join_rule(self) -> str:
+        """What a block is made of."""
+        return f"{' and '.join(self.formats)} records, {TRAINED[self.train_on]}"
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
@@ -116,7 +124,8 @@ class RecordBlocks:
         """What the log says of training data."""
         counts = self.counts
         said = [
-            f"{self.summary()}: {counts.tokens:,} tokens, {100 * counts.trained_share:.1f} % trained, longest {counts.longest:,}",
+            f"{self.summary()}{' (format recognised by its keys)' if self.recognised else ''}",
+            f"{counts.tokens:,} tokens, {100 * counts.trained_share:.1f} % trained, longest {counts.longest:,}",
             f"{len(self):,} blocks of {self.length} tokens, {100 * self.fill:.1f} % full",
             f"{counts.cut:,} records cut by {counts.cut_tokens:,} tokens" if counts.cut else "",
             f"{counts.dropped:,} records of {counts.dropped_tokens:,} tokens dropped" if counts.dropped else "",
@@ -152,25 +161,37 @@ def build_record_blocks(stored: Tokens, numbers: Sequence[int], data: DataConfig
     counts = Counts(
         records=len(full),
         tokens=int(full.sum()),
-        trained=_count_trained(stored, begins[kept], ends[kept]),
+        trained=int(count_labels(stored.trained, begins[kept], ends[kept]).sum()),
         longest=int(full.max()),
         cut=int(((lengths < full) & (lengths > 0)).sum()),
         cut_tokens=int((full - lengths)[kept].sum()),
         dropped=int((lengths == 0).sum()),
         dropped_tokens=int(full[lengths == 0].sum()),
     )
-    rule = f"{' and '.join(stored.about['formats'])} records, {TRAINED[stored.about['train_on']]}"
-    return RecordBlocks(stored, begins, lengths, kept[order], bounds, data.max_length, pad_id, counts, rule)
+    return RecordBlocks(
+        stored=stored,
+        begins=begins,
+        lengths=lengths,
+        order=kept[order],
+        bounds=bounds,
+        length=data.max_length,
+        pad_id=pad_id,
+        full_lengths=full,
+        counts=counts,
+        formats=stored.about["formats"],
+        train_on=data.train_on,
+        recognised=data.format == "auto",
+    )
 
 
-def _count_trained(stored: Tokens, begins: "np.ndarray", ends: "np.ndarray") -> int:
-    """Labels that are not -100: a record's first token is none."""
+def count_labels(flags: "np.ndarray", begins: "np.ndarray", ends: "np.ndarray") -> "np.ndarray":
+    """How many flags (tokens,) are set in each record, (records,) int64; a record's first token is never a label."""
     import numpy as np
 
     borders = np.stack([begins + 1, ends], axis=1).ravel()
-    if borders[-1] == len(stored.trained):  # reduceat takes no border at the very end
+    if borders[-1] == len(flags):  # reduceat takes no border at the very end
         borders = borders[:-1]
-    return int(np.add.reduceat(stored.trained, borders, dtype=np.int64)[::2].sum())
+    return np.add.reduceat(flags, borders, dtype=np.int64)[::2]
 
 
 def pack(lengths: "np.ndarray", capacity: int) -> tuple["np.ndarray", "np.ndarray"]:
