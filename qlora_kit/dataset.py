@@ -9,11 +9,11 @@ cache, so that the second run with the same data begins at once. Reading: source
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qlora_kit.config import UserError
 from qlora_kit.documents import Fragments, draw, hold_out, placed
-from qlora_kit.encoding import check, encode, encode_text, record_pieces
+from qlora_kit.encoding import check, encode, encode_text, end_id, record_pieces
 from qlora_kit.formats import Piece
 from qlora_kit.packing import RecordBlocks, build_record_blocks
 from qlora_kit.settings import Config, DataConfig, ModelConfig
@@ -186,24 +186,34 @@ def tokenize_records(source: Source, data: DataConfig, tokenizer: "PreTrainedTok
     """
 
     def write(writer: TokenWriter) -> None:
+        ends = set()
         for batch in _batches(source, data, tokenizer):
-            for (place, _), record in zip(batch, encode([pieces for _, pieces in batch], tokenizer), strict=True):
-                with placed(place):
-                    check(record, tokenizer.eos_token_id)
+            for rendered, record in zip(batch, encode([rendered.pieces for rendered in batch], tokenizer), strict=True):
+                with placed(rendered.place):
+                    check(record, rendered.end)
                 writer.append(record.ids, record.trained)
                 writer.end()
-        writer.about = {"formats": source.formats}
+                ends.add(rendered.end)
+        writer.about = {"formats": source.formats, "end_ids": sorted(ends)}
 
     return _cached(_key(source, tokenizer, tokenizer.eos_token_id, tokenizer.chat_template, data.train_on), write)
 
 
-def _batches(source: Source, data: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[tuple[str, list[Piece]]]]:
-    batch: list[tuple[str, list[Piece]]] = []
+class Rendered(NamedTuple):
+    """A record ready to be tokenized."""
+
+    place: str
+    pieces: list[Piece]
+    end: int  # the token that ends its answers
+
+
+def _batches(source: Source, data: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[Rendered]]:
+    batch: list[Rendered] = []
     characters = 0
     for place, kind, record in source.records():
         with placed(place):
             pieces = record_pieces(record, kind, tokenizer, data.text_field, data.train_on)
-        batch.append((place, pieces))
+            batch.append(Rendered(place, pieces, end_id(kind, tokenizer)))
         characters += sum(len(piece.text) for piece in pieces)
         if len(batch) == RECORDS_AT_ONCE or characters > CHARACTERS_AT_ONCE:
             yield batch

@@ -15,9 +15,10 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
+from qlora_kit.chat import BadRecord
 from qlora_kit.config import UserError
-from qlora_kit.encoding import LONGEST_WORD, Fragment, check_text
-from qlora_kit.formats import BadRecord, recognise
+from qlora_kit.encoding import LONGEST_WORD, Fragment, check_words
+from qlora_kit.formats import checked_text, recognise
 from qlora_kit.readers import Row, read_text, read_text_lines
 
 Fragments = Callable[[], Iterator[Fragment]]  # from the beginning at each call
@@ -89,12 +90,10 @@ def _texts(part: Part, text_field: str) -> Iterator[str]:
 def _text(record: dict[str, Any], text_field: str) -> str:
     if text_field not in record:
         check_format(record, "text", text_field)
-    text = record[text_field]
-    if text is None:
+    if record[text_field] is None:
         return ""
-    if not isinstance(text, str):
-        raise BadRecord(f"{text_field} holds {type(text).__name__}; expected text, or another column in data.text_field")
-    check_text(text)
+    text = checked_text(record[text_field], text_field)
+    check_words(text)
     return text
 
 

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from qlora_kit.formats import READERS, BadRecord, Piece, TrainOn, chat_pieces, instruction_pieces
+from qlora_kit.chat import BadRecord, end_of_turn
+from qlora_kit.formats import READERS, Piece, TrainOn, chat_pieces, checked_text, instruction_pieces
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,35 +58,30 @@ def record_pieces(record: dict[str, Any], kind: str, tokenizer: Any, text_field:
     Raises:
         BadRecord: it is not of that format, or holds what is no text.
     """
-    if kind != "instruction":
-        pieces = chat_pieces(READERS[kind](record), tokenizer, train_on)
+    if kind == "instruction":
+        text = checked_text(record.get(text_field), text_field)
+        pieces = instruction_pieces(text, tokenizer.eos_token or "", train_on)
     else:
-        text = record.get(text_field)
-        if not isinstance(text, str):
-            raise BadRecord(f"{text_field} holds {type(text).__name__}; expected text with ### Instruction: and ### Response:")
-        pieces = _trained_on(instruction_pieces(text, tokenizer.eos_token or ""), train_on)
+        pieces = chat_pieces(READERS[kind](record), tokenizer, train_on)
     for piece in pieces:
-        check_text(piece.text)
+        check_words(piece.text)
     return pieces
 
 
-def _trained_on(pieces: list[Piece], train_on: TrainOn) -> list[Piece]:
-    """Pieces whose answers are trained -> all of them, or the last answer only."""
-    answers = [number for number, piece in enumerate(pieces) if piece.trained]
-    kept = {"assistant": answers, "last": answers[-1:], "all": range(len(pieces))}[train_on]
-    return [Piece(piece.text, number in kept) for number, piece in enumerate(pieces)]
+def end_id(kind: str, tokenizer: Any) -> int:
+    """The token that ends an answer in records of format `kind`.
+
+    Raises:
+        BadRecord: there is none.
+    """
+    return tokenizer.eos_token_id if kind == "instruction" else tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer))
 
 
-def check_text(text: str) -> None:
+def check_words(text: str) -> None:
     """
     Raises:
-        BadRecord: half a character, which JSON can write, or what is too long to be a word.
+        BadRecord: more than LONGEST_WORD characters without a space.
     """
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise BadRecord(f"holds half a character ({text[error.start]!r}); expected whole ones") from None
     if len(text) > LONGEST_WORD and max(map(len, text.split()), default=0) > LONGEST_WORD:
         raise BadRecord(f"holds more than {LONGEST_WORD:,} characters without a space or line end; expected words")
 
@@ -118,22 +114,19 @@ def token_ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[li
     return [ids[text] for text in texts]
 
 
-def check(record: Encoded, end: int | None) -> None:
+def check(record: Encoded, end: int) -> None:
     """Refuse a record that teaches nothing, or never to stop.
 
     Args:
-        end: the token that ends a turn; None where the tokenizer has none.
+        end: the token that ends an answer.
 
     Raises:
         BadRecord: no token is trained; or none of the trained ones is `end`.
     """
     if not record.trained[1:].any():  # the first token is predicted from nothing
         raise BadRecord("trains on no token; expected an answer")
-    if end is not None and not (record.ids[record.trained] == end).any():
-        raise BadRecord(
-            "trains no end of turn, so that the model would not learn to stop; "
-            "expected a chat template that ends answers with the tokenizer's end-of-sequence token"
-        )
+    if not (record.ids[record.trained] == end).any():
+        raise BadRecord("trains no end of turn, so that the model would not learn to stop; expected one behind each answer")
 
 
 def shorten(record: Encoded, max_length: int, too_long: TooLong, train_on: TrainOn = "assistant") -> Encoded | None:

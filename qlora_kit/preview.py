@@ -107,12 +107,12 @@ def _end_token(train: RecordBlocks, tokenizer: "PreTrainedTokenizerBase") -> str
     """Whether each record teaches to stop: counted in the labels, not taken from the rules that made them."""
     import numpy as np
 
-    if tokenizer.eos_token_id is None:
-        return "the tokenizer has none"
+    end_ids = train.stored.about["end_ids"]
     kept = np.flatnonzero(train.lengths)
-    stops = (train.stored.ids == tokenizer.eos_token_id) & train.stored.trained
+    stops = np.isin(train.stored.ids, end_ids) & train.stored.trained
     without = int((count_labels(stops, train.begins[kept], (train.begins + train.lengths)[kept]) == 0).sum())
-    return f"{tokenizer.eos_token}, trained: {'yes' if not without else f'not in {without:,} records'}"
+    tokens = " and ".join(tokenizer.convert_ids_to_tokens(end_ids))
+    return f"{tokens}, trained: {'yes' if not without else f'not in {without:,} records'}"
 
 
 def _text_rows(tokenizer: "PreTrainedTokenizerBase", train: Blocks) -> list[tuple[str, str]]:

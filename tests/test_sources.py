@@ -247,7 +247,7 @@ def test_records_without_text_are_passed_over(write):
         ("a.jsonl", b'[{"text": "one"}]\n', "line 1: begins an array; put one object on each line"),
         ("a.jsonl", b'{"text": "a\x00b"}\n', "line 1 holds NUL bytes"),
         ("a.jsonl", b'{"text": "one"}\n{"text": "caf\xe9"}\n', "line 2: not UTF-8 text (byte 13)"),
-        ("a.jsonl", b'{"text": "\\ud83d"}\n', "line 1: holds half a character"),
+        ("a.jsonl", b'{"text": "\\ud83d"}\n', "line 1: text holds half a character"),
         ("a.jsonl", b"[" * 100_000, "line 1: broken JSON (nested too deep"),
         ("a.json", b'[{"text": "one"},\n {"text": two}]', "line 2: broken JSON (Expecting value)"),
         ("a.json", b'[{"text": "one"}\n {"text": "two"}]', "line 2: broken JSON (expected ,)"),
