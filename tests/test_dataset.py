@@ -1,14 +1,17 @@
 """A source -> tokens on disk -> blocks: nothing is lost but the tail, and every token of running text is a label."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
 
-from qlora_kit.config import UserError
-from qlora_kit.dataset import Blocks, cut_into_blocks, separator_id, tokenize
+from qlora_kit.config import UserError, load_config
+from qlora_kit.dataset import Blocks, cut_into_blocks, load_blocks, separator_id, tokenize
 from qlora_kit.documents import hold_out
 from qlora_kit.settings import DataConfig
 from qlora_kit.sources import open_source
@@ -128,6 +131,128 @@ def test_the_cache_tells_tokenizers_apart(tokenizer, tokenized, tiny_dir):
     other.add_tokens(["tides"])
     assert tokenized(["tides"]).tolist() != tokenized(["tides"], other).tolist()
     assert len(tokenized(["tides"], other)) == 2
+
+
+def test_a_large_file_takes_no_more_memory_than_a_small_one(root, tmp_path):
+    """30 MB in one document: its text and tokens would take a GB at once. Long words are tokenized fast."""
+    path = tmp_path / "large.txt"
+    path.write_text("".join(f"{number}\n" + f"{'x' * 119}\n" * 500 for number in range(500)))
+    code = (
+        "import resource, sys; from pathlib import Path; from qlora_kit.config import load_config; "
+        "from qlora_kit.dataset import load_blocks, load_tokenizer; "
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024; "
+        "config = load_config(Path('configs/tiny.yaml'), {'data.dataset': sys.argv[1], 'data.eval_split': None}); "
+        "tokenizer = load_tokenizer(config.model); before = peak(); blocks, _ = load_blocks(config, tokenizer); "
+        "print(len(blocks), peak() - before)"
+    )
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=root, env=environment, capture_output=True, text=True)
+    blocks, more_mib = map(int, done.stdout.split())
+    assert blocks > 25_000
+    assert more_mib < 60
+
+
+# Records
+
+TURNS = [("Hi", "Hello!"), ("2 + 2?", "4"), ("Bye", "See you."), ("Who?", "Me.")]
+RECORDS = [{"prompt": prompt, "completion": completion} for prompt, completion in TURNS] * 5
+
+
+@pytest.fixture
+def blocks_of_file(root, tmp_path, tokenizer, monkeypatch):
+    """blocks_of_file(records, changes) -> training and evaluation blocks of a file of records, 32 tokens each."""
+    monkeypatch.chdir(root)
+
+    def blocks_of_file(records: list[dict], **changes):
+        path = tmp_path / "records.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        overrides = {"data.dataset": str(path), "data.eval_split": None, "data.max_length": 32}
+        changes = {f"data.{key}": value for key, value in changes.items()}
+        return load_blocks(load_config(root / "configs" / "tiny.yaml", overrides | changes), tokenizer)
+
+    return blocks_of_file
+
+
+def rounds(blocks, tokenizer) -> list[str]:
+    """The records that stand in blocks, told apart by `starts` alone."""
+    found = []
+    for index in range(len(blocks)):
+        block = blocks[index]
+        for start in block["starts"].unique().tolist():
+            found.append(tokenizer.decode(block["input_ids"][block["starts"] == start]))
+    return [text for text in found if not text.startswith("<|endoftext|>")]  # padding
+
+
+def chatml(prompt: str, completion: str) -> str:
+    return f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n{completion}<|im_end|>\n"
+
+
+def test_records_are_packed_whole_each_under_its_own_start(blocks_of_file, tokenizer):
+    train, evaluation = blocks_of_file(RECORDS, max_length=64)
+    assert evaluation is None and len(train) < len(RECORDS)
+    assert sorted(rounds(train, tokenizer)) == sorted(chatml(*turn) for turn in TURNS * 5)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_share_of_whole_records_is_held_out_by_seed(blocks_of_file, tokenizer, packing):
+    train, evaluation = blocks_of_file(RECORDS, eval_split=0.25, packing=packing)
+    assert (train.documents, evaluation.documents) == (15, 5)
+    assert sorted(rounds(train, tokenizer) + rounds(evaluation, tokenizer)) == sorted(chatml(*turn) for turn in TURNS * 5)
+    assert packing or (len(train), len(evaluation)) == (15, 5)
+
+
+def test_a_share_of_one_record_is_one_problem(blocks_of_file):
+    with pytest.raises(UserError, match=r"data\.eval_split: 0\.25: no share of a single record"):
+        blocks_of_file(RECORDS[:1], eval_split=0.25)
+
+
+def test_evaluation_may_be_a_file_of_its_own(blocks_of_file, root):
+    train, evaluation = blocks_of_file(RECORDS, eval_split=str(root / "samples" / "messages.jsonl"), max_length=128)
+    assert (train.join_rule, evaluation.join_rule) == ("completion records, answers trained", "messages records, answers trained")
+
+
+def test_the_second_time_records_come_from_the_cache_and_another_setting_does_not(blocks_of_file, monkeypatch):
+    first, _ = blocks_of_file(RECORDS)
+    monkeypatch.setattr("qlora_kit.dataset.encode", None)  # would fail when called
+    assert blocks_of_file(RECORDS)[0].fingerprint() == first.fingerprint()
+    assert blocks_of_file(RECORDS, max_length=64, packing=False)[0].documents == 20  # of the same tokens
+    for changed in ({"train_on": "all"}, {"format": "alpaca"}):
+        with pytest.raises((TypeError, UserError)):
+            blocks_of_file(RECORDS, **changed)
+
+
+def test_the_cache_tells_chat_templates_apart(blocks_of_file, tokenizer, monkeypatch):
+    first, _ = blocks_of_file(RECORDS)
+    monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template.replace("'\\n' + message", "'\\n\\n' + message"))
+    assert blocks_of_file(RECORDS)[0].fingerprint() != first.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"prompt": "Hi"}, "has the keys prompt; expected messages"),
+        ({"prompt": "Hi", "completion": None}, "completion holds NoneType; expected text"),
+        ({"prompt": "Hi", "completion": " "}, "an answer is empty; expected text to train on"),
+        ({"messages": [{"role": "user", "content": "Hi"}]}, "is of format messages, and those before it completion"),
+    ],
+)
+def test_a_wrong_record_is_one_problem_with_file_and_line(blocks_of_file, record, reason):
+    with pytest.raises(UserError) as caught:
+        blocks_of_file([*RECORDS, record])
+    (problem,) = caught.value.problems
+    assert "\n" not in problem and "records.jsonl: line 21: " + reason in problem
+
+
+def test_turns_out_of_order_are_one_problem(blocks_of_file):
+    turns = [{"role": role, "content": "x"} for role in ("user", "user", "assistant")]
+    with pytest.raises(UserError, match=r"records\.jsonl: line 1: turn 2 is user; expected assistant"):
+        blocks_of_file([{"messages": turns}])
+
+
+def test_a_record_that_trains_on_nothing_is_one_problem(blocks_of_file):
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "weight": 0}]
+    with pytest.raises(UserError, match=r"records\.jsonl: line 1: trains on no token; expected an answer"):
+        blocks_of_file([{"messages": turns}])
 
 
 # Blocks

@@ -1,0 +1,136 @@
+"""`train_qlora.py --preview`: what a user sees before training, and that nothing else happens."""
+
+import io
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from rich.console import Console
+
+import train_qlora
+from qlora_kit.config import UserError
+from qlora_kit.preview import histogram
+
+RECORDS = [
+    {"instruction": "Say hi", "input": "", "output": "Hi"},
+    {"instruction": "Translate", "input": "Hallo", "output": "Hello"},
+    {"instruction": "Say \x1b[2J it", "input": "", "output": "It"},
+    {"instruction": "Count", "input": "", "output": "one two three " * 20},
+    {"instruction": "word " * 40, "input": "", "output": "Yes"},
+]
+
+
+@pytest.fixture
+def preview(root, tmp_path, monkeypatch, capsys):
+    """preview(records, *flags) -> what is printed to standard output."""
+    monkeypatch.chdir(root)
+
+    def preview(records: list[dict], *flags: str) -> str:
+        path = tmp_path / "records.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        settings = ["--set", "data.eval_split=null", "--max_length", "48", "--output_dir", str(tmp_path / "out")]
+        train_qlora.main(["--preview", "--config", "configs/tiny.yaml", "--dataset", str(path), *settings, *flags])
+        assert not (tmp_path / "out").exists()
+        return capsys.readouterr().out
+
+    return preview
+
+
+def rows_of(shown: str) -> dict[str, str]:
+    return {line[:12].strip(): line[12:] for line in shown.splitlines() if line[:1].isalpha() and line[11:12] == " "}
+
+
+def test_the_first_records_are_shown_with_their_trained_tokens_marked(preview):
+    shown = preview(RECORDS)
+    assert "<|im_start|>user\nSay hi<|im_end|>\n<|im_start|>assistant\n[[Hi<|im_end|>]]\n" in shown
+    assert "<|im_start|>user\nTranslate\n\nHallo<|im_end|>\n<|im_start|>assistant\n[[Hello<|im_end|>]]\n" in shown
+
+
+def test_what_a_terminal_would_obey_is_shown_instead(preview):
+    shown = preview(RECORDS)
+    assert "\x1b" not in shown and "Say \\x1b[2J it" in shown
+
+
+def test_counts_by_hand(preview):
+    """The answer of the fourth record is longer than a block, and the prompt of the fifth loses its beginning."""
+    rows = rows_of(preview(RECORDS))
+    assert rows["records"] == "5 (alpaca, recognised by their keys)"
+    assert rows["dropped"].startswith("1 records of ")
+    assert rows["cut"].startswith("1 records, by ")
+    assert rows["template"] == "the tokenizer's chat template"
+    assert rows["end token"] == "<|im_end|>, trained: yes"
+    tokens, longest = (int(rows[name].split()[0].replace(",", "")) for name in ("tokens", "longest"))
+    assert 48 < longest < tokens
+
+
+def test_the_share_that_is_trained_follows_the_setting(preview):
+    share = {
+        on: float(rows_of(preview(RECORDS[:2], "--set", f"data.train_on={on}"))["trained"].split()[0])
+        for on in ("assistant", "all")
+    }
+    # 15 and 19 tokens: the answer and its end are trained; then all but each record's first token
+    assert 0 < share["assistant"] < 30 and share["all"] > 90
+
+
+def test_a_stated_format_is_not_called_recognised(preview):
+    assert rows_of(preview(RECORDS, "--set", "data.format=alpaca"))["records"] == "5 (alpaca)"
+
+
+def test_held_out_records_are_counted_by_themselves(preview):
+    rows = rows_of(preview(RECORDS[:3] * 4, "--set", "data.eval_split=0.25"))
+    assert rows["records"].startswith("9 ") and rows["evaluation"].startswith("3 alpaca records")
+
+
+def test_running_text_is_shown_as_blocks(root, monkeypatch, capsys):
+    monkeypatch.chdir(root)
+    train_qlora.main(["--preview", "--config", "configs/tiny.yaml"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("Block 1\n \n[[ = Tides = \n")  # the first token of a block is predicted from nothing
+    rows = rows_of(shown)
+    assert rows["documents"] == "37 (rows joined at ' = Title = ' lines)"
+    assert rows["separator"] == "<|endoftext|> after each document, trained: yes"
+
+
+def test_a_mistake_in_a_record_is_one_problem_with_its_line(preview):
+    with pytest.raises(UserError) as caught:
+        preview([*RECORDS, {"instruction": "x", "output": 7}])
+    (problem,) = caught.value.problems
+    assert problem.startswith("data.dataset: ") and problem.endswith("records.jsonl: line 6: output holds int; expected text")
+
+
+def test_lengths_are_counted_in_equal_steps_and_beyond():
+    lines = [line.split() for line in histogram(__import__("numpy").array([1, 8, 9, 64, 65, 900]), 64)]
+    assert [line[:4] for line in lines[1:3]] == [["1", "-", "8", "2"], ["9", "-", "16", "1"]]
+    assert lines[-2][3] == "1" and lines[-1][:4] == ["more", "than", "64", "2"]
+    assert len(lines) == 1 + 8 + 1
+
+
+def test_on_a_terminal_trained_tokens_are_coloured_instead(preview, monkeypatch):
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, color_system="standard", width=100)
+    monkeypatch.setattr("rich.console.Console", lambda: terminal)
+    assert preview(RECORDS) == ""
+    assert "[[" not in screen.getvalue()
+    assert "\x1b[32mHi<|im_end|>" in screen.getvalue()
+
+
+def test_ten_thousand_records_take_seconds_and_no_weights(root, tmp_path):
+    """Five seconds on two free cores; the bound leaves room for a busy machine."""
+    path = tmp_path / "many.jsonl"
+    with path.open("w") as file:
+        for number in range(10_000):
+            file.write(
+                json.dumps({"prompt": f"What is {number} + 1?", "completion": f"{number + 1}, of course. " * (number % 20 + 1)})
+                + "\n"
+            )
+    code = (
+        "import sys, train_qlora; train_qlora.main(sys.argv[1:]);"
+        "print(sorted({'peft', 'bitsandbytes', 'matplotlib'} & set(sys.modules)))"
+    )
+    flags = ["--preview", "--config", "configs/tiny.yaml", "--dataset", str(path)]
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code, *flags], cwd=root, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+    assert time.perf_counter() - start < 20
