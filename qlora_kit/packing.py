@@ -43,9 +43,9 @@ class Counts:
 class RecordBlocks:
     """Blocks of records, as a map-style data set for the Trainer.
 
-    Item: input_ids, labels and starts, each (T,) int64 with T = `length`. `starts` holds for each position the index at which
-    its record begins: position i may look at j with starts[i] <= j <= i, and its own position is i - starts[i]. The padding at
-    the end of a block is a record of its own, with labels of -100, and so is the label of each record's first token.
+    Item: input_ids, labels and, where blocks are packed, starts, each (T,) int64 with T = `length`. `starts` holds for each
+    position the index at which its record begins: position i may look at j with starts[i] <= j <= i, and its own position is
+    i - starts[i]. The padding at the end of a block is a record of its own. It is no label, nor is a record's first token.
     """
 
     stored: Tokens
@@ -55,6 +55,7 @@ class RecordBlocks:
     bounds: "np.ndarray"  # (blocks + 1,) int64, where in `order` each block begins
     length: int
     pad_id: int
+    packed: bool  # whether records share blocks
     full_lengths: "np.ndarray"  # (records,) int64, before any is cut
     counts: Counts
     formats: list[str]
@@ -83,7 +84,8 @@ class RecordBlocks:
             ids[at:end], labels[at:end], starts[at:end] = record.ids, record.labels(), at
             at = end
         starts[at:] = at
-        return {name: torch.from_numpy(row) for name, row in (("input_ids", ids), ("labels", labels), ("starts", starts))}
+        rows = {"input_ids": ids, "labels": labels} | ({"starts": starts} if self.packed else {})
+        return {name: torch.from_numpy(row) for name, row in rows.items()}
 
     def record(self, number: int) -> Encoded:
         """A record as it is trained."""
@@ -176,6 +178,7 @@ def build_record_blocks(stored: Tokens, numbers: Sequence[int], data: DataConfig
         bounds=bounds,
         length=data.max_length,
         pad_id=pad_id,
+        packed=data.packing,
         full_lengths=full,
         counts=counts,
         formats=stored.about["formats"],

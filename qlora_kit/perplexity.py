@@ -44,15 +44,16 @@ def from_block_losses(sums: Sequence[float], counts: Sequence[int]) -> Perplexit
 
 
 def measure_perplexity(
-    losses_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    losses_of: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor],
     blocks: Any,
     batch_size: int,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> Perplexity:
-    """Loss of every token but the first of each block. `blocks[i]["input_ids"]` and `["labels"]` have shape (length,).
+    """Loss of every token but the first of each block.
 
     Args:
-        losses_of: ids, labels (B, T) on the CPU -> losses (B, T - 1) in nats without dropout, zero where the label is -100.
+        losses_of: ids, labels, starts (B, T) on the CPU -> losses (B, T - 1) in nats, no dropout, zero where the label is -100.
+        blocks: items with input_ids, labels and, where a block holds several records, starts (fast/attention.py), (T,) each.
         batch_size: sequences per forward pass; no more than in training, so that evaluation fits where training does.
         on_batch: called with the number of blocks done.
     """
@@ -60,9 +61,9 @@ def measure_perplexity(
     counts: list[int] = []
     for start in range(0, len(blocks), batch_size):
         rows = [blocks[index] for index in range(start, min(start + batch_size, len(blocks)))]
-        ids = torch.stack([row["input_ids"] for row in rows])  # (B, T)
-        labels = torch.stack([row["labels"] for row in rows])
-        sums.append(losses_of(ids, labels).double().sum(1))
+        ids, labels = (torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels"))  # (B, T)
+        starts = torch.stack([row["starts"] for row in rows]) if "starts" in rows[0] else None
+        sums.append(losses_of(ids, labels, starts).double().sum(1))
         counts += (labels[:, 1:] != IGNORED).sum(1).tolist()
         on_batch(len(counts))
     return from_block_losses(torch.cat(sums).tolist(), counts)
@@ -74,11 +75,11 @@ def library_losses(model: Any, autocast: AbstractContextManager | None = None) -
     device = next(model.parameters()).device
 
     @torch.no_grad()
-    def losses(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def losses(ids: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
         if was_training := model.training:  # walking through all modules takes longer than a small batch
             model.eval()
         with autocast or nullcontext():
-            result = token_losses(model, ids.to(device), labels.to(device))
+            result = token_losses(model, ids.to(device), labels.to(device), None if starts is None else starts.to(device))
         if was_training:
             model.train()
         return result

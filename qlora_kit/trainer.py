@@ -78,7 +78,8 @@ class QLoraTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[override]
         """The micro-batch's share of the mean over all tokens of the optimizer step, so that 1 x 16 equals 16 x 1."""
-        return token_losses(self.adapted, inputs["input_ids"], inputs["labels"]).sum() / num_items_in_batch
+        losses = token_losses(self.adapted, inputs["input_ids"], inputs["labels"], inputs.get("starts"))
+        return losses.sum() / num_items_in_batch
 
     def training_step(self, model, inputs, num_items_in_batch=None):  # type: ignore[override]
         """Forward and backward of one micro-batch; out of memory, the optimizer step starts again with smaller ones."""
@@ -103,11 +104,11 @@ class QLoraTrainer(Trainer):
     def _micro_step(self, model: Any, inputs: dict[str, torch.Tensor], tokens: int) -> torch.Tensor:
         if self.micro is None:
             return super().training_step(model, inputs, tokens)
-        ids, labels, scaler = inputs["input_ids"], inputs["labels"], getattr(self.accelerator, "scaler", None)
-        if scaler is None:
-            return self.micro.train(ids, labels, torch.ones(()) / tokens)
+        ids, labels, starts = inputs["input_ids"], inputs["labels"], inputs.get("starts")
+        if (scaler := getattr(self.accelerator, "scaler", None)) is None:
+            return self.micro.train(ids, labels, torch.ones(()) / tokens, starts)
         factor = scaler.scale(torch.ones((), device=self.args.device))  # float16
-        return self.micro.train(ids, labels, factor / tokens) / factor
+        return self.micro.train(ids, labels, factor / tokens, starts) / factor
 
     def _halve(self, what: str) -> None:
         self.rows = (self.rows + 1) // 2

@@ -47,14 +47,19 @@ def build_trainer(
         callbacks=callbacks,
         compute_dtype=machine.dtype,
         progress=progress,
-        micro=build_micro_step(model, report),
+        micro=build_micro_step(
+            model, report, any(isinstance(blocks, RecordBlocks) and blocks.packed for blocks in (train, evaluation))
+        ),
     )
     trainer.remove_callback(PrinterCallback)  # prints a dict per logged step
     return trainer
 
 
-def build_micro_step(model: Any, report: RunReport) -> MicroStep | None:
+def build_micro_step(model: Any, report: RunReport, packed: bool) -> MicroStep | None:
     """The fast path, or None where the library's own layers have to do; the log says which, and why.
+
+    Args:
+        packed: whether blocks hold several records.
 
     Raises:
         UserError: performance.compile or performance.cuda_graphs is true and cannot work.
@@ -75,7 +80,7 @@ def build_micro_step(model: Any, report: RunReport) -> MicroStep | None:
     insisted = True in (settings.compile, settings.cuda_graphs)
     give_up = None if insisted or device == "cpu" else report.plain_path
     micro_batch, length = report.plan.micro_batch, config.data.max_length
-    return MicroStep(decoder, micro_batch, length, config.training.seed, not_captured is None, give_up)
+    return MicroStep(decoder, micro_batch, length, config.training.seed, not_captured is None, give_up, packed)
 
 
 def total_steps(config: Config, blocks: int) -> int:

@@ -174,12 +174,13 @@ def blocks_of_file(root, tmp_path, tokenizer, monkeypatch):
 
 
 def rounds(blocks, tokenizer) -> list[str]:
-    """The records that stand in blocks, told apart by `starts` alone."""
+    """The records that stand in blocks, told apart by `starts` alone; without packing each block is one, and padding."""
     found = []
     for index in range(len(blocks)):
         block = blocks[index]
-        for start in block["starts"].unique().tolist():
-            found.append(tokenizer.decode(block["input_ids"][block["starts"] == start]))
+        starts = block.get("starts", (block["input_ids"] == tokenizer.pad_token_id).long())
+        for start in starts.unique().tolist():
+            found.append(tokenizer.decode(block["input_ids"][starts == start]))
     return [text for text in found if not text.startswith("<|endoftext|>")]  # padding
 
 

@@ -88,8 +88,8 @@ class MicroStep:
         inputs = self.decoder.embed(ids).pin_memory() if self.offloaded else ids
         self.inputs[:rows].copy_(inputs, non_blocking=True)
         self.labels[:rows].copy_(labels, non_blocking=True)
-        if self.starts is not None and starts is not None:
-            self.starts[:rows].copy_(starts, non_blocking=True)
+        if self.starts is not None:
+            self.starts[:rows].copy_(starts, non_blocking=True) if starts is not None else self.starts.zero_()
         if rows < len(self.labels):
             self.labels[rows:].fill_(IGNORED)
 
