@@ -160,7 +160,7 @@ def build_passport(
         },
         "trust_remote_code": config.model.trust_remote_code,
         "quantization": config.quantization.model_dump() | {"compute_dtype": report.machine.dtype_name},
-        "prompt_style": "text",  # trained on running text: prompts are continued, no chat template is applied
+        "prompt_style": report.data["prompt_style"],
         "separator_id": separator_id(tokenizer),
         "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
         "chat_template_sha256": hashlib.sha256(str(template).encode()).hexdigest() if template else None,

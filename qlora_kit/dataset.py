@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
+
 from qlora_kit.config import UserError
 from qlora_kit.documents import Fragments, draw, hold_out, placed
 from qlora_kit.encoding import check, encode, encode_text, end_id, record_pieces
@@ -38,6 +41,7 @@ class Blocks:
     join_rule: str  # how rows became documents
     tail_tokens: int  # tokens at the end of the stream that filled no block
     full_lengths: Any = ()  # (documents,) int64, tokens of each with its separator
+    prompt_style = "text"  # prompts are continued, no chat template is applied
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -224,11 +228,22 @@ def _batches(source: Source, data: DataConfig, tokenizer: "PreTrainedTokenizerBa
 def _cached(key: str, write: Callable[[TokenWriter], None]) -> Tokens:
     folder = cache_folder() / key
     if (found := read_tokens(folder)) is None:
-        with writing(folder) as writer:
+        with writing(folder) as writer, _progress(writer):
             write(writer)
         found = read_tokens(folder)
     assert found is not None
     return found
+
+
+def _progress(writer: TokenWriter) -> Progress:
+    """Shows on a terminal how far the writer is."""
+    console = Console(stderr=True)
+    progress = Progress(
+        TextColumn("Tokenizing: {task.fields[writer].tokens:,} tokens"), TimeElapsedColumn(),
+        console=console, transient=True, disable=not console.is_terminal,
+    )  # fmt: skip
+    progress.add_task("", writer=writer)
+    return progress
 
 
 def _key(source: Source, tokenizer: "PreTrainedTokenizerBase", *settings: Any) -> str:

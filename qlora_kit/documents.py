@@ -50,12 +50,23 @@ def placed(place: str) -> Iterator[None]:
         raise UserError(f"{place}: {error}") from None
 
 
+def recognise_format(record: dict[str, Any], text_field: str) -> str:
+    """
+    Raises:
+        BadRecord: the keys are those of no format.
+    """
+    try:
+        return recognise(record, text_field)
+    except BadRecord as error:
+        raise BadRecord(f"{error} (data.text_field)") from None
+
+
 def check_format(record: dict[str, Any], expected: str, text_field: str) -> None:
     """
     Raises:
         BadRecord: the record is of another format than `expected`.
     """
-    found = recognise(record, text_field)
+    found = recognise_format(record, text_field)
     if found != expected and not {found, expected} <= set(TEXTS):
         raise BadRecord(f"is of format {found}, and those before it {expected}; expected one format in a file")
 

@@ -63,6 +63,11 @@ class RecordBlocks:
     recognised: bool  # the format by its keys, and not stated
 
     @property
+    def prompt_style(self) -> str:
+        """How a prompt is to be given to the adapter: through the chat template, or as `### Instruction:` text."""
+        return "instruction" if self.formats == ["instruction"] else "chat"
+
+    @property
     def join_rule(self) -> str:
         """What a block is made of."""
         return f"{' and '.join(self.formats)} records, {TRAINED[self.train_on]}"

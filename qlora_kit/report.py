@@ -130,6 +130,7 @@ class RunReport:
         self.log.line(f"Training data: {source}: {train.description()}; {steps:,} optimizer steps an epoch")
         self.data = {
             "source": config.data.dataset,
+            "prompt_style": train.prompt_style,
             "join_rule": train.join_rule,
             "train_blocks": len(train),
             "train_sha256": train.fingerprint(),

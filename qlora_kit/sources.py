@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.config import UserError
-from qlora_kit.documents import Part, check_format, join_rule, placed, read_documents
+from qlora_kit.documents import Part, check_format, join_rule, placed, read_documents, recognise_format
 from qlora_kit.encoding import Fragment
-from qlora_kit.formats import recognise
 from qlora_kit.hub import FILE_SUFFIXES, is_local
 from qlora_kit.readers import Row, read_records
 from qlora_kit.settings import DataConfig
@@ -192,7 +191,7 @@ def _format(part: Part, data: DataConfig) -> str:
     if data.format != "auto":
         return data.format
     with placed(f"{part.where}: {place}"):
-        return recognise(record, data.text_field)
+        return recognise_format(record, data.text_field)
 
 
 # The Hub

@@ -318,3 +318,26 @@ except UserError:
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
     assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_the_data_set_may_be_a_list():
+    config = override(Config(), {"data.dataset": ["a.txt", "b.jsonl"]})
+    assert config.data.names == ["a.txt", "b.jsonl"] and Config().data.names == ["Salesforce/wikitext"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("data.dataset", [], "should be a Hub name, a file, a folder, or a list of them"),
+        ("data.dataset", ["a.txt", 7], "should be a Hub name, a file, a folder, or a list of them"),
+        ("data.format", "chatml", "should be 'auto', 'text', 'alpaca', 'sharegpt', 'messages', 'completion' or 'instruction'"),
+        ("data.train_on", "user", "should be 'assistant', 'last' or 'all'"),
+        ("data.too_long", "truncate", "should be 'cut' or 'drop'"),
+        ("data.packing", "sometimes", "should be a valid boolean"),
+    ],
+)
+def test_data_keys_of_a_wrong_value_are_one_problem(key, value, reason):
+    with pytest.raises(UserError) as caught:
+        override(Config(), {key: value})
+    (problem,) = caught.value.problems
+    assert f"{key}: {value!r}: {reason}" in problem

@@ -68,11 +68,9 @@ def test_a_tokenizer_without_any_end_is_one_problem():
 
 def stream_of(documents: list[str], tokenizer) -> list[int]:
     """Each document tokenized by itself, as a whole."""
-    return [
-        token
-        for document in documents
-        for token in [*tokenizer.encode(document, add_special_tokens=False), separator_id(tokenizer)]
-    ]
+    separator = separator_id(tokenizer)
+    tokenized = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
+    return [token for ids in tokenized for token in [*ids, separator]]
 
 
 def test_the_stream_is_each_document_followed_by_the_separator(tokenizer, tokenized):

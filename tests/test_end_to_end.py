@@ -661,7 +661,33 @@ def test_a_mistake_in_the_data_is_told_before_weights_are_looked_for(tmp_path, t
     shutil.copytree(tiny_dir, model, ignore=shutil.ignore_patterns("*.safetensors"))
     (tmp_path / "data.csv").write_text("words\na\n")
     flags = ["--config", "configs/tiny.yaml", "--model_name", str(model), "--output_dir", str(tmp_path / "out")]
-    with pytest.raises(UserError, match=r"text_field: text: .* has no such column"):
+    with pytest.raises(UserError, match=r"data\.csv: record 1: has the keys words; expected .* or text \(data\.text_field\)"):
         train_qlora.main([*flags, "--dataset", str(tmp_path / "data.csv")])
     with pytest.raises(UserError, match="safetensors"):
         train_qlora.main(flags)
+
+
+# --- records ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_on_instructions_says_what_it_read_and_how_prompts_are_to_be_given(root, tmp_path, capsys):
+    flags = ["--config", "configs/instruct.yaml", "--max_steps", "2", "--output_dir", str(tmp_path / "run")]
+    train_qlora.main([*flags, "--max_length", "64", "--batch_size", "2", "--set", "data.max_eval_samples=2"])
+    log = capsys.readouterr().err
+    assert "Training data: samples/alpaca.jsonl: 147 alpaca records, answers trained (format recognised by its keys); " in log
+    assert "Evaluation data: 16 alpaca records, answers trained, 2 blocks" in log
+    passport = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert passport["prompt_style"] == "chat" and len(passport["data"]["train_sha256"]) == 64
+    assert passport["optimizer_steps"] == 2
+
+
+@pytest.mark.parametrize("command", [["--preview"], ["--max_steps", "1"]], ids=["preview", "training"])
+def test_a_mistake_in_the_data_is_one_line_and_status_2_and_leaves_nothing(root, tmp_path, command):
+    data = tmp_path / "chats.jsonl"
+    data.write_text('{"prompt": "Hi", "completion": "Hello"}\n{"prompt": "Hi", "completion": Hello}\n')
+    flags = ["--config", "configs/tiny.yaml", "--dataset", str(data), "--output_dir", str(tmp_path / "out")]
+    result = run(root, *flags, *command)
+    assert result.returncode == 2 and result.stdout == ""
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == [f"error: data.dataset: {data}: line 2: broken JSON (Expecting value); mend this line"]
+    assert result.stderr.splitlines()[-1] == errors[0] and not (tmp_path / "out").exists()

@@ -1,5 +1,6 @@
 """README's commands parse with the real parsers, its paths exist, and its figures follow from the code."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import inference_example
 import train_qlora
 from qlora_kit.config import UserError, load_config, override
+from qlora_kit.formats import READERS, recognise
 from qlora_kit.memory import GIB, KNOWN_CONFIGS, estimate_memory, read_shape
 from qlora_kit.plan import check_fit, make_plan
 from qlora_kit.settings import Config
@@ -102,6 +104,19 @@ def shown(command: str) -> str:
 def test_the_plan_shown_is_the_one_printed(capsys):
     train_qlora.main(["--plan", "--set", "performance.vram_limit_gib=8"])
     assert shown("train_qlora.py --plan --set performance.vram_limit_gib=8") == capsys.readouterr().out.rstrip()
+
+
+def test_the_preview_shown_is_the_one_printed(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    train_qlora.main(["--config", "configs/instruct.yaml", "--preview"])
+    printed = capsys.readouterr().out.rstrip().replace("\n    ", " ")
+    assert shown("train_qlora.py --config configs/instruct.yaml --preview") == printed
+
+
+def test_each_format_of_the_table_is_recognised_as_such():
+    rows = re.findall(r"^\| `(\w+)` \| `(\{.+?\})`", README, re.MULTILINE)
+    assert {kind: recognise(json.loads(record)) for kind, record in rows} == {kind: kind for kind, _ in rows}
+    assert {kind for kind, _ in rows} == {*READERS, "instruction", "text"}
 
 
 def test_the_refusal_shown_is_the_one_printed():

@@ -225,7 +225,7 @@ def test_a_missing_text_column_is_one_problem_that_lists_the_others(write, name,
         path = write(name, content)
         problem = problem_of(path, **changes)
         assert problem.startswith(f"data.dataset: {path}: ") and "1: has the keys title, body; expected" in problem
-        assert problem.endswith("or text")
+        assert problem.endswith("or text (data.text_field)")
 
 
 @pytest.mark.parametrize("wrong", [5, ["x"], {"x": 1}])
@@ -395,6 +395,20 @@ def test_a_hub_source_is_not_asked_for_before_it_is_loaded():
 def test_a_hub_source_that_is_not_here_is_one_problem_without_a_network():
     problem = problem_of("nobody/nothing-of-this-name")
     assert "the Hub cannot be reached" in problem and "--dataset FILE" in problem
+
+
+def test_a_hub_name_that_does_not_exist_is_one_problem(monkeypatch):
+    """What the library says when the Hub answers that it knows no such data set."""
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError
+
+    def unknown(*arguments, **rest):
+        raise DatasetNotFoundError("Dataset 'nobody/nothing' doesn't exist on the Hub or cannot be accessed.")
+
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(datasets, "load_dataset", unknown)
+    problem = problem_of("nobody/nothing")
+    assert problem.startswith("data.dataset: nobody/nothing: neither a file here nor a data set on the Hub; correct the name")
 
 
 def test_every_file_of_a_folder_is_checked(write, tmp_path):
