@@ -16,7 +16,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from qlora_kit.config import UserError
 from qlora_kit.documents import Fragments, draw, hold_out, placed
-from qlora_kit.encoding import check, encode, encode_text, end_id, record_pieces
+from qlora_kit.encoding import CHARACTERS_AT_ONCE, check, encode, encode_text, end_id, record_pieces
 from qlora_kit.formats import Piece
 from qlora_kit.packing import RecordBlocks, build_record_blocks
 from qlora_kit.settings import Config, DataConfig, ModelConfig
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RECORDS_AT_ONCE = 1024
-CHARACTERS_AT_ONCE = 2**20
 LAYOUT = 1  # of the cache; counted up when the same source is to be tokenized otherwise
 
 

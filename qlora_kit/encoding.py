@@ -23,7 +23,7 @@ Fragment = tuple[str, bool]  # a stretch of a document, and whether the document
 LONGEST_WORD = 1_000_000  # characters without a space or line end; more is no text, and tokenizers take all memory for it
 
 STRETCH = 2**16  # characters of running text that are tokenized at once: many stretches keep all cores busy
-STRETCHES_AT_ONCE = 16
+CHARACTERS_AT_ONCE = 2**20  # so that the tokenizer's objects, a hundred bytes a token, take little
 DOCUMENTS_AT_ONCE = 1024
 SEAM_SEARCH = 2**12  # characters at the end of a stretch in which a place to cut is looked for
 SEAM_CONTEXT = 256  # characters on both sides of a cut by which it is checked
@@ -90,6 +90,7 @@ def encode(records: list[list[Piece]], tokenizer: "PreTrainedTokenizerBase") -> 
     """Tokens of each record; the Rust tokenizer spreads all pieces over all cores."""
     import numpy as np
 
+    records = [[Piece(text, piece.trained) for piece in pieces for text in _parts(piece.text, tokenizer)] for pieces in records]
     tokens = iter(token_ids([piece.text for pieces in records for piece in pieces], tokenizer))
     encoded = []
     for pieces in records:
@@ -99,19 +100,35 @@ def encode(records: list[list[Piece]], tokenizer: "PreTrainedTokenizerBase") -> 
     return encoded
 
 
+def _parts(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """A very long text in stretches that have the tokens of the whole."""
+    return [text] if len(text) <= STRETCH else [part for part, _ in _stretches([(text, True)], tokenizer)]
+
+
 def token_ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
     """Ids of each text, without the special tokens that a tokenizer puts around a sequence."""
+    unique = list(dict.fromkeys(texts))  # what a template puts between turns is the same in all
+    ids: dict[str, list[int]] = {}
+    batch: list[str] = []
+    characters = 0
+    for number, text in enumerate(unique, 1):
+        batch.append(text)
+        characters += len(text)
+        if characters > CHARACTERS_AT_ONCE or number == len(unique):
+            ids.update(zip(batch, _batch_ids(batch, tokenizer), strict=True))
+            batch, characters = [], 0
+    return [ids[text] for text in texts]
+
+
+def _batch_ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     if backend.truncation or backend.padding:  # a tokenizer.json may bring them
         backend.no_truncation()
         backend.no_padding()
-    unique = list(dict.fromkeys(texts))  # what a template puts between turns is the same in all
     # Past tokenizer(...), which builds masks, offsets and objects for each text: a third of the time.
-    encoded = backend.encode_batch_fast(unique, add_special_tokens=False)
-    ids = {text: encoding.ids for text, encoding in zip(unique, encoded, strict=True)}
-    return [ids[text] for text in texts]
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def check(record: Encoded, end: int) -> None:
@@ -162,7 +179,7 @@ def encode_text(
     for stretch in _stretches(fragments, tokenizer):
         batch.append(stretch)
         characters += len(stretch[0])
-        if characters > STRETCHES_AT_ONCE * STRETCH or len(batch) == DOCUMENTS_AT_ONCE:
+        if characters > CHARACTERS_AT_ONCE or len(batch) == DOCUMENTS_AT_ONCE:
             yield from _encoded(batch, tokenizer, separator)
             batch, characters = [], 0
     yield from _encoded(batch, tokenizer, separator)

@@ -17,7 +17,7 @@ from qlora_kit.config import UserError
 Row = tuple[str, dict[str, Any]]  # the place in its file, such as `line 3`, and the record
 
 CHUNK = 2**20  # characters read at once
-LONGEST_RECORD = 2**25  # bytes of a line, or characters of a record in a JSON array
+LONGEST_RECORD = 2**24  # bytes of a line, or characters of a record in a JSON array
 LONGEST_TOKEN = 16  # characters that a literal, an escape or a sign takes, which the end of a chunk may cut
 SPACE = re.compile(r"\s*")
 csv.field_size_limit(LONGEST_RECORD)
@@ -85,7 +85,9 @@ def _lines(path: Path, where: str) -> Iterator[tuple[int, str]]:
         while line := file.readline(LONGEST_RECORD + 1):
             number += 1
             if len(line) > LONGEST_RECORD:
-                raise UserError(f"{where}: line {number} is longer than {LONGEST_RECORD:,} bytes; put one record on each line")
+                raise UserError(
+                    f"{where}: line {number} is longer than {LONGEST_RECORD:,} bytes; put one record on each line, or split it"
+                )
             if b"\0" in line:
                 raise UserError(f"{where}: line {number} holds NUL bytes; save the file as UTF-8 text")
             try:
@@ -178,15 +180,20 @@ class _JsonStream:
                 at, reason = _where_broken(error, self.at)
                 may_go_on = at >= len(self.text) - LONGEST_TOKEN or reason.startswith("Unterminated string")
                 if len(self.text) - self.at > LONGEST_RECORD:
-                    self.fail(f"no end within {LONGEST_RECORD:,} characters")
+                    raise UserError(
+                        f"{self.where}: the record that begins on line {self.line_number()} does not end within "
+                        f"{LONGEST_RECORD:,} characters; close it, or split it"
+                    ) from None
                 offset = at - self.at
                 if not may_go_on or not self.more():
                     self.at += offset
                     self.fail(reason)
 
+    def line_number(self) -> int:
+        return self.line + self.text.count("\n", 0, self.at)
+
     def fail(self, reason: str) -> NoReturn:
-        line = self.line + self.text.count("\n", 0, self.at)
-        raise UserError(f"{self.where}: line {line}: broken JSON ({reason}); mend this line")
+        raise UserError(f"{self.where}: line {self.line_number()}: broken JSON ({reason}); mend this line")
 
 
 def _read_csv(path: Path, where: str) -> Iterator[Row]:

@@ -125,6 +125,12 @@ def test_a_word_of_more_than_a_million_characters_is_refused(tokenizer):
         record_pieces(record, "completion", tokenizer, "text", "assistant")
 
 
+def test_a_very_long_answer_has_the_tokens_of_the_whole(tokenizer):
+    words = "The sea rises.\n\nIt falls. " * 20_000
+    (record,) = encode([[Piece("Hi ", False), Piece(words, True)]], tokenizer)
+    assert record.ids[record.trained].tolist() == tokenizer.encode(words, add_special_tokens=False)
+
+
 # What stops a run
 
 

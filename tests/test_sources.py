@@ -269,10 +269,17 @@ def test_a_broken_table_is_one_problem_with_file_and_place(write, name, content,
     assert str(path) in problem and reason in problem
 
 
-def test_a_line_of_100_mb_is_refused_without_reading_it(write):
-    path = write("a.jsonl", b'{"text": "' + b"x" * 10)
-    os.truncate(path, 100_000_000)
-    assert f"line 1 is longer than {2**25:,} bytes" in problem_of(path)
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("a.jsonl", "line 1 is longer than 16,777,216 bytes"),
+        ("a.csv", "line 1 is longer than 16,777,216 bytes"),
+        ("a.json", "the record that begins on line 1 does not end within 16,777,216 characters"),
+    ],
+)
+def test_a_line_of_100_mb_is_refused(write, name, reason):
+    path = write(name, b'{"text": "' + b"x " * 50_000_000)
+    assert reason in problem_of(path)
 
 
 def test_text_without_any_space_for_a_million_characters_is_refused(write):
