@@ -12,8 +12,9 @@ import sys
 from typing import Any
 
 from qlora_kit import cli
+from qlora_kit.adapter import AdapterSource, read_adapter
 from qlora_kit.config import UserError, override
-from qlora_kit.generation import DEMO_PROMPTS, AdapterSource, Generator, read_adapter
+from qlora_kit.generation import DEMO_PROMPTS, Generator
 from qlora_kit.hub import fetch_model, go_offline_if_unreachable, is_local
 from qlora_kit.settings import Config, GenerationSettings
 
@@ -65,6 +66,7 @@ def load_generator(source: AdapterSource, settings: GenerationSettings, argument
     from peft import PeftModel
     from safetensors import SafetensorError
 
+    from qlora_kit.decoding import LibraryEngine
     from qlora_kit.device import choose_device, usable_dtype
     from quantization_utils import create_bnb_config, load_model_and_tokenizer
 
@@ -94,7 +96,9 @@ def load_generator(source: AdapterSource, settings: GenerationSettings, argument
             raise UserError(
                 f"--adapter {source.folder}: adapter_model.safetensors is damaged ({error}); copy it again"
             ) from error
-    return Generator(adapted, tokenizer, settings, source.separator_id, arguments.seed)
+    engine = LibraryEngine(adapted, tokenizer.pad_token_id)
+    stop_ids = sorted({number for number in (tokenizer.eos_token_id, source.separator_id) if number is not None})
+    return Generator(engine, tokenizer, settings, stop_ids, arguments.seed, source.style)
 
 
 def run_interactive(generator: Generator) -> None:
@@ -108,7 +112,7 @@ def run_interactive(generator: Generator) -> None:
             prompt = input("> " if sys.stdin.isatty() else "")
             if not prompt.strip():
                 continue
-            for piece in generator.stream(prompt):
+            for piece in generator.stream(generator.encode(prompt)):
                 print(piece, end="", flush=True)
             print()
         except UserError as error:  # a prompt that is too long ends nothing
@@ -120,7 +124,7 @@ def run_interactive(generator: Generator) -> None:
 
 def run_demo(generator: Generator) -> None:
     for prompt in DEMO_PROMPTS:
-        answer = generator.complete(prompt)
+        (answer,) = generator.complete([generator.encode(prompt)])
         print(f"--- prompt: {prompt!r}")
         print(prompt + answer.text)
         print(f"--- {answer.tokens} tokens, {answer.tokens_per_second:.1f} tokens/s\n", flush=True)
@@ -143,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     generator = load_generator(source, settings, arguments)
     if prompt is not None:
-        print(generator.complete(prompt).text)
+        print(generator.complete([generator.encode(prompt)])[0].text)
     elif arguments.mode == "demo":
         run_demo(generator)
     else:

@@ -1,20 +1,18 @@
-"""Base model + adapter -> text, streamed or whole.
+"""Prompts as people write them -> tokens for an engine -> text, streamed or whole.
 
-What an adapter's folder says decides how it is loaded: run.json (written by train_qlora.py) names base model, revision,
-quantization and prompt style; a plain PEFT adapter names its base model, and the rest takes the defaults.
+An engine (decoding.py, fast/decode.py) turns token ids into token ids; here are the words: how a prompt is given to an adapter of
+running text, of chats or of instructions, what of an answer can be printed already, and why it ended.
 """
 
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
-from threading import Event, Thread
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from qlora_kit.checkpoint import ADAPTER_FILES, CONFIG, PASSPORT
-from qlora_kit.config import UserError, load_config
-from qlora_kit.hub import read_json
-from qlora_kit.settings import Config, GenerationSettings, ModelConfig, QuantizationConfig
+from qlora_kit.chat import Message, apply_chat_template
+from qlora_kit.config import UserError
+from qlora_kit.settings import GenerationSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,76 +26,24 @@ DEMO_PROMPTS = [
 ]
 
 
-@dataclass(frozen=True)
-class AdapterSource:
-    """What an adapter's folder says about how to load and prompt it."""
+class Engine(Protocol):
+    """What turns prompts into tokens; decoding.LibraryEngine says what each member does."""
 
-    folder: Path
-    model: ModelConfig
-    quantization: QuantizationConfig
-    config: Config  # the run's resolved settings; of these, `generation` holds the defaults of answers
-    separator_id: int | None  # ends a text
-    complete: bool  # False: a plain PEFT adapter, whose quantization and prompt style are unknown
-
-
-def read_adapter(name: str) -> AdapterSource:
-    """Read what an adapter's folder says.
-
-    Raises:
-        UserError: no such folder, no adapter in it, or a file that cannot be read.
-    """
-    folder = _adapter_folder(name)
-    key = f"--adapter {name}"
-    settings = load_config(folder / CONFIG) if (folder / CONFIG).is_file() else Config()
-    if (folder / PASSPORT).is_file():
-        return _by_passport(folder, read_json(folder / PASSPORT, key), settings, key)
-    base = read_json(folder / ADAPTER_FILES[1], key).get("base_model_name_or_path")
-    if not base:
-        raise UserError(f"{key}: its adapter_config.json names no base model; add base_model_name_or_path")
-    return AdapterSource(folder, ModelConfig(name=base), settings.quantization, settings, None, complete=False)
-
-
-def _adapter_folder(name: str) -> Path:
-    folder = Path(name).expanduser()
-    key = f"--adapter {name}"
-    if not folder.is_dir():
-        raise UserError(f"{key}: no such folder; train one: python train_qlora.py --output_dir {name}")
-    missing = [file for file in ADAPTER_FILES if not (folder / file).is_file()]
-    if missing:
-        newest = sorted(folder.glob("checkpoints/checkpoint-*"), key=lambda path: path.stat().st_mtime)
-        hint = (
-            f"its run is unfinished: continue it with --resume, or use {newest[-1]}"
-            if newest
-            else "name a folder that train_qlora.py finished"
-        )
-        raise UserError(f"{key}: no adapter there ({missing[0]} not found); {hint}")
-    return folder
-
-
-def _by_passport(folder: Path, passport: dict[str, Any], settings: Config, key: str) -> AdapterSource:
-    try:
-        base = passport["base_model"]
-        name = base["name"] if not base["folder"] or Path(base["name"]).is_dir() else base["folder"]
-        return AdapterSource(
-            folder=folder,
-            model=ModelConfig(name=name, revision=base["revision"], trust_remote_code=passport["trust_remote_code"]),
-            quantization=QuantizationConfig(**passport["quantization"]),
-            config=settings,
-            separator_id=passport["separator_id"],
-            complete=True,
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{key}: its run.json is damaged ({reason}); copy it again, or delete it to load a plain adapter"
-        ) from None
+    @property
+    def context(self) -> int | None: ...
+    def steps(
+        self, prompts: list[list[int]], settings: GenerationSettings, seed: int, stop_ids: list[int]
+    ) -> Iterator[list[int | None]]: ...
+    def adapter_off(self) -> AbstractContextManager: ...
 
 
 @dataclass(frozen=True)
 class Generated:
-    text: str  # the continuation alone
+    text: str  # the answer alone
     tokens: int
     seconds: float
+    first_token_seconds: float
+    stop: Literal["end", "length", "interrupted"]  # it ended itself, took all of max_new_tokens, or nobody listened any more
 
     @property
     def tokens_per_second(self) -> float:
@@ -105,76 +51,122 @@ class Generated:
 
 
 class Generator:
-    """A loaded model, its tokenizer and the settings of its answers."""
+    """An engine, its tokenizer and the settings of its answers, which may be replaced between them."""
 
     def __init__(
-        self, model: Any, tokenizer: "PreTrainedTokenizerBase", settings: GenerationSettings, separator_id: int | None, seed: int
+        self,
+        engine: Engine,
+        tokenizer: "PreTrainedTokenizerBase",
+        settings: GenerationSettings,
+        stop_ids: list[int],
+        seed: int,
+        style: str = "text",
     ):
-        self.model, self.tokenizer, self.settings, self.seed = model.eval(), tokenizer, settings, seed
-        stops = {tokenizer.eos_token_id, separator_id}
-        self.stop_ids = sorted(number for number in stops if number is not None)
+        self.engine, self.tokenizer, self.settings = engine, tokenizer, settings
+        self.stop_ids, self.seed, self.style = stop_ids, seed, style
+        self.last: Generated | None = None  # what `stream` gave
 
-    def encode(self, prompt: str) -> Any:
-        """(1, tokens). Raises UserError for a prompt without tokens or beyond the model's context."""
-        ids = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
-        if ids.shape[1] == 0:
+    def encode(self, prompt: str) -> list[int]:
+        """Ids of one prompt in the adapter's own style.
+
+        Raises:
+            UserError: it has no tokens.
+        """
+        if self.style == "chat":
+            return self.encode_chat([{"role": "user", "content": prompt}])
+        text = f"### Instruction:\n{prompt}\n\n### Response:\n" if self.style == "instruction" else prompt
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not ids or not prompt:
             raise UserError("--prompt: the prompt is empty; give it some text")
-        room = getattr(self.model.config, "max_position_embeddings", None)
-        if room and ids.shape[1] + self.settings.max_new_tokens > room:
+        return ids
+
+    def encode_chat(self, messages: list[Message]) -> list[int]:
+        """Ids of a conversation that waits for an answer."""
+        text = apply_chat_template(messages, self.tokenizer, add_generation_prompt=True)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def check_room(self, ids: list[int]) -> None:
+        """
+        Raises:
+            UserError: prompt and answer exceed the context.
+        """
+        room = self.engine.context
+        if room and len(ids) + self.settings.max_new_tokens > room:
             raise UserError(
-                f"--prompt: {ids.shape[1]} tokens and {self.settings.max_new_tokens} new ones exceed the model's context "
+                f"--prompt: {len(ids)} tokens and {self.settings.max_new_tokens} new ones exceed the model's context "
                 f"of {room}; shorten the prompt or use a smaller --max_new_tokens"
             )
-        return ids.to(self.model.device)
 
-    def stream(self, prompt: str) -> Iterator[str]:
-        """Pieces of the continuation as they come; whole words, so that no character is ever split."""
-        from transformers import StoppingCriteriaList, TextIteratorStreamer
-
-        ids = self.encode(prompt)
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        stopping, failures = Event(), []
-
-        def work() -> None:
-            try:
-                self._run(ids, streamer=streamer, stopping_criteria=StoppingCriteriaList([lambda *state: stopping.is_set()]))
-            except BaseException as error:  # raised again below, in the thread that can answer it
-                failures.append(error)
-                streamer.end()
-
-        worker = Thread(target=work)
-        worker.start()
+    def stream(self, ids: list[int]) -> Iterator[str]:
+        """Pieces of the answer as they come, never half a character; `last` then says how it went."""
+        self.check_room(ids)
+        answer = _Answer(self.tokenizer, self.stop_ids)
+        steps = self.engine.steps([ids], self.settings, self.seed, self.stop_ids)
         try:
-            yield from streamer
-        finally:  # also when the reader stops listening
-            stopping.set()
-            worker.join()
-        if failures:
-            raise failures[0]
+            for (token,) in steps:
+                if token is not None and (piece := answer.add(token)):
+                    yield piece
+            if rest := answer.rest():
+                yield rest
+        finally:
+            steps.close()  # type: ignore[attr-defined]
+            self.last = answer.result(self.settings.max_new_tokens)
 
-    def complete(self, prompt: str) -> Generated:
-        ids = self.encode(prompt)
-        started = time.perf_counter()
-        output = self._run(ids)
-        new = output[0, ids.shape[1] :]
-        return Generated(str(self.tokenizer.decode(new, skip_special_tokens=True)), len(new), time.perf_counter() - started)
+    def complete(self, prompts: list[list[int]]) -> list[Generated]:
+        """Whole answers to several prompts at once."""
+        for ids in prompts:
+            self.check_room(ids)
+        answers = [_Answer(self.tokenizer, self.stop_ids) for _ in prompts]
+        for step in self.engine.steps(prompts, self.settings, self.seed, self.stop_ids):
+            for answer, token in zip(answers, step, strict=True):
+                if token is not None:
+                    answer.add(token)
+        return [answer.result(self.settings.max_new_tokens) for answer in answers]
 
-    def _run(self, ids: Any, **extra: Any) -> Any:
-        import torch
+    def adapter_off(self) -> AbstractContextManager:
+        """The base model alone, while the context lasts."""
+        return self.engine.adapter_off()
 
-        settings = self.settings
-        greedy = settings.temperature == 0
-        sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
-        torch.manual_seed(self.seed)  # the same prompt and seed give the same text, whatever came before
-        with torch.inference_mode():
-            return self.model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=settings.max_new_tokens,
-                repetition_penalty=settings.repetition_penalty,
-                do_sample=not greedy,
-                **({"temperature": None, "top_p": None, "top_k": None} if greedy else sampling),
-                eos_token_id=self.stop_ids,
-                pad_token_id=self.tokenizer.pad_token_id,
-                **extra,
-            )
+
+class _Answer:
+    """Tokens of one answer as text.
+
+    A character may take several tokens, and what a token says may depend on the one before it: each piece is what the text gained
+    since the last whole character, seen from a token back.
+    """
+
+    def __init__(self, tokenizer: Any, stop_ids: list[int]):
+        self.tokenizer, self.stop_ids = tokenizer, stop_ids
+        self.ids: list[int] = []
+        self.text = ""
+        self.shown = self.context = 0  # ids whose text was given; where the ids begin by which it is seen
+        self.started = self.first = self.latest = time.perf_counter()
+        self.ended = False
+
+    def add(self, token: int) -> str:
+        """The text that can be shown now."""
+        self.latest = time.perf_counter()
+        if not self.ids:
+            self.first = self.latest
+        self.ids.append(token)
+        self.ended = token in self.stop_ids
+        return self._gained(final=False)
+
+    def rest(self) -> str:
+        return self._gained(final=True)
+
+    def _gained(self, final: bool) -> str:
+        before, now = self._decode(self.ids[self.context : self.shown]), self._decode(self.ids[self.context :])
+        if now.endswith("\ufffd") and not final:
+            return ""
+        self.context, self.shown = self.shown, len(self.ids)
+        self.text += (piece := now[len(before) :])
+        return piece
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def result(self, most: int) -> Generated:
+        stop: Any = "end" if self.ended else "length" if len(self.ids) >= most else "interrupted"
+        self.rest()
+        return Generated(self.text, len(self.ids), self.latest - self.started, self.first - self.started, stop)

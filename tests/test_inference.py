@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 import inference_example
 import train_qlora
 from qlora_kit import cli
+from qlora_kit.adapter import read_adapter
 from qlora_kit.config import UserError
-from qlora_kit.generation import DEMO_PROMPTS, Generator, read_adapter
+from qlora_kit.generation import DEMO_PROMPTS, Generated, Generator
 from qlora_kit.settings import GenerationSettings
 
 PROMPT = "The river"
@@ -64,7 +65,11 @@ def greedy(adapter, root) -> Generator:
 def sampling(generator: Generator, seed: int = 1, **settings) -> Generator:
     """The same loaded model with other settings."""
     chosen = GenerationSettings(**{"max_new_tokens": 12, "temperature": 1.0} | settings)
-    return Generator(generator.model, generator.tokenizer, chosen, generator.stop_ids[0], seed)
+    return Generator(generator.engine, generator.tokenizer, chosen, generator.stop_ids, seed)
+
+
+def complete(generator: Generator, prompt: str) -> Generated:
+    return generator.complete([generator.encode(prompt)])[0]
 
 
 def text_mode(adapter, capsys, *arguments: str) -> str:
@@ -81,28 +86,28 @@ def test_temperature_0_takes_the_likeliest_token_each_time(greedy):
     length = ids.shape[1]
     with torch.no_grad():
         for _ in range(12):
-            ids = torch.cat([ids, greedy.model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
-    answer = greedy.complete(PROMPT)
+            ids = torch.cat([ids, greedy.engine.model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    answer = complete(greedy, PROMPT)
     assert answer.text == greedy.tokenizer.decode(ids[0, length:], skip_special_tokens=True)
-    assert answer.text == greedy.complete(PROMPT).text
+    assert answer.text == complete(greedy, PROMPT).text
     assert answer.tokens == 12 and answer.tokens_per_second > 0
 
 
 def test_the_seed_fixes_the_text_whatever_came_before(greedy):
     one = sampling(greedy, seed=1)
-    first = one.complete(PROMPT).text
-    one.complete("something else")
+    first = complete(one, PROMPT).text
+    complete(one, "something else")
     torch.rand(7)
-    assert one.complete(PROMPT).text == first
-    assert sampling(greedy, seed=1).complete(PROMPT).text == first
-    assert any(sampling(greedy, seed=seed).complete(PROMPT).text != first for seed in (2, 3))
+    assert complete(one, PROMPT).text == first
+    assert complete(sampling(greedy, seed=1), PROMPT).text == first
+    assert any(complete(sampling(greedy, seed=seed), PROMPT).text != first for seed in (2, 3))
 
 
 def test_streamed_pieces_add_up_to_the_complete_text(greedy):
     generator = sampling(greedy, max_new_tokens=40)
-    pieces = list(generator.stream(PROMPT))
+    pieces = list(generator.stream(greedy.encode(PROMPT)))
     assert len([piece for piece in pieces if piece]) > 3
-    assert "".join(pieces) == generator.complete(PROMPT).text
+    assert "".join(pieces) == complete(generator, PROMPT).text
 
 
 def test_a_text_ends_at_the_separator(greedy):
@@ -110,14 +115,14 @@ def test_a_text_ends_at_the_separator(greedy):
     separator = greedy.tokenizer.convert_tokens_to_ids("<|endoftext|>")
     assert separator in greedy.stop_ids and greedy.tokenizer.eos_token_id in greedy.stop_ids
     ids = greedy.encode(PROMPT)
-    likeliest = greedy.model(ids).logits[0, -1].argmax().item()
-    ending = Generator(greedy.model, greedy.tokenizer, greedy.settings, likeliest, seed=1)  # as if it were the separator
-    assert ending.complete(PROMPT).tokens == 1
+    likeliest = greedy.engine.model(torch.tensor([ids])).logits[0, -1].argmax().item()
+    ending = Generator(greedy.engine, greedy.tokenizer, greedy.settings, [likeliest], seed=1)  # as if it were the separator
+    assert complete(ending, PROMPT).tokens == 1
 
 
 def test_a_reader_that_stops_early_leaves_no_thread_behind(greedy):
     before = set(threading.enumerate())
-    stream = sampling(greedy, max_new_tokens=500).stream(PROMPT)
+    stream = sampling(greedy, max_new_tokens=500).stream(greedy.encode(PROMPT))
     next(stream)
     assert set(threading.enumerate()) != before
     stream.close()
@@ -128,18 +133,18 @@ def test_a_failure_while_streaming_reaches_the_reader(greedy, monkeypatch):
     def fails(*arguments, **rest):
         raise RuntimeError("no memory left")
 
-    monkeypatch.setattr(greedy.model, "generate", fails)
+    monkeypatch.setattr(greedy.engine.model, "generate", fails)
     with pytest.raises(RuntimeError, match="no memory left"):
-        list(greedy.stream(PROMPT))
+        list(greedy.stream(greedy.encode(PROMPT)))
 
 
 def test_the_adapter_changes_the_answer_and_base_only_leaves_it_out(adapter, greedy):
     base = load(adapter, "--base_only")
-    ids = greedy.encode(PROMPT)
+    ids = torch.tensor([greedy.encode(PROMPT)])
     with torch.no_grad():
-        assert (base.model(ids).logits - greedy.model(ids).logits).abs().max() > 0.1
-    assert not hasattr(base.model, "peft_config")
-    assert base.complete(PROMPT).text != greedy.complete(PROMPT).text
+        assert (base.engine.model(ids).logits - greedy.engine.model(ids).logits).abs().max() > 0.1
+    assert not hasattr(base.engine.model, "peft_config")
+    assert complete(base, PROMPT).text != complete(greedy, PROMPT).text
 
 
 # --- modes --------------------------------------------------------------------------------------------------------------
@@ -148,7 +153,7 @@ def test_the_adapter_changes_the_answer_and_base_only_leaves_it_out(adapter, gre
 def test_text_mode_prints_the_generated_text_alone(adapter, capsys):
     generator = load(adapter, max_new_tokens=8)
     assert text_mode(adapter, capsys, "--prompt", PROMPT, "--temperature", "0", "--repetition_penalty", "1") == (
-        generator.complete(PROMPT).text + "\n"
+        complete(generator, PROMPT).text + "\n"
     )
 
 
@@ -183,7 +188,7 @@ def test_interactive_answers_each_line_and_ends_at_end_of_input(adapter, greedy,
     ])  # fmt: skip
     out, err = capsys.readouterr()
     alone = sampling(greedy, max_new_tokens=4, temperature=0.0, repetition_penalty=1.0)
-    assert out == "".join(f"{alone.complete(prompt).text}\n" for prompt in ("The river", "The city"))
+    assert out == "".join(f"{complete(alone, prompt).text}\n" for prompt in ("The river", "The city"))
     assert "Goodbye" in err and "Traceback" not in err
     assert err.count("error:") == 1 and "context" in err  # the long prompt is refused and the next one answered
 
@@ -241,7 +246,7 @@ def test_a_plain_peft_adapter_works_and_what_is_assumed_is_said(adapter, tmp_pat
         "--temperature", "0", "--repetition_penalty", "1",
     ])  # fmt: skip
     captured = capsys.readouterr()
-    assert captured.out == greedy.complete(PROMPT).text + "\n"
+    assert captured.out == complete(greedy, PROMPT).text + "\n"
     assert "no run.json" in captured.err and "assets/tiny-qwen2" in captured.err and "NF4" in captured.err
 
 
@@ -267,9 +272,10 @@ def test_an_adapter_that_a_gpu_trained_speaks_on_a_cpu(adapter, tmp_path, traine
     (folder / "run.json").write_text(json.dumps(passport))
     generator = load(folder)
     assert (
-        generator.model.get_input_embeddings().weight.dtype == {"float16": torch.float32, "bfloat16": torch.bfloat16}[trained_in]
+        generator.engine.model.get_input_embeddings().weight.dtype
+        == {"float16": torch.float32, "bfloat16": torch.bfloat16}[trained_in]
     )
-    assert generator.complete(PROMPT).tokens == 12
+    assert complete(generator, PROMPT).tokens == 12
 
 
 def test_the_base_model_is_found_from_another_working_folder(adapter, tmp_path, monkeypatch, tiny_dir):

@@ -1,0 +1,102 @@
+"""Prompts -> tokens through the library's own `generate`, one step of all prompts at a time."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from queue import SimpleQueue
+from threading import Event, Thread
+from typing import Any
+
+import torch
+from transformers import StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from qlora_kit.settings import GenerationSettings
+
+Step = list[int | None]  # a prompt's next token; None once it has ended
+
+
+class LibraryEngine:
+    """Any model that the library can load. fast/decode.py does the same faster for those that it covers."""
+
+    def __init__(self, model: Any, pad_id: int | None):
+        self.model, self.pad_id = model.eval(), pad_id or 0
+
+    @property
+    def context(self) -> int | None:
+        """Tokens of prompt and answer together at most; None where the model states none."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    def steps(self, prompts: list[list[int]], settings: GenerationSettings, seed: int, stop_ids: list[int]) -> Iterator[Step]:
+        """The same prompts, settings and seed give the same tokens, whatever came before.
+
+        A prompt's stop token is its last; `settings.max_new_tokens` steps at most. Closing the iterator stops the work.
+        """
+        ids, mask = _padded_left(prompts, self.pad_id, self.model.device)
+        streamer, stopping = _Tokens(), Event()
+
+        def work() -> None:
+            try:
+                torch.manual_seed(seed)
+                stop = StoppingCriteriaList([lambda seen, scores: torch.full((len(seen),), stopping.is_set(), device=ids.device)])
+                with torch.inference_mode():
+                    self.model.generate(
+                        input_ids=ids, attention_mask=mask, streamer=streamer, stopping_criteria=stop,
+                        eos_token_id=stop_ids, pad_token_id=self.pad_id, **_library_settings(settings),
+                    )  # fmt: skip
+                streamer.queue.put(None)
+            except BaseException as error:  # raised again below, in the thread that can answer it
+                streamer.queue.put(error)
+
+        worker = Thread(target=work)
+        worker.start()
+        try:
+            yield from _until_ended(streamer, len(prompts), stop_ids)
+        finally:  # also when the reader stops listening
+            stopping.set()
+            worker.join()
+
+    def adapter_off(self) -> AbstractContextManager:
+        """The base model alone, while the context lasts."""
+        return self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext()
+
+
+class _Tokens(BaseStreamer):
+    """Hands each step's tokens to another thread."""
+
+    def __init__(self) -> None:
+        self.queue: SimpleQueue = SimpleQueue()
+        self.prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.prompt_seen:
+            self.queue.put(value.tolist())
+        self.prompt_seen = True  # the first call brings the prompts
+
+    def end(self) -> None:
+        pass
+
+
+def _until_ended(streamer: _Tokens, count: int, stop_ids: list[int]) -> Iterator[Step]:
+    ended = [False] * count
+    while (step := streamer.queue.get()) is not None:
+        if isinstance(step, BaseException):
+            raise step
+        yield [None if done else token for token, done in zip(step, ended, strict=True)]
+        ended = [done or token in stop_ids for token, done in zip(step, ended, strict=True)]
+
+
+def _padded_left(prompts: list[list[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids and attention mask, (B, longest), shorter prompts to the right."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    return ids, mask
+
+
+def _library_settings(settings: GenerationSettings) -> dict[str, Any]:
+    greedy = settings.temperature == 0
+    sampling = {name: None if greedy else getattr(settings, name) for name in ("temperature", "top_p", "top_k")}
+    return {
+        "do_sample": not greedy, "max_new_tokens": settings.max_new_tokens,
+        "repetition_penalty": settings.repetition_penalty, **sampling,
+    }  # fmt: skip
