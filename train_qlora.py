@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit import cli
 from qlora_kit.checkpoint import build_passport, check_output_dir, find_checkpoint, open_output, save_adapter, write_passport
 from qlora_kit.config import UserError, load_config, override, parse_set
-from qlora_kit.dataset import Blocks, load_blocks, load_tokenizer
+from qlora_kit.dataset import Blocks, load_blocks
 from qlora_kit.hub import fetch_model, fetch_tokenizer, go_offline_if_unreachable, is_local, read_model_config
 from qlora_kit.memory import CONTEXT_BYTES, GIB, KNOWN_CONFIGS, ModelShape, read_shape, why_not_written_out
 from qlora_kit.packing import RecordBlocks
@@ -27,6 +27,7 @@ from qlora_kit.plan import check_fit, make_plan, plan_table
 from qlora_kit.report import CURVES, RunReport, plot_training_curves, read_metrics
 from qlora_kit.settings import Config
 from qlora_kit.sources import check_source
+from qlora_kit.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from peft import PeftModel

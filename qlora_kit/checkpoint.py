@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.cli import Failed
 from qlora_kit.config import UserError, load_config
-from qlora_kit.dataset import separator_id, tokenizer_fingerprint
 from qlora_kit.hub import is_local, read_json
 from qlora_kit.report import CURVES, LOG, METRICS, RunReport, command_line, now, versions
 from qlora_kit.settings import Config
+from qlora_kit.tokenizer import separator_id, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -6,9 +6,11 @@ instructions) stay whole and are packed into blocks (packing.py). Either way lab
 cache, so that the second run with the same data begins at once. Reading: sources.py; tokenizing: encoding.py.
 """
 
+import errno
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
@@ -19,9 +21,10 @@ from qlora_kit.documents import Fragments, draw, hold_out, placed
 from qlora_kit.encoding import CHARACTERS_AT_ONCE, check, encode, encode_text, end_id, record_pieces
 from qlora_kit.formats import Piece
 from qlora_kit.packing import RecordBlocks, build_record_blocks
-from qlora_kit.settings import Config, DataConfig, ModelConfig
+from qlora_kit.settings import Config, DataConfig
 from qlora_kit.sources import Source, is_file_name, open_source
 from qlora_kit.storage import Tokens, TokenWriter, cache_folder, read_tokens, writing
+from qlora_kit.tokenizer import padding_id, separator_id, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,40 +77,6 @@ class Blocks:
         return f"{self.summary()} ({self.join_rule}), {blocks}"
 
 
-def load_tokenizer(model: ModelConfig) -> "PreTrainedTokenizerBase":
-    """The base model's tokenizer, without its weights.
-
-    Raises:
-        UserError: it cannot be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(
-            model.name, revision=model.revision or "main", trust_remote_code=model.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"model.name: {model.name}: its tokenizer cannot be loaded ({reason}); copy or download it again"
-        ) from error
-
-
-def separator_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The token that stands after each document: Qwen's and GPT-2's `<|endoftext|>`, else the end-of-sequence token.
-
-    Qwen's chat models name `<|im_end|>` as their end of sequence; that one ends a turn, not a text.
-    """
-    vocabulary = tokenizer.get_vocab()
-    if "<|endoftext|>" in vocabulary:
-        return vocabulary["<|endoftext|>"]
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            "model.name: its tokenizer has no end-of-sequence token, so documents cannot be separated; use another model"
-        )
-    return int(tokenizer.eos_token_id)
-
-
 # A source as tokens
 
 
@@ -143,11 +112,13 @@ def _blocks(source: Source, data: DataConfig, tokenizer: "PreTrainedTokenizerBas
 def _text_parts(
     source: Source, data: DataConfig, tokenizer: "PreTrainedTokenizerBase", share: tuple[float, int]
 ) -> tuple[Blocks, Blocks]:
-    train, held_out = hold_out(source.documents, *share)
-    return (
-        text_blocks(tokenize(source, train, tokenizer, ("train", *share)), data.max_length, "data.dataset"),
-        text_blocks(tokenize(source, held_out, tokenizer, ("held out", *share)), data.max_length, "data.eval_split"),
-    )
+    @cache
+    def parts() -> tuple[Fragments, Fragments]:  # reads the source, so only when the tokens are not in the cache
+        return hold_out(source.documents, *share)
+
+    train = tokenize(source, lambda: parts()[0](), tokenizer, ("train", *share))
+    held_out = tokenize(source, lambda: parts()[1](), tokenizer, ("held out", *share))
+    return text_blocks(train, data.max_length, "data.dataset"), text_blocks(held_out, data.max_length, "data.eval_split")
 
 
 def _record_parts(
@@ -227,8 +198,16 @@ def _batches(source: Source, data: DataConfig, tokenizer: "PreTrainedTokenizerBa
 def _cached(key: str, write: Callable[[TokenWriter], None]) -> Tokens:
     folder = cache_folder() / key
     if (found := read_tokens(folder)) is None:
-        with writing(folder) as writer, _progress(writer):
-            write(writer)
+        try:
+            with writing(folder) as writer, _progress(writer):
+                write(writer)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR):
+                raise
+            raise UserError(
+                f"HF_DATASETS_CACHE: {folder.parent}: cannot be written ({error.strerror}); "
+                "make room there, or name another folder"
+            ) from None
         found = read_tokens(folder)
     assert found is not None
     return found
@@ -248,18 +227,6 @@ def _progress(writer: TokenWriter) -> Progress:
 def _key(source: Source, tokenizer: "PreTrainedTokenizerBase", *settings: Any) -> str:
     said = (LAYOUT, source.fingerprint, tokenizer_fingerprint(tokenizer), settings)
     return hashlib.sha256(repr(said).encode()).hexdigest()[:32]
-
-
-def padding_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Any token will do: padding is neither seen nor trained."""
-    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
-
-
-def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """SHA-256 of everything that decides how text becomes ids."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    described = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(described.encode()).hexdigest()
 
 
 def text_blocks(stored: Tokens, length: int, key: str) -> Blocks:

@@ -71,8 +71,11 @@ def writing(folder: Path) -> Iterator[TokenWriter]:
             writer = TokenWriter(staging, stack)
             yield writer
         (staging / ABOUT).write_text(json.dumps(writer.about), encoding="utf-8")
-        if not folder.exists():  # else another process was faster, with the same result
+        try:
             os.rename(staging, folder)
+        except OSError:
+            if not (folder / ABOUT).is_file():  # else another process was faster, with the same result
+                raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -13,8 +13,8 @@ FOLDERS = [path for path in ROOT.iterdir() if path.is_dir() and not path.name.st
 SOURCES = sorted([*ROOT.glob("*.py"), *(file for folder in FOLDERS for file in folder.rglob("*.py"))])
 # A mistake in a config must be answered at once: these are read before torch is.
 LIGHT = (
-    "config", "settings", "memory", "plan", "formats", "sources", "readers", "documents", "encoding", "storage", "packing", "hub",
-    "cli", "report", "dataset", "checkpoint",
+    "config", "settings", "memory", "plan", "formats", "sources", "readers", "documents", "encoding", "storage", "packing",
+    "tokenizer", "hub", "cli", "report", "dataset", "checkpoint",
 )  # fmt: skip
 HEAVY = {"torch", "transformers", "datasets", "peft", "bitsandbytes", "matplotlib"}
 

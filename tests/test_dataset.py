@@ -11,10 +11,11 @@ import torch
 from transformers import AutoTokenizer
 
 from qlora_kit.config import UserError, load_config
-from qlora_kit.dataset import Blocks, cut_into_blocks, load_blocks, separator_id, tokenize
+from qlora_kit.dataset import Blocks, cut_into_blocks, load_blocks, tokenize
 from qlora_kit.documents import hold_out
 from qlora_kit.settings import DataConfig
 from qlora_kit.sources import open_source
+from qlora_kit.tokenizer import separator_id
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,7 @@ def test_a_large_file_takes_no_more_memory_than_a_small_one(root, tmp_path):
     path.write_text("".join(f"{number}\n" + f"{'x' * 119}\n" * 500 for number in range(250)))
     code = (
         "import resource, sys; from pathlib import Path; from qlora_kit.config import load_config; "
-        "from qlora_kit.dataset import load_blocks, load_tokenizer; "
+        "from qlora_kit.dataset import load_blocks; from qlora_kit.tokenizer import load_tokenizer; "
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024; "
         "config = load_config(Path('configs/tiny.yaml'), {'data.dataset': sys.argv[1], 'data.eval_split': None}); "
         "tokenizer = load_tokenizer(config.model); before = peak(); blocks, _ = load_blocks(config, tokenizer); "
@@ -148,6 +149,13 @@ def test_a_large_file_takes_no_more_memory_than_a_small_one(root, tmp_path):
     blocks, more_mib = map(int, done.stdout.split())
     assert blocks > 12_500
     assert more_mib < 60
+
+
+def test_a_cache_that_cannot_be_written_is_one_problem(tokenized, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"HF_DATASETS_CACHE: .*file.qlora_kit: cannot be written"):
+        tokenized(["text"])
 
 
 # Records

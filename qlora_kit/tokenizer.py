@@ -1,0 +1,56 @@
+"""The base model's tokenizer without its weights, and what is asked of it beside tokens. Imports no torch by itself."""
+
+import hashlib
+from typing import TYPE_CHECKING
+
+from qlora_kit.config import UserError
+from qlora_kit.settings import ModelConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(model: ModelConfig) -> "PreTrainedTokenizerBase":
+    """The base model's tokenizer, without its weights.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            model.name, revision=model.revision or "main", trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"model.name: {model.name}: its tokenizer cannot be loaded ({reason}); copy or download it again"
+        ) from error
+
+
+def separator_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The token that stands after each document: Qwen's and GPT-2's `<|endoftext|>`, else the end-of-sequence token.
+
+    Qwen's chat models name `<|im_end|>` as their end of sequence; that one ends a turn, not a text.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if "<|endoftext|>" in vocabulary:
+        return vocabulary["<|endoftext|>"]
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            "model.name: its tokenizer has no end-of-sequence token, so documents cannot be separated; use another model"
+        )
+    return int(tokenizer.eos_token_id)
+
+
+def padding_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Any token will do: padding is neither seen nor trained."""
+    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+
+
+def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """SHA-256 of everything that decides how text becomes ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    described = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(described.encode()).hexdigest()
