@@ -100,7 +100,7 @@ def _texts(part: Part, text_field: str) -> Iterator[str]:
 
 def _text(record: dict[str, Any], text_field: str) -> str:
     if text_field not in record:
-        check_format(record, "text", text_field)
+        raise BadRecord(f"has the keys {', '.join(map(str, record)) or 'none'}; expected {text_field} in each (data.text_field)")
     if record[text_field] is None:
         return ""
     text = checked_text(record[text_field], text_field)

@@ -221,11 +221,16 @@ def test_the_text_column_can_be_named(write):
 
 @pytest.mark.parametrize(("name", "content"), [("a.jsonl", '{"title": "x", "body": "y"}\n'), ("a.csv", "title,body\nx,y\n")])
 def test_a_missing_text_column_is_one_problem_that_lists_the_others(write, name, content):
+    path = write(name, content)
     for changes in ({}, {"format": "text"}):
-        path = write(name, content)
         problem = problem_of(path, **changes)
-        assert problem.startswith(f"data.dataset: {path}: ") and "1: has the keys title, body; expected" in problem
-        assert problem.endswith("or text (data.text_field)")
+        assert problem.startswith(f"data.dataset: {path}: ") and "1: has the keys title, body; expected " in problem
+        assert problem.endswith("(data.text_field)")
+
+
+def test_a_record_without_the_text_of_those_before_it_is_one_problem(write):
+    problem = problem_of(write("a.jsonl", as_jsonl({"text": "one"}, MESSAGES)))
+    assert "a.jsonl: line 2: has the keys messages; expected text in each" in problem
 
 
 @pytest.mark.parametrize("wrong", [5, ["x"], {"x": 1}])
