@@ -77,9 +77,9 @@ def attention_input(
     q, k, v = _heads(product, batch, sizes, rotary)
     v = v.contiguous()  # a view would keep all of `product` alive
     if norms.q is None or norms.k is None:
-        return (_rotate(q, rotary), _rotate(k, rotary), v), xa, None
+        return (rotate(q, rotary), rotate(k, rotary), v), xa, None
     q, k = rms_norm(q, norms.q, norms.epsilon), rms_norm(k, norms.k, norms.epsilon)
-    return (_rotate(q, rotary), _rotate(k, rotary), v), xa, product
+    return (rotate(q, rotary), rotate(k, rotary), v), xa, product
 
 
 def heads_backward(
@@ -170,7 +170,7 @@ def _flat(attended: torch.Tensor) -> torch.Tensor:
     return attended.transpose(1, 2).reshape(attended.shape[0] * attended.shape[2], -1)
 
 
-def _rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+def rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
     """(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), halves of each head."""
     return x * rotary.cos + _swap_halves(x) * rotary.sin
 

@@ -42,7 +42,7 @@ def unpack_stacked(weights: tuple[Any, ...], B: tuple[torch.Tensor | None, ...],
     row = column = 0
     for weight, b, (rows, _) in zip(weights, B, shapes, strict=True):
         part = stacked[row : row + rows]
-        if _has_kernel(weight, dtype):
+        if has_kernel(weight, dtype):
             _launch(weight, b, column, width, part)
         else:
             part[:, :columns] = _unpack(weight, dtype)
@@ -65,7 +65,7 @@ def _unpack(weight: Any, dtype: torch.dtype) -> torch.Tensor:
     return weight if state is None else bnb.dequantize_4bit(weight.data, state).to(dtype)
 
 
-def _has_kernel(weight: Any, dtype: torch.dtype) -> bool:
+def has_kernel(weight: Any, dtype: torch.dtype) -> bool:
     state = getattr(weight, "quant_state", None)
     return state is not None and weight.is_cuda and state.nested and state.dtype == dtype and why_no_triton() is None
 
