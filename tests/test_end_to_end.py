@@ -23,10 +23,11 @@ from transformers import (
 import inference_example
 import train_qlora
 from qlora_kit import cli
+from qlora_kit.adapter import read_adapter
 from qlora_kit.checkpoint import find_checkpoint
 from qlora_kit.cli import Failed
 from qlora_kit.config import UserError, load_config
-from qlora_kit.generation import read_adapter
+from qlora_kit.settings import GenerationSettings
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 # The embedded model and a few short blocks; an in-process run takes about a second.
@@ -175,7 +176,7 @@ def test_the_adapter_loads_in_plain_peft_with_the_same_logits(trained, tiny_dir)
     source = read_adapter(str(folder))
     generator = inference_example.load_generator(source, source.config.generation, arguments)
     with torch.no_grad():
-        torch.testing.assert_close(generator.model(ids).logits, expected)
+        torch.testing.assert_close(generator.engine.model(ids).logits, expected)
     assert (expected - without).abs().max() > 0.1  # the adapter does something
 
 
@@ -690,3 +691,21 @@ def test_a_mistake_in_the_data_is_one_line_and_status_2_and_leaves_nothing(root,
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert errors == [f"error: data.dataset: {data}: line 2: broken JSON (Expecting value); mend this line"]
     assert result.stderr.splitlines()[-1] == errors[0] and not (tmp_path / "out").exists()
+
+
+def test_what_was_trained_on_instructions_ends_its_answers_itself(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(root)
+    folder = str(tmp_path / "chat")
+    train_qlora.main([
+        "--config", "configs/instruct.yaml", "--max_steps", "48", "--max_length", "128", "--batch_size", "1",
+        "--learning_rate", "3e-3", "--set", "data.eval_split=null", "--set", "data.max_train_samples=8", "--output_dir", folder,
+    ])  # fmt: skip
+    arguments = inference_example.parse_arguments(["--adapter", folder, "--device", "cpu"])
+    settings = GenerationSettings(max_new_tokens=40, temperature=0.0, repetition_penalty=1.0)
+    generator = inference_example.load_generator(read_adapter(folder), settings, arguments)
+    prompts = [generator.encode(prompt) for prompt in ("What color is grass?", "What is a Boolean?", "Name three things.")]
+    answers = generator.complete(prompts)
+    assert answers[0].text == "Grass is green."
+    assert [answer.stop for answer in answers] == ["end"] * 3
+    with generator.adapter_off():
+        assert [answer.stop for answer in generator.complete(prompts)] == ["length"] * 3
