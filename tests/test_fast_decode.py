@@ -1,12 +1,13 @@
 """Answers a token at a time against the library's `generate`."""
 
+import bitsandbytes
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from qlora_kit.decoding import LibraryEngine
-from qlora_kit.fast import decode
+from qlora_kit.fast import decode, thin
 from qlora_kit.fast.decode import GraphEngine, why_not_decoded
 from qlora_kit.fast.sampling import Sampling, choose
 from qlora_kit.settings import GenerationSettings
@@ -43,7 +44,7 @@ def answers(engine, prompts, settings, seed=0, stop_ids=(3,)):
 
 def by_hand(model, prompt, count):
     """Without a cache and without padding."""
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     with torch.no_grad():
         for _ in range(count):
             ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
@@ -155,3 +156,63 @@ def test_the_reason_against_it_is_said(tiny_dir):
 
     other = AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50))
     assert "not built like Llama" in why_not_decoded(other, 64)
+
+
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+
+class TestOnTheGpu:
+    pytestmark = needs_gpu
+
+    def on_gpu(self, tiny_dir, dtype):
+        bnb = create_bnb_config(compute_dtype=dtype)
+        model, _ = load_model_and_tokenizer(str(tiny_dir), bnb, device="cuda", dtype=dtype)
+        torch.manual_seed(0)
+        model = prepare_model_for_training(model, create_lora_config(4, 16.0, 0.05), use_gradient_checkpointing=False)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        return model.eval()
+
+    def test_captured_answers_are_the_librarys(self, tiny_dir):
+        """In fp32, where no rounding decides between two tokens; twice, so that a graph is used again."""
+        model = self.on_gpu(tiny_dir, torch.float32)
+        engine = GraphEngine(model, captured=True)
+        expected = [by_hand(model, prompt, 12) for prompt in PROMPTS]
+        for _ in range(2):
+            assert answers(engine, PROMPTS, greedy(), stop_ids=[-1]) == expected
+        with engine.adapter_off(), model.disable_adapter():
+            assert answers(engine, PROMPTS, greedy(), stop_ids=[-1])[0] == by_hand(model, PROMPTS[0], 12)
+
+    @pytest.mark.parametrize("settings", [greedy(), greedy(temperature=1.0, repetition_penalty=1.2)], ids=["greedy", "sampled"])
+    def test_a_graph_answers_as_its_kernels_one_by_one(self, tiny_dir, settings):
+        model = self.on_gpu(tiny_dir, torch.bfloat16)
+        expected = answers(GraphEngine(model, captured=False), PROMPTS, settings, seed=3)
+        assert answers(GraphEngine(model, captured=True), PROMPTS, settings, seed=3) == expected
+
+    @pytest.mark.parametrize("rows", [1, 3, 17, 64])
+    @pytest.mark.parametrize(
+        "sizes, fan_in, rank", [((48, 16, 16), 192, 4), ((5504, 5504), 2048, 16), ((2048,), 11008, 0)], ids=str
+    )
+    def test_the_product_is_that_of_the_unpacked_weights(self, rows, sizes, fan_in, rank):
+        torch.manual_seed(0)
+        weights = []
+        for size in sizes:
+            w = torch.randn(size, fan_in, device="cuda", dtype=torch.bfloat16) / 20
+            packed, state = bitsandbytes.functional.quantize_4bit(w, quant_type="nf4", compress_statistics=True)
+            packed.quant_state = state
+            weights.append(packed)
+        adapter = None
+        if rank:
+            A = (torch.randn(rank * len(sizes), fan_in, device="cuda") / 20).bfloat16()
+            adapter = thin.Adapter(A, tuple(torch.randn(size, rank, device="cuda").bfloat16() for size in sizes))
+        bias = torch.randn(sum(sizes), device="cuda").bfloat16()
+        x = torch.randn(rows, fan_in, device="cuda").bfloat16()
+        actual = thin.product(x, thin.Group(tuple(weights), bias, sizes, adapter))
+        assert actual.dtype == torch.float32 and len(actual) > 1  # by the kernel
+        whole = torch.cat([bitsandbytes.functional.dequantize_4bit(w, w.quant_state) for w in weights]).double()
+        expected = x.double() @ whole.T + bias.double()
+        if adapter:
+            xa = (x @ adapter.A.T).double().split(rank, 1)
+            expected += torch.cat([part @ b.double().T for part, b in zip(xa, adapter.B, strict=True)], 1)
+        torch.testing.assert_close(actual.sum(0).double(), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())

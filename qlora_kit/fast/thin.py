@@ -71,7 +71,7 @@ def read_group(modules: list[Any], dtype: torch.dtype) -> Group:
 def product(x: torch.Tensor, group: Group) -> torch.Tensor:
     """parts of x Wᵀ + (x Aᵀ) Bᵀ + bias."""
     xa = None if group.adapter is None else x @ group.adapter.A.T
-    if len(x) <= MOST_ROWS and all(has_kernel(weight, x.dtype) for weight in group.weights):
+    if len(x) <= MOST_ROWS and x.element_size() == 2 and all(has_kernel(weight, x.dtype) for weight in group.weights):
         return _product_in_one(x, xa, group)
     if any(hasattr(weight, "quant_state") for weight in group.weights):
         y = F.linear(x, unpack_stacked(group.weights, (None,) * len(group.sizes), 0, x.dtype))
