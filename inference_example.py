@@ -98,7 +98,7 @@ def load_generator(source: AdapterSource, settings: GenerationSettings, argument
             ) from error
     engine = LibraryEngine(adapted, tokenizer.pad_token_id)
     stop_ids = sorted({number for number in (tokenizer.eos_token_id, source.separator_id) if number is not None})
-    return Generator(engine, tokenizer, settings, stop_ids, arguments.seed, source.style)
+    return Generator(engine, tokenizer, settings, stop_ids, arguments.seed, source.style, source.config.data.train_on)
 
 
 def run_interactive(generator: Generator) -> None:

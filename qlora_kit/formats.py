@@ -206,11 +206,7 @@ def chat_pieces(messages: list[Message], tokenizer: Any, train_on: TrainOn = "as
     Raises:
         BadRecord: as apply_chat_template and answer_spans do.
     """
-    control = control_tokens(tokenizer)
-    turns = [
-        {"role": message["role"], "content": control.sub(lambda token: token[0][0] + CUT + token[0][1:], message["content"])}
-        for message in messages
-    ]
+    turns = _spelled_out(messages, tokenizer)
     whole = apply_chat_template(turns, tokenizer)
     if train_on == "all":
         return _pieces(whole, [(0, len(whole))])
@@ -218,6 +214,30 @@ def chat_pieces(messages: list[Message], tokenizer: Any, train_on: TrainOn = "as
     answers = answers[-1:] if train_on == "last" else answers
     wanted = [number for number in answers if messages[number].get("weight") != 0]
     return _pieces(whole, answer_spans(turns, whole, wanted, tokenizer))
+
+
+def prompt_pieces(messages: list[Message], tokenizer: Any, train_on: TrainOn = "assistant") -> list[Piece]:
+    """A conversation that waits for an answer: the pieces that chat_pieces would give up to that answer.
+
+    Raises:
+        BadRecord: as apply_chat_template does.
+    """
+    turns = _spelled_out(messages, tokenizer)
+    whole = apply_chat_template(turns, tokenizer, add_generation_prompt=True)
+    answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
+    try:
+        return _pieces(whole, answer_spans(turns, whole, answers if train_on == "assistant" else [], tokenizer))
+    except BadRecord:  # earlier answers are written otherwise, as without their thoughts: only a last one could be trained
+        return _pieces(whole, [])
+
+
+def _spelled_out(messages: list[Message], tokenizer: Any) -> list[Message]:
+    """Each control token among the words cut in two, so that ordinary tokens spell it out."""
+    control = control_tokens(tokenizer)
+    return [
+        {"role": message["role"], "content": control.sub(lambda token: token[0][0] + CUT + token[0][1:], message["content"])}
+        for message in messages
+    ]
 
 
 def instruction_pieces(text: str, end: str, train_on: TrainOn = "assistant") -> list[Piece]:

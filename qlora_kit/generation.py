@@ -10,8 +10,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from qlora_kit.chat import Message, apply_chat_template
+from qlora_kit.chat import Message
 from qlora_kit.config import UserError
+from qlora_kit.encoding import encode
+from qlora_kit.formats import TrainOn, prompt_pieces
 from qlora_kit.settings import GenerationSettings
 
 if TYPE_CHECKING:
@@ -61,9 +63,10 @@ class Generator:
         stop_ids: list[int],
         seed: int,
         style: str = "text",
+        train_on: TrainOn = "assistant",
     ):
         self.engine, self.tokenizer, self.settings = engine, tokenizer, settings
-        self.stop_ids, self.seed, self.style = stop_ids, seed, style
+        self.stop_ids, self.seed, self.style, self.train_on = stop_ids, seed, style, train_on
         self.last: Generated | None = None  # what `stream` gave
 
     def encode(self, prompt: str) -> list[int]:
@@ -81,9 +84,12 @@ class Generator:
         return ids
 
     def encode_chat(self, messages: list[Message]) -> list[int]:
-        """Ids of a conversation that waits for an answer."""
-        text = apply_chat_template(messages, self.tokenizer, add_generation_prompt=True)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        """Ids of a conversation that waits for an answer: those that training gave it, up to that answer.
+
+        Raises:
+            BadRecord: the chat template refuses the turns.
+        """
+        return encode([prompt_pieces(messages, self.tokenizer, self.train_on)], self.tokenizer)[0].ids.tolist()
 
     def check_room(self, ids: list[int]) -> None:
         """
@@ -98,14 +104,14 @@ class Generator:
             )
 
     def stream(self, ids: list[int]) -> Iterator[str]:
-        """Pieces of the answer as they come, never half a character; `last` then says how it went."""
+        """The answer a piece a token, empty while a character is half there; `last` then says how it went."""
         self.check_room(ids)
         answer = _Answer(self.tokenizer, self.stop_ids)
         steps = self.engine.steps([ids], self.settings, self.seed, self.stop_ids)
         try:
             for (token,) in steps:
-                if token is not None and (piece := answer.add(token)):
-                    yield piece
+                if token is not None:
+                    yield answer.add(token)
             if rest := answer.rest():
                 yield rest
         finally:
@@ -157,7 +163,9 @@ class _Answer:
 
     def _gained(self, final: bool) -> str:
         before, now = self._decode(self.ids[self.context : self.shown]), self._decode(self.ids[self.context :])
-        if now.endswith("\ufffd") and not final:
+        if final:
+            now = now.rstrip("\ufffd")  # half a character, where the answer was cut
+        elif now.endswith("\ufffd"):
             return ""
         self.context, self.shown = self.shown, len(self.ids)
         self.text += (piece := now[len(before) :])
