@@ -101,27 +101,6 @@ def load_generator(source: AdapterSource, settings: GenerationSettings, argument
     return Generator(engine, tokenizer, settings, stop_ids, arguments.seed, source.style, source.config.data.train_on)
 
 
-def run_interactive(generator: Generator) -> None:
-    try:
-        import readline  # noqa: F401  gives input() line editing and history, where the platform has it
-    except ImportError:
-        pass
-    print("Write a beginning and it is continued. End with Ctrl+D or Ctrl+C.", file=sys.stderr)
-    while True:
-        try:
-            prompt = input("> " if sys.stdin.isatty() else "")
-            if not prompt.strip():
-                continue
-            for piece in generator.stream(generator.encode(prompt)):
-                print(piece, end="", flush=True)
-            print()
-        except UserError as error:  # a prompt that is too long ends nothing
-            print(f"error: {error}", file=sys.stderr)
-        except (EOFError, KeyboardInterrupt):
-            print("\nGoodbye.", file=sys.stderr)
-            return
-
-
 def run_demo(generator: Generator) -> None:
     for prompt in DEMO_PROMPTS:
         (answer,) = generator.complete([generator.encode(prompt)])
@@ -151,6 +130,8 @@ def main(argv: list[str] | None = None) -> None:
     elif arguments.mode == "demo":
         run_demo(generator)
     else:
+        from qlora_kit.interactive import run_interactive
+
         run_interactive(generator)
 
 
