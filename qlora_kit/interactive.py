@@ -136,10 +136,11 @@ class Conversation:
         if not room or len(ids) + wanted <= room:
             return
         shorter = "/undo or /reset" if self.generator.style == "chat" and self.rounds else "a shorter input"
-        fewer = f", or /set max_new_tokens {room - len(ids)}" if len(ids) < room else ""
+        fewer = f"/set max_new_tokens {room - len(ids)}"
+        remedies = [shorter] * (wanted < room) + [fewer] * (len(ids) < room)
         raise UserError(
             f"the context is full: {len(ids):,} tokens and {wanted:,} new ones exceed the model's {room:,}; "
-            f"{shorter} makes room{fewer}"
+            f"{' or '.join(remedies or [shorter])} makes room"
         )
 
     def _answer(self, ids: list[int], settings: GenerationSettings, seed: int) -> tuple[str, Generated]:

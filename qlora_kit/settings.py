@@ -7,7 +7,7 @@ import math
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def _not_bool(value: Any) -> Any:
@@ -58,6 +58,12 @@ def _dataset(value: Any) -> Any:
     names = value if isinstance(value, list) else [value]
     if not names or not all(isinstance(name, str) and name for name in names):
         raise ValueError("should be a Hub name, a file, a folder, or a list of them")
+    return value
+
+
+def _temperature(value: float) -> float:
+    if value != 0 and not 0.001 <= value <= 100:  # divided by less, logits overflow
+        raise ValueError("should be 0, for the likeliest token each time, or from 0.001 to 100")
     return value
 
 
@@ -158,10 +164,10 @@ class PerformanceConfig(Section):
 
 class GenerationSettings(Section):
     max_new_tokens: Count = 128
-    temperature: NonNegative = 0.7
+    temperature: Annotated[NonNegative, AfterValidator(_temperature)] = 0.7
     top_p: Annotated[float, BeforeValidator(_not_bool), Field(gt=0, le=1)] = 0.9
     top_k: Integer = 50
-    repetition_penalty: Positive = 1.1
+    repetition_penalty: Annotated[Positive, Field(ge=0.01, le=100)] = 1.1
 
 
 class Config(Section):

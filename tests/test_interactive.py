@@ -268,6 +268,10 @@ def test_rounds_that_were_sent_alone_are_saved_alone(converse, tmp_path):
     ("/set temperature -1", ["/set temperature", "-1", "the default is 0.7"]),
     ("/set temperature warm", ["/set temperature", "warm"]),
     ("/set temperature nan", ["/set temperature", "nan"]),
+    ("/set temperature 1e-30", ["/set temperature", "should be 0, for the likeliest token"]),  # logits / 1e-30 overflow
+    ("/set temperature 1e300", ["/set temperature", "100"]),
+    ("/set repetition_penalty 1e-40", ["/set repetition_penalty", "0.01"]),
+    ("/set repetition_penalty 1e300", ["/set repetition_penalty", "100"]),
     ("/set top_p 0", ["/set top_p", "0"]),
     ("/set top_p 2", ["/set top_p", "2"]),
     ("/set top_p nan", ["/set top_p", "nan"]),
@@ -309,8 +313,10 @@ def test_a_full_context_is_refused_with_what_makes_room(converse, tokenizer):
     assert f"context is full: {used} tokens and 10 new ones exceed the model's {used + 9}" in problem
     assert "/undo or /reset" in problem and "/set max_new_tokens 9" in problem
     assert out == "Hello!\nYes.\n"
-    _, err, _ = converse(["word " * 50], context=20)
-    assert "a shorter input makes room" in err and "/set" not in err
+    _, err, _ = converse(["word " * 50], context=20, max_new_tokens=10)
+    assert "; a shorter input makes room" in err
+    _, err, _ = converse(["Hi"], context=100, max_new_tokens=100)
+    assert re.search(r"; /set max_new_tokens \d\d makes room", err)
 
 
 # --- a real terminal --------------------------------------------------------------------------------------------------------
