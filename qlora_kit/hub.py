@@ -62,8 +62,8 @@ def fetch_tokenizer(model: ModelConfig) -> None:
     _fetch(model, SMALL_FILES)
 
 
-def fetch_model(model: ModelConfig) -> None:
-    """Make all of the base model's files ready on this machine.
+def fetch_model(model: ModelConfig) -> Path:
+    """Make all of the base model's files ready on this machine; returns their folder.
 
     Raises:
         UserError: as fetch_tokenizer.
@@ -73,6 +73,7 @@ def fetch_model(model: ModelConfig) -> None:
         raise UserError(
             f"model.name: {model.name}: no *.safetensors weights; save the model with save_pretrained and name that folder"
         )
+    return folder
 
 
 def _fetch(model: ModelConfig, patterns: list[str]) -> Path:
