@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -58,16 +59,15 @@ class Comparison:
 
     @property
     def rule(self) -> str:
-        if self.same_weights:
-            return f"may differ by {ROUNDING} nats or by {ERRORS:g} standard errors, whichever is more"
-        return f"may be worse by {MARGIN} nats or by {ERRORS:g} standard errors, whichever is more"
+        kind, allowed = ("differ", ROUNDING) if self.same_weights else ("be worse", MARGIN)
+        return f"may {kind} by {allowed} nats or {ERRORS:g} standard errors, whichever is more"
 
     def lines(self) -> list[str]:
         return [
             f"  base + adapter   {self.adapter}",
             f"  merged           {self.merged}",
-            f"  difference       {self.difference:+.4f} ± {self.standard_error:.4f} nats a token: "
-            f"{'pass' if self.passed else 'FAIL'} ({self.rule})",
+            f"  difference       {self.difference:+.4f} ± {self.standard_error:.4f} nats a token",
+            f"  {'pass' if self.passed else 'FAIL'}             {self.rule}",
         ]
 
 
@@ -140,6 +140,9 @@ def measure_adapter(source: AdapterSource, base: str, packing: Packing, blocks: 
         quantization_config=quantization if settings.load_in_4bit else None,
         **origin,
     )
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False  # else its products are in bfloat16, as they were not in training
     return _measure(PeftModel.from_pretrained(model, source.folder, torch_device=packing.device), blocks)
 
 
