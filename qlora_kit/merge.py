@@ -132,8 +132,10 @@ def say_what_is_merged(source: AdapterSource, base: str, matrices: int) -> None:
     quantization = source.quantization
     packed = f"{quantization.quant_type.upper()}{' with double quantization' if quantization.use_double_quant else ''}"
     onto = "its original weights" if base == "original" else f"its weights as {packed} leaves them"
-    assumed = "" if source.complete or base == "original" else f" (no run.json says how it was packed: {packed} assumed)"
-    print(f"Merging {matrices} matrices of {source.folder} into {source.model.name}, onto {onto}{assumed}", file=sys.stderr)
+    print(f"Merging {matrices} matrices of {source.folder} into {source.model.name}, onto {onto}", file=sys.stderr)
+    if not source.complete:
+        assumed = packed if quantization.load_in_4bit else "16 bits"
+        print(f"{source.folder} has no run.json: taking its base model to have been in {assumed} in training", file=sys.stderr)
 
 
 def write_merge(
@@ -176,6 +178,7 @@ def check_merge(output: Path, source: AdapterSource, base: Path, loading: "Packi
     from qlora_kit.merge_check import compare, measure_adapter, measure_merged
 
     name = str(base) if is_local(source.model.name) else source.model.name
+    print("Checking: base + adapter, then the merged model", file=sys.stderr)
     try:
         adapter = measure_adapter(source, name, loading, blocks)
         merged = measure_merged(output, loading, source.model.trust_remote_code, blocks)
@@ -189,7 +192,10 @@ def check_merge(output: Path, source: AdapterSource, base: Path, loading: "Packi
     print(f"Perplexity on {what}:", *result.lines(), sep="\n", flush=True)
     record_check(output, result, what)
     if not result.passed:
-        raise cli.Failed(f"the merged model differs from base + adapter by more than it may; {output} is kept, do not trust it")
+        hint = "" if result.same_weights else ", or take the weights it was trained on: --base dequantized"
+        raise cli.Failed(
+            f"the merged model differs from base + adapter by more than it may; {output} is kept: do not trust it{hint}"
+        )
 
 
 def _terminate(*_: Any) -> None:
