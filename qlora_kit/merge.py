@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit import cli
 from qlora_kit.adapter import AdapterSource, read_adapter
 from qlora_kit.config import UserError
-from qlora_kit.dataset import load_tokenizer
 from qlora_kit.hub import TOKENIZER_FILES, fetch_model, go_offline_if_unreachable, is_local, read_json
 from qlora_kit.memory import GIB
-from qlora_kit.merge_folder import check_disk, check_output, copy_small_files, record_check, staged, write_mark
-from qlora_kit.merge_pairs import read_pairs
+from qlora_kit.merging.folder import check_disk, check_output, copy_small_files, record_check, staged, write_mark
+from qlora_kit.merging.pairs import read_pairs
 from qlora_kit.settings import ModelConfig
+from qlora_kit.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from qlora_kit.merge_weights import Merge, Packing
+    from qlora_kit.merging.weights import Merge, Packing
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -95,8 +95,8 @@ def main(argv: list[str] | None = None) -> None:
         go_offline_if_unreachable()
     base = fetch_model(source.model)
 
-    from qlora_kit.merge_check import check_blocks
-    from qlora_kit.merge_weights import plan_merge
+    from qlora_kit.merging.check import check_blocks
+    from qlora_kit.merging.weights import plan_merge
 
     loading = how_loaded(source, arguments.device)
     merge = plan_merge(base, source.model, pairs, loading if arguments.base == "dequantized" else None, key)
@@ -121,7 +121,7 @@ def _load_tokenizer(source: AdapterSource, base: Path) -> "PreTrainedTokenizerBa
 def how_loaded(source: AdapterSource, device: str) -> "Packing":
     """How the base model was loaded for training, on the device that is here."""
     from qlora_kit.device import choose_device, usable_dtype
-    from qlora_kit.merge_weights import Packing
+    from qlora_kit.merging.weights import Packing
 
     device = choose_device(device)
     dtype, _ = usable_dtype(source.quantization.compute_dtype, device, insisted=False)
@@ -150,7 +150,7 @@ def write_merge(
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
-    from qlora_kit.merge_files import write_weights
+    from qlora_kit.merging.files import write_weights
 
     console, started = Console(stderr=True), time.monotonic()
     columns = (BarColumn(bar_width=None), DownloadColumn(binary_units=True), TimeRemainingColumn())
@@ -175,7 +175,7 @@ def check_merge(output: Path, source: AdapterSource, base: Path, loading: "Packi
         Failed: they differ by more than they may, or the GPU is too small for the comparison.
     """
     from qlora_kit.device import is_out_of_memory
-    from qlora_kit.merge_check import compare, measure_adapter, measure_merged
+    from qlora_kit.merging.check import compare, measure_adapter, measure_merged
 
     name = str(base) if is_local(source.model.name) else source.model.name
     print("Checking: base + adapter, then the merged model", file=sys.stderr)

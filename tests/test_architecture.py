@@ -14,7 +14,7 @@ SOURCES = sorted([*ROOT.glob("*.py"), *(file for folder in FOLDERS for file in f
 # A mistake in a config must be answered at once: these are read before torch is.
 LIGHT = (
     "config", "settings", "memory", "plan", "formats", "sources", "readers", "documents", "encoding", "storage", "packing",
-    "tokenizer", "hub", "cli", "report", "dataset", "checkpoint", "merge", "merge_pairs", "merge_folder",
+    "tokenizer", "hub", "cli", "report", "dataset", "checkpoint", "merge", "merging.pairs", "merging.folder",
 )  # fmt: skip
 HEAVY = {"torch", "transformers", "datasets", "peft", "bitsandbytes", "matplotlib"}
 

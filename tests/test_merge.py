@@ -21,8 +21,8 @@ from qlora_kit import merge
 from qlora_kit.adapter import read_adapter
 from qlora_kit.cli import Failed
 from qlora_kit.config import UserError
-from qlora_kit.merge_check import MARGIN, ROUNDING, Comparison, Measured, check_blocks, compare
-from qlora_kit.merge_folder import check_disk, stop_ids
+from qlora_kit.merging.check import MARGIN, ROUNDING, Comparison, Measured, check_blocks, compare
+from qlora_kit.merging.folder import check_disk, stop_ids
 from quantization_utils import create_bnb_config, load_model_and_tokenizer
 
 PROJECTIONS = ["q_proj", "v_proj", "down_proj"]
@@ -218,9 +218,9 @@ def large(tmp_path_factory, tiny_dir) -> Path:
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from qlora_kit.merge_files import write_weights
-from qlora_kit.merge_pairs import read_pairs
-from qlora_kit.merge_weights import Packing, plan_merge
+from qlora_kit.merging.files import write_weights
+from qlora_kit.merging.pairs import read_pairs
+from qlora_kit.merging.weights import Packing, plan_merge
 from qlora_kit.settings import ModelConfig, QuantizationConfig
 import torch
 base, folder, output = map(Path, sys.argv[1:4])

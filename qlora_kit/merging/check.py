@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from qlora_kit.adapter import AdapterSource
 from qlora_kit.config import UserError
 from qlora_kit.dataset import Blocks, load_blocks
-from qlora_kit.merge_weights import Packing
+from qlora_kit.merging.weights import Packing
 from qlora_kit.packing import RecordBlocks
 from qlora_kit.perplexity import Perplexity, from_block_losses, library_losses, measure_perplexity
 from qlora_kit.settings import Config, DataConfig
 from qlora_kit.sources import check_source, is_file_name
 
-ARTICLES = Path(__file__).resolve().parent.parent / "samples" / "articles.txt"
+ARTICLES = Path(__file__).resolve().parents[2] / "samples" / "articles.txt"
 BLOCKS, LENGTH = 16, 512  # at most: 8,192 tokens
 ROUNDING, MARGIN = 0.01, 0.05  # nats a token
 ERRORS = 2.0  # standard errors of the difference that may be chance

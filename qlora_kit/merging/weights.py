@@ -17,8 +17,8 @@ from transformers.quantizers import AutoHfQuantizer
 
 from qlora_kit.config import UserError
 from qlora_kit.hub import is_local
-from qlora_kit.merge_files import Stored, read_base
-from qlora_kit.merge_pairs import LoraPair
+from qlora_kit.merging.files import Stored, read_base
+from qlora_kit.merging.pairs import LoraPair
 from qlora_kit.settings import ModelConfig, QuantizationConfig
 
 MERGEABLE = ("F32", "F16", "BF16")
