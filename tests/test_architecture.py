@@ -15,6 +15,7 @@ SOURCES = sorted([*ROOT.glob("*.py"), *(file for folder in FOLDERS for file in f
 LIGHT = (
     "config", "settings", "memory", "plan", "formats", "sources", "readers", "documents", "encoding", "storage", "packing",
     "tokenizer", "hub", "cli", "report", "dataset", "checkpoint", "merge", "merging.pairs", "merging.folder",
+    "doctor", "examination", "installation",
 )  # fmt: skip
 HEAVY = {"torch", "transformers", "datasets", "peft", "bitsandbytes", "matplotlib"}
 

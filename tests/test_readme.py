@@ -10,7 +10,7 @@ import pytest
 
 import inference_example
 import train_qlora
-from qlora_kit import merge
+from qlora_kit import doctor, merge
 from qlora_kit.config import UserError, load_config, override
 from qlora_kit.formats import READERS, recognise
 from qlora_kit.memory import GIB, KNOWN_CONFIGS, estimate_memory, read_shape
@@ -49,6 +49,8 @@ def test_command_is_one_that_works(command, monkeypatch):
             inference_example.read_prompt(arguments) if arguments.prompt != "-" else None
         case ["python", "-m", "qlora_kit.merge", *flags]:
             merge.parse_size(merge.parse_arguments(flags).max_shard_size)
+        case ["python", "-m", "qlora_kit.doctor", *flags]:
+            doctor.parse_arguments(flags)
         case ["make", target]:
             assert subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True).returncode == 0
         case ["pip" | "pytest" | "python3" | "source", *_]:
