@@ -1,38 +1,55 @@
 """Talk to a trained adapter.
 
     python inference_example.py --mode interactive                     a prompt, streamed answers
-    python inference_example.py --mode demo                            a set of prompts with their continuations
+    python inference_example.py --mode demo                            prompts that fit the adapter, answered with it and without
     python inference_example.py --mode text --prompt "The river"       only the generated text, for scripts
+    python inference_example.py --perplexity FILE                      perplexity with the adapter and without
 
-Base model, quantization and prompt style come from the adapter's folder. An adapter of running text continues its prompt.
+Base model, quantization, prompt style and stop tokens come from the adapter's folder. An adapter of running text continues its
+prompt, one of chats or instructions answers it. Several answers of --mode text have a line between them that holds nothing but a
+form feed; --json puts each on a line of its own. What is said about answers goes to standard error.
 """
 
 import argparse
 import sys
-from typing import Any
+from typing import TextIO
 
 from qlora_kit import cli
 from qlora_kit.adapter import AdapterSource, read_adapter
+from qlora_kit.answers import run_demo, run_text
 from qlora_kit.config import UserError, override
-from qlora_kit.generation import DEMO_PROMPTS, Generator
+from qlora_kit.generation import Generator, find_stop_ids
 from qlora_kit.hub import fetch_model, go_offline_if_unreachable, is_local
+from qlora_kit.prompts import Prompt, demo_prompts, read_prompt, read_prompt_file
 from qlora_kit.settings import Config, GenerationSettings
+from qlora_kit.sources import source_files
 
+BATCH_SIZE = 8  # prompts answered at once
 SAMPLING_FLAGS = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     summary, _, examples = (__doc__ or "").partition("\n\n")
     parser = cli.OneLineParser(description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mode", choices=["interactive", "demo", "text"], default="interactive")
+    parser.add_argument(
+        "--mode",
+        choices=["interactive", "demo", "text"],
+        help="default: interactive; text where a prompt is given; none where --perplexity is all that is asked",
+    )
     parser.add_argument(
         "--adapter",
         default="./output_qlora_qwen_3b",
         metavar="DIR",
-        help="folder that train_qlora.py wrote (default: %(default)s)",
+        help="folder that train_qlora.py wrote, a checkpoint of it, or any PEFT adapter (default: %(default)s)",
     )
-    parser.add_argument("--prompt", metavar="TEXT", help="for --mode text; - reads it from standard input")
+    parser.add_argument("--prompt", metavar="TEXT", help="for --mode text; - takes all of standard input for one prompt")
+    parser.add_argument("--prompt_file", metavar="FILE", help="for --mode text: one prompt a line; - reads standard input")
+    parser.add_argument("--batch_size", metavar="B", help="prompts of --prompt_file that are answered at once (default: 8)")
+    parser.add_argument("--json", action="store_true", help="one object a line: prompt, text, tokens, stop, seconds, seed")
+    parser.add_argument("--system", metavar="TEXT", help="system message, for an adapter of chats")
     parser.add_argument("--base_only", action="store_true", help="leave the adapter out, to see what it changes")
+    parser.add_argument("--compare", action="store_true", help="answer with and without the adapter; --mode demo does so anyway")
+    parser.add_argument("--perplexity", metavar="DATA", help="file or data set: perplexity with and without the adapter on it")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
     parser.add_argument(
         "--seed", type=int, default=42, metavar="S", help="the same prompt and seed give the same text (default: %(default)s)"
@@ -42,7 +59,48 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--top_p", metavar="P", help="sample from the likeliest tokens that make up this probability")
     parser.add_argument("--top_k", metavar="K", help="sample from this many likeliest tokens; 0 from all")
     parser.add_argument("--repetition_penalty", metavar="R", help="above 1 makes tokens that occurred already less likely")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.mode is None and (arguments.prompt is not None or arguments.prompt_file is not None):
+        arguments.mode = "text"
+    elif arguments.mode is None and arguments.perplexity is None:
+        arguments.mode = "interactive"
+    return arguments
+
+
+def check_flags(arguments: argparse.Namespace) -> None:
+    """
+    Raises:
+        UserError: flags that cannot stand together, or a value that cannot be.
+    """
+    prompts = [flag for flag in ("prompt", "prompt_file") if getattr(arguments, flag) is not None]
+    if len(prompts) == 2:
+        raise UserError("--prompt: cannot stand beside --prompt_file; give one of them")
+    if prompts and arguments.mode != "text":
+        raise UserError(f"--{prompts[0]}: is for --mode text, and the mode is {arguments.mode}; change one of them")
+    if arguments.mode == "text" and not prompts:
+        raise UserError('--prompt: --mode text needs one, such as --prompt "The river"; - reads it from standard input')
+    if arguments.compare and arguments.base_only:
+        raise UserError("--compare: cannot stand beside --base_only, which leaves the adapter out; give one of them")
+    if arguments.mode == "interactive" and (arguments.compare or arguments.json):
+        raise UserError(f"--{'compare' if arguments.compare else 'json'}: is for --mode text or demo; change the mode")
+    if arguments.compare and arguments.mode is None:
+        raise UserError("--compare: needs prompts; add --mode demo, or --mode text with some (--perplexity compares anyway)")
+    if arguments.perplexity is not None and is_local(arguments.perplexity):
+        source_files(arguments.perplexity, "--perplexity")
+    if arguments.batch_size is not None and not (arguments.batch_size.isdecimal() and int(arguments.batch_size)):
+        raise UserError(
+            f"--batch_size: {arguments.batch_size}: should be a whole number of at least 1; the default is {BATCH_SIZE}"
+        )
+
+
+def check_style(arguments: argparse.Namespace, source: AdapterSource) -> None:
+    """
+    Raises:
+        UserError: a system message for an adapter that never saw one.
+    """
+    if arguments.system is not None and source.style != "chat":
+        trained = {"text": "running text", "instruction": "instructions"}[source.style]
+        raise UserError(f"--system: {source.folder} was trained on {trained}, which has no system message; leave it out")
 
 
 def sampling_settings(arguments: argparse.Namespace, config: Config) -> GenerationSettings:
@@ -51,22 +109,18 @@ def sampling_settings(arguments: argparse.Namespace, config: Config) -> Generati
     return override(config, given).generation
 
 
-def read_prompt(arguments: argparse.Namespace) -> str | None:
-    if arguments.mode != "text":
-        return None
-    if arguments.prompt is None:
-        raise UserError('--prompt: --mode text needs one, such as --prompt "The river"; - reads it from standard input')
-    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    if not prompt:
-        raise UserError("--prompt: the prompt is empty; give it some text")
-    return prompt
+def read_prompts(arguments: argparse.Namespace, style: str) -> list[Prompt]:
+    """What is to be answered: the prompts given, or those of the demo."""
+    if arguments.prompt is not None:
+        return [read_prompt(arguments.prompt)]
+    if arguments.prompt_file is not None:
+        return read_prompt_file(arguments.prompt_file)
+    return demo_prompts(style)
 
 
 def load_generator(source: AdapterSource, settings: GenerationSettings, arguments: argparse.Namespace) -> Generator:
-    from peft import PeftModel
-    from safetensors import SafetensorError
-
-    from qlora_kit.decoding import LibraryEngine
+    from qlora_kit.attach import attach_adapter, check_base, check_vocabulary, load_checked_tokenizer
+    from qlora_kit.decoding import choose_engine
     from qlora_kit.device import choose_device, usable_dtype
     from quantization_utils import create_bnb_config, load_model_and_tokenizer
 
@@ -74,6 +128,7 @@ def load_generator(source: AdapterSource, settings: GenerationSettings, argument
     dtype, note = usable_dtype(source.quantization.compute_dtype, device, insisted=False)
     if note:
         print(note, file=sys.stderr)
+    check_base(source)
     packing = source.quantization
     model, tokenizer = load_model_and_tokenizer(
         source.model.name,
@@ -82,57 +137,68 @@ def load_generator(source: AdapterSource, settings: GenerationSettings, argument
         dtype=dtype,
         revision=source.model.revision,
         trust_remote_code=source.model.trust_remote_code,
+        tokenizer=load_checked_tokenizer(source),
     )
-    adapted: Any = model
-    if not arguments.base_only:
-        try:
-            adapted = PeftModel.from_pretrained(model, source.folder, torch_device=device)
-        except (RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"--adapter {source.folder}: does not fit {source.model.name} ({reason}); use the base model it was trained on"
-            ) from error
-        except SafetensorError as error:
-            raise UserError(
-                f"--adapter {source.folder}: adapter_model.safetensors is damaged ({error}); copy it again"
-            ) from error
-    engine = LibraryEngine(adapted, tokenizer.pad_token_id)
-    stop_ids = sorted({number for number in (tokenizer.eos_token_id, source.separator_id) if number is not None})
-    return Generator(engine, tokenizer, settings, stop_ids, arguments.seed, source.style, source.config.data.train_on)
+    check_vocabulary(source, tokenizer, model)
+    adapted = model if arguments.base_only else attach_adapter(model, source, device)
+    stop_ids = find_stop_ids(tokenizer, source.style) if source.stop_ids is None else source.stop_ids
+    engine, note = choose_engine(adapted, tokenizer.pad_token_id)
+    if note:
+        print(note, file=sys.stderr)
+    train_on = source.config.data.train_on
+    return Generator(engine, tokenizer, settings, stop_ids, arguments.seed, source.style, train_on, arguments.system)
 
 
-def run_demo(generator: Generator) -> None:
-    for prompt in DEMO_PROMPTS:
-        (answer,) = generator.complete([generator.encode(prompt)])
-        print(f"--- prompt: {prompt!r}")
-        print(prompt + answer.text)
-        print(f"--- {answer.tokens} tokens, {answer.tokens_per_second:.1f} tokens/s\n", flush=True)
+def warn_of_nothing(generator: Generator, source: AdapterSource) -> None:
+    from qlora_kit.attach import does_nothing
+
+    if does_nothing(generator.engine.model, source.folder):
+        print(f"{source.folder} does nothing: all its B are zero, so every answer is the base model's", file=sys.stderr)
+
+
+def print_norm(generator: Generator, file: TextIO) -> None:
+    from qlora_kit.attach import adapter_norm
+
+    norm, projections = adapter_norm(generator.engine.model)
+    print(f"adapter norm {norm:.4g}: root of the sum of ‖alpha/rank · B A‖² over {projections} projections", file=file)
+
+
+def answer(generator: Generator, prompts: list[Prompt], arguments: argparse.Namespace) -> None:
+    """In the mode asked for."""
+    if arguments.mode == "text":
+        run_text(generator, prompts, int(arguments.batch_size or BATCH_SIZE), arguments.compare, arguments.json)
+    elif arguments.mode == "demo":
+        run_demo(generator, prompts, not arguments.base_only, arguments.json)
+        if not arguments.base_only:
+            print_norm(generator, sys.stderr if arguments.json else sys.stdout)
+    elif arguments.mode == "interactive":
+        from qlora_kit.interactive import run_interactive
+
+        run_interactive(generator)
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
+    check_flags(arguments)
     source = read_adapter(arguments.adapter)
+    check_style(arguments, source)
     settings = sampling_settings(arguments, source.config)
-    prompt = read_prompt(arguments)
+    prompts = read_prompts(arguments, source.style)
     cli.prepare_libraries()
-    if not is_local(source.model.name):
+    if not (is_local(source.model.name) and is_local(arguments.perplexity or ".")):
         go_offline_if_unreachable()
     fetch_model(source.model)
-    if not source.complete:
-        packing = f"4-bit {source.quantization.quant_type.upper()}" if source.quantization.load_in_4bit else "16-bit"
-        print(
-            f"{source.folder} has no run.json: taking {source.model.name} in {packing}, prompts are continued as plain text",
-            file=sys.stderr,
-        )
+    for note in source.notes:
+        print(note, file=sys.stderr)
     generator = load_generator(source, settings, arguments)
-    if prompt is not None:
-        print(generator.complete([generator.encode(prompt)])[0].text)
-    elif arguments.mode == "demo":
-        run_demo(generator)
-    else:
-        from qlora_kit.interactive import run_interactive
+    if not arguments.base_only:
+        warn_of_nothing(generator, source)
+    if arguments.perplexity is not None:
+        from qlora_kit.comparison import run_perplexity
 
-        run_interactive(generator)
+        aside = arguments.mode in ("text", "interactive")  # standard output is for answers
+        run_perplexity(generator, arguments.perplexity, source.config, arguments.json, arguments.base_only, aside)
+    answer(generator, prompts, arguments)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
 """An adapter's folder -> how to load and prompt it.
 
-run.json (written by train_qlora.py) names base model, revision, quantization and prompt style; a plain PEFT adapter names its
-base model, and the rest takes the defaults.
+run.json (written by train_qlora.py) names base model, revision, quantization, prompt style and stop tokens. A plain PEFT adapter
+names its base model; the rest is assumed, and `notes` say what. A checkpoint goes by the run.json of its run. Whether the base
+model and the adapter's tensors are what they should be: attach.py.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.checkpoint import ADAPTER_FILES, CONFIG, PASSPORT
+from qlora_kit.checkpoint import ADAPTER_FILES, CHECKPOINTS, CONFIG, PASSPORT
 from qlora_kit.config import UserError, load_config
-from qlora_kit.hub import read_json
-from qlora_kit.settings import Config, ModelConfig, QuantizationConfig
+from qlora_kit.fingerprint import tensor_shapes
+from qlora_kit.hub import TOKENIZER_FILES, is_local, read_json
+from qlora_kit.settings import Config, DataConfig, ModelConfig, QuantizationConfig
+from qlora_kit.sources import open_source
 
 
 @dataclass(frozen=True)
@@ -20,28 +23,36 @@ class AdapterSource:
 
     folder: Path
     model: ModelConfig
+    tokenizer: ModelConfig  # where the tokenizer is: beside the adapter, else with the base model
     quantization: QuantizationConfig
-    config: Config  # the run's resolved settings; of these, `generation` holds the defaults of answers
+    config: (
+        Config  # the run's resolved settings: `generation` holds the defaults of answers, `data` how a text is cut into blocks
+    )
     style: str  # how prompts were given in training: text, chat or instruction
-    separator_id: int | None  # ends a text
-    complete: bool  # False: a plain PEFT adapter, whose quantization and prompt style are unknown
+    stop_ids: list[int] | None  # end an answer; None: unknown, to be taken from the tokenizer
+    passport: dict[str, Any]  # run.json, with the fingerprints of base model and tokenizer; empty without one
+    notes: tuple[str, ...] = ()  # what the user is to be told: what is assumed, or taken from elsewhere
+
+    @property
+    def complete(self) -> bool:
+        """False: nothing says how the adapter was trained."""
+        return bool(self.passport)
 
 
 def read_adapter(name: str) -> AdapterSource:
     """Read what an adapter's folder says.
 
     Raises:
-        UserError: no such folder, no adapter in it, or a file that cannot be read.
+        UserError: no such folder, no adapter in it, an adapter without tensors, or a file that cannot be read.
     """
     folder = _adapter_folder(name)
     key = f"--adapter {name}"
-    settings = load_config(folder / CONFIG) if (folder / CONFIG).is_file() else Config()
-    if (folder / PASSPORT).is_file():
-        return _by_passport(folder, read_json(folder / PASSPORT, key), settings, key)
-    base = read_json(folder / ADAPTER_FILES[1], key).get("base_model_name_or_path")
-    if not base:
-        raise UserError(f"{key}: its adapter_config.json names no base model; add base_model_name_or_path")
-    return AdapterSource(folder, ModelConfig(name=base), settings.quantization, settings, "text", None, complete=False)
+    _check_files(folder, key)
+    run = _run_folder(folder)
+    config = load_config(run / CONFIG) if (run / CONFIG).is_file() else None
+    if (run / PASSPORT).is_file():
+        return _by_passport(folder, run, config or Config(), key)
+    return _by_assumption(folder, run, config, key)
 
 
 def _adapter_folder(name: str) -> Path:
@@ -51,7 +62,7 @@ def _adapter_folder(name: str) -> Path:
         raise UserError(f"{key}: no such folder; train one: python train_qlora.py --output_dir {name}")
     missing = [file for file in ADAPTER_FILES if not (folder / file).is_file()]
     if missing:
-        newest = sorted(folder.glob("checkpoints/checkpoint-*"), key=lambda path: path.stat().st_mtime)
+        newest = sorted(folder.glob(f"{CHECKPOINTS}/checkpoint-*"), key=lambda path: path.stat().st_mtime)
         hint = (
             f"its run is unfinished: continue it with --resume, or use {newest[-1]}"
             if newest
@@ -61,21 +72,100 @@ def _adapter_folder(name: str) -> Path:
     return folder
 
 
-def _by_passport(folder: Path, passport: dict[str, Any], settings: Config, key: str) -> AdapterSource:
+def _check_files(folder: Path, key: str) -> None:
+    """
+    Raises:
+        UserError: one of its two files is damaged, or that of the weights holds no tensor.
+    """
+    if not isinstance(read_json(folder / ADAPTER_FILES[1], key), dict):
+        raise UserError(f"{key}: its {ADAPTER_FILES[1]} is no JSON object; copy it again")
     try:
-        base = passport["base_model"]
+        shapes = tensor_shapes(folder / ADAPTER_FILES[0])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{key}: {ADAPTER_FILES[0]} is damaged ({' '.join(str(error).split())[:100]}); copy it again") from None
+    if not shapes:
+        raise UserError(
+            f"{key}: {ADAPTER_FILES[0]} holds no tensor; copy it again, or save the adapter again where it was trained"
+        )
+
+
+def _run_folder(folder: Path) -> Path:
+    """A checkpoint's run is two levels up; any other folder is its own."""
+    above = folder.absolute().parent
+    is_checkpoint = above.name == CHECKPOINTS and not (folder / PASSPORT).is_file()
+    return above.parent if is_checkpoint and any((above.parent / file).is_file() for file in (PASSPORT, CONFIG)) else folder
+
+
+def _tokenizer_folder(*folders: Path) -> Path | None:
+    return next((folder for folder in folders if any((folder / file).is_file() for file in TOKENIZER_FILES)), None)
+
+
+def _by_passport(folder: Path, run: Path, config: Config, key: str) -> AdapterSource:
+    passport = read_json(run / PASSPORT, key)
+    try:
+        base, trusted = passport["base_model"], passport["trust_remote_code"]
         name = base["name"] if not base["folder"] or Path(base["name"]).is_dir() else base["folder"]
+        revision = base["revision"] if is_local(name) else passport.get("base_commit") or base["revision"]
+        model = ModelConfig(name=name, revision=revision, trust_remote_code=trusted)
+        beside = _tokenizer_folder(folder, run)
         return AdapterSource(
             folder=folder,
-            model=ModelConfig(name=name, revision=base["revision"], trust_remote_code=passport["trust_remote_code"]),
+            model=model,
+            tokenizer=ModelConfig(name=str(beside), trust_remote_code=trusted) if beside else model,
             quantization=QuantizationConfig(**passport["quantization"]),
-            config=settings,
+            config=config,
             style=passport["prompt_style"],
-            separator_id=passport["separator_id"],
-            complete=True,
+            stop_ids=passport.get("stop_ids"),
+            passport=passport,
+            notes=(f"{folder} is a checkpoint: loaded and prompted as {run / PASSPORT} says",) if run != folder else (),
         )
     except (KeyError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{key}: its run.json is damaged ({reason}); copy it again, or delete it to load a plain adapter"
         ) from None
+
+
+def _by_assumption(folder: Path, run: Path, config: Config | None, key: str) -> AdapterSource:
+    """A plain PEFT adapter, or a checkpoint of a run that has not finished."""
+    base = read_json(folder / ADAPTER_FILES[1], key).get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{key}: its adapter_config.json names no base model; add base_model_name_or_path")
+    model = config.model if config and config.model.name == base else ModelConfig(name=base)
+    beside = _tokenizer_folder(folder, run)
+    style = _style_of_run(config.data) if config else "chat" if beside and _has_template(beside) else "text"
+    packing = (config or Config()).quantization
+    bits = f"4-bit {packing.quant_type.upper()}" if packing.load_in_4bit else "16-bit"
+    prompts = {"text": "continued as plain text", "chat": "put through the chat template", "instruction": "given as instructions"}
+    note = f"{folder} has no run.json: taking {base} in {bits}; prompts are {prompts[style]}"
+    return AdapterSource(
+        folder=folder,
+        model=model,
+        tokenizer=ModelConfig(name=str(beside)) if beside else model,
+        quantization=packing,
+        config=config or Config(),
+        style=style,
+        stop_ids=None,
+        passport={},
+        notes=(note,),
+    )
+
+
+def _has_template(folder: Path) -> bool:
+    """Whether the tokenizer there was saved with a chat template; whoever saves one beside an adapter has trained on chats."""
+    settings = folder / "tokenizer_config.json"
+    stated = read_json(settings, "--adapter").get("chat_template") if settings.is_file() else None
+    return bool(stated) or (folder / "chat_template.jinja").is_file()
+
+
+def _style_of_run(data: DataConfig) -> str:
+    """How a run of these settings gave its prompts, as far as can be known without a download."""
+    formats: list[str] = [data.format]
+    if data.format == "auto" and all(map(is_local, data.names)):
+        try:
+            formats = open_source(data, data.names, data.train_split, "data.dataset").formats
+        except UserError:  # the data are gone
+            pass
+    if formats[0] in ("auto", "text"):
+        return "text"
+    return "instruction" if formats == ["instruction"] else "chat"

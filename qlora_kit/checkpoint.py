@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.cli import Failed
 from qlora_kit.config import UserError, load_config
-from qlora_kit.hub import is_local, read_json
+from qlora_kit.fingerprint import weights_fingerprint
+from qlora_kit.generation import find_stop_ids
+from qlora_kit.hub import is_local, model_folder, read_json
 from qlora_kit.report import CURVES, LOG, METRICS, RunReport, command_line, now, versions
 from qlora_kit.settings import Config
-from qlora_kit.tokenizer import separator_id, tokenizer_fingerprint
+from qlora_kit.tokenizer import separator_id, tokenizer_fingerprint, vocabulary_fingerprint
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -151,18 +153,22 @@ def build_passport(
 ) -> dict[str, Any]:
     """Where an adapter comes from and how to load it: inference_example.py goes by this."""
     config, name = report.config, report.config.model.name
-    template = tokenizer.chat_template
+    template, base = tokenizer.chat_template, model_folder(config.model)
     return {
         "base_model": {
             "name": name,
             "revision": config.model.revision,
             "folder": str(Path(name).resolve()) if is_local(name) else None,
         },
+        "base_commit": base.name if base and not is_local(name) else None,
+        "base_weights_sha256": weights_fingerprint(base) if base else None,
         "trust_remote_code": config.model.trust_remote_code,
         "quantization": config.quantization.model_dump() | {"compute_dtype": report.machine.dtype_name},
         "prompt_style": report.data["prompt_style"],
         "separator_id": separator_id(tokenizer),
+        "stop_ids": find_stop_ids(tokenizer, report.data["prompt_style"]),
         "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
+        "vocabulary_sha256": vocabulary_fingerprint(tokenizer),
         "chat_template_sha256": hashlib.sha256(str(template).encode()).hexdigest() if template else None,
         "data": report.data,
         "seed": config.training.seed,

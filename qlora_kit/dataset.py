@@ -94,15 +94,16 @@ def load_blocks(
         share = (data.eval_split, config.training.seed)
         train, evaluation = (_text_parts if source.is_text else _record_parts)(source, data, tokenizer, share)
         return train.take(data.max_train_samples), evaluation.take(data.max_eval_samples)
-    train = _blocks(source, data, tokenizer, "data.dataset").take(data.max_train_samples)
+    train = source_blocks(source, data, tokenizer, "data.dataset").take(data.max_train_samples)
     if data.eval_split is None:
         return train, None
     names = [data.eval_split] if is_file_name(data.eval_split) else data.names
     other = open_source(data, names, data.eval_split, "data.eval_split")
-    return train, _blocks(other, data, tokenizer, "data.eval_split").take(data.max_eval_samples)
+    return train, source_blocks(other, data, tokenizer, "data.eval_split").take(data.max_eval_samples)
 
 
-def _blocks(source: Source, data: DataConfig, tokenizer: "PreTrainedTokenizerBase", key: str) -> Blocks | RecordBlocks:
+def source_blocks(source: Source, data: DataConfig, tokenizer: "PreTrainedTokenizerBase", key: str) -> Blocks | RecordBlocks:
+    """All of a source as blocks of `data.max_length` tokens; `key` is what messages call it."""
     if source.is_text:
         return text_blocks(tokenize(source, source.documents, tokenizer), data.max_length, key)
     stored = tokenize_records(source, data, tokenizer)

@@ -1,4 +1,4 @@
-"""Prompts -> tokens through the library's own `generate`, one step of all prompts at a time."""
+"""Prompts -> tokens, one step of all prompts at a time: which engine does it, and the one by the library's own `generate`."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -12,7 +12,20 @@ from transformers.generation.streamers import BaseStreamer
 
 from qlora_kit.settings import GenerationSettings
 
+LONGEST_TEXT = 8192  # tokens that an attention window must reach over, where the model's context is longer
 Step = list[int | None]  # a prompt's next token; None once it has ended
+
+
+def choose_engine(model: Any, pad_id: int | None) -> tuple[Any, str | None]:
+    """The fast engine where it can serve, else the library's, and on a GPU why."""
+    from qlora_kit.fast.decode import GraphEngine, why_not_decoded
+
+    if model.device.type != "cuda":
+        return LibraryEngine(model, pad_id), None
+    context = getattr(model.config, "max_position_embeddings", None) or LONGEST_TEXT
+    if reason := why_not_decoded(model, min(context, LONGEST_TEXT)):
+        return LibraryEngine(model, pad_id), f"Answers are written by the library's generate ({reason}), which is slower"
+    return GraphEngine(model, captured=True), None
 
 
 class LibraryEngine:
@@ -31,7 +44,7 @@ class LibraryEngine:
 
         A prompt's stop token is its last; `settings.max_new_tokens` steps at most. Closing the iterator stops the work.
         """
-        ids, mask = _padded_left(prompts, self.pad_id, self.model.device)
+        ids, mask = _padded_left(prompts, self.model.device)
         streamer, stopping = _Tokens(), Event()
 
         def work() -> None:
@@ -85,10 +98,14 @@ def _until_ended(streamer: _Tokens, count: int, stop_ids: list[int]) -> Iterator
         ended = [done or token in stop_ids for token, done in zip(step, ended, strict=True)]
 
 
-def _padded_left(prompts: list[list[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids and attention mask, (B, longest), shorter prompts to the right."""
+def _padded_left(prompts: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids and attention mask, (B, longest), shorter prompts to the right.
+
+    The repetition penalty reads what the mask hides: a prompt is filled up with its own first token, or the penalty would fall
+    on a token that it does not hold, often on the one that ends a text.
+    """
     longest = max(map(len, prompts))
-    ids = torch.tensor([[pad_id] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+    ids = torch.tensor([prompt[:1] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     return ids, mask
 

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from qlora_kit.chat import Message
+from qlora_kit.chat import BadRecord, Message, end_of_turn
 from qlora_kit.config import UserError
 from qlora_kit.encoding import encode
 from qlora_kit.formats import TrainOn, prompt_pieces
@@ -19,17 +19,11 @@ from qlora_kit.settings import GenerationSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Beginnings that fit an adapter of running text; the first two have Wikitext's form.
-DEMO_PROMPTS = [
-    " = Lighthouse = \n \n A lighthouse is",
-    " = River = \n \n A river is a",
-    "The history of the city begins",
-    "In the spring of that year",
-]
-
 
 class Engine(Protocol):
     """What turns prompts into tokens; decoding.LibraryEngine says what each member does."""
+
+    model: Any  # for what needs more than tokens: losses, the adapter's norm
 
     @property
     def context(self) -> int | None: ...
@@ -52,6 +46,17 @@ class Generated:
         return self.tokens / self.seconds
 
 
+def find_stop_ids(tokenizer: "PreTrainedTokenizerBase", style: str) -> list[int]:
+    """Tokens that end an answer: the separator of texts, the tokenizer's own end, and what the chat template ends a turn with."""
+    found = {tokenizer.get_vocab().get("<|endoftext|>"), tokenizer.eos_token_id}
+    if style == "chat":
+        try:
+            found.add(tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer)))
+        except BadRecord:
+            pass  # then turns end as the tokenizer says
+    return sorted(token for token in found if token is not None)
+
+
 class Generator:
     """An engine, its tokenizer and the settings of its answers, which may be replaced between them."""
 
@@ -64,9 +69,11 @@ class Generator:
         seed: int,
         style: str = "text",
         train_on: TrainOn = "assistant",
+        system: str | None = None,
     ):
         self.engine, self.tokenizer, self.settings = engine, tokenizer, settings
         self.stop_ids, self.seed, self.style, self.train_on = stop_ids, seed, style, train_on
+        self.system = system  # stands before a prompt in the chat style
         self.last: Generated | None = None  # what `stream` gave
 
     def encode(self, prompt: str) -> list[int]:
@@ -76,7 +83,11 @@ class Generator:
             UserError: it has no tokens.
         """
         if self.style == "chat":
-            return self.encode_chat([{"role": "user", "content": prompt}])
+            system = [] if self.system is None else [{"role": "system", "content": self.system}]
+            try:
+                return self.encode_chat([*system, {"role": "user", "content": prompt}])
+            except BadRecord as error:
+                raise UserError(f"{'--system' if system else '--prompt'}: {error}") from None
         text = f"### Instruction:\n{prompt}\n\n### Response:\n" if self.style == "instruction" else prompt
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids or not prompt:
@@ -91,15 +102,18 @@ class Generator:
         """
         return encode([prompt_pieces(messages, self.tokenizer, self.train_on)], self.tokenizer)[0].ids.tolist()
 
-    def check_room(self, ids: list[int]) -> None:
+    def check_room(self, ids: list[int], place: str = "--prompt") -> None:
         """
+        Args:
+            place: where the prompt comes from.
+
         Raises:
             UserError: prompt and answer exceed the context.
         """
         room = self.engine.context
         if room and len(ids) + self.settings.max_new_tokens > room:
             raise UserError(
-                f"--prompt: {len(ids)} tokens and {self.settings.max_new_tokens} new ones exceed the model's context "
+                f"{place}: {len(ids)} tokens and {self.settings.max_new_tokens} new ones exceed the model's context "
                 f"of {room}; shorten the prompt or use a smaller --max_new_tokens"
             )
 

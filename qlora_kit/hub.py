@@ -76,6 +76,18 @@ def fetch_model(model: ModelConfig) -> Path:
     return folder
 
 
+def model_folder(model: ModelConfig) -> Path | None:
+    """Where the base model's files are on this machine: a local folder, or a snapshot of the Hub's cache, named by its commit."""
+    if is_local(model.name):
+        return Path(model.name).expanduser()
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model.name, revision=model.revision, allow_patterns=MODEL_FILES, local_files_only=True))
+    except (OSError, ValueError):
+        return None
+
+
 def _fetch(model: ModelConfig, patterns: list[str]) -> Path:
     folder = _local_folder(model) if is_local(model.name) else _download(model, patterns)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):

@@ -86,7 +86,7 @@ class Conversation:
 
     def __init__(self, generator: Generator, terminal: Terminal):
         self.generator, self.terminal = generator, terminal
-        self.system = ""
+        self.system = generator.system or ""
         self.rounds: list[Round] = []
 
     def take(self, line: str) -> bool:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,6 +27,20 @@ class Perplexity:
     def __str__(self) -> str:
         return f"{self.perplexity:.3f} ± {self.standard_error:.3f}"
 
+    def definition(self, block_length: int, join_rule: str) -> str:
+        """What it means, so that it can be compared with others."""
+        return (
+            f"exp of the mean loss over {self.tokens:,} predicted tokens, {self.blocks} blocks of {block_length} tokens "
+            f"without overlap ({join_rule}); ± one standard error over blocks"
+        )
+
+
+class Difference(NamedTuple):
+    """Of two mean losses on the same blocks, in nats per token."""
+
+    loss: float
+    standard_error: float
+
 
 def from_block_losses(sums: Sequence[float], counts: Sequence[int]) -> Perplexity:
     """Combine each block's summed loss and its count of predicted tokens.
@@ -35,12 +49,27 @@ def from_block_losses(sums: Sequence[float], counts: Sequence[int]) -> Perplexit
     ratio of block totals (Cochran, Sampling Techniques, section 2.11): residuals e_i = sums_i - loss · counts_i,
     SE(loss) = sqrt(n/(n-1) Σ e_i²) / Σ counts, and SE(perplexity) = perplexity · SE(loss) by the delta method.
     """
-    tokens, blocks = sum(counts), len(counts)
-    loss = math.fsum(sums) / tokens
-    squares = math.fsum((s - loss * c) ** 2 for s, c in zip(sums, counts, strict=True))
-    error = math.sqrt(squares * blocks / (blocks - 1)) / tokens if blocks > 1 else math.nan
+    loss, error = _ratio(sums, counts)
     perplexity = math.exp(min(loss, 700.0))  # exp overflows a float beyond 709
-    return Perplexity(loss, perplexity, perplexity * error, tokens, blocks)
+    return Perplexity(loss, perplexity, perplexity * error, sum(counts), len(counts))
+
+
+def loss_difference(before: Sequence[float], after: Sequence[float], counts: Sequence[int]) -> Difference:
+    """How much the mean loss changed from one model to another on the same blocks.
+
+    A block that is hard for one is hard for the other, so the error is that of the blocks' own differences: as in
+    from_block_losses, with d_i = after_i - before_i in place of sums_i. difference = Σ d / Σ counts,
+    e_i = d_i - difference · counts_i, SE(difference) = sqrt(n/(n-1) Σ e_i²) / Σ counts.
+    """
+    return Difference(*_ratio([b - a for a, b in zip(before, after, strict=True)], counts))
+
+
+def _ratio(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
+    """Σ sums / Σ counts and its standard error; NaN for that of one block."""
+    total, blocks = sum(counts), len(counts)
+    ratio = math.fsum(sums) / total
+    squares = math.fsum((s - ratio * c) ** 2 for s, c in zip(sums, counts, strict=True))
+    return ratio, math.sqrt(squares * blocks / (blocks - 1)) / total if blocks > 1 else math.nan
 
 
 def measure_perplexity(
@@ -49,7 +78,17 @@ def measure_perplexity(
     batch_size: int,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> Perplexity:
-    """Loss of every token but the first of each block.
+    """Perplexity on the blocks; arguments as measure_block_losses."""
+    return from_block_losses(*measure_block_losses(losses_of, blocks, batch_size, on_batch))
+
+
+def measure_block_losses(
+    losses_of: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor],
+    blocks: Any,
+    batch_size: int,
+    on_batch: Callable[[int], None] = lambda done: None,
+) -> tuple[list[float], list[int]]:
+    """Each block's summed loss in nats, of every token but its first, and its count of predicted tokens.
 
     Args:
         losses_of: ids, labels, starts (B, T) on the CPU -> losses (B, T - 1) in nats, no dropout, zero where the label is -100.
@@ -66,7 +105,7 @@ def measure_perplexity(
         sums.append(losses_of(ids, labels, starts).double().sum(1))
         counts += (labels[:, 1:] != IGNORED).sum(1).tolist()
         on_batch(len(counts))
-    return from_block_losses(torch.cat(sums).tolist(), counts)
+    return torch.cat(sums).tolist(), counts
 
 
 def library_losses(model: Any, autocast: AbstractContextManager | None = None) -> Callable[..., torch.Tensor]:

@@ -148,10 +148,7 @@ class RunReport:
 
     def definition(self, result: "Perplexity") -> str:
         """What the printed perplexity means, so that it can be compared with others."""
-        return (
-            f"exp of the mean loss over {result.tokens:,} predicted tokens, {result.blocks} blocks of "
-            f"{self.config.data.max_length} tokens without overlap ({self.data['join_rule']}); ± one standard error over blocks"
-        )
+        return result.definition(self.config.data.max_length, self.data["join_rule"])
 
     def seconds(self) -> float:
         return time.perf_counter() - self._clock

@@ -54,3 +54,8 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     described = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(described.encode()).hexdigest()
+
+
+def vocabulary_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """SHA-256 of which token has which id."""
+    return hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()

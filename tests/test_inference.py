@@ -18,7 +18,8 @@ import train_qlora
 from qlora_kit import cli
 from qlora_kit.adapter import read_adapter
 from qlora_kit.config import UserError
-from qlora_kit.generation import DEMO_PROMPTS, Generated, Generator
+from qlora_kit.generation import Generated, Generator
+from qlora_kit.prompts import DEMO_TEXTS
 from qlora_kit.settings import GenerationSettings
 
 PROMPT = "The river"
@@ -170,12 +171,14 @@ def test_flags_go_over_the_adapters_own_settings(adapter):
     assert settings.temperature == 0.5  # what configs/tiny.yaml sets
 
 
-def test_demo_shows_every_prompt_with_its_speed(adapter, capsys):
+def test_demo_shows_every_prompt_with_both_answers_and_their_speed(adapter, capsys):
     inference_example.main(["--mode", "demo", "--adapter", str(adapter), "--device", "cpu", "--max_new_tokens", "4"])
     out = capsys.readouterr().out
-    for prompt in DEMO_PROMPTS:
-        assert repr(prompt) in out and prompt in out
-    assert out.count("tokens/s") == len(DEMO_PROMPTS)
+    for prompt in DEMO_TEXTS:
+        assert repr(prompt) in out
+    assert out.count("tokens/s") == 2 * len(DEMO_TEXTS)
+    assert out.count("--- base") == out.count("--- adapter") == len(DEMO_TEXTS)
+    assert "adapter norm" in out.splitlines()[-1]
 
 
 def test_interactive_answers_each_line_and_ends_at_end_of_input(adapter, greedy, capsys, monkeypatch):

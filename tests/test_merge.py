@@ -306,7 +306,7 @@ def test_config_and_tokenizer_come_along(tiny_dir, adapter, tmp_path):
 
 def test_a_model_stops_where_its_adapter_learned_to(tiny_dir, adapter, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_dir)
-    assert stop_ids(7, read_adapter(str(adapter)), tokenizer) == [7, 6143, 6141]
+    assert stop_ids(7, read_adapter(str(adapter)), tokenizer) == [7, 6141, 6143]
     tokenizer.eos_token = "<|endoftext|>"  # as Qwen's base models have it: their turns end with another token
     chat = make_adapter(tiny_dir, tmp_path / "chat", style="chat")
     assert stop_ids(None, read_adapter(str(chat)), tokenizer) == [6141, 6143]

@@ -46,7 +46,7 @@ def test_command_is_one_that_works(command, monkeypatch):
         case ["python", "inference_example.py", *flags]:
             arguments = inference_example.parse_arguments(flags)
             inference_example.sampling_settings(arguments, load_config(ROOT / "config.yaml"))
-            inference_example.read_prompt(arguments) if arguments.prompt != "-" else None
+            inference_example.check_flags(arguments)
         case ["python", "-m", "qlora_kit.merge", *flags]:
             merge.parse_size(merge.parse_arguments(flags).max_shard_size)
         case ["python", "-m", "qlora_kit.doctor", *flags]:

@@ -9,7 +9,7 @@ behind a prompt is overwritten before any later token may look at it.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +55,7 @@ class GraphEngine:
     """
 
     def __init__(self, model: Any, captured: bool):
+        self.model = model.requires_grad_(False).eval()
         parts = decoder_and_head(model)
         assert parts is not None, "why_not_decoded comes first"
         self.decoder, self.head = parts
@@ -73,7 +74,8 @@ class GraphEngine:
     def adapter_off(self) -> Iterator[None]:
         before, self.adapting = self.adapting, False
         try:
-            yield
+            with self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext():
+                yield
         finally:
             self.adapting = before
 
@@ -271,7 +273,7 @@ def _read_layer(layer: Any, dtype: torch.dtype) -> Layer:
 
 def why_not_decoded(model: Any, room: int) -> str | None:
     """The reason why a model cannot go through GraphEngine with texts of up to `room` tokens, or None."""
-    parts = decoder_and_head(model)
+    parts = decoder_and_head(model.requires_grad_(False))  # a head that is trained would be no plain product
     config = model.config.to_dict()
     reason = why_not_written_out(config, room)
     if reason or parts is None:

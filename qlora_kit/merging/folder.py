@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.adapter import AdapterSource
-from qlora_kit.chat import end_of_turn
 from qlora_kit.cli import Failed
 from qlora_kit.config import UserError
+from qlora_kit.generation import find_stop_ids
 from qlora_kit.hub import read_json
 from qlora_kit.memory import GIB
 from qlora_kit.report import now, versions
@@ -108,9 +108,7 @@ def copy_small_files(folder: Path, base: Path, source: AdapterSource, tokenizer:
 def stop_ids(known: int | list[int] | None, source: AdapterSource, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Ids that end an answer: the base model's, and those that the adapter was trained to end with."""
     ids: list[Any] = known if isinstance(known, list) else [known]
-    ids = [*ids, tokenizer.eos_token_id, source.separator_id]
-    if source.style == "chat":
-        ids.append(tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer)))
+    ids = [*ids, *(find_stop_ids(tokenizer, source.style) if source.stop_ids is None else source.stop_ids)]
     return [number for number in dict.fromkeys(ids) if number is not None]
 
 

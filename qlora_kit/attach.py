@@ -1,0 +1,133 @@
+"""A loaded base model and an adapter's folder -> both as one, checked: the weights are those of training, every tensor arrives.
+
+peft loads an adapter of which half is missing without a word, and any adapter whose shapes fit.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftConfig, PeftModel, PeftModelForCausalLM
+from safetensors import SafetensorError
+
+from qlora_kit.adapter import AdapterSource
+from qlora_kit.checkpoint import ADAPTER_FILES
+from qlora_kit.config import UserError
+from qlora_kit.fingerprint import tensor_shapes, weights_fingerprint
+from qlora_kit.hub import model_folder
+from qlora_kit.tokenizer import load_tokenizer, tokenizer_fingerprint, vocabulary_fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def check_base(source: AdapterSource) -> None:
+    """Compare the base model's weights with those of training; nothing is loaded.
+
+    Raises:
+        UserError: they are others.
+    """
+    recorded, folder = source.passport.get("base_weights_sha256"), model_folder(source.model)
+    found = weights_fingerprint(folder) if folder else None
+    if recorded and found and found != recorded:
+        raise UserError(
+            f"--adapter {source.folder}: {source.model.name} has other weights than the adapter was trained on (fingerprint "
+            f"{found[:12]}, run.json has {recorded[:12]}); restore them, or delete base_weights_sha256 from run.json to go on"
+        )
+
+
+def load_checked_tokenizer(source: AdapterSource) -> "PreTrainedTokenizerBase":
+    """The tokenizer that stands beside the adapter, its chat template too; else the base model's.
+
+    Raises:
+        UserError: it cannot be loaded, or its vocabulary is not that of training.
+    """
+    tokenizer = load_tokenizer(source.tokenizer)
+    recorded = source.passport.get("tokenizer_sha256")
+    if recorded and tokenizer_fingerprint(tokenizer) != recorded:
+        # Libraries may come to describe a tokenizer in other words: without the vocabulary's own fingerprint nothing is certain.
+        if source.passport.get("vocabulary_sha256") not in (None, vocabulary_fingerprint(tokenizer)):
+            raise UserError(
+                f"--adapter {source.folder}: the tokenizer in {source.tokenizer.name} has another vocabulary than the adapter "
+                "was trained with (vocabulary_sha256 in run.json); copy its tokenizer files again"
+            )
+    return tokenizer
+
+
+def check_vocabulary(source: AdapterSource, tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> None:
+    """
+    Raises:
+        UserError: the tokenizer has ids for which the base model has no embedding.
+    """
+    embedding: Any = model.get_input_embeddings()
+    rows, highest = len(embedding.weight), max(tokenizer.get_vocab().values())
+    if highest >= rows:
+        raise UserError(
+            f"--adapter {source.folder}: the tokenizer in {source.tokenizer.name} has ids up to {highest:,}, and "
+            f"{source.model.name} embeds {rows:,} tokens; use the base model it was trained on"
+        )
+
+
+def attach_adapter(model: "PreTrainedModel", source: AdapterSource, device: str) -> PeftModel:
+    """The base model with the adapter beside its projections.
+
+    Raises:
+        UserError: it is of another model, tensors are missing or left over, or its values are no numbers.
+    """
+    key = f"--adapter {source.folder}"
+    try:
+        config = PeftConfig.from_pretrained(str(source.folder))
+        config.inference_mode = True
+        adapted: Any = PeftModelForCausalLM(model, config)  # as PeftModel.from_pretrained, which keeps what load_adapter found
+        result = adapted.load_adapter(str(source.folder), "default", torch_device=device)
+    except SafetensorError as error:
+        raise UserError(f"{key}: {ADAPTER_FILES[0]} is damaged ({error}); copy it again") from error
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{key}: does not fit {source.model.name} ({reason}); use the base model it was trained on") from error
+    _check_complete(result.missing_keys, result.unexpected_keys, source)
+    if not math.isfinite(adapter_norm(adapted)[0]):
+        raise UserError(f"{key}: holds values that are no numbers; copy it again, or train again with a lower --learning_rate")
+    return adapted.eval()
+
+
+def _check_complete(missing: list[str], unexpected: list[str], source: AdapterSource) -> None:
+    for what, names in (("lacks", missing), ("holds, beyond what it says of itself,", unexpected)):
+        if names:
+            shown = ", ".join(name.removeprefix("base_model.model.").replace(".default", "") for name in names[:2])
+            more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+            raise UserError(
+                f"--adapter {source.folder}: {ADAPTER_FILES[0]} {what} {len(names)} of the tensors that {source.model.name} "
+                f"with its {ADAPTER_FILES[1]} has: {shown}{more}; copy both files again from one run"
+            )
+
+
+def adapter_norm(model: PeftModel) -> tuple[float, int]:
+    """Frobenius norm of the whole update, and of how many projections: sqrt(Σ ‖scale · B A‖²), over all of them.
+
+    ‖B A‖² = tr(Aᵀ Bᵀ B A) = Σ (Bᵀ B) ∘ (A Aᵀ): two products of (rank, rank) instead of one as large as the weight.
+    """
+    squares = [_squared_norm(A, B) * scale**2 for A, B, scale in _updates(model)]
+    return (torch.stack(squares).sum().sqrt().item() if squares else 0.0), len(squares)
+
+
+def _squared_norm(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    """A (rank, in), B (out, rank) -> ‖B A‖²; rounding may leave it a little below zero."""
+    A, B = A.double(), B.double()
+    return ((B.T @ B) * (A @ A.T)).sum().clamp_min(0)
+
+
+def _updates(model: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            for name in module.active_adapters:
+                if name in module.lora_A:
+                    yield module.lora_A[name].weight.detach(), module.lora_B[name].weight.detach(), module.scaling[name]
+
+
+def does_nothing(model: PeftModel, folder: Path) -> bool:
+    """Whether every B is zero and the adapter holds nothing but A and B: then its answers are the base model's."""
+    names = tensor_shapes(folder / ADAPTER_FILES[0])
+    return all(".lora_A." in name or ".lora_B." in name for name in names) and adapter_norm(model)[0] == 0

@@ -1,0 +1,122 @@
+"""Is it better than before? Perplexity of the base model and of the adapter on the same blocks, and of their difference."""
+
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.config import UserError, override
+from qlora_kit.dataset import Blocks, load_blocks, source_blocks
+from qlora_kit.generation import Generator
+from qlora_kit.hub import is_local
+from qlora_kit.packing import RecordBlocks
+from qlora_kit.perplexity import (
+    Difference,
+    Perplexity,
+    from_block_losses,
+    library_losses,
+    loss_difference,
+    measure_block_losses,
+)
+from qlora_kit.settings import Config
+from qlora_kit.sources import open_source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """On the same blocks; `adapter` and `difference` are None where the base model alone was measured."""
+
+    data: str
+    base: Perplexity
+    adapter: Perplexity | None
+    difference: Difference | None
+    definition: str
+
+    def as_object(self) -> dict[str, Any]:
+        """A line of --json; a standard error that does not exist is null."""
+        measured = {"base": self.base, "adapter": self.adapter}
+        fields = {name: _finite(asdict(result)) for name, result in measured.items() if result is not None}
+        if self.difference is not None:
+            fields["difference"] = _finite(self.difference._asdict())
+        return {"perplexity": {"data": self.data, **fields, "definition": self.definition}}
+
+    def lines(self) -> list[str]:
+        found = [f"perplexity on {self.data}", f"  base        {self.base}"]
+        if self.adapter and self.difference:
+            loss, error = self.difference
+            found.append(f"  adapter     {self.adapter}")
+            found.append(
+                f"  difference  {loss:+.4f} ± {error:.4f} nats per token (adapter - base, standard error of the blocks' own "
+                f"differences): {self.verdict()}"
+            )
+        return [*found, f"  {self.definition}"]
+
+    def verdict(self) -> str:
+        """Two standard errors are about 95 % of a normal distribution."""
+        assert self.difference is not None
+        loss, error = self.difference
+        if loss == 0:
+            return "the adapter does nothing here"
+        if math.isnan(error):
+            return "one block says nothing about the error; use more text"
+        if abs(loss) < 2 * error:
+            return "no difference that this text can show"
+        return "the adapter is better" if loss < 0 else "the adapter is worse"
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()}
+
+
+def evaluation_blocks(name: str, config: Config, tokenizer: "PreTrainedTokenizerBase") -> tuple[Blocks | RecordBlocks, str]:
+    """Blocks to measure on, and what they are of.
+
+    The data set of training gives the blocks that the run held out; any other file or folder is taken whole, and a Hub data set's
+    split `test`. Format, block length and the number of blocks at most go by the run's own settings.
+
+    Raises:
+        UserError: it cannot be read, or the run held nothing out.
+    """
+    most = config.data.max_eval_samples
+    if name in config.data.names:
+        _, held_out = load_blocks(config, tokenizer)
+        if held_out is None:
+            raise UserError(f"--perplexity {name}: the adapter was trained on it and nothing was held out; name another text")
+        return held_out, f"what training held out of {name}"
+    split = "" if is_local(name) else "test"
+    data = override(config, {"data.dataset": name, "data.subset": None, "data.eval_split": None}).data
+    source = open_source(data, [name], split, "--perplexity")
+    blocks = source_blocks(source, data, tokenizer, f"--perplexity {name}")
+    what = f"{name}, split {split}" if split else name
+    return blocks.take(most), f"{what}, its first {most} blocks" if most and most < len(blocks) else what
+
+
+def compare_perplexity(
+    generator: Generator, blocks: Blocks | RecordBlocks, batch_size: int, data: str, block_length: int, base_only: bool
+) -> Comparison:
+    """Every block through the base model and, but for `base_only`, through the adapter, in one process."""
+    losses_of = library_losses(generator.engine.model)
+    with generator.adapter_off():
+        base, counts = measure_block_losses(losses_of, blocks, batch_size)
+    measured = from_block_losses(base, counts)
+    definition = measured.definition(block_length, blocks.join_rule)
+    if base_only:
+        return Comparison(data, measured, None, None, definition)
+    adapter, _ = measure_block_losses(losses_of, blocks, batch_size)
+    difference = loss_difference(base, adapter, counts)
+    return Comparison(data, measured, from_block_losses(adapter, counts), difference, definition)
+
+
+def run_perplexity(generator: Generator, name: str, config: Config, as_json: bool, base_only: bool, to_stderr: bool) -> None:
+    """Measure and print; with `to_stderr` beside answers that have standard output for themselves."""
+    blocks, what = evaluation_blocks(name, config, generator.tokenizer)
+    print(f"Measuring perplexity on {what}: {len(blocks):,} blocks", file=sys.stderr)
+    found = compare_perplexity(generator, blocks, config.training.batch_size, what, config.data.max_length, base_only)
+    if as_json:
+        print(json.dumps(found.as_object(), ensure_ascii=False), flush=True)
+    else:
+        print("\n".join(found.lines()), file=sys.stderr if to_stderr else sys.stdout, flush=True)
