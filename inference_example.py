@@ -85,6 +85,8 @@ def check_flags(arguments: argparse.Namespace) -> None:
         raise UserError(f"--{'compare' if arguments.compare else 'json'}: is for --mode text or demo; change the mode")
     if arguments.compare and arguments.mode is None:
         raise UserError("--compare: needs prompts; add --mode demo, or --mode text with some (--perplexity compares anyway)")
+    if not 0 <= arguments.seed < 2**32:
+        raise UserError(f"--seed: {arguments.seed}: should be a whole number from 0 up to 2**32; the default is 42")
     if arguments.perplexity is not None and is_local(arguments.perplexity):
         source_files(arguments.perplexity, "--perplexity")
     if arguments.batch_size is not None and not (arguments.batch_size.isdecimal() and int(arguments.batch_size)):

@@ -4,6 +4,7 @@ peft loads an adapter of which half is missing without a word, and any adapter w
 """
 
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,8 +48,15 @@ def load_checked_tokenizer(source: AdapterSource) -> "PreTrainedTokenizerBase":
     tokenizer = load_tokenizer(source.tokenizer)
     recorded = source.passport.get("tokenizer_sha256")
     if recorded and tokenizer_fingerprint(tokenizer) != recorded:
-        # Libraries may come to describe a tokenizer in other words: without the vocabulary's own fingerprint nothing is certain.
-        if source.passport.get("vocabulary_sha256") not in (None, vocabulary_fingerprint(tokenizer)):
+        # A later library may describe the same tokenizer in other words; the vocabulary has no two descriptions.
+        vocabulary = source.passport.get("vocabulary_sha256")
+        if vocabulary is None:
+            print(
+                f"{source.folder}: the tokenizer is described otherwise than in training (tokenizer_sha256 in run.json): "
+                "it may be another one",
+                file=sys.stderr,
+            )
+        elif vocabulary != vocabulary_fingerprint(tokenizer):
             raise UserError(
                 f"--adapter {source.folder}: the tokenizer in {source.tokenizer.name} has another vocabulary than the adapter "
                 "was trained with (vocabulary_sha256 in run.json); copy its tokenizer files again"

@@ -63,3 +63,21 @@ def other_models(tmp_path_factory) -> dict[str, Path]:
         model.save_pretrained(folders[name])
         tokenizer.save_pretrained(folders[name])
     return folders
+
+
+@pytest.fixture(scope="session")
+def adapter(tmp_path_factory) -> Path:
+    """Trained for 4 steps without a warm-up: enough to change every answer."""
+    import train_qlora
+
+    folder = tmp_path_factory.mktemp("trained") / "adapter"
+    before = Path.cwd()
+    os.chdir(ROOT)
+    try:
+        train_qlora.main([
+            "--config", "configs/tiny.yaml", "--max_steps", "4", "--max_length", "64", "--set", "data.eval_split=null",
+            "--set", "training.warmup_ratio=0", "--set", "data.max_train_samples=32", "--output_dir", str(folder),
+        ])  # fmt: skip
+    finally:
+        os.chdir(before)
+    return folder

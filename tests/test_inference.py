@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -11,15 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import inference_example
-import train_qlora
 from qlora_kit import cli
 from qlora_kit.adapter import read_adapter
-from qlora_kit.config import UserError
+from qlora_kit.answers import Answered, columns
+from qlora_kit.comparison import Comparison, evaluation_blocks
+from qlora_kit.config import UserError, load_config, override
+from qlora_kit.dataset import load_blocks
+from qlora_kit.decoding import LibraryEngine
 from qlora_kit.generation import Generated, Generator
-from qlora_kit.prompts import DEMO_TEXTS
+from qlora_kit.perplexity import Difference, Perplexity
+from qlora_kit.prompts import DEMO_TEXTS, demo_prompts
 from qlora_kit.settings import GenerationSettings
 
 PROMPT = "The river"
@@ -28,22 +34,6 @@ PROMPT = "The river"
 @pytest.fixture(autouse=True)
 def in_the_repository(root, monkeypatch):
     monkeypatch.chdir(root)
-
-
-@pytest.fixture(scope="module")
-def adapter(root, tmp_path_factory) -> Path:
-    """Trained for 4 steps without a warm-up: enough to change every answer."""
-    folder = tmp_path_factory.mktemp("inference") / "adapter"
-    before = Path.cwd()
-    os.chdir(root)
-    try:
-        train_qlora.main([
-            "--config", "configs/tiny.yaml", "--max_steps", "4", "--max_length", "64", "--set", "data.eval_split=null",
-            "--set", "training.warmup_ratio=0", "--set", "data.max_train_samples=32", "--output_dir", str(folder),
-        ])  # fmt: skip
-    finally:
-        os.chdir(before)
-    return folder
 
 
 def load(adapter: Path, *arguments: str, **settings) -> Generator:
@@ -163,6 +153,149 @@ def test_a_dash_reads_the_prompt_from_standard_input(adapter, capsys, monkeypatc
     assert text_mode(adapter, capsys, "--prompt", "-") == expected
 
 
+MANY = ["The river", "A lighthouse is in the", "In the spring of that year the city had begun to", "x", "The"]
+
+
+@pytest.mark.parametrize("repetition_penalty", [1.0, 1.5])
+def test_a_greedy_answer_does_not_depend_on_the_prompts_beside_it(greedy, repetition_penalty):
+    """The penalty also falls on what fills up a shorter prompt: the padding token is here one that an answer begins with."""
+    alone = sampling(greedy, temperature=0.0, repetition_penalty=repetition_penalty, max_new_tokens=20)
+    expected = [complete(alone, prompt).text for prompt in MANY]
+    (first,) = next(alone.engine.steps([alone.encode(MANY[0])], alone.settings, 1, []))
+    engine = LibraryEngine(greedy.engine.model, pad_id=first)
+    batch = Generator(engine, greedy.tokenizer, alone.settings, alone.stop_ids, seed=1)
+    assert [answer.text for answer in batch.complete([batch.encode(prompt) for prompt in MANY])] == expected
+
+
+def prompt_file(tmp_path) -> str:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\ufeff" + "\n\n  \n".join(MANY) + "\r\n", encoding="utf-8")
+    return str(path)
+
+
+def test_a_file_of_prompts_has_an_answer_for_each_line(adapter, greedy, tmp_path, capsys):
+    flags = ["--temperature", "0", "--repetition_penalty", "1", "--prompt_file", prompt_file(tmp_path), "--batch_size", "2"]
+    alone = sampling(greedy, temperature=0.0, repetition_penalty=1.0, max_new_tokens=8)
+    assert text_mode(adapter, capsys, *flags).removesuffix("\n").split("\n\f\n") == [complete(alone, p).text for p in MANY]
+
+
+def test_json_has_one_object_a_line(adapter, greedy, tmp_path, capsys):
+    flags = ["--temperature", "0", "--repetition_penalty", "1", "--prompt_file", prompt_file(tmp_path), "--json", "--seed", "5"]
+    objects = [json.loads(line) for line in text_mode(adapter, capsys, *flags).splitlines()]
+    alone = sampling(greedy, temperature=0.0, repetition_penalty=1.0, max_new_tokens=8)
+    expected = [complete(alone, prompt) for prompt in MANY]
+    assert [found["prompt"] for found in objects] == MANY
+    assert [(found["text"], found["tokens"], found["stop"]) for found in objects] == [
+        (e.text, e.tokens, e.stop) for e in expected
+    ]
+    assert {found["seed"] for found in objects} == {5} and all(found["seconds"] > 0 for found in objects)
+    assert all(set(found) == {"prompt", "text", "tokens", "stop", "seed", "seconds"} for found in objects)
+
+
+def test_prompts_of_a_file_come_from_standard_input_too(adapter, tmp_path, capsys, monkeypatch):
+    expected = text_mode(adapter, capsys, "--prompt_file", prompt_file(tmp_path))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(MANY)))
+    assert text_mode(adapter, capsys, "--prompt_file", "-") == expected
+
+
+def test_the_line_end_of_echo_is_not_of_the_prompt(adapter, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("The\nriver\n"))
+    (found,) = map(json.loads, text_mode(adapter, capsys, "--prompt", "-", "--json").splitlines())
+    assert found["prompt"] == "The\nriver"
+
+
+def test_compare_answers_as_with_and_without_the_adapter(adapter, capsys):
+    """Sampled, with one seed, in one process: the same as two processes of one answer each."""
+    flags = ["--prompt", PROMPT, "--temperature", "1", "--max_new_tokens", "24", "--json"]
+    (both,) = map(json.loads, text_mode(adapter, capsys, *flags, "--compare").splitlines())
+    (one,) = map(json.loads, text_mode(adapter, capsys, *flags).splitlines())
+    (base,) = map(json.loads, text_mode(adapter, capsys, *flags, "--base_only").splitlines())
+    assert (both["text"], both["base"]["text"]) == (one["text"], base["text"])
+    assert both["text"] != both["base"]["text"]
+
+
+def test_compare_names_both_answers_in_plain_text(adapter, capsys):
+    out = text_mode(adapter, capsys, "--prompt", PROMPT, "--compare")
+    prompt, base, *_ = out.splitlines()
+    assert prompt == f"--- prompt: {PROMPT!r}" and base.startswith("--- base, 8 tokens") and "--- adapter, 8 tokens" in out
+
+
+def test_demo_asks_what_fits_the_adapter():
+    assert demo_prompts("chat") == demo_prompts("instruction")
+    assert not set(demo_prompts("chat")) & set(demo_prompts("text"))
+
+
+def test_columns_stand_beside_each_other_and_hold_no_escape_sequence():
+    base = Generated("plain \x1b[31mred", 3, 1.0, 0.1, "length")
+    answered = Answered("prompt [bold]", 1, Generated("[dim]adapter", 4, 2.0, 0.1, "end"), base)
+    console = Console(file=io.StringIO(), width=60, force_terminal=False)
+    console.print(columns(answered))
+    printed = console.file.getvalue()
+    (words,) = [line for line in printed.splitlines() if "plain" in line]
+    assert words.split() == ["plain", "\\x1b[31mred", "[dim]adapter"]
+    assert "prompt [bold]" in printed and "3 tokens, 3.0 tokens/s" in printed and "4 tokens, 2.0 tokens/s" in printed
+
+
+# --- perplexity ---------------------------------------------------------------------------------------------------------
+
+
+def library_loss(model, blocks) -> torch.Tensor:
+    """(blocks,) by transformers' own loss."""
+    with torch.no_grad():
+        return torch.stack([model(ids[None], labels=ids[None]).loss for ids in (row["input_ids"] for row in blocks)]).double()
+
+
+def test_perplexity_of_both_agrees_with_the_librarys_loss(adapter, greedy, capsys):
+    name = "samples/README.md"
+    inference_example.main(["--adapter", str(adapter), "--device", "cpu", "--perplexity", name, "--json"])
+    out, err = capsys.readouterr()
+    found = json.loads(out)["perplexity"]
+    tokens = greedy.tokenizer(Path(name).read_text(encoding="utf-8"))["input_ids"]
+    blocks = [{"input_ids": torch.tensor(tokens[at : at + 64])} for at in range(0, len(tokens) - 63, 64)]
+    after = library_loss(greedy.engine.model, blocks)
+    with greedy.adapter_off():
+        before = library_loss(greedy.engine.model, blocks)
+    count = len(blocks)
+    assert found["base"]["blocks"] == count > 5
+    assert found["base"]["loss"] == pytest.approx(before.mean().item(), rel=1e-4)
+    assert found["adapter"]["perplexity"] == pytest.approx(after.mean().exp().item(), rel=1e-3)
+    assert found["difference"]["loss"] == pytest.approx((after - before).mean().item(), abs=1e-4)
+    assert found["difference"]["standard_error"] == pytest.approx((after - before).std().item() / count**0.5, rel=1e-2)
+    assert f"{count} blocks of 64 tokens" in found["definition"] and name in err
+
+
+def test_perplexity_stands_beside_answers_on_standard_error(adapter, capsys):
+    flags = ["--adapter", str(adapter), "--device", "cpu", "--max_new_tokens", "4", "--prompt", PROMPT]
+    inference_example.main(flags)
+    expected = capsys.readouterr().out
+    inference_example.main([*flags, "--perplexity", "samples/alpaca.jsonl"])
+    out, err = capsys.readouterr()
+    assert out == expected
+    assert "base " in err and "adapter " in err and "the adapter is worse" in err  # 4 steps on articles teach no answers
+    assert "alpaca records" in err and "without overlap" in err
+
+
+def test_perplexity_on_the_data_of_training_is_on_what_was_held_out(greedy):
+    config = override(load_config(Path("configs/tiny.yaml")), {"data.max_length": 64})
+    _, held_out = load_blocks(config, greedy.tokenizer)
+    blocks, what = evaluation_blocks(config.data.dataset, config, greedy.tokenizer)
+    assert blocks.fingerprint() == held_out.fingerprint() and "held out" in what
+
+
+def test_base_only_measures_the_base_model_alone(adapter, capsys):
+    flags = ["--adapter", str(adapter), "--device", "cpu", "--base_only", "--perplexity", "samples/alpaca.jsonl", "--json"]
+    inference_example.main(flags)
+    assert set(json.loads(capsys.readouterr().out)["perplexity"]) == {"data", "base", "definition"}
+
+
+@pytest.mark.parametrize("loss, error, words", [
+    (-0.5, 0.1, "better"), (0.5, 0.1, "worse"), (0.1, 0.1, "no difference"), (0.0, 0.0, "nothing"), (1.0, math.nan, "one block"),
+])  # fmt: skip
+def test_a_verdict_needs_two_standard_errors(loss, error, words):
+    result = Perplexity(1.0, math.e, 0.1, 10, 2)
+    assert words in Comparison("text", result, result, Difference(loss, error), "definition").verdict()
+
+
 def test_flags_go_over_the_adapters_own_settings(adapter):
     source = read_adapter(str(adapter))
     parsed = inference_example.parse_arguments(["--top_p", "0.5", "--max-new-tokens", "3"])
@@ -194,13 +327,14 @@ def test_interactive_answers_each_line_and_ends_at_end_of_input(adapter, greedy,
     assert err.count("error:") == 1 and "context is full" in err  # the long prompt is refused and the next one answered
 
 
-def test_a_reader_that_leaves_is_no_crash(adapter, monkeypatch):
+@pytest.mark.parametrize("mode", [["demo"], ["text", "--prompt", "x", "--json"]])
+def test_a_reader_that_leaves_is_no_crash(adapter, monkeypatch, mode):
     """A real pipe whose reading end is closed, as `| head` does."""
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "w") as pipe:  # which writes out the rest at its end, as the interpreter does at its own
         monkeypatch.setattr(sys, "stdout", pipe)
-        arguments = ["--mode", "demo", "--adapter", str(adapter), "--device", "cpu", "--max_new_tokens", "2"]
+        arguments = ["--mode", *mode, "--adapter", str(adapter), "--device", "cpu", "--max_new_tokens", "2"]
         with pytest.raises(SystemExit) as ending:
             cli.run(lambda: inference_example.main(arguments))
     assert ending.value.code == 0
@@ -307,6 +441,24 @@ def test_an_adapter_of_another_model(adapter, tmp_path):
     (["--prompt", "x", "--max_new_tokens", "0"], ["max_new_tokens", "0"]),
     (["--prompt", "word " * 1100], ["--prompt", "1024", "--max_new_tokens"]),
     (["--prompt", "x", "--max_new_tokens", "1024"], ["--prompt", "1024", "--max_new_tokens"]),
+    (["--prompt", "x", "--prompt_file", "y"], ["--prompt", "--prompt_file"]),
+    (["--prompt_file", "no-such-file.txt"], ["--prompt_file no-such-file.txt", "no such file"]),
+    (["--prompt_file", "samples"], ["--prompt_file samples", "directory"]),
+    (["--prompt_file", "/dev/null"], ["--prompt_file /dev/null", "no prompt"]),
+    (["--prompt_file", "assets/training_curves_tiny.png"], ["--prompt_file", "UTF-8"]),
+    (["--prompt", "x\udcff"], ["--prompt", "UTF-8"]),
+    (["--prompt", "x", "--system", "Be brief."], ["--system", "running text"]),
+    (["--prompt", "x", "--compare", "--base_only"], ["--compare", "--base_only"]),
+    (["--prompt", "x", "--batch_size", "0"], ["--batch_size", "0"]),
+    (["--prompt", "x", "--batch_size", "many"], ["--batch_size", "many"]),
+    (["--prompt", "x", "--seed", "-1"], ["--seed", "-1"]),
+    (["--prompt", "x", "--seed", str(2**70)], ["--seed"]),
+    (["--prompt", "x", "--perplexity", "no-such-file.txt"], ["--perplexity", "no-such-file.txt"]),
+    (["--prompt", "x", "--perplexity", "samples/articles.txt"], ["--perplexity", "nothing was held out"]),
+    (["--prompt", "x", "--perplexity", "pyproject.toml"], ["--perplexity", "pyproject.toml"]),
+    (["--mode", "demo", "--prompt", "x"], ["--prompt", "demo"]),
+    (["--mode", "interactive", "--json"], ["--json", "--mode"]),
+    (["--mode", "interactive", "--compare"], ["--compare", "--mode"]),
 ])  # fmt: skip
 def test_a_mistake_is_one_sentence(adapter, arguments, words):
     with pytest.raises(UserError) as error:
@@ -315,6 +467,29 @@ def test_a_mistake_is_one_sentence(adapter, arguments, words):
     assert "\n" not in problem
     for word in words:
         assert word in problem
+
+
+def test_a_line_that_is_too_long_is_named_before_any_is_answered(adapter, tmp_path, capsys):
+    path = tmp_path / "prompts.txt"
+    path.write_text("short\n" + "word " * 1100 + "\n")
+    with pytest.raises(UserError, match=r"line 2: 1.* tokens .* context of 1024"):
+        inference_example.main(["--adapter", str(adapter), "--device", "cpu", "--prompt_file", str(path), "--batch_size", "1"])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("flags", [
+    ["--prompt_file", "no-such-file"], ["--compare", "--base_only"], ["--prompt", "x", "--top_p", "2"],
+    ["--prompt", "x", "--system", "y"], ["--prompt", "x", "--temperature", "-1"], ["--perplexity", "no-such-file.txt"],
+])  # fmt: skip
+def test_what_can_be_known_early_is_refused_before_torch_is_imported(adapter, root, flags):
+    code = (
+        "import sys, inference_example\n"
+        "from qlora_kit.config import UserError\n"
+        f"try: inference_example.main(['--adapter', {str(adapter)!r}, *{flags!r}])\n"
+        "except UserError: print(sorted({'torch', 'transformers', 'peft', 'datasets'} & set(sys.modules)))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    assert result.stdout.strip() == "[]", result.stderr
 
 
 def test_empty_standard_input_is_an_empty_prompt(adapter, monkeypatch):

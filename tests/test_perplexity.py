@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qlora_kit.perplexity import as_metrics, from_block_losses, library_losses, measure_perplexity, recorded_base
+from qlora_kit.perplexity import as_metrics, from_block_losses, library_losses, loss_difference, measure_perplexity, recorded_base
 
 # From block totals
 
@@ -49,6 +49,26 @@ def test_one_block_has_no_standard_error():
 def test_a_diverged_loss_does_not_overflow():
     result = from_block_losses([5000.0, 5000.0], [1, 1])
     assert result.loss == 5000 and math.isfinite(result.perplexity)
+
+
+# From the totals of two models on the same blocks
+
+
+def test_difference_of_two_losses_by_hand():
+    # losses 7/7 and 7/7; block differences -2 and 2, residuals the same; sqrt(2/1 * 8) = 4; 4 / 7 tokens
+    difference = loss_difference([6.0, 1.0], [4.0, 3.0], [2, 5])
+    assert difference.loss == pytest.approx(0.0)
+    assert difference.standard_error == pytest.approx(4 / 7)
+
+
+def test_with_equal_blocks_its_error_is_that_of_paired_observations():
+    before, after = [21.0, 18.0, 30.0, 24.0, 12.0], [20.0, 16.0, 29.0, 21.0, 12.0]
+    changes = [(b - a) / 10 for a, b in zip(before, after, strict=True)]
+    difference = loss_difference(before, after, [10] * 5)
+    assert difference.loss == pytest.approx(statistics.mean(changes))
+    assert difference.standard_error == pytest.approx(statistics.stdev(changes) / math.sqrt(5))
+    alone = [from_block_losses(sums, [10] * 5) for sums in (before, after)]  # their errors say less of the difference
+    assert difference.standard_error < min(result.standard_error / result.perplexity for result in alone)
 
 
 # From a model

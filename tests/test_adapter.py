@@ -1,0 +1,283 @@
+"""An adapter's folder: what run.json says is obeyed, and what does not fit together is refused or told in one line."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import inference_example
+from qlora_kit.adapter import read_adapter
+from qlora_kit.attach import adapter_norm
+from qlora_kit.config import UserError
+from qlora_kit.fingerprint import weights_fingerprint
+from qlora_kit.generation import Generator, find_stop_ids
+from qlora_kit.settings import GenerationSettings
+
+GREEDY = GenerationSettings(max_new_tokens=8, temperature=0.0, repetition_penalty=1.0)
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(root, monkeypatch):
+    monkeypatch.chdir(root)
+
+
+@pytest.fixture
+def folder(adapter, tmp_path) -> Path:
+    """A copy to be spoilt."""
+    return Path(shutil.copytree(adapter, tmp_path / "adapter"))
+
+
+def load(folder: Path, *arguments: str) -> Generator:
+    parsed = inference_example.parse_arguments(["--adapter", str(folder), "--device", "cpu", *arguments])
+    return inference_example.load_generator(read_adapter(str(folder)), GREEDY, parsed)
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(UserError) as error:
+        load(folder)
+    (problem,) = error.value.problems
+    assert str(folder) in problem and "\n" not in problem and "; " in problem  # the remedy
+    return problem
+
+
+def change_weights(folder: Path, change) -> None:
+    path = folder / "adapter_model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def change_json(path: Path, **values) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+# The adapter's tensors
+
+
+def test_norm_is_that_of_the_written_out_updates(adapter):
+    model = load(adapter).engine.model
+    updates = [module.get_delta_weight("default") for module in model.modules() if hasattr(module, "lora_A")]
+    norm, projections = adapter_norm(model)
+    assert projections == len(updates) == 6 * 7  # layers, projections of each
+    assert norm == pytest.approx(math.sqrt(sum(update.double().square().sum().item() for update in updates)), rel=1e-5)
+    assert norm > 0
+
+
+def test_a_missing_tensor_is_refused(folder):
+    names = []
+    change_weights(folder, lambda weights: [names.append(name) or weights.pop(name) for name in sorted(weights)[:3]])
+    problem = refusal(folder)
+    assert "lacks 3" in problem and names[0].removeprefix("base_model.model.") in problem and "and 1 more" in problem
+
+
+def test_a_tensor_too_many_is_refused(folder):
+    def add(weights):
+        weights["base_model.model.model.layers.99.mlp.up_proj.lora_A.weight"] = torch.zeros(16, 192)
+
+    change_weights(folder, add)
+    problem = refusal(folder)
+    assert "beyond" in problem and "layers.99.mlp.up_proj.lora_A" in problem
+
+
+def test_other_shapes_are_refused(folder):
+    change_json(folder / "adapter_config.json", r=8)
+    assert "does not fit" in refusal(folder)
+
+
+def test_values_that_are_no_numbers_are_refused(folder):
+    change_weights(folder, lambda weights: weights[sorted(weights)[0]].fill_(math.nan))
+    assert "no numbers" in refusal(folder)
+
+
+def test_a_file_without_tensors_is_refused_before_the_base_model_is_loaded(folder):
+    save_file({}, folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="holds no tensor"):
+        read_adapter(str(folder))
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_adapter_config_is_refused(folder, text):
+    (folder / "adapter_config.json").write_text(text)
+    with pytest.raises(UserError, match=r"adapter_config\.json"):
+        read_adapter(str(folder))
+
+
+def test_an_adapter_of_zeros_is_named_and_answers_as_the_base_model(folder, capsys):
+    change_weights(folder, lambda weights: [value.zero_() for name, value in weights.items() if "lora_B" in name])
+    inference_example.main(["--adapter", str(folder), "--device", "cpu", "--prompt", "The river", "--compare", "--json",
+                            "--max_new_tokens", "6"])  # fmt: skip
+    out, err = capsys.readouterr()
+    answered = json.loads(out)
+    assert answered["text"] == answered["base"]["text"]
+    zeros, same = err.splitlines()
+    assert str(folder) in zeros and "all its B are zero" in zeros
+    assert "does nothing here" in same
+
+
+def test_an_adapter_of_another_architecture_is_refused(folder, other_models):
+    (folder / "run.json").unlink()
+    change_json(folder / "adapter_config.json", base_model_name_or_path=str(other_models["gpt2"]))
+    assert "does not fit" in refusal(folder) and str(other_models["gpt2"]) in refusal(folder)
+
+
+# The base model
+
+
+def test_the_fingerprint_goes_by_tensors_and_not_by_files(tiny_dir, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_dir)
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "many", max_shard_size="2MB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
+    assert weights_fingerprint(tmp_path / "one") == weights_fingerprint(tmp_path / "many")
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1
+    model.save_pretrained(tmp_path / "other")
+    assert weights_fingerprint(tmp_path / "other") != weights_fingerprint(tmp_path / "one")
+
+
+def test_without_weights_there_is_no_fingerprint(tmp_path):
+    assert weights_fingerprint(tmp_path) is None
+    (tmp_path / "model.safetensors").write_bytes(b"half")
+    assert weights_fingerprint(tmp_path) is None
+
+
+def test_a_base_model_with_other_weights_is_refused(folder, tiny_dir, tmp_path):
+    recorded = json.loads((folder / "run.json").read_text())
+    assert recorded["base_weights_sha256"] == weights_fingerprint(tiny_dir)
+    other = shutil.copytree(tiny_dir, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0] += 0.1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    change_json(folder / "run.json", base_model={"name": str(other), "revision": None, "folder": str(other)})
+    problem = refusal(folder)
+    assert "other weights" in problem and str(other) in problem and recorded["base_weights_sha256"][:12] in problem
+
+
+def test_run_json_without_fingerprints_still_loads(folder):
+    """As earlier versions wrote it."""
+    passport = json.loads((folder / "run.json").read_text())
+    for name in ("base_commit", "base_weights_sha256", "stop_ids", "vocabulary_sha256"):
+        del passport[name]
+    (folder / "run.json").write_text(json.dumps(passport))
+    generator = load(folder)
+    assert passport["separator_id"] in generator.stop_ids
+
+
+def test_a_hub_model_is_taken_at_the_commit_of_training(folder):
+    change_json(folder / "run.json", base_model={"name": "some/model", "revision": None, "folder": None}, base_commit="abc123")
+    assert read_adapter(str(folder)).model.revision == "abc123"
+
+
+# The tokenizer
+
+
+def test_a_tokenizer_with_another_vocabulary_is_refused(folder):
+    path = folder / "tokenizer.json"
+    described = json.loads(path.read_text())
+    vocabulary = described["model"]["vocab"]
+    first, second = list(vocabulary)[300:302]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    path.write_text(json.dumps(described))
+    assert "another vocabulary" in refusal(folder)
+
+
+def test_a_tokenizer_that_may_be_another_is_told(folder, capsys):
+    """Without the vocabulary's own fingerprint, as earlier versions wrote run.json."""
+    passport = json.loads((folder / "run.json").read_text())
+    del passport["vocabulary_sha256"]
+    (folder / "run.json").write_text(json.dumps(passport | {"tokenizer_sha256": "0" * 64}))
+    load(folder)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "tokenizer_sha256" in line and str(folder) in line
+
+
+def test_a_tokenizer_with_more_tokens_than_the_base_model_is_refused(folder):
+    (folder / "run.json").unlink()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<new{number}>" for number in range(2000)])
+    tokenizer.save_pretrained(folder)
+    assert "embeds" in refusal(folder)
+
+
+def test_tokenizer_and_template_beside_the_adapter_are_the_ones_used(folder):
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}")
+    change_json(folder / "run.json", prompt_style="chat")
+    generator = load(folder, "--system", "Be brief.")
+    assert generator.tokenizer.decode(generator.encode("Hello")) == "[system] Be brief.\n[user] Hello\n"
+
+
+def test_without_a_tokenizer_of_its_own_the_base_models_is_used(folder):
+    (folder / "tokenizer.json").unlink()
+    source = read_adapter(str(folder))
+    assert source.tokenizer == source.model
+
+
+def test_a_template_that_takes_no_system_message_is_one_line(folder):
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no system role') }}")
+    change_json(folder / "run.json", prompt_style="chat")
+    with pytest.raises(UserError, match="no system role"):
+        load(folder, "--system", "Be brief.").encode("Hello")
+
+
+def test_answers_end_where_run_json_says(folder):
+    recorded = json.loads((folder / "run.json").read_text())["stop_ids"]
+    assert load(folder).stop_ids == recorded
+    change_json(folder / "run.json", stop_ids=[7])
+    assert load(folder).stop_ids == [7]
+
+
+def test_a_chats_turn_end_stops_an_answer_though_the_tokenizer_names_another_token(tiny_dir):
+    """Qwen's base models: eos is <|endoftext|>, turns end with <|im_end|>."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_dir)
+    text_end, turn_end = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    tokenizer.eos_token = "<|endoftext|>"
+    assert find_stop_ids(tokenizer, "chat") == sorted([text_end, turn_end])
+    assert find_stop_ids(tokenizer, "text") == [text_end]
+
+
+# Folders that are not a finished run
+
+
+def test_a_checkpoint_is_loaded_as_its_run_says(adapter, folder, capsys):
+    arguments = ["--device", "cpu", "--prompt", "The river", "--max_new_tokens", "8", "--temperature", "0"]
+    inference_example.main(["--adapter", str(adapter), *arguments])
+    expected = capsys.readouterr().out
+    checkpoint = folder / "checkpoints" / "checkpoint-4"  # of the run's last step
+    inference_example.main(["--adapter", str(checkpoint), *arguments])
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert out == expected
+    assert "checkpoint" in line and str(folder / "run.json") in line
+
+
+def test_a_checkpoint_of_an_unfinished_run_goes_by_its_settings(folder):
+    (folder / "run.json").unlink()
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("quant_type: nf4", "quant_type: fp4"))
+    source = read_adapter(str(folder / "checkpoints" / "checkpoint-4"))
+    assert source.quantization.quant_type == "fp4" and source.style == "text"
+    (note,) = source.notes
+    assert "no run.json" in note and "FP4" in note and "plain text" in note
+
+
+@pytest.mark.parametrize("samples, style", [("samples/alpaca.jsonl", "chat"), ("samples/articles.txt", "text")])
+def test_prompts_of_an_unfinished_run_go_by_its_data(folder, samples, style):
+    (folder / "run.json").unlink()
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("samples/articles.txt", samples))
+    assert read_adapter(str(folder)).style == style
+
+
+def test_a_plain_adapter_with_a_chat_template_of_its_own_gets_its_prompts_through_it(folder):
+    (folder / "run.json").unlink()
+    (folder / "config.yaml").unlink()
+    source = read_adapter(str(folder))
+    (note,) = source.notes
+    assert source.style == "chat" and "chat template" in note and "NF4" in note
+    (folder / "chat_template.jinja").unlink()
+    assert read_adapter(str(folder)).style == "text"
