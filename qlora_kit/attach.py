@@ -70,11 +70,11 @@ def check_vocabulary(source: AdapterSource, tokenizer: "PreTrainedTokenizerBase"
         UserError: the tokenizer has ids for which the base model has no embedding.
     """
     embedding: Any = model.get_input_embeddings()
-    rows, highest = len(embedding.weight), max(tokenizer.get_vocab().values())
-    if highest >= rows:
+    rows, tokens = len(embedding.weight), len(tokenizer)  # an embedding may be larger, for speed
+    if tokens > rows:
         raise UserError(
-            f"--adapter {source.folder}: the tokenizer in {source.tokenizer.name} has ids up to {highest:,}, and "
-            f"{source.model.name} embeds {rows:,} tokens; use the base model it was trained on"
+            f"--adapter {source.folder}: the tokenizer in {source.tokenizer.name} has {tokens:,} tokens, and "
+            f"{source.model.name} embeds {rows:,}; use the base model it was trained on"
         )
 
 

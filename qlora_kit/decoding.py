@@ -44,7 +44,7 @@ class LibraryEngine:
 
         A prompt's stop token is its last; `settings.max_new_tokens` steps at most. Closing the iterator stops the work.
         """
-        ids, mask = _padded_left(prompts, self.model.device)
+        ids, mask = _padded_left(prompts, self.pad_id, self.model.device)
         streamer, stopping = _Tokens(), Event()
 
         def work() -> None:
@@ -98,14 +98,10 @@ def _until_ended(streamer: _Tokens, count: int, stop_ids: list[int]) -> Iterator
         ended = [done or token in stop_ids for token, done in zip(step, ended, strict=True)]
 
 
-def _padded_left(prompts: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids and attention mask, (B, longest), shorter prompts to the right.
-
-    The repetition penalty reads what the mask hides: a prompt is filled up with its own first token, or the penalty would fall
-    on a token that it does not hold, often on the one that ends a text.
-    """
+def _padded_left(prompts: list[list[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids and attention mask, (B, longest), shorter prompts to the right."""
     longest = max(map(len, prompts))
-    ids = torch.tensor([prompt[:1] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+    ids = torch.tensor([[pad_id] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     return ids, mask
 

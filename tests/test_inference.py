@@ -156,9 +156,9 @@ def test_a_dash_reads_the_prompt_from_standard_input(adapter, capsys, monkeypatc
 MANY = ["The river", "A lighthouse is in the", "In the spring of that year the city had begun to", "x", "The"]
 
 
-@pytest.mark.parametrize("repetition_penalty", [1.0, 1.5])
+@pytest.mark.parametrize("repetition_penalty", [1.0, 3.0])
 def test_a_greedy_answer_does_not_depend_on_the_prompts_beside_it(greedy, repetition_penalty):
-    """The penalty also falls on what fills up a shorter prompt: the padding token is here one that an answer begins with."""
+    """Nor does the penalty fall on what fills up a shorter prompt: the padding token is here one that an answer begins with."""
     alone = sampling(greedy, temperature=0.0, repetition_penalty=repetition_penalty, max_new_tokens=20)
     expected = [complete(alone, prompt).text for prompt in MANY]
     (first,) = next(alone.engine.steps([alone.encode(MANY[0])], alone.settings, 1, []))
