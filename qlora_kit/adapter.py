@@ -16,6 +16,8 @@ from qlora_kit.hub import TOKENIZER_FILES, is_local, read_json
 from qlora_kit.settings import Config, DataConfig, ModelConfig, QuantizationConfig
 from qlora_kit.sources import open_source
 
+PROMPTS_ARE = {"text": "continued as plain text", "chat": "put through the chat template", "instruction": "given as instructions"}
+
 
 @dataclass(frozen=True)
 class AdapterSource:
@@ -108,6 +110,8 @@ def _by_passport(folder: Path, run: Path, config: Config, key: str) -> AdapterSo
         revision = base["revision"] if is_local(name) else passport.get("base_commit") or base["revision"]
         model = ModelConfig(name=name, revision=revision, trust_remote_code=trusted)
         beside = _tokenizer_folder(folder, run)
+        if passport["prompt_style"] not in PROMPTS_ARE:
+            raise ValueError(f"prompt_style {passport['prompt_style']!r}")
         return AdapterSource(
             folder=folder,
             model=model,
@@ -136,8 +140,7 @@ def _by_assumption(folder: Path, run: Path, config: Config | None, key: str) -> 
     style = _style_of_run(config.data) if config else "chat" if beside and _has_template(beside) else "text"
     packing = (config or Config()).quantization
     bits = f"4-bit {packing.quant_type.upper()}" if packing.load_in_4bit else "16-bit"
-    prompts = {"text": "continued as plain text", "chat": "put through the chat template", "instruction": "given as instructions"}
-    note = f"{folder} has no run.json: taking {base} in {bits}; prompts are {prompts[style]}"
+    note = f"{folder} has no run.json: taking {base} in {bits}; prompts are {PROMPTS_ARE[style]}"
     return AdapterSource(
         folder=folder,
         model=model,

@@ -168,6 +168,12 @@ def test_run_json_without_fingerprints_still_loads(folder):
     assert passport["separator_id"] in generator.stop_ids
 
 
+@pytest.mark.parametrize("field, value", [("prompt_style", "poem"), ("base_model", None), ("quantization", {"quant_type": "q8"})])
+def test_a_damaged_run_json_is_one_line(folder, field, value):
+    change_json(folder / "run.json", **{field: value})
+    assert "run.json is damaged" in refusal(folder)
+
+
 def test_a_hub_model_is_taken_at_the_commit_of_training(folder):
     change_json(folder / "run.json", base_model={"name": "some/model", "revision": None, "folder": None}, base_commit="abc123")
     assert read_adapter(str(folder)).model.revision == "abc123"
