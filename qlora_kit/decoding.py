@@ -7,9 +7,10 @@ from threading import Event, Thread
 from typing import Any
 
 import torch
-from transformers import StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from qlora_kit.fast.sampling import penalise
 from qlora_kit.settings import GenerationSettings
 
 LONGEST_TEXT = 8192  # tokens that an attention window must reach over, where the model's context is longer
@@ -51,9 +52,10 @@ class LibraryEngine:
             try:
                 torch.manual_seed(seed)
                 stop = StoppingCriteriaList([lambda seen, scores: torch.full((len(seen),), stopping.is_set(), device=ids.device)])
+                penalty = LogitsProcessorList([_Penalty(settings.repetition_penalty, mask.argmax(1).tolist(), stop_ids)])
                 with torch.inference_mode():
                     self.model.generate(
-                        input_ids=ids, attention_mask=mask, streamer=streamer, stopping_criteria=stop,
+                        input_ids=ids, attention_mask=mask, streamer=streamer, stopping_criteria=stop, logits_processor=penalty,
                         eos_token_id=stop_ids, pad_token_id=self.pad_id, **_library_settings(settings),
                     )  # fmt: skip
                 streamer.queue.put(None)
@@ -71,6 +73,27 @@ class LibraryEngine:
     def adapter_off(self) -> AbstractContextManager:
         """The base model alone, while the context lasts."""
         return self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext()
+
+
+class _Penalty(LogitsProcessor):
+    """fast/sampling.py's repetition penalty within `generate`.
+
+    Args:
+        begins: of each row, where its prompt begins behind the padding.
+    """
+
+    def __init__(self, penalty: float, begins: list[int], stop_ids: list[int]):
+        self.penalty, self.begins = penalty, begins
+        self.stop_ids = [token for token in stop_ids if token >= 0]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        if self.penalty == 1:
+            return scores
+        seen = torch.zeros_like(scores, dtype=torch.bool)
+        for row, begin in enumerate(self.begins):
+            seen[row, input_ids[row, begin:]] = True
+        seen[:, self.stop_ids] = False
+        return penalise(scores, seen, self.penalty)
 
 
 class _Tokens(BaseStreamer):
@@ -110,6 +133,5 @@ def _library_settings(settings: GenerationSettings) -> dict[str, Any]:
     greedy = settings.temperature == 0
     sampling = {name: None if greedy else getattr(settings, name) for name in ("temperature", "top_p", "top_k")}
     return {
-        "do_sample": not greedy, "max_new_tokens": settings.max_new_tokens,
-        "repetition_penalty": settings.repetition_penalty, **sampling,
+        "do_sample": not greedy, "max_new_tokens": settings.max_new_tokens, "repetition_penalty": None, **sampling,
     }  # fmt: skip

@@ -6,6 +6,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
+from qlora_kit import decoding
 from qlora_kit.decoding import LibraryEngine
 from qlora_kit.fast import decode, thin
 from qlora_kit.fast.decode import GraphEngine, why_not_decoded
@@ -66,6 +67,25 @@ def test_the_repetition_penalty_is_the_librarys(model, penalty):
     expected = answers(LibraryEngine(model, 0), PROMPTS[:1], settings)
     assert answers(GraphEngine(model, captured=False), PROMPTS[:1], settings) == expected
     assert expected != answers(GraphEngine(model, captured=False), PROMPTS[:1], greedy(max_new_tokens=30))
+
+
+def test_the_end_of_a_turn_is_never_penalised(model):
+    """A chat's prompt holds one: as `generate` counts, the answer would hardly end. All else is as the library has it."""
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    prompt, stop = [3, 5, 7, 9], 5
+    logits = model(torch.tensor([prompt])).logits[:, -1].detach()
+    logits[0, stop] = logits.max() + 0.5  # likeliest by little: penalised, it is not
+    expected = RepetitionPenaltyLogitsProcessor(1.5)(torch.tensor([prompt]), logits.clone())
+    assert expected.argmax() != stop
+    expected[0, stop] = logits[0, stop]
+    for begins, ids in (([0], [prompt]), ([2], [[8, 8, *prompt]])):  # also behind padding
+        actual = decoding._Penalty(1.5, begins, [stop])(torch.tensor(ids), logits.clone())
+        torch.testing.assert_close(actual, expected)
+    engine = GraphEngine(model, captured=False)
+    next(engine.steps([prompt], greedy(repetition_penalty=1.5, max_new_tokens=1), 0, [stop]))
+    (lines,) = engine.lines.values()
+    assert set(lines.seen[0].nonzero()[:, 0].tolist()) - {int(lines.token)} == {3, 7, 9}
 
 
 def test_a_prompt_is_read_in_chunks_as_at_once(model, monkeypatch):

@@ -84,7 +84,7 @@ class GraphEngine:
         self, prompts: list[list[int]], settings: GenerationSettings, seed: int, stop_ids: list[int]
     ) -> Iterator[list[int | None]]:
         lines = self._lines(len(prompts), max(map(len, prompts)) + settings.max_new_tokens)
-        lines.begin(prompts, settings, seed)
+        lines.begin(prompts, settings, seed, stop_ids)
         ended = [False] * len(prompts)
         for tokens in lines.run(settings.max_new_tokens):
             yield [None if done else token for token, done in zip(tokens, ended, strict=True)]
@@ -166,7 +166,7 @@ class _Lines:
         self.graphs: dict[tuple[bool, Sampling], Callable[[], None]] = {}
         self.sampling = Sampling(True, 0, False)
 
-    def begin(self, prompts: list[list[int]], settings: GenerationSettings, seed: int) -> None:
+    def begin(self, prompts: list[list[int]], settings: GenerationSettings, seed: int, stop_ids: list[int]) -> None:
         """Read the prompts and take the first token of each answer."""
         greedy = settings.temperature == 0
         self.sampling = Sampling(greedy, 0 if greedy else settings.top_k, settings.repetition_penalty != 1)
@@ -177,15 +177,16 @@ class _Lines:
         self.step.zero_()
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.engine.device)
         self.at.copy_(lengths[:, None] - 1)
+        self.seen.zero_()
+        for row, prompt in enumerate(prompts):
+            penalised = [token for token in prompt if token not in stop_ids]
+            self.seen[row, torch.tensor(penalised, dtype=torch.long, device=self.engine.device)] = True
         self._take(self.engine.logits(self._read(prompts, lengths)))
 
     def _read(self, prompts: list[list[int]], lengths: torch.Tensor) -> torch.Tensor:
         """Fill the cache a chunk at a time; the hidden state of each prompt's last token, (B, hidden)."""
         engine, longest = self.engine, int(lengths.max())
         ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=engine.device)
-        self.seen.zero_()
-        for row, prompt in enumerate(prompts):
-            self.seen[row, torch.tensor(prompt, device=engine.device)] = True
         last = torch.zeros(self.batch, self.engine.embedding.shape[1], dtype=engine.dtype, device=engine.device)
         chunk = max(1, CHUNK_TOKENS // self.batch)
         for start in range(0, longest, chunk):

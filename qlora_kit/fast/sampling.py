@@ -30,11 +30,11 @@ def choose(
 
     Args:
         logits: (B, vocabulary) in fp32.
-        seen: (B, vocabulary), whether a token stands in the prompt or the answer.
+        seen: (B, vocabulary), whether a token stands in the prompt or the answer; never that which ends one (`penalise`).
         drawn: (1,), the same for all rows: an answer does not depend on what is written beside it.
     """
     if sampling.penalised:
-        logits = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+        logits = penalise(logits, seen, penalty)
     if sampling.greedy:
         return logits.argmax(1)
     logits = logits / temperature
@@ -46,3 +46,12 @@ def choose(
     running = shares.cumsum(1)
     place = (running <= drawn * running[:, -1:]).sum(1, keepdim=True).clamp(max=count - 1)
     return tokens.gather(1, place)[:, 0]
+
+
+def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: torch.Tensor | float) -> torch.Tensor:
+    """Repetition penalty of the tokens seen, (B, vocabulary).
+
+    The library counts the end of a turn as seen when the prompt holds one, as each chat does, and the model then hardly dares to
+    stop: the engines leave tokens that end an answer out of `seen`.
+    """
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
