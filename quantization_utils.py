@@ -93,7 +93,12 @@ def load_model_and_tokenizer(
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(name, **origin)
         model = AutoModelForCausalLM.from_pretrained(
-            name, quantization_config=quantization, dtype=dtype, device_map={"": 0 if device == "cuda" else device}, **origin
+            name,
+            quantization_config=quantization,
+            dtype=dtype,
+            device_map={"": 0 if device == "cuda" else device},
+            use_safetensors=True,  # and no pickle, where a folder holds both
+            **origin,
         )
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from typing import NoReturn
 
 from qlora_kit.config import UserError
+from qlora_kit.redaction import redact
 
 
 class Stopped(Exception):
@@ -39,9 +40,10 @@ class OneLineParser(argparse.ArgumentParser):
         unknown = message.removeprefix("unrecognized arguments: ").split()[0]
         if unknown != message.split()[0] and unknown.startswith("--"):
             flags = [flag for action in self._actions for flag in action.option_strings]
-            close = difflib.get_close_matches(unknown.partition("=")[0], flags, n=1)
-            message = f"{unknown}: unknown flag; " + (f"did you mean {close[0]}?" if close else "--help lists them")
-        print(f"error: {message}", file=sys.stderr)
+            flag = unknown.partition("=")[0]  # not its value, which may be a secret
+            close = difflib.get_close_matches(flag, flags, n=1)
+            message = f"{flag}: unknown flag; " + (f"did you mean {close[0]}?" if close else "--help lists them")
+        print(f"error: {redact(message)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -58,10 +60,10 @@ def run(main: Callable[[], None]) -> NoReturn:
         sys.exit(0)
     except UserError as error:
         for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
+            print(f"error: {redact(problem)}", file=sys.stderr)
         sys.exit(2)
     except Failed as failure:
-        print(f"error: {failure}", file=sys.stderr)
+        print(f"error: {redact(str(failure))}", file=sys.stderr)
         sys.exit(1)
     except Stopped as stop:
         print(stop, file=sys.stderr)

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from qlora_kit.redaction import is_secret, refusal
 from qlora_kit.settings import Config
 
 # What peft, transformers and other tools call our keys.
@@ -56,7 +57,12 @@ def override(config: Config, overrides: dict[str, Any]) -> Config:
 def _check(values: dict[str, Any], places: dict[str, str], overrides: dict[str, Any], problems: list[str]) -> Config:
     values = values | overrides
     places = places | dict.fromkeys(overrides, "command line")
-    known = {key: value for key, value in values.items() if key in all_keys()}
+    known_keys = all_keys()
+    # A known key may be called as a secret is: its value alone counts.
+    secret = [key for key, value in values.items() if is_secret("" if key in known_keys else key, value)]
+    problems += [refusal(places.get(key, "settings"), key) for key in secret]
+    values = {key: value for key, value in values.items() if key not in secret}
+    known = {key: value for key, value in values.items() if key in known_keys}
     problems += [_unknown(key, value, places[key]) for key, value in values.items() if key not in known]
     config, wrong = _validate(known, places)
     if wrong:  # what is left is still checked for contradictions, so that everything is said at once
@@ -119,8 +125,12 @@ def _flatten(path: Path, root: yaml.MappingNode, loaded: dict) -> tuple[dict[str
         section, place = section_node.value, f"{path}:{section_node.start_mark.line + 1}"
         if section in names[number:]:  # the last one is in `loaded`
             problems.append(f"{place}: {section}: stands twice; put all its keys under one")
+        elif section not in Config.model_fields and is_secret(section, loaded[section]):
+            problems.append(refusal(place, section))
         elif section not in Config.model_fields:
             problems.append(f"{place}: {section}: unknown section; {_closest(section, list(Config.model_fields))}")
+        elif not isinstance(body, yaml.MappingNode) and is_secret("", loaded[section]):
+            problems.append(refusal(place, section))
         elif not isinstance(body, yaml.MappingNode) and loaded[section] is not None:
             problems.append(f"{place}: {section}: {loaded[section]!r}: should hold keys, such as {_example(section)}")
         elif isinstance(body, yaml.MappingNode):

@@ -13,9 +13,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit.hub import is_local
 from qlora_kit.memory import GIB
 from qlora_kit.plan import Plan
-from qlora_kit.settings import Config
+from qlora_kit.redaction import redact
+from qlora_kit.settings import Config, ModelConfig
 
 if TYPE_CHECKING:
     from qlora_kit.dataset import Blocks
@@ -51,10 +53,11 @@ class RunLog:
             self.file_only(text)
 
     def line(self, text: str = "") -> None:
-        print(text, file=sys.stderr)
+        print(redact(text), file=sys.stderr)
         self.file_only(text)
 
     def file_only(self, text: str) -> None:
+        text = redact(text)
         if self._folder is None:
             self._waiting.append(text)
         else:
@@ -89,6 +92,8 @@ class RunReport:
         quantization = f"4-bit {config.quantization.quant_type.upper()}" if config.quantization.load_in_4bit else "16-bit"
         double = " with double quantization" if config.quantization.load_in_4bit and config.quantization.use_double_quant else ""
         self.log.line(f"Base model: {config.model.name}, {quantization}{double}, computing in {self.machine.dtype_name}")
+        if config.model.trust_remote_code:
+            self.log.line(remote_code_warning(config.model))
 
     def describe_model(self, trainable: int, total: int) -> None:
         lora = self.config.lora
@@ -179,6 +184,12 @@ class RunReport:
         self.log.line(f"  talk to it   python inference_example.py --mode interactive --adapter {shlex.quote(str(folder))}")
 
 
+def remote_code_warning(model: ModelConfig) -> str:
+    """The line for model.trust_remote_code."""
+    pin = "" if model.revision or is_local(model.name) else "; name the commit that you have read in model.revision"
+    return f"warning: model.trust_remote_code: Python code that comes with {model.name} runs here with all your rights{pin}"
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     with (folder / METRICS).open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
@@ -223,4 +234,4 @@ def versions() -> dict[str, str]:
 
 
 def command_line() -> str:
-    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    return redact(shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]))

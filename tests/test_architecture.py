@@ -16,7 +16,7 @@ LIGHT = (
     "config", "settings", "memory", "plan", "formats", "sources", "readers", "documents", "encoding", "storage", "packing",
     "tokenizer", "hub", "cli", "report", "dataset", "checkpoint", "merge", "merging.pairs", "merging.folder",
     "doctor", "examination", "installation",
-    "adapter", "fingerprint", "prompts", "generation", "answers",
+    "redaction", "adapter", "fingerprint", "prompts", "generation", "answers",
 )  # fmt: skip
 HEAVY = {"torch", "transformers", "datasets", "peft", "bitsandbytes", "matplotlib"}
 
