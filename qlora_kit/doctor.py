@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -124,12 +125,10 @@ def as_json(wanted: str, results: list[Result]) -> str:
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     wanted = arguments.device or "auto"
-    results = examine(all_checks(wanted))
+    with closing(examine(all_checks(wanted))) as results:
+        ended = list(results) if arguments.json else show_table(results)
     if arguments.json:
-        ended = list(results)
         print(as_json(wanted, ended))
-    else:
-        ended = show_table(results)
     if any(result.status == "fail" for result in ended):
         sys.stdout.flush()
         sys.exit(1)

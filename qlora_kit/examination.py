@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -46,8 +46,8 @@ class Result:
     seconds: float
 
 
-def examine(checks: Iterable[Check]) -> Iterator[Result]:
-    """The result of each check, as it ends."""
+def examine(checks: Iterable[Check]) -> Generator[Result, None, None]:
+    """The result of each check, as it ends. To be closed where it is left early: a process waits."""
     worker = None
     try:
         for check in checks:
@@ -90,7 +90,7 @@ class _Worker:
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
         self.here, there = context.Pipe()
-        self.process = context.Process(target=_serve, args=(there,), daemon=True)
+        self.process = context.Process(target=_serve, args=(there,))  # torch.compile starts processes of its own there
         self.process.start()
         there.close()  # so that its end is seen when the process ends
         self.ready = self.here.poll(STARTING_SECONDS) and self._received() is not None

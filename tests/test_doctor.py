@@ -398,11 +398,11 @@ def test_json_is_one_object():
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])
 def test_a_failure_is_exit_status_1(monkeypatch, capsys, flags):
-    monkeypatch.setattr(doctor, "examine", lambda checks: iter(RESULTS))
+    monkeypatch.setattr(doctor, "examine", lambda checks: (result for result in RESULTS))
     with pytest.raises(SystemExit) as ended:
         doctor.main(flags)
     assert ended.value.code == 1
-    monkeypatch.setattr(doctor, "examine", lambda checks: iter(RESULTS[:2]))
+    monkeypatch.setattr(doctor, "examine", lambda checks: (result for result in RESULTS[:2]))
     doctor.main(flags)
 
 
