@@ -8,6 +8,7 @@ data set and the GPU exist is not checked here.
 """
 
 import difflib
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def parse_set(assignments: list[str]) -> dict[str, Any]:
             raise UserError(f"--set {assignment}: should be KEY=VALUE, such as --set lora.rank=8")
         try:
             overrides[key.strip()] = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError):  # ValueError: a date that does not exist
+        except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that does not exist
             raise UserError(f"--set {assignment}: the value is not valid YAML; quote it") from None
     return overrides
 
@@ -108,6 +109,8 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
         line = f":{mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or "unreadable"
         raise UserError(f"{path}{line}: not valid YAML ({reason}); compare it with config.yaml") from None
+    except RecursionError:
+        raise UserError(f"{path}: not valid YAML (nested too deeply); compare it with config.yaml") from None
     except ValueError as error:  # a date that does not exist
         raise UserError(f"{path}: not valid YAML ({error}); quote the value") from None
     if not isinstance(root, yaml.MappingNode):
@@ -125,14 +128,14 @@ def _flatten(path: Path, root: yaml.MappingNode, loaded: dict) -> tuple[dict[str
         section, place = section_node.value, f"{path}:{section_node.start_mark.line + 1}"
         if section in names[number:]:  # the last one is in `loaded`
             problems.append(f"{place}: {section}: stands twice; put all its keys under one")
-        elif section not in Config.model_fields and is_secret(section, loaded[section]):
+        elif section not in Config.model_fields and is_secret(section, loaded.get(section)):
             problems.append(refusal(place, section))
         elif section not in Config.model_fields:
             problems.append(f"{place}: {section}: unknown section; {_closest(section, list(Config.model_fields))}")
         elif not isinstance(body, yaml.MappingNode) and is_secret("", loaded[section]):
             problems.append(refusal(place, section))
         elif not isinstance(body, yaml.MappingNode) and loaded[section] is not None:
-            problems.append(f"{place}: {section}: {loaded[section]!r}: should hold keys, such as {_example(section)}")
+            problems.append(f"{place}: {section}: {_shown(loaded[section])}: should hold keys, such as {_example(section)}")
         elif isinstance(body, yaml.MappingNode):
             for key_node, _ in body.value:
                 key, line = f"{section}.{key_node.value}", key_node.start_mark.line + 1
@@ -148,7 +151,7 @@ def _example(section: str) -> str:
 
 
 def _unknown(key: str, value: Any, place: str) -> str:
-    return f"{place}: {key}: {value!r}: unknown key; {_closest(key, all_keys())}"
+    return f"{place}: {key}: {_shown(value)}: unknown key; {_closest(key, all_keys())}"
 
 
 def _closest(name: str, known: list[str]) -> str:
@@ -174,8 +177,15 @@ def _validate(values: dict[str, Any], places: dict[str, str]) -> tuple[Config, d
         wrong: dict[str, str] = {}
         for detail in error.errors():
             key = ".".join(str(part) for part in detail["loc"][:2])
-            wrong.setdefault(key, f"{places[key]}: {key}: {values[key]!r}: {_reason(detail)}; {_remedy(key)}")
+            wrong.setdefault(key, f"{places[key]}: {key}: {_shown(values[key])}: {_reason(detail)}; {_remedy(key)}")
         return Config(), wrong
+
+
+def _shown(value: Any) -> str:
+    """A value as Python writes it, the middle of a long one left out: aliases let a YAML file of a few lines hold a billion."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxlist, short.maxdict, short.maxstring, short.maxother, short.maxlong = 2, 20, 20, 200, 200, 40
+    return short.repr(value)
 
 
 def _reason(detail: Any) -> str:

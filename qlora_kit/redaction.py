@@ -5,6 +5,7 @@ key in a config, which is written beside the adapter and shared with it.
 """
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 # Names of keys that other tools give to secrets.
@@ -17,7 +18,20 @@ VALUE = re.compile(r"(?P<kept>\b(?:hf_|api_org_))[A-Za-z0-9]{30,}|(?P<scheme>\w:
 
 def is_secret(key: str, value: Any) -> bool:
     """Whether a key is called as a secret is, or its value looks like one; the value may be a list or a mapping."""
-    return bool(NAME.search(key.rpartition(".")[2].lower().replace("-", "_")) or VALUE.search(str(value)))
+    called = NAME.search(key.rpartition(".")[2].lower().replace("-", "_"))
+    return bool(called) or any(VALUE.search(text) for text in _texts(value))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The strings in a value, each part of it looked into once: YAML's aliases may hold a list in itself, or a billion of one."""
+    waiting, seen = [value], set()
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, str):
+            yield part
+        elif isinstance(part, list | dict) and id(part) not in seen:
+            seen.add(id(part))
+            waiting += part if isinstance(part, list) else [*part, *part.values()]
 
 
 def refusal(place: str, key: str) -> str:

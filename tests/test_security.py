@@ -142,6 +142,26 @@ def test_a_config_cannot_call_a_function(tmp_path, marker, place):
     assert not marker.exists()
 
 
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join(['*' + before] * 9)}]\n" for before, name in zip("abcdefghi", "bcdefghij", strict=True)
+)  # 9 to the power of 10 strings, each list nine times the one before
+
+
+@pytest.mark.parametrize("text, words", [
+    (BOMB + "lora:\n  rank: *j\n", ["lora.rank", "..."]), (BOMB + "lora: *j\n", ["lora", "..."]),
+    (BOMB + "lora:\n  xyzzy: *j\n", ["lora.xyzzy", "..."]), ("lora:\n  rank: &a [*a]\n", ["lora.rank"]),
+    ("lora:\n  rank: " + "[" * 5000, ["nested too deeply"]), (f"lora:\n  rank: {'x' * 100_000}\n", ["lora.rank", "..."]),
+    ("base: &b {rank: 8}\n<<: *b\n", ["<<: unknown section"]), ("1: 2\n", ["1: unknown section"]),
+])  # fmt: skip
+def test_a_small_config_that_stands_for_a_huge_one_is_refused_at_once(tmp_path, text, words):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as refused:
+        load_config(file)
+    assert all(word in str(refused.value) for word in words)
+    assert all(len(problem) < 1500 and "\n" not in problem for problem in refused.value.problems)
+
+
 def model_folder(folder: Path, leave_out: str = "", **config) -> Path:
     """A copy of the embedded model, its config.json changed."""
     shutil.copytree(ROOT / "assets" / "tiny-qwen2", folder, ignore=shutil.ignore_patterns("*.py", "*.md", leave_out))
