@@ -17,17 +17,36 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit import cli
-from qlora_kit.checkpoint import build_passport, check_output_dir, find_checkpoint, open_output, save_adapter, write_passport
+from qlora_kit.checkpoint import (
+    CHECKPOINTS,
+    build_passport,
+    check_disk,
+    check_output_dir,
+    check_same_material,
+    find_checkpoint,
+    open_output,
+    save_adapter,
+    write_passport,
+)
+from qlora_kit.checkpoints import Checkpoint, clean
 from qlora_kit.config import UserError, load_config, override, parse_set
 from qlora_kit.dataset import Blocks, load_blocks
-from qlora_kit.hub import fetch_model, fetch_tokenizer, go_offline_if_unreachable, is_local, read_model_config
+from qlora_kit.fingerprint import weights_fingerprint
+from qlora_kit.hub import (
+    fetch_model,
+    fetch_tokenizer,
+    go_offline_if_unreachable,
+    is_local,
+    read_model_config,
+)
+from qlora_kit.lock import OutputLock
 from qlora_kit.memory import CONTEXT_BYTES, GIB, KNOWN_CONFIGS, ModelShape, read_shape, why_not_written_out
 from qlora_kit.packing import RecordBlocks
-from qlora_kit.plan import check_fit, make_plan, plan_table
+from qlora_kit.plan import asked, check_fit, go_on_as_planned, make_plan, plan_table
 from qlora_kit.report import CURVES, RunReport, plot_training_curves, read_metrics
 from qlora_kit.settings import Config
 from qlora_kit.sources import check_source
-from qlora_kit.tokenizer import load_tokenizer
+from qlora_kit.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -102,28 +121,44 @@ def main(argv: list[str] | None = None) -> None:
     check_source(config.data)
     if arguments.preview:
         return preview(config)
-    resume = arguments.resume is not None
-    folder = check_output_dir(config.training.output_dir, arguments.overwrite, resume)
-    checkpoint = find_checkpoint(folder, config, arguments.resume) if resume else None
+    folder = check_output_dir(config.training.output_dir, arguments.overwrite, arguments.resume is not None)
+    with OutputLock(folder) as lock:
+        train_adapter(arguments, config, folder, lock)
+
+
+def train_adapter(arguments: argparse.Namespace, config: Config, folder: Path, lock: OutputLock) -> None:
+    """Plan, data, model, training, adapter: what README shows as a picture, top to bottom."""
+    clean(folder / CHECKPOINTS)
+    checkpoint, lines = (None, []) if arguments.resume is None else find_checkpoint(folder, config, arguments.resume)
     if not (is_local(config.model.name) and all(map(is_local, config.data.names))):
         go_offline_if_unreachable()
     shape, reason = read_written_out_shape(config)
+    if shape:
+        check_disk(folder, shape.lora_parameters(config.lora.rank, config.lora.target_modules), config.training.optim)
 
     from qlora_kit.device import look_at_machine, out_of_memory_is_one_line
 
     machine = look_at_machine(config, shape)
     # What cannot be compiled here takes more memory.
     as_here = config if machine.compiles else override(config, {"performance.compile": False})
-    plan = make_plan(as_here, None if reason else shape, machine.limit)
+    written_out = None if reason else shape
+    plan = make_plan(as_here, written_out, machine.limit)
+    if checkpoint:
+        same_wish = checkpoint.run["asked"] == asked(config)
+        plan = go_on_as_planned(plan, as_here, written_out, machine.limit, checkpoint.run, same_wish)
     check_fit(plan, as_here, shape, machine.limit)
     report = RunReport(config, machine, plan)
     report.announce()
+    for line in lines:
+        report.log.line(line)
     # Data first: what is wrong with it is to be known before gigabytes of weights are fetched.
     fetch_tokenizer(config.model)
     tokenizer = load_tokenizer(config.model)
     train, evaluation = prepare_dataset(config, tokenizer)
     report.describe_data(train, evaluation)
-    fetch_model(config.model)
+    tokens = {"train_sha256": report.data["train_sha256"], "tokenizer_sha256": tokenizer_fingerprint(tokenizer)}
+    recognise(report, checkpoint, tokens)
+    recognise(report, checkpoint, {"base_sha256": weights_fingerprint(fetch_model(config.model)) or ""})
     with out_of_memory_is_one_line(config, planned=bool(plan.parts)):
         model, tokenizer = load_adapted_model(config, report, tokenizer)
 
@@ -131,9 +166,11 @@ def main(argv: list[str] | None = None) -> None:
         from qlora_kit.training import build_trainer
 
         trainer = build_trainer(model, train, evaluation, report)
+        if lock.take():  # the folder is new, or another run made it meanwhile
+            check_output_dir(config.training.output_dir, arguments.overwrite, checkpoint is not None)
         open_output(folder, report, checkpoint, arguments.overwrite)
         before = recorded_base(read_metrics(folder)) if checkpoint else trainer.measure_base()
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
         plot_training_curves(read_metrics(folder), folder / CURVES)
         if trainer.stopping.signal:
             raise cli.Stopped(128 + trainer.stopping.signal, how_to_resume(arguments, trainer.state.global_step))
@@ -141,6 +178,17 @@ def main(argv: list[str] | None = None) -> None:
     save_adapter(model, tokenizer, folder)
     write_passport(folder, build_passport(report, tokenizer, trainer.kept_step, before, after))
     report.summary(folder, before, after, trainer.state.global_step, trainer.kept_step)
+
+
+def recognise(report: RunReport, checkpoint: Checkpoint | None, found: dict[str, str]) -> None:
+    """Keep fingerprints for the checkpoints to come; a run that is resumed has to have been trained on the same.
+
+    Raises:
+        UserError: it was not.
+    """
+    report.material |= found
+    if checkpoint:
+        check_same_material(checkpoint, found)
 
 
 def describe_plan(config: Config) -> str:

@@ -12,11 +12,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit.checkpoints import (
+    MIB,
+    PREFIX,
+    REPLACED,
+    SAVING,
+    Checkpoint,
+    candidates,
+    checkpoint_bytes,
+    flush,
+    missing_bytes,
+    newest_valid,
+    refused_by_the_disk,
+    replace_text,
+)
 from qlora_kit.cli import Failed
 from qlora_kit.config import UserError, load_config
 from qlora_kit.fingerprint import weights_fingerprint
 from qlora_kit.generation import find_stop_ids
-from qlora_kit.hub import is_local, model_folder, read_json
+from qlora_kit.hub import is_local, model_folder
 from qlora_kit.report import CURVES, LOG, METRICS, RunReport, command_line, now, versions
 from qlora_kit.settings import Config
 from qlora_kit.tokenizer import separator_id, tokenizer_fingerprint, vocabulary_fingerprint
@@ -30,6 +44,12 @@ if TYPE_CHECKING:
 CONFIG, PASSPORT, CHECKPOINTS = "config.yaml", "run.json", "checkpoints"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 OUTPUT_FILES = (*ADAPTER_FILES, LOG, METRICS, CURVES, CONFIG, PASSPORT)  # --overwrite removes these and the checkpoints
+TOKENIZER_BYTES = 16 * MIB  # Qwen's is 11 MiB; the log and the curves are small
+MATERIAL = {
+    "train_sha256": "data.dataset: the training data is",
+    "tokenizer_sha256": "model.name: the tokenizer is",
+    "base_sha256": "model.name: the base weights are",
+}
 # Settings that a resumed run may change: they decide neither what is trained, nor on what, nor in which order.
 MAY_CHANGE = (
     "data.max_eval_samples", "training.output_dir", "training.num_epochs", "training.max_steps",
@@ -51,7 +71,8 @@ def check_output_dir(name: str, overwrite: bool, resume: bool) -> Path:
         raise UserError(f"{key}: {existing} is a file, not a folder; name another --output_dir")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"{key}: cannot be written; change its permissions or name another --output_dir")
-    finished, unfinished = (folder / ADAPTER_FILES[0]).exists(), any(folder.glob(f"{CHECKPOINTS}/checkpoint-*"))
+    begun = [*folder.glob(f"{CHECKPOINTS}/{PREFIX}*"), *folder.glob(f"{CHECKPOINTS}/{REPLACED}*")]
+    finished, unfinished = (folder / ADAPTER_FILES[0]).exists(), bool(begun)
     if not resume and not overwrite and (finished or unfinished):
         what = "a finished adapter" if finished else "an unfinished run"
         raise UserError(
@@ -60,37 +81,42 @@ def check_output_dir(name: str, overwrite: bool, resume: bool) -> Path:
     return folder
 
 
-def find_checkpoint(folder: Path, config: Config, wanted: str) -> Path:
-    """The checkpoint to go on from: the one named, or the newest of the output folder.
+def find_checkpoint(folder: Path, config: Config, wanted: str) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint to go on from: the one named, or the newest valid one of the output folder.
+
+    Returns:
+        It, and lines for the log: the checkpoints passed over and why, the settings that changed and may.
 
     Raises:
         UserError: there is none, or the settings are not those of the run that wrote it.
     """
-    candidates = [Path(wanted).expanduser()] if wanted else list(folder.glob(f"{CHECKPOINTS}/checkpoint-*"))
-    complete = [path for path in candidates if (path / "trainer_state.json").is_file() and (path / ADAPTER_FILES[0]).is_file()]
-    if not complete:
-        raise UserError(
+    found = [Path(wanted).expanduser()] if wanted else candidates(folder / CHECKPOINTS)
+    checkpoint, passed_over = newest_valid([path for path in found if path.is_dir()])
+    lines = [f"Passed over, not valid: {line}" for line in passed_over]
+    if checkpoint is None:
+        problem = (
             f"--resume: no checkpoint in {wanted or folder / CHECKPOINTS}; start without --resume, or name a checkpoint folder"
         )
-    newest = max(complete, key=_step)
-    if newest.absolute().parents[1] != folder.absolute() or not (folder / CONFIG).is_file():
-        raise UserError(f"--resume {newest}: is no checkpoint of a run in {folder}; name the folder of its run as --output_dir")
-    _check_same_run(folder, config)
-    return newest
+        invalid = [f"--resume: {line}; name another checkpoint, or start anew with --overwrite" for line in passed_over]
+        raise UserError(*invalid or [problem])
+    if checkpoint.folder.absolute().parents[1] != folder.absolute():
+        raise UserError(
+            f"--resume {checkpoint.folder}: is no checkpoint of a run in {folder}; name the folder of its run as --output_dir"
+        )
+    lines.append(f"Going on from step {checkpoint.step}: {checkpoint.folder}")
+    return checkpoint, lines + _check_same_run(checkpoint, config)
 
 
-def _step(checkpoint: Path) -> int:
-    return int(read_json(checkpoint / "trainer_state.json", "--resume")["global_step"])
-
-
-def _check_same_run(folder: Path, config: Config) -> None:
+def _check_same_run(checkpoint: Checkpoint, config: Config) -> list[str]:
     """Refuse to resume when a setting changed that decides what is trained, on what, or in which order.
+
+    Returns:
+        A line for each setting that changed and may.
 
     Raises:
         UserError: one problem for each such key.
     """
-    before = load_config(folder / CONFIG).model_dump()
-    problems = []
+    before, problems, lines = load_config(checkpoint.folder / CONFIG).model_dump(), [], []
     for section, values in config.model_dump().items():
         for key, value in values.items():
             dotted, old = f"{section}.{key}", before[section][key]
@@ -99,36 +125,84 @@ def _check_same_run(folder: Path, config: Config) -> None:
                 problems.append(
                     f"{dotted}: {value}: the run to resume has {old}; set it back, or start anew in another --output_dir"
                 )
+            elif value != old:
+                lines.append(f"Changed since: {dotted}: {value}, was {old}")
     if problems:
         raise UserError(*problems)
+    return lines
 
 
-def open_output(folder: Path, report: RunReport, checkpoint: Path | None, overwrite: bool) -> None:
+def check_same_material(checkpoint: Checkpoint, material: dict[str, Any]) -> None:
+    """Refuse to resume on other data, with another tokenizer or on other base weights, although the settings name the same.
+
+    Args:
+        material: what is there now, as far as it is known: keys of MATERIAL -> fingerprints.
+
+    Raises:
+        UserError: one problem for each that changed.
+    """
+    changed = [name for name, value in material.items() if checkpoint.run["material"].get(name) != value]
+    remedy = "not what the run to resume was trained on; bring it back, or start anew in another --output_dir"
+    if changed:
+        raise UserError(*(f"{MATERIAL[name]} {remedy}" for name in changed))
+
+
+def check_disk(folder: Path, parameters: int, optim: str) -> None:
+    """Refuse a run whose first checkpoint and adapter would not fit on the disk.
+
+    Args:
+        parameters: of the adapter.
+
+    Raises:
+        UserError: with what is missing.
+    """
+    needed = checkpoint_bytes(parameters, optim) + 4.0 * parameters + TOKENIZER_BYTES
+    missing = missing_bytes(folder, needed)
+    if missing > 0:
+        raise UserError(
+            f"training.output_dir: {folder}: {missing / MIB:,.0f} MiB are missing on that disk of the {needed / MIB:,.0f} that a "
+            "checkpoint and the adapter take; make room, or name another --output_dir"
+        )
+
+
+def open_output(folder: Path, report: RunReport, checkpoint: Checkpoint | None, overwrite: bool) -> None:
     """Begin writing: the resolved config and the log. Only now, with model and data ready, does --overwrite remove anything."""
     folder.mkdir(parents=True, exist_ok=True)
     if overwrite and checkpoint is None:
         for name in OUTPUT_FILES:  # so that no file of the earlier run can be taken for one of the new run
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    (folder / CONFIG).write_text(report.config.to_yaml(), encoding="utf-8")
-    resumed_step = _step(checkpoint) if checkpoint else None
-    report.log.open(folder, resumed_step)
+    for left in folder.glob(f"{SAVING}*"):  # of a run that was killed while it wrote the adapter
+        shutil.rmtree(left, ignore_errors=True)
+    replace_text(folder / CONFIG, report.config.to_yaml())
+    report.log.open(folder, checkpoint.folder if checkpoint else None)
+
+
+def write_run_files(report: RunReport, checkpoint: Path) -> None:
+    """What a resumed run has to find as it was at this step: the settings, and the log with its numbers."""
+    (checkpoint / CONFIG).write_text(report.config.to_yaml(), encoding="utf-8")
+    report.log.copy_to(checkpoint)
 
 
 def save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     """Write the PEFT adapter and the tokenizer beside their place, then move them in, the weights last.
 
     Raises:
-        Failed: the last update made the adapter infinite or NaN.
+        Failed: the last update made the adapter infinite or NaN, or the disk refuses it.
     """
     if not all(parameter.isfinite().all() for parameter in model.parameters() if parameter.requires_grad):
         raise Failed("the adapter holds values that are no numbers, so it was not written: try a lower --learning_rate")
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
+    size = 4.0 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) + TOKENIZER_BYTES
+    with (
+        refused_by_the_disk("the adapter", folder, size),
+        tempfile.TemporaryDirectory(dir=folder, prefix=SAVING) as staging,
+    ):
         write_adapter(model, Path(staging))
         tokenizer.save_pretrained(staging)
-        Path(staging, "README.md").unlink(missing_ok=True)  # peft's model card is a form to fill in
         for file in sorted(Path(staging).iterdir(), key=lambda path: path.name == ADAPTER_FILES[0]):
+            flush(file)
             os.replace(file, folder / file.name)
+        flush(folder)
 
 
 def write_adapter(model: "PeftModel", folder: Path) -> None:
@@ -139,6 +213,7 @@ def write_adapter(model: "PeftModel", folder: Path) -> None:
     """
     weights = {name: parameter.data.cpu() for name, parameter in model.named_parameters() if parameter.requires_grad}
     model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's model card is a form to fill in
 
 
 def write_passport(folder: Path, passport: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ Exit status: 0 done, 2 the user's mistake, 130 stopped by Ctrl+C, 143 by SIGTERM
 
 import argparse
 import difflib
+import errno
 import logging
 import os
 import sys
@@ -15,6 +16,8 @@ from typing import NoReturn
 
 from qlora_kit.config import UserError
 from qlora_kit.redaction import redact
+
+DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # a full, read-only or broken disk
 
 
 class Stopped(Exception):
@@ -74,6 +77,14 @@ def run(main: Callable[[], None]) -> NoReturn:
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:
+        if error.errno not in DISK_REFUSES:
+            raise
+        print(
+            f"error: {error.filename or 'output'}: cannot be written ({error.strerror}); make room there, or write elsewhere",
+            file=sys.stderr,
+        )
+        sys.exit(1)
 
 
 def prepare_libraries() -> None:

@@ -6,6 +6,7 @@ metrics.jsonl holds one object a logged step and is the source of the picture. I
 import json
 import platform
 import shlex
+import shutil
 import sys
 import time
 from datetime import UTC, datetime
@@ -39,18 +40,25 @@ class RunLog:
         self._waiting: list[str] = []
         self._folder: Path | None = None
 
-    def open(self, folder: Path, resumed_step: int | None) -> None:
-        """Start the files in `folder` afresh, or go on from those of an interrupted run as they were at `resumed_step`."""
+    def open(self, folder: Path, checkpoint: Path | None) -> None:
+        """Start the files in `folder` afresh, or go on from those that a checkpoint holds: no step is missing, none twice."""
         self._folder = folder
-        if resumed_step is None:  # a run that failed before its first checkpoint may have left both
-            (folder / LOG).unlink(missing_ok=True)
-            (folder / METRICS).unlink(missing_ok=True)
-        else:
-            kept = [entry for entry in read_metrics(folder) if entry["step"] <= resumed_step]
-            (folder / METRICS).write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+        for name in (LOG, METRICS):
+            (folder / name).unlink(missing_ok=True)  # a run that failed before its first checkpoint may have left both
+            if checkpoint:
+                shutil.copyfile(checkpoint / name, folder / name)
         waiting, self._waiting = self._waiting, []
         for text in waiting:
             self.file_only(text)
+
+    def copy_to(self, checkpoint: Path) -> None:
+        """Both files as they are now."""
+        assert self._folder is not None, "a checkpoint before the log was opened"
+        for name in (LOG, METRICS):
+            if (self._folder / name).exists():
+                shutil.copyfile(self._folder / name, checkpoint / name)
+            else:
+                (checkpoint / name).touch()
 
     def line(self, text: str = "") -> None:
         print(redact(text), file=sys.stderr)
@@ -83,6 +91,7 @@ class RunReport:
         self.micro_batch = plan.micro_batch  # as it is: halved when memory runs out
         self.started, self._clock = now(), time.perf_counter()
         self.data: dict[str, Any] = {}
+        self.material: dict[str, str] = {}  # fingerprints of what a resumed run has to find unchanged
 
     def announce(self) -> None:
         config = self.config

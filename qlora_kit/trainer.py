@@ -2,21 +2,17 @@
 
 Overridden: the micro-step (through fast/, token-weighted over the optimizer step, starting the step again with less when memory
 runs out) and the batches that it takes, what the optimizer and clipping see (one flat tensor), evaluation (perplexity with its
-standard error), what a checkpoint holds, and resuming a run that is through. Loop, schedule and logging are the library's.
+standard error); and, in resumable.py, checkpoints and going on from them. Loop, schedule and logging are the library's.
 """
 
 import gc
 import math
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import load_peft_weights, set_peft_model_state_dict
-from transformers import Trainer, TrainerState
 
 from qlora_kit.callbacks import StopCallback
-from qlora_kit.checkpoint import write_adapter
 from qlora_kit.dataset import Blocks
 from qlora_kit.device import is_out_of_memory
 from qlora_kit.fast.graph import MicroStep
@@ -24,9 +20,10 @@ from qlora_kit.fast.loss import IGNORED, token_losses
 from qlora_kit.packing import RecordBlocks
 from qlora_kit.perplexity import Perplexity, as_metrics, library_losses, measure_perplexity
 from qlora_kit.progress import ProgressCallback
+from qlora_kit.resumable import ResumableTrainer
 
 
-class QLoraTrainer(Trainer):
+class QLoraTrainer(ResumableTrainer):
     """Trainer whose evaluation is a Perplexity, and whose micro-steps go through fast/ where they can.
 
     Args:
@@ -35,11 +32,18 @@ class QLoraTrainer(Trainer):
     """
 
     def __init__(
-        self, *, steps: int, compute_dtype: torch.dtype, progress: ProgressCallback, micro: MicroStep | None, **rest: Any
+        self,
+        *,
+        steps: int,
+        compute_dtype: torch.dtype,
+        progress: ProgressCallback,
+        micro: MicroStep | None,
+        checkpoints_kept: int | None,
+        **rest: Any,
     ):
         self.micro = micro  # before the library's own preparations, which may ask for the optimizer
         super().__init__(**rest)
-        self.steps = steps
+        self.steps, self.checkpoints_kept = steps, checkpoints_kept
         self.rows = self.args.per_device_train_batch_size  # sequences in a forward pass; halved when memory runs out
         self.seen: list[dict[str, torch.Tensor]] = []  # micro-batches of the optimizer step so far
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole step
@@ -138,20 +142,6 @@ class QLoraTrainer(Trainer):
             return super()._get_grad_norm(model, grad_norm=grad_norm)
         return self.accelerator.clip_grad_norm_([self.micro.decoder.adapters.flat], math.inf)
 
-    def train(self, resume_from_checkpoint=None, **rest):  # type: ignore[override]
-        checkpoint = resume_from_checkpoint
-        done = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json"))) if checkpoint else TrainerState()
-        if done.global_step < self.steps:
-            try:
-                return super().train(resume_from_checkpoint=checkpoint, **rest)
-            finally:  # also when it fails: no bar is left running, no signal caught
-                self.progress.close()
-                self.stopping.release()
-        # Stopped after its last step: nothing is left to train, and the library would take a step too many.
-        self.state = done
-        weights = load_peft_weights(done.best_model_checkpoint or checkpoint, device=self.args.device.type)
-        set_peft_model_state_dict(self.adapted, weights)
-
     def measure(self) -> Perplexity:
         """Perplexity on the evaluation blocks with the weights as they are now."""
         assert isinstance(self.eval_dataset, Blocks | RecordBlocks)
@@ -180,7 +170,7 @@ class QLoraTrainer(Trainer):
     @property
     def kept_step(self) -> int:
         """The step whose weights are in the model when training is over: with early stopping that of the best evaluation."""
-        best = self.state.best_global_step if self.args.load_best_model_at_end else None
+        best = self.state.best_global_step if self.state.best_model_checkpoint and self.args.load_best_model_at_end else None
         return best or self.state.global_step
 
     def measure_final(self) -> Perplexity | None:
@@ -190,9 +180,6 @@ class QLoraTrainer(Trainer):
         if self.last_measured and self.last_measured[0] == self.state.global_step and not self.args.load_best_model_at_end:
             return self.last_measured[1]
         return self.measure()
-
-    def _save(self, output_dir=None, state_dict=None) -> None:
-        write_adapter(self.adapted, Path(output_dir))  # the adapter alone: no pickled arguments
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:  # type: ignore[override]
         result = self.measure()

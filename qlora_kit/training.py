@@ -45,6 +45,7 @@ def build_trainer(
         eval_dataset=evaluation,
         data_collator=default_data_collator,
         callbacks=callbacks,
+        checkpoints_kept=config.training.save_total_limit,
         compute_dtype=machine.dtype,
         progress=progress,
         micro=build_micro_step(
@@ -111,7 +112,7 @@ def training_arguments(config: Config, machine: Machine, steps: int, evaluate: b
         eval_steps=training.eval_steps,
         save_strategy="steps",
         save_steps=training.save_steps,
-        save_total_limit=training.save_total_limit,
+        save_total_limit=None,  # checkpoints.py removes what is too much
         load_best_model_at_end=keep_best,
         metric_for_best_model="eval_loss" if keep_best else None,
         greater_is_better=False if keep_best else None,

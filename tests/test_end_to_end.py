@@ -24,7 +24,6 @@ import inference_example
 import train_qlora
 from qlora_kit import cli
 from qlora_kit.adapter import read_adapter
-from qlora_kit.checkpoint import find_checkpoint
 from qlora_kit.cli import Failed
 from qlora_kit.config import UserError, load_config
 from qlora_kit.settings import GenerationSettings
@@ -423,19 +422,6 @@ def test_resuming_where_nothing_is_to_resume(tmp_path):
     with pytest.raises(UserError, match="--resume: no checkpoint"):
         train("--output_dir", str(tmp_path / "nothing"), "--resume")
     assert not (tmp_path / "nothing").exists()
-
-
-def test_an_incomplete_checkpoint_is_passed_over(trained, tmp_path):
-    folder, _ = trained
-    assert find_checkpoint(folder, load_config(folder / "config.yaml"), "").name == "checkpoint-12"
-    half = folder / "checkpoints" / "checkpoint-99"
-    half.mkdir()
-    try:
-        (half / "adapter_model.safetensors").write_bytes(b"")
-        assert find_checkpoint(folder, load_config(folder / "config.yaml"), "").name == "checkpoint-12"
-    finally:
-        (half / "adapter_model.safetensors").unlink()
-        half.rmdir()
 
 
 def test_a_diverging_run_leaves_no_adapter_not_even_the_one_it_replaced(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from qlora_kit.checkpoint import check_output_dir, find_checkpoint, open_output, write_passport
+from qlora_kit.checkpoints import saving
 from qlora_kit.config import UserError, load_config, override
 from qlora_kit.device import Machine
 from qlora_kit.memory import GIB
@@ -30,7 +31,7 @@ def test_nothing_is_written_before_the_log_is_opened_and_then_everything_in_orde
     log.line("first")
     log.file_only("second")
     assert list(tmp_path.iterdir()) == []
-    log.open(tmp_path, resumed_step=None)
+    log.open(tmp_path, checkpoint=None)
     log.line("third ±")
     assert (tmp_path / LOG).read_text(encoding="utf-8") == "first\nsecond\nthird ±\n"
     shown = capsys.readouterr()
@@ -39,7 +40,7 @@ def test_nothing_is_written_before_the_log_is_opened_and_then_everything_in_orde
 
 
 def test_metrics_read_back_as_they_were_written(log, tmp_path):
-    log.open(tmp_path, resumed_step=None)
+    log.open(tmp_path, checkpoint=None)
     entries = [{"step": 0, "eval_loss": 3.5}, {"step": 1, "loss": 3.25, "learning_rate": 1e-5}]
     for entry in entries:
         log.metrics(entry)
@@ -51,21 +52,29 @@ def test_a_new_run_does_not_go_on_from_the_files_of_one_that_failed(log, tmp_pat
     (tmp_path / LOG).write_text("old\n")
     (tmp_path / METRICS).write_text('{"step": 7, "loss": 1.0}\n')  # it would be drawn into the curves
     log.line("new")
-    log.open(tmp_path, resumed_step=None)
+    log.open(tmp_path, checkpoint=None)
     log.metrics({"step": 1, "loss": 3.0})
     assert (tmp_path / LOG).read_text() == "new\n"
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 3.0}]
 
 
-def test_a_resumed_log_drops_what_came_after_the_checkpoint(log, tmp_path):
-    (tmp_path / LOG).write_text("before\n")
-    (tmp_path / METRICS).write_text("".join(json.dumps({"step": step, "loss": 3.0}) + "\n" for step in (0, 5, 10, 11, 15)))
-    log.line("after")
-    log.open(tmp_path, resumed_step=10)
-    log.metrics({"step": 11, "loss": 2.0})
-    assert [entry["step"] for entry in read_metrics(tmp_path)] == [0, 5, 10, 11]
-    assert read_metrics(tmp_path)[-1]["loss"] == 2.0
-    assert (tmp_path / LOG).read_text() == "before\nafter\n"
+def test_a_resumed_log_is_that_of_the_checkpoint_and_then_goes_on(log, tmp_path):
+    """Whatever the folder holds by then, half a line at its end included."""
+    out, checkpoint = tmp_path / "out", tmp_path / "checkpoint-2"
+    out.mkdir()
+    checkpoint.mkdir()
+    log.open(out, checkpoint=None)
+    log.line("step 1")
+    log.metrics({"step": 1, "loss": 3.0})
+    log.copy_to(checkpoint)
+    log.line("step 2")
+    (out / METRICS).write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "lo')
+    again = RunLog()
+    again.line("again")
+    again.open(out, checkpoint)
+    again.metrics({"step": 2, "loss": 2.0})
+    assert read_metrics(out) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]
+    assert (out / LOG).read_text() == "step 1\nagain\n"
 
 
 def test_memory_is_neither_predicted_nor_measured_for_a_cpu(capsys):
@@ -154,12 +163,12 @@ def finish(folder):
     (folder / "adapter_model.safetensors").touch()
 
 
-def write_checkpoint(folder, step: int, complete: bool = True):
-    checkpoint = folder / "checkpoints" / f"checkpoint-{step}"
-    finish(checkpoint)
-    if complete:
-        (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    return checkpoint
+def write_checkpoint(folder, step: int):
+    """Of a default run."""
+    with saving(folder / "checkpoints", step, {}, needed=0) as staging:
+        finish(staging)
+        (staging / "config.yaml").write_text(Config().to_yaml())
+    return folder / "checkpoints" / f"checkpoint-{step}"
 
 
 def test_a_new_folder_may_be_written_and_is_not_yet_made(tmp_path):
@@ -218,44 +227,39 @@ def test_the_passport_is_written_whole_and_leaves_no_other_file(tmp_path):
 # Checkpoints
 
 
-@pytest.fixture
-def interrupted(tmp_path):
-    """An output folder with the resolved config of a default run."""
-    (tmp_path / "config.yaml").write_text(Config().to_yaml())
-    return tmp_path
+def found(folder, config: Config, wanted: str = ""):
+    checkpoint, _ = find_checkpoint(folder, config, wanted)
+    return checkpoint.folder
 
 
-def test_the_newest_checkpoint_is_the_one_with_the_most_steps(interrupted):
-    for step in (9, 10, 2):  # by name, 9 would be the last
-        write_checkpoint(interrupted, step)
-    assert find_checkpoint(interrupted, Config(), "").name == "checkpoint-10"
+def test_the_newest_checkpoint_is_the_one_written_last(tmp_path):
+    for step in (9, 10, 2):  # the run went on from an earlier step
+        write_checkpoint(tmp_path, step)
+    assert found(tmp_path, Config()).name == "checkpoint-2"
 
 
-def test_an_incomplete_checkpoint_is_passed_over(interrupted):
-    write_checkpoint(interrupted, 9)
-    write_checkpoint(interrupted, 10, complete=False)
-    without_weights = write_checkpoint(interrupted, 11)
-    (without_weights / "adapter_model.safetensors").unlink()
-    assert find_checkpoint(interrupted, Config(), "").name == "checkpoint-9"
+def test_the_checkpoint_named_is_taken(tmp_path):
+    wanted = write_checkpoint(tmp_path, 9)
+    write_checkpoint(tmp_path, 10)
+    assert found(tmp_path, Config(), str(wanted)) == wanted
 
 
-def test_the_checkpoint_named_is_taken(interrupted):
-    wanted = write_checkpoint(interrupted, 9)
-    write_checkpoint(interrupted, 10)
-    assert find_checkpoint(interrupted, Config(), str(wanted)) == wanted
+def test_a_checkpoint_of_a_run_elsewhere_is_not_taken(tmp_path):
+    wanted = write_checkpoint(tmp_path / "one", 9)
+    with pytest.raises(UserError, match=r"checkpoint-9: is no checkpoint of a run in .*other; .*--output_dir"):
+        found(tmp_path / "other", Config(), str(wanted))
 
 
 @pytest.mark.parametrize("wanted", ["", "nowhere/checkpoint-5"])
-def test_without_a_complete_checkpoint_there_is_one_problem(interrupted, wanted):
-    write_checkpoint(interrupted, 10, complete=False)
+def test_without_a_checkpoint_there_is_one_problem(tmp_path, wanted):
     with pytest.raises(
         UserError, match=r"--resume: no checkpoint in .*(checkpoints|nowhere/checkpoint-5); start without --resume"
     ):
-        find_checkpoint(interrupted, Config(), wanted)
+        found(tmp_path, Config(), wanted)
 
 
-def test_a_changed_run_is_not_resumed_and_each_changed_key_is_named(interrupted):
-    write_checkpoint(interrupted, 10)
+def test_a_changed_run_is_not_resumed_and_each_changed_key_is_named(tmp_path):
+    write_checkpoint(tmp_path, 10)
     changed = {
         "lora.rank": 8,
         "data.max_length": 64,
@@ -265,12 +269,12 @@ def test_a_changed_run_is_not_resumed_and_each_changed_key_is_named(interrupted)
     }
     allowed = {"training.num_epochs": 5, "performance.micro_batch": 4, "generation.top_k": 1}
     with pytest.raises(UserError) as caught:
-        find_checkpoint(interrupted, override(Config(), changed | allowed), "")
+        found(tmp_path, override(Config(), changed | allowed))
     assert {problem.partition(":")[0] for problem in caught.value.problems} == set(changed)
     assert any("lora.rank: 8: the run to resume has 16" in problem for problem in caught.value.problems)
 
 
-def test_what_decides_nothing_may_change_when_resuming(interrupted):
-    checkpoint = write_checkpoint(interrupted, 10)
+def test_what_decides_nothing_may_change_when_resuming(tmp_path):
+    checkpoint = write_checkpoint(tmp_path, 10)
     changes = {"training.max_steps": 50, "training.save_steps": 5, "training.output_dir": "elsewhere", "generation.top_k": 1}
-    assert find_checkpoint(interrupted, override(Config(), changes), "") == checkpoint
+    assert found(tmp_path, override(Config(), changes)) == checkpoint

@@ -1,0 +1,150 @@
+"""A Trainer whose run can end at any moment and go on as if it had not: what a checkpoint holds, and how it is taken up again.
+
+The library saves and loads adapter, optimizer, schedule, loss scaling and random numbers, and finds its place in the shuffled
+data from the step. Here: files that are whole or not there (checkpoints.py), and what the library leaves out. Dropout of the fast
+path follows from the step (fast/graph.py), so nothing of it is kept.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import load_peft_weights, set_peft_model_state_dict
+from transformers import EarlyStoppingCallback, Trainer, TrainerState
+
+from qlora_kit.callbacks import StopCallback
+from qlora_kit.checkpoint import write_adapter, write_run_files
+from qlora_kit.checkpoints import PREFIX, checkpoint_bytes, newest_valid, read_checkpoint, rotate, saving
+from qlora_kit.fast.graph import MicroStep
+from qlora_kit.paging import page_again
+from qlora_kit.perplexity import Perplexity
+from qlora_kit.plan import asked
+from qlora_kit.progress import ProgressCallback
+
+
+class ResumableTrainer(Trainer):
+    """What of QLoraTrainer has to do with checkpoints; the attributes are set there."""
+
+    steps: int
+    rows: int
+    checkpoints_kept: int | None
+    adapted: Any
+    micro: MicroStep | None
+    progress: ProgressCallback
+    stopping: StopCallback
+    last_measured: tuple[int, Perplexity] | None
+
+    def train(self, resume_from_checkpoint=None, **rest):  # type: ignore[override]
+        checkpoint = resume_from_checkpoint
+        done = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json"))) if checkpoint else TrainerState()
+        if checkpoint:
+            self._take_rows(read_checkpoint(Path(checkpoint)).run)
+        if done.global_step < self.steps and not self._stopped_early(done):
+            try:
+                return super().train(resume_from_checkpoint=checkpoint, **rest)
+            finally:  # also when it fails: no bar is left running, no signal caught
+                self.progress.close()
+                self.stopping.release()
+        # Ended after its last step: nothing is left to train, and the library would take a step too many.
+        self.state = done
+        self._find_best()
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        weights = load_peft_weights(best or checkpoint, device=self.args.device.type)
+        set_peft_model_state_dict(self.adapted, weights)
+
+    # Saving
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """All that resuming needs, under its name only when it is whole.
+
+        Raises:
+            Failed: the disk refuses it; the checkpoints before it stand.
+        """
+        root, state = self._root(), self.state
+        if state.best_global_step == state.global_step:
+            state.best_model_checkpoint = str(root / f"{PREFIX}{state.global_step}")
+        callbacks: Any = state.stateful_callbacks
+        callbacks |= {type(one).__name__: one.state() for one in [*self._patience(), self.control]}
+        with saving(root, state.global_step, self._about(), self._bytes()) as folder:
+            self._save(str(folder))
+            self._save_optimizer_and_scheduler(str(folder))
+            self._save_scaler(str(folder))
+            self._save_rng_state(str(folder))
+            state.save_to_json(str(folder / "trainer_state.json"))
+            write_run_files(self.progress.report, folder)
+        rotate(root, self.checkpoints_kept)
+
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        write_adapter(self.adapted, Path(str(output_dir)))  # the adapter alone: no pickled arguments
+
+    def _root(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    def _bytes(self) -> float:
+        trained = sum(parameter.numel() for parameter in self.adapted.parameters() if parameter.requires_grad)
+        return checkpoint_bytes(trained, self.args.optim)
+
+    def _about(self) -> dict[str, Any]:
+        """For the manifest: what neither the settings nor the library's files say."""
+        report, measured = self.progress.report, self.last_measured
+        return {
+            "material": report.material,
+            "asked": asked(report.config),
+            "micro_batch": report.plan.micro_batch,
+            "recomputed": report.plan.recomputed,
+            "keep_weights": report.plan.keep_weights,
+            "rows": self.rows,
+            "loss_to_log": self._tr_loss.item(),  # of the steps since the last logged one
+            "logged_step": self._globalstep_last_logged,
+            "eval_loss": measured[1].loss if measured and measured[0] == self.state.global_step else None,
+        }
+
+    def _determine_best_metric(self, metrics, trial) -> bool:
+        is_best = super()._determine_best_metric(metrics, trial)
+        self.control.should_save |= is_best and self.args.load_best_model_at_end  # or there were nothing to go back to
+        return is_best
+
+    # Going on
+
+    def _load_callback_state(self) -> None:
+        """Called by the library when it has loaded `state`: what it would restore only together with settings of before."""
+        self._find_best()
+        for one in self._patience():
+            one.early_stopping_patience_counter = _impatience(self.state)
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint and self.args.device.type == "cuda":
+            page_again(getattr(self.optimizer, "optimizer", self.optimizer))  # accelerate wraps it
+
+    def _load_rng_state(self, checkpoint) -> None:
+        """Also the losses since the last logged step, which the library would leave out of the next mean that it logs."""
+        super()._load_rng_state(checkpoint)
+        run = read_checkpoint(Path(checkpoint)).run
+        self._tr_loss = torch.tensor(run["loss_to_log"], device=self.args.device)
+        self._globalstep_last_logged = run["logged_step"]
+
+    def _take_rows(self, run: dict[str, Any]) -> None:
+        """Begin with as few sequences at a time as the run to resume had come down to."""
+        if run["micro_batch"] == self.rows and run["rows"] < self.rows:
+            self.rows = self.progress.report.micro_batch = run["rows"]
+            self.micro = self.micro and self.micro.smaller(self.rows)
+
+    def _find_best(self) -> None:
+        """Where the best checkpoint is now, if it is there and valid; else the best is what is evaluated from here on."""
+        state, folder = self.state, self._root() / f"{PREFIX}{self.state.best_global_step}"
+        state.best_model_checkpoint = str(folder) if newest_valid([folder])[0] else None
+        if state.best_model_checkpoint is None:
+            state.best_metric = state.best_global_step = None
+
+    def _patience(self) -> list[EarlyStoppingCallback]:
+        return [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
+
+    def _stopped_early(self, done: TrainerState) -> bool:
+        return any(_impatience(done) >= one.early_stopping_patience for one in self._patience())
+
+
+def _impatience(state: TrainerState) -> int:
+    """Evaluations without improvement up to a checkpoint; 0 where early stopping was off."""
+    saved: Any = state.stateful_callbacks
+    return saved.get("EarlyStoppingCallback", {}).get("attributes", {}).get("early_stopping_patience_counter", 0)
