@@ -8,6 +8,7 @@ data set and the GPU exist is not checked here.
 """
 
 import difflib
+import re
 import reprlib
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,18 @@ OTHER_NAMES = {
     "epochs": "training.num_epochs",
     "per_device_train_batch_size": "training.batch_size",
 }
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: each problem is one sentence with the key or path, the value and the remedy."""
+    """A mistake that the user can mend: each problem is one sentence with the key or path, the value and the remedy.
+
+    It is one line, and nothing that a terminal obeys, whatever a file, a name or a value in it holds.
+    """
 
     def __init__(self, *problems: str):
-        super().__init__("\n".join(problems))
-        self.problems = list(problems)
+        self.problems = [CONTROL.sub(lambda match: repr(match.group())[1:-1], problem) for problem in problems]
+        super().__init__("\n".join(self.problems))
 
 
 def all_keys() -> list[str]:

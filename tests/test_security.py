@@ -162,6 +162,16 @@ def test_a_small_config_that_stands_for_a_huge_one_is_refused_at_once(tmp_path, 
     assert all(len(problem) < 1500 and "\n" not in problem for problem in refused.value.problems)
 
 
+@pytest.mark.parametrize("key, shown", [
+    ("lora.a\nb", r"lora.a\nb"), ("lora.\x1b[2Jx", r"lora.\x1b[2Jx"), ("a\u2028b.c", r"a\u2028b.c"), ("\x9b2J.c", r"\x9b2J.c"),
+])  # fmt: skip
+def test_a_problem_is_one_line_that_a_terminal_obeys_nowhere(key, shown):
+    with pytest.raises(UserError) as refused:
+        override(Config(), {key: 1})
+    (problem,) = refused.value.problems
+    assert shown in problem and str(refused.value) == problem and problem.isprintable()
+
+
 def model_folder(folder: Path, leave_out: str = "", **config) -> Path:
     """A copy of the embedded model, its config.json changed."""
     shutil.copytree(ROOT / "assets" / "tiny-qwen2", folder, ignore=shutil.ignore_patterns("*.py", "*.md", leave_out))
