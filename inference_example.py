@@ -47,6 +47,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", metavar="B", help="prompts of --prompt_file that are answered at once (default: 8)")
     parser.add_argument("--json", action="store_true", help="one object a line: prompt, text, tokens, stop, seconds, seed")
     parser.add_argument("--system", metavar="TEXT", help="system message, for an adapter of chats")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the base model")
     parser.add_argument("--base_only", action="store_true", help="leave the adapter out, to see what it changes")
     parser.add_argument("--compare", action="store_true", help="answer with and without the adapter; --mode demo does so anyway")
     parser.add_argument("--perplexity", metavar="DATA", help="file or data set: perplexity with and without the adapter on it")
@@ -182,7 +183,7 @@ def answer(generator: Generator, prompts: list[Prompt], arguments: argparse.Name
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     check_flags(arguments)
-    source = read_adapter(arguments.adapter)
+    source = read_adapter(arguments.adapter, arguments.trust_remote_code)
     check_style(arguments, source)
     settings = sampling_settings(arguments, source.config)
     prompts = read_prompts(arguments, source.style)

@@ -43,7 +43,7 @@ from qlora_kit.lock import OutputLock
 from qlora_kit.memory import CONTEXT_BYTES, GIB, KNOWN_CONFIGS, ModelShape, read_shape, why_not_written_out
 from qlora_kit.packing import RecordBlocks
 from qlora_kit.plan import asked, check_fit, go_on_as_planned, make_plan, plan_table
-from qlora_kit.report import CURVES, RunReport, plot_training_curves, read_metrics
+from qlora_kit.report import CURVES, RunReport, plot_training_curves, read_metrics, remote_code_warning
 from qlora_kit.settings import Config
 from qlora_kit.sources import check_source
 from qlora_kit.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -221,6 +221,8 @@ def preview(config: Config) -> None:
 
     if not (is_local(config.model.name) and all(map(is_local, config.data.names))):
         go_offline_if_unreachable()
+    if config.model.trust_remote_code:
+        print(remote_code_warning(config.model), file=sys.stderr)
     fetch_tokenizer(config.model)
     tokenizer = load_tokenizer(config.model)
     show_preview(config, tokenizer, *prepare_dataset(config, tokenizer), Console())

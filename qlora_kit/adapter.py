@@ -5,7 +5,7 @@ names its base model; the rest is assumed, and `notes` say what. A checkpoint go
 model and the adapter's tensors are what they should be: attach.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from qlora_kit.checkpoint import ADAPTER_FILES, CHECKPOINTS, CONFIG, PASSPORT
 from qlora_kit.config import UserError, load_config
 from qlora_kit.fingerprint import tensor_shapes
 from qlora_kit.hub import TOKENIZER_FILES, is_local, read_json
+from qlora_kit.report import remote_code_warning
 from qlora_kit.settings import Config, DataConfig, ModelConfig, QuantizationConfig
 from qlora_kit.sources import open_source
 
@@ -41,11 +42,15 @@ class AdapterSource:
         return bool(self.passport)
 
 
-def read_adapter(name: str) -> AdapterSource:
+def read_adapter(name: str, trust_remote_code: bool = False) -> AdapterSource:
     """Read what an adapter's folder says.
 
+    Args:
+        trust_remote_code: the user's own word. What the folder says of it counts for nothing: anyone may have written that.
+
     Raises:
-        UserError: no such folder, no adapter in it, an adapter without tensors, or a file that cannot be read.
+        UserError: no such folder, no adapter in it, an adapter without tensors, or a file that cannot be read; or the run was
+            made with code that comes with its base model, and the user did not say that it may run here.
     """
     folder = _adapter_folder(name)
     key = f"--adapter {name}"
@@ -53,8 +58,18 @@ def read_adapter(name: str) -> AdapterSource:
     run = _run_folder(folder)
     config = load_config(run / CONFIG) if (run / CONFIG).is_file() else None
     if (run / PASSPORT).is_file():
-        return _by_passport(folder, run, config or Config(), key)
-    return _by_assumption(folder, run, config, key)
+        source = _by_passport(folder, run, config or Config(), key)
+    else:
+        source = _by_assumption(folder, run, config, key)
+    if source.model.trust_remote_code and not trust_remote_code:
+        raise UserError(
+            f"{key}: its run used Python code that comes with {source.model.name}, which would run here with all your rights; "
+            "add --trust_remote_code if you have read it"
+        )
+    if not trust_remote_code:
+        return source
+    model, tokenizer = (found.model_copy(update={"trust_remote_code": True}) for found in (source.model, source.tokenizer))
+    return replace(source, model=model, tokenizer=tokenizer, notes=(*source.notes, remote_code_warning(model)))
 
 
 def _adapter_folder(name: str) -> Path:

@@ -60,6 +60,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="FILE",
         help="text or records to compare on, or none (default: the run's evaluation data, else samples/articles.txt)",
     )
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the base model")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="for packing and for the check")
     parser.add_argument("--overwrite", action="store_true", help="replace the merge that the output folder holds")
     return parser.parse_args(argv)
@@ -84,7 +85,9 @@ def parse_size(text: str) -> int:
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     limit = parse_size(arguments.max_shard_size)
-    source = read_adapter(arguments.adapter)
+    source = read_adapter(arguments.adapter, arguments.trust_remote_code)
+    for note in source.notes:
+        print(note, file=sys.stderr)
     key = f"--adapter {arguments.adapter}"
     if arguments.base == "dequantized" and not source.quantization.load_in_4bit:
         raise UserError(f"--base dequantized: {source.folder} was trained on a 16-bit base; use --base original")

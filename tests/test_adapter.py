@@ -287,3 +287,16 @@ def test_a_plain_adapter_with_a_chat_template_of_its_own_gets_its_prompts_throug
     assert source.style == "chat" and "chat template" in note and "NF4" in note
     (folder / "chat_template.jinja").unlink()
     assert read_adapter(str(folder)).style == "text"
+
+
+def test_what_a_folder_says_of_trust_counts_for_nothing(folder):
+    """run.json, and config.yaml where there is none, may come from anyone."""
+    change_json(folder / "run.json", trust_remote_code=True)
+    with pytest.raises(UserError, match=r"would run here with all your rights; add --trust_remote_code"):
+        read_adapter(str(folder))
+    source = read_adapter(str(folder), trust_remote_code=True)
+    assert source.model.trust_remote_code and source.tokenizer.trust_remote_code
+    assert "with all your rights" in source.notes[-1]
+    change_json(folder / "run.json", trust_remote_code=False)
+    plain = read_adapter(str(folder))
+    assert not plain.model.trust_remote_code and not any("rights" in note for note in plain.notes)
