@@ -201,6 +201,8 @@ def save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folde
         tokenizer.save_pretrained(staging)
         for file in sorted(Path(staging).iterdir(), key=lambda path: path.name == ADAPTER_FILES[0]):
             flush(file)
+            if file.is_dir():  # a tokenizer with several chat templates has a folder of them, and no folder replaces another
+                shutil.rmtree(folder / file.name, ignore_errors=True)
             os.replace(file, folder / file.name)
         flush(folder)
 

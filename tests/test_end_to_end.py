@@ -695,3 +695,14 @@ def test_what_was_trained_on_instructions_ends_its_answers_itself(root, tmp_path
     assert [answer.stop for answer in answers] == ["end"] * 3
     with generator.adapter_off():
         assert [answer.stop for answer in generator.complete(prompts)] == ["length"] * 3
+
+
+def test_a_tokenizer_with_several_chat_templates_is_saved_over_an_earlier_one(tmp_path, tiny_dir):
+    model = Path(shutil.copytree(tiny_dir, tmp_path / "model"))
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    flags = [*SMALL, "--model_name", str(model), "--max_steps", "1", "--set", "data.eval_split=null"]
+    for again in ([], ["--overwrite"]):
+        train_qlora.main([*flags, *again, "--output_dir", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ messages }}"
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
