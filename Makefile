@@ -17,7 +17,7 @@ demo: .venv/installed
 	$(BIN)/python inference_example.py --mode demo --adapter output_tiny
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .
