@@ -123,7 +123,7 @@ def saving(root: Path, step: int, run: dict[str, Any], needed: float) -> Iterato
     """
     staging, place = root / f"{SAVING}{step}", root / f"{PREFIX}{step}"
     try:
-        with refused_by_the_disk(f"the checkpoint of step {step}", root, needed):
+        with refused_by_the_disk(f"the checkpoint of step {step}", root, needed), _gives_its_room_back(staging):
             check_room(root, needed)
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
@@ -132,10 +132,18 @@ def saving(root: Path, step: int, run: dict[str, Any], needed: float) -> Iterato
             _seal(staging, {"step": step, "number": number, "run": run})
             _put(staging, place)
     except Failed as failure:
-        shutil.rmtree(staging, ignore_errors=True)  # gives its room back
         before, _ = newest_valid(candidates(root))
         stands = f"{before.folder.name} stands, go on from it with --resume" if before else "no checkpoint was written before it"
         raise Failed(f"{failure}; {stands}") from failure
+
+
+@contextmanager
+def _gives_its_room_back(staging: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
 
 
 def _seal(folder: Path, content: dict[str, Any]) -> None:
@@ -245,9 +253,10 @@ def refused_by_the_disk(what: str, folder: Path, needed: float) -> Iterator[None
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):  # torch.save's own kind of OSError
+        # torch.save raises what its zip writer says, which speaks of positions in the file.
+        if isinstance(error, RuntimeError) and "inline_container.cc" not in str(error):
             raise
-        reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())[:200]
+        reason = error.strerror if isinstance(error, OSError) else "the disk took only a part of it"
         missing = missing_bytes(folder, needed) / MIB
         room = f"; {missing:.1f} MiB of {needed / MIB:.1f} are missing" if missing > 0 else ""
         raise Failed(f"{what} cannot be written to {folder} ({reason}{room})") from error

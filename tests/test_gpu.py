@@ -11,6 +11,7 @@ import torch
 import train_qlora
 from qlora_kit.config import UserError, load_config
 from qlora_kit.device import look_at_machine
+from qlora_kit.paging import page_again
 from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
 
 pytestmark = [
@@ -83,6 +84,33 @@ def test_the_paged_8_bit_optimizer_takes_a_step(tiny_dir):
     assert all(not torch.equal(parameter, before[name]) for name, parameter in trained.items())
     paged = [value for state in optimizer.state.values() for value in state.values() if getattr(value, "is_paged", False)]
     assert len(paged) == 6 * 3 * 2 * 1  # 6 layers; A of down, B of gate and up; two moments each
+
+
+def test_loaded_optimizer_state_is_paged_again_and_steps_alike(tmp_path):
+    """Beside an optimizer that was never saved: bitsandbytes alone would leave the loaded moments on the GPU."""
+    from bitsandbytes.optim import PagedAdamW8bit
+
+    torch.manual_seed(0)
+    start, gradients = torch.randn(200_000, device="cuda"), torch.randn(4, 200_000, device="cuda")
+
+    def step(optimizer, parameter, numbers):
+        for number in numbers:
+            parameter.grad = gradients[number].clone()
+            optimizer.step()
+
+    straight = torch.nn.Parameter(start.clone())
+    step(PagedAdamW8bit([straight], lr=1e-3), straight, range(4))
+    broken = torch.nn.Parameter(start.clone())
+    before = PagedAdamW8bit([broken], lr=1e-3)
+    step(before, broken, range(2))
+    torch.save(before.state_dict(), tmp_path / "optimizer.pt")
+    again = PagedAdamW8bit([broken], lr=1e-3)
+    again.load_state_dict(torch.load(tmp_path / "optimizer.pt", map_location="cpu", weights_only=True))
+    assert not any(getattr(again.state[broken][name], "is_paged", False) for name in ("state1", "state2"))  # else drop paging.py
+    assert page_again(again) == 2
+    assert all(again.state[broken][name].is_paged for name in ("state1", "state2"))
+    step(again, broken, range(2, 4))
+    assert torch.equal(broken, straight)
 
 
 def test_a_limit_beyond_the_gpu_is_one_line(tmp_path):
