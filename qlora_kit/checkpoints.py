@@ -123,7 +123,7 @@ def saving(root: Path, step: int, run: dict[str, Any], needed: float) -> Iterato
     """
     staging, place = root / f"{SAVING}{step}", root / f"{PREFIX}{step}"
     try:
-        with refused_by_the_disk(f"the checkpoint of step {step}", root, needed), _gives_its_room_back(staging):
+        with refused_by_the_disk(f"the checkpoint of step {step}", root, needed), _as_if_not_begun(root):
             check_room(root, needed)
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
@@ -138,11 +138,11 @@ def saving(root: Path, step: int, run: dict[str, Any], needed: float) -> Iterato
 
 
 @contextmanager
-def _gives_its_room_back(staging: Path) -> Iterator[None]:
+def _as_if_not_begun(root: Path) -> Iterator[None]:
     try:
         yield
     except Exception:
-        shutil.rmtree(staging, ignore_errors=True)
+        clean(root)  # also gives its room back
         raise
 
 
@@ -180,18 +180,21 @@ def clean(root: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def rotate(root: Path, limit: int | None) -> None:
+def rotate(root: Path, limit: int | None, needed: Path | None = None) -> None:
     """Keep the newest, the one with the best evaluation, and of the others the newest, `limit` in all; None keeps all.
 
     To be called when a checkpoint was just written: the newest is then valid, and others, valid or not, may go. With a limit of 1
     the best still stays beside the newest.
+
+    Args:
+        needed: stays in any case: what early stopping would go back to.
     """
     if limit is None:
         return
     by_age = sorted(_readable(root), key=lambda one: one.number, reverse=True)
     evaluated = [one for one in by_age if one.run.get("eval_loss") is not None]
     best = min(evaluated, key=lambda one: one.run["eval_loss"], default=None)
-    kept = [one for one in by_age if one is by_age[0] or one is best]
+    kept = [one for one in by_age if one is by_age[0] or one is best or one.folder == needed]
     kept += [one for one in by_age if one not in kept][: max(0, limit - len(kept))]
     for folder in set(candidates(root)) - {one.folder for one in kept}:
         gone = folder.with_name(folder.name.replace(PREFIX, REMOVED))

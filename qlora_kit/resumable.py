@@ -72,7 +72,7 @@ class ResumableTrainer(Trainer):
             self._save_rng_state(str(folder))
             state.save_to_json(str(folder / "trainer_state.json"))
             write_run_files(self.progress.report, folder)
-        rotate(root, self.checkpoints_kept)
+        rotate(root, self.checkpoints_kept, Path(state.best_model_checkpoint) if state.best_model_checkpoint else None)
 
     def _save(self, output_dir=None, state_dict=None) -> None:
         write_adapter(self.adapted, Path(str(output_dir)))  # the adapter alone: no pickled arguments
