@@ -1,7 +1,6 @@
 """Nothing is lost: checkpoints that are whole or not there, exact resuming, full disks, locks. Kills are real ones."""
 
 import errno
-import hashlib
 import json
 import multiprocessing
 import os
@@ -22,7 +21,6 @@ from qlora_kit.checkpoint import check_disk, check_output_dir
 from qlora_kit.checkpoints import candidates, clean, newest_valid, rotate, saving
 from qlora_kit.cli import Failed
 from qlora_kit.config import UserError, load_config
-from qlora_kit.hub import weights_fingerprint
 from qlora_kit.lock import LOCK, OutputLock
 from qlora_kit.memory import ModelShape
 from qlora_kit.paging import page_again
@@ -554,19 +552,6 @@ def test_a_run_that_had_run_out_of_memory_goes_on_with_as_little(tmp_path, monke
     monkeypatch.chdir(Path(__file__).parent.parent)
     train_qlora.main([*flags, "--max_steps", "2", "--resume"])
     assert json.loads((tmp_path / "out" / "run.json").read_text())["micro_batch"] == 1
-
-
-def test_weights_are_recognised_by_content_and_in_the_hubs_cache_by_the_name_of_their_blob(tmp_path):
-    plain, cache, blobs = (tmp_path / name for name in ("plain", "cache", "blobs"))
-    for folder in (plain, cache, blobs):
-        folder.mkdir()
-    (plain / "model.safetensors").write_bytes(b"weights")
-    blob = blobs / hashlib.sha256(b"weights").hexdigest()
-    blob.touch()  # its content is not read
-    (cache / "model.safetensors").symlink_to(blob)
-    assert weights_fingerprint(plain) == weights_fingerprint(cache)
-    (plain / "model.safetensors").write_bytes(b"Weights")
-    assert weights_fingerprint(plain) != weights_fingerprint(cache)
 
 
 def test_loaded_moments_are_paged_again(tmp_path):
