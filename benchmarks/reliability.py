@@ -3,8 +3,9 @@
     python benchmarks/reliability.py --kills 200 --stops 100
 
 Each run trains the embedded model of configs/tiny.yaml on the CPU for a few steps and saves after each. It is killed (SIGKILL)
-at a random moment, half the times aiming at a save, and resumed, until it has finished; then its adapter and its log are compared
-with those of a run that nobody disturbed, byte for byte. Stops (SIGINT, SIGTERM) likewise, with exit status and step checked.
+at a random moment, more than half the times aiming at a save, and resumed, until it has finished; then its adapter and its log
+are compared with those of a run that nobody disturbed, byte for byte. Stops (SIGINT, SIGTERM) likewise, with exit status and
+step checked.
 
 To be quick, a run is a forked child of this process, which has imported the libraries and started no thread of its own; every
 tenth one is a process of its own (`python train_qlora.py`). Both call the same function, qlora_kit.cli.run. Nothing is mocked.
@@ -16,6 +17,7 @@ Prints a Markdown table and leaves with 1 when anything was lost.
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -26,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -46,7 +49,8 @@ SETTINGS = [
     "--set", "training.save_steps=1", "--set", "training.logging_steps=2", "--set", "training.eval_steps=4",
 ]  # fmt: skip
 OWN_PROCESS = 10  # every tenth
-SHARE_IN_A_SAVE = 0.5  # of the kills; fewer hit, as a save takes some 20 ms
+SHARE_IN_TRAINING = 0.75  # of the stops
+SHARE_IN_A_SAVE = 0.6  # of the kills; fewer hit, as a save takes some 20 ms
 
 
 @dataclass
@@ -99,6 +103,8 @@ def start(folder: Path, own_process: bool) -> Child:
         cli.run(train_qlora.main)
     except SystemExit as ending:
         status = int(ending.code or 0)
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -151,8 +157,9 @@ class Trial:
                 own_process = self.found["processes"] % OWN_PROCESS == 0
                 self.found["of their own"] += own_process
                 child = start(folder, own_process)
-                # A process of its own imports the libraries first, for some six seconds.
-                moment = self.random.uniform(0, self.seconds + 6 * own_process)
+                # A process of its own imports the libraries first, for some six seconds; in the first half second there is only
+                # the interpreter, which answers Ctrl+C in its own way.
+                moment = self.random.uniform(0.5 * own_process, self.seconds + 6 * own_process)
                 if done == wanted or not disturb(child, folder, moment):
                     break
                 done += 1
@@ -164,7 +171,7 @@ class Trial:
         if self.random.random() < SHARE_IN_A_SAVE:
             for _ in range(self.random.randint(1, 3)):  # not always in the first that there is
                 wait_for_a_save(child, folder)
-                time.sleep(self.random.uniform(0, 0.02))
+                time.sleep(self.random.uniform(0, 0.012))
         else:
             time.sleep(moment)
         if not child.running():
@@ -177,7 +184,13 @@ class Trial:
 
     def stop(self, child: Child, folder: Path, moment: float) -> bool:
         number = self.random.choice([signal.SIGINT, signal.SIGTERM])
-        time.sleep(moment)
+        if self.random.random() < SHARE_IN_TRAINING:
+            begun, wanted = steps_done(folder), self.random.randint(1, 3)
+            while child.running() and steps_done(folder) < begun + wanted:
+                time.sleep(0.0003)
+            time.sleep(self.random.uniform(0, 0.1))
+        else:
+            time.sleep(moment)
         if not child.running():
             return False
         seen, said = steps_done(folder), child.said.stat().st_size if child.said.exists() else 0
@@ -235,8 +248,8 @@ def main() -> None:
     arguments = parser.parse_args()
     os.chdir(ROOT)
     cli.prepare_libraries()
-    import quantization_utils  # noqa: F401
-    import train_qlora  # noqa: F401  (with what follows: everything that a fork would import)
+    for name in ("train_qlora", "quantization_utils", "qlora_kit.device", "qlora_kit.perplexity", "qlora_kit.training"):
+        importlib.import_module(name)  # everything that a fork would import
 
     place = Path(tempfile.mkdtemp(prefix="reliability-"))
     begun = time.monotonic()
