@@ -21,6 +21,7 @@ from qlora_kit.fast.attention import attend_cached, store, visible_to
 from qlora_kit.fast.layer import Norms, Rotary, rms_norm, rotate
 from qlora_kit.fast.lora import is_plain
 from qlora_kit.fast.loss import decoder_and_head
+from qlora_kit.fast.parts import norms_of, projections_of, rotary_table
 from qlora_kit.fast.sampling import Sampling, choose
 from qlora_kit.memory import why_not_written_out
 from qlora_kit.settings import GenerationSettings
@@ -62,7 +63,10 @@ class GraphEngine:
         self.config, self.captured = self.decoder.config, captured
         self.embedding = self.decoder.embed_tokens.weight
         self.device, self.dtype = self.embedding.device, self.embedding.dtype
-        self.layers = [_read_layer(layer, self.dtype) for layer in self.decoder.layers]
+        self.layers = [
+            Layer(norms_of(layer), *(thin.read_group(modules, self.embedding) for modules in projections_of(layer)))
+            for layer in self.decoder.layers
+        ]
         self.adapting = True
         self.lines: dict[tuple[int, int], _Lines] = {}
 
@@ -141,11 +145,6 @@ class GraphEngine:
         """(B, vocabulary) in fp32 of (B, hidden)."""
         return F.linear(hidden, self.head.weight).float()
 
-    def rotary(self, room: int) -> Rotary:
-        cos, sin = (part[0] for part in self.decoder.rotary_emb(self.embedding, torch.arange(room, device=self.device)[None]))
-        first, second = sin.chunk(2, -1)
-        return Rotary(cos, torch.cat([-first, second], -1))
-
 
 class _Lines:
     """Buffers of a fixed number of answers under way at once, and the graphs that read and write them."""
@@ -153,7 +152,7 @@ class _Lines:
     def __init__(self, engine: GraphEngine, batch: int, room: int):
         self.engine, self.batch, self.room = engine, batch, room
         device, first = engine.device, engine.layers[0]
-        self.rotary = engine.rotary(room)
+        self.rotary = rotary_table(engine.decoder, room, engine.device)
         size = self.rotary.cos.shape[-1]
         shape = (batch, first.qkv.sizes[1] // size, room, size)
         self.cache = Cache(*([torch.zeros(shape, dtype=engine.dtype, device=device) for _ in engine.layers] for _ in range(2)))
@@ -256,20 +255,6 @@ class _Lines:
         with torch.cuda.graph(graph):
             self._next()
         return graph.replay
-
-
-def _read_layer(layer: Any, dtype: torch.dtype) -> Layer:
-    attention, mlp = layer.self_attn, layer.mlp
-    norms = Norms(
-        attention=layer.input_layernorm.weight,
-        mlp=layer.post_attention_layernorm.weight,
-        q=getattr(getattr(attention, "q_norm", None), "weight", None),
-        k=getattr(getattr(attention, "k_norm", None), "weight", None),
-        epsilon=layer.input_layernorm.variance_epsilon,
-    )
-    groups = ([attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj], [mlp.gate_proj, mlp.up_proj],
-              [mlp.down_proj])  # fmt: skip
-    return Layer(norms, *(thin.read_group(modules, dtype) for modules in groups))
 
 
 def why_not_decoded(model: Any, room: int) -> str | None:

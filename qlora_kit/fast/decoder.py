@@ -20,6 +20,7 @@ from qlora_kit.fast.layer import Heads, Norms, Part, Reduced, Rotary
 from qlora_kit.fast.lora import is_plain
 from qlora_kit.fast.loss import accumulate_piece, cross_entropy, decoder_and_head, next_labels
 from qlora_kit.fast.nf4 import unpack_stacked
+from qlora_kit.fast.parts import norms_of, projections_of, rotary_table, stacked_bias
 from qlora_kit.fast.projection import Lora
 from qlora_kit.memory import OFFLOADED_ROWS, why_not_written_out
 
@@ -111,29 +112,12 @@ class FastDecoder:
         self._angles: dict[int, Rotary] = {}
 
     def _read_layer(self, layer: Any, keep: float) -> Layer:
-        attention, mlp = layer.self_attn, layer.mlp
-        norms = Norms(
-            attention=layer.input_layernorm.weight,
-            mlp=layer.post_attention_layernorm.weight,
-            q=getattr(getattr(attention, "q_norm", None), "weight", None),
-            k=getattr(getattr(attention, "k_norm", None), "weight", None),
-            epsilon=layer.input_layernorm.variance_epsilon,
-        )
-        return Layer(
-            norms,
-            self._read_group([attention.q_proj, attention.k_proj, attention.v_proj], keep),
-            self._read_group([attention.o_proj], keep),
-            self._read_group([mlp.gate_proj, mlp.up_proj], keep),
-            self._read_group([mlp.down_proj], keep),
-        )
+        return Layer(norms_of(layer), *(self._read_group(modules, keep) for modules in projections_of(layer)))
 
     def _read_group(self, modules: list[Any], keep: float) -> Group:
         bases = [getattr(module, "base_layer", module) for module in modules]
         sizes = tuple(base.out_features for base in bases)
-        bias = None
-        if any(base.bias is not None for base in bases):
-            zeros = [self.decoder.norm.weight.new_zeros(size) for size in sizes]
-            bias = torch.cat([zero if base.bias is None else base.bias.to(zero) for base, zero in zip(bases, zeros, strict=True)])
+        bias = stacked_bias(bases, self.decoder.norm.weight)
         pairs = [lora_tensors(module) for module in modules]
         lora = gradients = None
         if any(pairs):
@@ -264,10 +248,7 @@ class FastDecoder:
     def _rotary(self, length: int, device: torch.device) -> Rotary:
         """Taken from the model once: some kinds of angles wait for the GPU, which a captured pass must not."""
         if length not in self._angles:
-            positions = torch.arange(length, device=device)[None]
-            cos, sin = (part[0] for part in self.decoder.rotary_emb(self.decoder.norm.weight, positions))
-            first, second = sin.chunk(2, -1)
-            self._angles[length] = Rotary(cos, torch.cat([-first, second], -1))
+            self._angles[length] = rotary_table(self.decoder, length, device)
         return self._angles[length]
 
 

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import LoraLayer
 
+from qlora_kit.fast.adapters import lora_tensors
 from qlora_kit.fast.layer import rms_norm
 from qlora_kit.fast.nf4 import has_kernel, unpack_stacked
+from qlora_kit.fast.parts import stacked_bias
 
 try:
     import triton
@@ -43,29 +44,16 @@ class Group(NamedTuple):
     adapter: Adapter | None
 
 
-def read_group(modules: list[Any], dtype: torch.dtype) -> Group:
-    """Projections, with LoRA or not, as they lie in memory; what LoRA adds is copied in 16 bits."""
+def read_group(modules: list[Any], like: torch.Tensor) -> Group:
+    """Projections, with LoRA or not, as they lie in memory; what LoRA adds is copied in the dtype of `like`."""
     bases = [getattr(module, "base_layer", module) for module in modules]
-    sizes = tuple(base.out_features for base in bases)
-    bias = None
-    if any(base.bias is not None for base in bases):
-        device = bases[0].weight.device
-        zeros = [torch.zeros(size, dtype=dtype, device=device) for size in sizes]
-        bias = torch.cat([zero if base.bias is None else base.bias.to(dtype) for base, zero in zip(bases, zeros, strict=True)])
+    pairs = [lora_tensors(module) for module in modules]
     adapter = None
-    if any(isinstance(module, LoraLayer) for module in modules):
-        A: list[torch.Tensor] = []
-        B: list[torch.Tensor | None] = []
-        for module in modules:
-            if not isinstance(module, LoraLayer):
-                B.append(None)
-                continue
-            (name,) = module.active_adapters
-            A.append(module.lora_A[name].weight * module.scaling[name])
-            b: Any = module.lora_B[name].weight
-            B.append(b.to(dtype))
-        adapter = Adapter(torch.cat(A).to(dtype), tuple(B))
-    return Group(tuple(base.weight for base in bases), bias, sizes, adapter)
+    if any(pairs):
+        A = [pair[0] * module.scaling[module.active_adapters[0]] for module, pair in zip(modules, pairs, strict=True) if pair]
+        adapter = Adapter(torch.cat(A).to(like), tuple(None if pair is None else pair[1].to(like) for pair in pairs))
+    sizes = tuple(base.out_features for base in bases)
+    return Group(tuple(base.weight for base in bases), stacked_bias(bases, like), sizes, adapter)
 
 
 def product(x: torch.Tensor, group: Group) -> torch.Tensor:

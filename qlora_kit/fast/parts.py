@@ -1,0 +1,39 @@
+"""Where a loaded Llama-like model keeps what its layers need, for training (decoder.py) and for decoding (decode.py)."""
+
+from typing import Any
+
+import torch
+
+from qlora_kit.fast.layer import Norms, Rotary
+
+
+def norms_of(layer: Any) -> Norms:
+    return Norms(
+        attention=layer.input_layernorm.weight,
+        mlp=layer.post_attention_layernorm.weight,
+        q=getattr(getattr(layer.self_attn, "q_norm", None), "weight", None),
+        k=getattr(getattr(layer.self_attn, "k_norm", None), "weight", None),
+        epsilon=layer.input_layernorm.variance_epsilon,
+    )
+
+
+def projections_of(layer: Any) -> list[list[Any]]:
+    """Its projections, those that share an input together: q, k, v; o; gate, up; down."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return [
+        [attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj],
+    ]  # fmt: skip
+
+
+def stacked_bias(bases: list[Any], like: torch.Tensor) -> torch.Tensor | None:
+    """One bias of all, zero where one has none, in the dtype and place of `like`; None where none has one."""
+    if all(base.bias is None for base in bases):
+        return None
+    return torch.cat([like.new_zeros(base.out_features) if base.bias is None else base.bias.to(like) for base in bases])
+
+
+def rotary_table(decoder: Any, length: int, device: torch.device) -> Rotary:
+    """Of positions 0 to length, (length, head size)."""
+    cos, sin = (part[0] for part in decoder.rotary_emb(decoder.norm.weight, torch.arange(length, device=device)[None]))
+    first, second = sin.chunk(2, -1)
+    return Rotary(cos, torch.cat([-first, second], -1))
