@@ -29,8 +29,7 @@ SAMPLING_FLAGS = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    summary, _, examples = (__doc__ or "").partition("\n\n")
-    parser = cli.OneLineParser(description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.OneLineParser(__doc__)
     parser.add_argument(
         "--mode",
         choices=["interactive", "demo", "text"],

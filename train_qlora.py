@@ -70,8 +70,7 @@ FLAGS = {
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    summary, _, examples = (__doc__ or "").partition("\n\n")
-    parser = cli.OneLineParser(description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.OneLineParser(__doc__)
     parser.add_argument(
         "--config",
         type=Path,

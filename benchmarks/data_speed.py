@@ -22,9 +22,11 @@ import sys
 import tempfile
 import time
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from runs import installed
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "assets" / "tiny-qwen2"
@@ -43,7 +45,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.one:
         return print(json.dumps(measure(arguments.one, arguments.tokenizer, arguments.file)))
-    found = ", ".join(f"{name} {installed(name) or 'not installed'}" for name in PACKAGES)
+    found = ", ".join(f"{name} {installed(name)}" for name in PACKAGES)
     print(f"{len(os.sched_getaffinity(0))} cores; Python {sys.version.split()[0]}, {found}; {datetime.now(UTC):%Y-%m-%d}\n")
     print("| data | system | seconds | MB/s |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
@@ -51,13 +53,6 @@ def main() -> None:
         for file in files:
             for system in SYSTEMS:
                 print(table_row(system, arguments.tokenizer, file, arguments.repeats), flush=True)
-
-
-def installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def make_files(folder: Path, megabytes: float) -> list[Path]:
@@ -84,7 +79,7 @@ def make_files(folder: Path, megabytes: float) -> list[Path]:
 def table_row(system: str, tokenizer: Path, file: Path, repeats: int) -> str:
     """One line of the table."""
     row = f"| {'chats' if file.suffix == '.jsonl' else 'text'} | {system} |"
-    if system.startswith("trl") and not installed("trl"):
+    if system.startswith("trl") and find_spec("trl") is None:
         return f"{row} not installed | |"
     try:
         seconds = min(run_alone(system, tokenizer, file) for _ in range(repeats))

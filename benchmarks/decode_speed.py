@@ -24,12 +24,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from runs import ROOT, NoMeasurement, checkpoint_parser, in_own_process, random_checkpoint, require_gpu, run_limited
+from runs import ROOT, NoMeasurement, checkpoint_parser, in_own_process, random_checkpoint, require_gpu, run_limited, versions_of
 
 NEW_TOKENS, BATCH, SHORT, LONG = 128, 16, 64, 512
 SYSTEMS = {"toolkit": "torch", "transformers + peft": "peft", "transformers, base alone": "transformers", "unsloth": "unsloth"}
@@ -54,7 +53,7 @@ def main() -> None:
         for system in arguments.systems:
             rows[system] = row_of(system, checkpoint, adapter, arguments)
             print(line_of(system, rows[system], rows.get("toolkit")), flush=True)
-    facts = {"hardware": gpu, "versions": versions(), "date": datetime.now(UTC).date().isoformat()}
+    facts = {"hardware": gpu, "versions": versions_of(PACKAGES), "date": datetime.now(UTC).date().isoformat()}
     print("\n" + "; ".join(facts.values()))
     if arguments.json:
         arguments.json.write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n", encoding="utf-8")
@@ -102,16 +101,6 @@ def line_of(system: str, row: dict[str, Any], toolkit: dict[str, Any] | None) ->
         times = f" ({toolkit[name] / row[name]:.1f} x)" if toolkit and name in toolkit else ""
         cells.append(f"{row[name]:,.0f} tokens/s{times}")
     return f"| {system} | {' | '.join(cells)} | {row['peak']:.2f} GiB |"
-
-
-def versions() -> str:
-    found = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return ", ".join(f"{name} {number}" for name, number in found.items())
 
 
 def make_adapter(checkpoint: Path, folder: Path) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -174,6 +175,20 @@ def make_checkpoint(model: str, tokenizer: Path, folder: Path) -> None:
         Qwen2ForCausalLM(Qwen2Config(**config)).save_pretrained(unfinished)
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(unfinished)
     unfinished.rename(folder)
+
+
+def installed(package: str) -> str:
+    """Its version, or that it is not there."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def versions_of(packages: tuple[str, ...]) -> str:
+    """Of Python and of packages, for the foot of a table."""
+    found = {"python": sys.version.split()[0]} | {package: installed(package) for package in packages}
+    return ", ".join(f"{name} {number}" for name, number in found.items())
 
 
 def absolute(name: str) -> Path:

@@ -30,12 +30,11 @@ from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
 from rivals import SYSTEMS, Rival
-from runs import ROOT, Job, NoMeasurement, input_parser, random_checkpoint, require_gpu, run_limited, run_toolkit
+from runs import ROOT, Job, NoMeasurement, input_parser, random_checkpoint, require_gpu, run_limited, run_toolkit, versions_of
 
 WARM_UP = 2  # optimizer steps at the start that are not counted
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "unsloth")
@@ -223,15 +222,9 @@ def show_plan(sections: list[str], job: Job) -> None:
 
 def circumstances(gpu: str) -> dict[str, str]:
     """Where and with what this was measured."""
-    found = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
     return {
         "hardware": gpu,
-        "versions": ", ".join(f"{name} {number}" for name, number in found.items()),
+        "versions": versions_of(PACKAGES),
         "date": datetime.now(UTC).date().isoformat(),
         "command": shlex.join(["python", *sys.argv]),
     }

@@ -33,7 +33,16 @@ class Failed(Exception):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse that takes hyphens for underscores and answers a mistake in one line, with the closest flag."""
+    """argparse that takes hyphens for underscores and answers a mistake in one line, with the closest flag.
+
+    Args:
+        doc: the command's docstring, whose first paragraph heads --help; the others end it.
+        prog: how it is called where that is not its file's name.
+    """
+
+    def __init__(self, doc: str | None, prog: str | None = None):
+        summary, _, examples = (doc or "").partition("\n\n")
+        super().__init__(prog, description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]
         words = sys.argv[1:] if args is None else list(args)

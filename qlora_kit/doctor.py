@@ -27,13 +27,7 @@ COMPILE_SECONDS = 300.0
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    summary, _, examples = (__doc__ or "").partition("\n\n")
-    parser = cli.OneLineParser(
-        prog="python -m qlora_kit.doctor",
-        description=summary,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.OneLineParser(__doc__, prog="python -m qlora_kit.doctor")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="what to compute on (default: the GPU where there is one)")
     return parser.parse_args(argv)

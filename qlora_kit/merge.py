@@ -34,13 +34,7 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    summary, _, examples = (__doc__ or "").partition("\n\n")
-    parser = cli.OneLineParser(
-        prog="python -m qlora_kit.merge",
-        description=summary,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.OneLineParser(__doc__, prog="python -m qlora_kit.merge")
     parser.add_argument("--adapter", required=True, metavar="DIR", help="folder that train_qlora.py wrote")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the merged model: new, or empty")
     parser.add_argument(
