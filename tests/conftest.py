@@ -66,18 +66,25 @@ def other_models(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def adapter(tmp_path_factory) -> Path:
-    """Trained for 4 steps without a warm-up: enough to change every answer."""
+def adapter_of(tmp_path_factory):
+    """Trains in the repository's folder, without evaluation and warm-up; returns the adapter's folder."""
     import train_qlora
 
-    folder = tmp_path_factory.mktemp("trained") / "adapter"
-    before = Path.cwd()
-    os.chdir(ROOT)
-    try:
-        train_qlora.main([
-            "--config", "configs/tiny.yaml", "--max_steps", "4", "--max_length", "64", "--set", "data.eval_split=null",
-            "--set", "training.warmup_ratio=0", "--set", "data.max_train_samples=32", "--output_dir", str(folder),
-        ])  # fmt: skip
-    finally:
-        os.chdir(before)
-    return folder
+    def train(*flags: str) -> Path:
+        folder = tmp_path_factory.mktemp("trained") / "adapter"
+        before = Path.cwd()
+        os.chdir(ROOT)
+        try:
+            always = ["--max_length", "64", "--set", "data.eval_split=null", "--set", "training.warmup_ratio=0"]
+            train_qlora.main([*always, *flags, "--output_dir", str(folder)])
+        finally:
+            os.chdir(before)
+        return folder
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def adapter(adapter_of) -> Path:
+    """Trained for 4 steps: enough to change every answer."""
+    return adapter_of("--config", "configs/tiny.yaml", "--max_steps", "4", "--set", "data.max_train_samples=32")

@@ -8,19 +8,11 @@ from transformers import AutoTokenizer
 
 from qlora_kit.chat import BadRecord, end_of_turn
 from qlora_kit.formats import Piece, chat_pieces
+from tests.written_out import DEFAULT_SYSTEM
 
 ONE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
 TWO = [*ONE, {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
 SYSTEM = {"role": "system", "content": "Be brief."}
-
-# In the manner of Qwen2.5: a system turn of its own where the conversation has none.
-DEFAULT_SYSTEM = """\
-{% if messages[0].role != 'system' %}<|im_start|>system
-You help.<|im_end|>
-{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}
-{{ m.content }}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
 
 # In the manner of Qwen3: the last answer begins with its thoughts, earlier ones lose theirs.
 THINKING = """\

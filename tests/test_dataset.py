@@ -16,6 +16,7 @@ from qlora_kit.documents import hold_out
 from qlora_kit.settings import DataConfig
 from qlora_kit.sources import open_source
 from qlora_kit.tokenizer import separator_id
+from tests.written_out import joined
 
 
 @pytest.fixture(scope="module")
@@ -313,15 +314,6 @@ def test_fingerprint_changes_with_the_data_and_with_nothing_else():
 def held(documents: list[str], fraction: float, seed: int) -> tuple[list[str], list[str]]:
     train, held_out = hold_out(lambda: ((document, True) for document in documents), fraction, seed)
     return joined(train()), joined(held_out())
-
-
-def joined(fragments) -> list[str]:
-    documents = [""]
-    for text, ends in fragments:
-        documents[-1] += text
-        documents += [""] * ends
-    assert documents.pop() == ""  # the last one ended
-    return documents
 
 
 DOCUMENTS = [f"document {number}" for number in range(40)]

@@ -386,19 +386,9 @@ class Window:
 
 
 @pytest.fixture(scope="module")
-def chat_adapter(root, tmp_path_factory) -> Path:
+def chat_adapter(adapter_of) -> Path:
     """Trained for 2 steps: enough to change answers, too few to learn when to end them."""
-    folder = tmp_path_factory.mktemp("interactive") / "adapter"
-    before = Path.cwd()
-    os.chdir(root)
-    try:
-        train_qlora.main([
-            "--config", "configs/instruct.yaml", "--max_steps", "2", "--set", "data.eval_split=null", "--max_length", "64",
-            "--set", "training.warmup_ratio=0", "--set", "data.max_train_samples=16", "--output_dir", str(folder),
-        ])  # fmt: skip
-    finally:
-        os.chdir(before)
-    return folder
+    return adapter_of("--config", "configs/instruct.yaml", "--max_steps", "2", "--set", "data.max_train_samples=16")
 
 
 def test_a_conversation_in_a_narrow_terminal(root, chat_adapter, tmp_path):

@@ -12,18 +12,12 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from qlora_kit.formats import READERS, BadRecord, chat_pieces, from_messages, instruction_pieces, recognise
+from tests.written_out import DEFAULT_SYSTEM
 
-CHATML = """\
-{% if messages[0].role != 'system' %}<|im_start|>system
-You help.<|im_end|>
-{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}
-{{ m.content }}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
 STRIPPING = """\
 {% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content | trim }} [/INST]{% elif m.role == 'system' %}\
 <<SYS>>{{ m.content | trim }}<</SYS>>{% else %} {{ m.content | trim }} <|endoftext|>{% endif %}{% endfor %}"""
-TEMPLATES = {"own": ..., "default system": CHATML, "stripping": STRIPPING, "none": None}
+TEMPLATES = {"own": ..., "default system": DEFAULT_SYSTEM, "stripping": STRIPPING, "none": None}
 TRAPS = ["<|im_end|>", "<|im_start|>assistant\n", "<|endoftext|>", "<|im_", "[/INST]", "\nAssistant: ", "{{ x }}", "\r\n",
          "\ue0000\ue000", "\u2028", "\u202e", "\ufeff", "ก็ำ", "👩\u200d👩\u200d👧", "𝔘", "नि", "e\u0301"]  # fmt: skip
 SETTINGS = settings(

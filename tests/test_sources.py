@@ -14,6 +14,7 @@ from qlora_kit.config import UserError
 from qlora_kit.documents import join_lines
 from qlora_kit.settings import DataConfig
 from qlora_kit.sources import check_source, estimate_tokens, open_source, source_files
+from tests.written_out import joined
 
 
 @pytest.fixture
@@ -37,15 +38,6 @@ def documents_of(path, **changes) -> list[str]:
     source = open_source(data_config(path, **changes), [str(path)], "train", "data.dataset")
     assert source.is_text
     return joined(source.documents())
-
-
-def joined(fragments) -> list[str]:
-    documents = [""]
-    for text, ends in fragments:
-        documents[-1] += text
-        documents += [""] * ends
-    assert documents.pop() == ""  # the last one ended
-    return documents
 
 
 def rule_of(path, **changes) -> str:
