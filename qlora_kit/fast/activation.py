@@ -24,9 +24,11 @@ except ImportError:
 Sums = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 LARGEST_RANK = 64  # whose sums fit a processor's registers
-# A tile's size, and how many tiles a program walks: along its rows in the forward kernel, along its columns in the backward one.
-FORWARD = {"block_rows": 64, "block_columns": 64, "tiles": 16, "num_warps": 8}
-BACKWARD = {"block_rows": 16, "block_columns": 64, "tiles": 64, "num_warps": 4}
+FORWARD = {"block_rows": 64, "block_columns": 64, "num_warps": 8}
+BACKWARD = {"block_rows": 16, "block_columns": 64, "num_warps": 4}
+# Tiles that a program walks at most: along its rows in the forward kernel, along its columns in the backward one.
+FORWARD_TILES, BACKWARD_TILES = 16, 64
+PROGRAMS = 512  # that a kernel is cut into at least, so that all of a GPU's processors have work
 
 
 def activate(gates: torch.Tensor, down: Lora | None, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -93,12 +95,13 @@ def activate_in_one(gates: torch.Tensor, down: Lora | None, key: torch.Tensor) -
     """`activate` by one kernel."""
     rows, columns = len(gates), gates.shape[1] // 2
     y = gates.new_empty(rows, columns)
-    count = triton.cdiv(columns, FORWARD["block_columns"] * FORWARD["tiles"])
+    beside, across = triton.cdiv(rows, FORWARD["block_rows"]), triton.cdiv(columns, FORWARD["block_columns"])
+    tiles = _tiles(FORWARD_TILES, across, beside)
     rank = down.rank if down else 0
-    parts = gates.new_empty(count, rows, rank, dtype=torch.float32)
-    _activate_kernel[(triton.cdiv(rows, FORWARD["block_rows"]), count)](
+    parts = gates.new_empty(triton.cdiv(across, tiles), rows, rank, dtype=torch.float32)
+    _activate_kernel[(beside, len(parts))](
         gates, down.A if down else gates, key, y, parts, rows, columns, *_numbers(down), rank=rank, padded=_padded(rank),
-        drops=down is not None and down.keep < 1.0, **FORWARD,
+        drops=down is not None and down.keep < 1.0, tiles=tiles, **FORWARD,
     )  # fmt: skip
     return y, parts if down else None
 
@@ -117,16 +120,26 @@ def activate_backward_in_one(
     dgates = torch.empty_like(gates)
     has_down, (has_gate, has_up) = down is not None, (b is not None for b in (gate_up.B if gate_up else (None, None)))
     rank = max(lora.rank if lora else 0 for lora in (down, gate_up))
-    count = triton.cdiv(rows, BACKWARD["block_rows"] * BACKWARD["tiles"])
+    beside, downwards = triton.cdiv(columns, BACKWARD["block_columns"]), triton.cdiv(rows, BACKWARD["block_rows"])
+    tiles = _tiles(BACKWARD_TILES, downwards, beside)
+    count = triton.cdiv(downwards, tiles)
     sums = dy.new_empty(3, count, columns, rank, dtype=torch.float32)
-    _activate_backward_kernel[(triton.cdiv(columns, BACKWARD["block_columns"]), count)](
+    _activate_backward_kernel[(beside, count)](
         dy, dy if u is None else u, gates, down.A if down else dy, dy if xa is None else xa, key, dgates, sums,
         rows, columns, count, *_numbers(down), rank=rank, padded=_padded(rank), width=0 if xa is None else xa.shape[1],
-        drops=down is not None and down.keep < 1.0, has_down=has_down, has_gate=has_gate, has_up=has_up,
+        drops=down is not None and down.keep < 1.0, has_down=has_down, has_gate=has_gate, has_up=has_up, tiles=tiles,
         **BACKWARD, **({"maxnreg": 128} if rank <= 16 else {}),
     )  # fmt: skip
     sum_of_A = sums[0].view(count, rank, columns) if has_down else None
     return dgates, (sum_of_A, sums[1] if has_gate else None, sums[2] if has_up else None)
+
+
+def _tiles(most: int, there: int, beside: int) -> int:
+    """Tiles that a program walks, of those `there`, when `beside` programs stand side by side."""
+    tiles = most
+    while tiles > 1 and beside * triton.cdiv(there, tiles) < PROGRAMS:
+        tiles //= 2
+    return tiles
 
 
 def _numbers(lora: Lora | None) -> tuple[int, float]:

@@ -26,7 +26,7 @@ from qlora_kit.fast.sampling import Sampling, choose
 from qlora_kit.memory import why_not_written_out
 from qlora_kit.settings import GenerationSettings
 
-CHUNK_TOKENS = 2048  # of prompts at a time: at Qwen2.5-3B they take 0.2 GiB beside the cache
+CHUNK_TOKENS = 1024  # of prompts at a time
 ROOM = 256  # the cache grows in steps of so many tokens: one graph each
 WARM_UP_RUNS = 2
 FIXED_ANGLES = ("default", "linear", "llama3", "yarn")  # rotary tables that do not depend on how long the text is
@@ -122,19 +122,23 @@ class GraphEngine:
         for number, layer in enumerate(self.layers):
             qkv, o, gate_up, down = (group if self.adapting else group._replace(adapter=None) for group in layer[1:])
             h, x = thin.add_and_norm(h, came, layer.norms.attention, layer.norms.epsilon)
-            q, k, v = self._heads(thin.product(x, qkv), qkv.sizes, layer.norms, turned, batch)
-            keys, values = store(cache.keys[number], k, at, start), store(cache.values[number], v, at, start)
+            product, keys, values = thin.product(x, qkv), cache.keys[number], cache.values[number]
+            if start is None and layer.norms.q is None and thin.in_one(product):
+                q = thin.rotate_and_store(product, qkv.sizes, rotary, at, keys, values)
+            else:
+                q, k, v = self._heads(product, qkv.sizes, layer.norms, turned, batch)
+                keys, values = store(keys, k, at, start), store(values, v, at, start)
             attended = attend_cached(q, keys, values, visible)
             h, x = thin.add_and_norm(h, thin.product(attended, o), layer.norms.mlp, layer.norms.epsilon)
-            came = thin.product(thin.gated(thin.product(x, gate_up), self.dtype), down)
+            came = thin.product(thin.gated(thin.product(x, gate_up)), down)
         _, x = thin.add_and_norm(h, came, self.decoder.norm.weight, self.decoder.norm.variance_epsilon)
         return x.view(batch, length, -1)
 
     def _heads(
-        self, parts: torch.Tensor, sizes: tuple[int, ...], norms: Norms, rotary: Rotary, batch: int
+        self, product: torch.Tensor, sizes: tuple[int, ...], norms: Norms, rotary: Rotary, batch: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k, v, (B, heads, n, head size), rotated."""
-        product, size = parts.sum(0).to(self.dtype), rotary.cos.shape[-1]
+        size = rotary.cos.shape[-1]
         pieces = product.split(list(sizes), 1)
         q, k, v = (piece.view(batch, -1, piece.shape[1] // size, size).transpose(1, 2) for piece in pieces)
         if norms.q is not None and norms.k is not None:
