@@ -30,11 +30,11 @@ PAGED = {"adamw_8bit": "paged_adamw_8bit", "adamw_torch": "paged_adamw_32bit"}  
 # Share of the limit that a plan fills: the prediction may be 8 % off.
 FILL = 0.9
 # Cost of a micro-step beside its tokens (unpacking weights, launching), in tokens' worth of work; and of recomputing all layers,
-# as a share. Fitted on an H200, 2026-11-21, to micro-steps of 512, 2,048 and 8,192 tokens with all layers computed again (33.3,
-# 83.5 and 300.9 ms) and of the last two with none (68.4 and 244.0 ms).
-MICRO_STEP_TOKENS = 650
-RECOMPUTATION = 0.29
-KEPT_WEIGHTS_TOKENS = 100  # of those, what unpacking only once saves
+# as a share. Fitted on an H200, 2026-11-22, to micro-steps of 512, 2,048 and 8,192 tokens with all layers computed again (36.5,
+# 80.6 and 275.1 ms) and of the last two with none (65.3 and 216.6 ms; 214.7 with each weight unpacked once).
+MICRO_STEP_TOKENS = 600
+RECOMPUTATION = 0.27
+KEPT_WEIGHTS_TOKENS = 80  # of those, what unpacking only once saves
 
 
 def make_plan(config: Config, shape: ModelShape | None, limit: float | None) -> Plan:

@@ -26,7 +26,7 @@ from qlora_kit.fast.sampling import Sampling, choose
 from qlora_kit.memory import why_not_written_out
 from qlora_kit.settings import GenerationSettings
 
-CHUNK_TOKENS = 1024  # of prompts at a time
+CHUNK_TOKENS = 512  # of prompts at a time
 ROOM = 256  # the cache grows in steps of so many tokens: one graph each
 WARM_UP_RUNS = 2
 FIXED_ANGLES = ("default", "linear", "llama3", "yarn")  # rotary tables that do not depend on how long the text is

@@ -16,7 +16,6 @@ from qlora_kit.fast.adapters import lora_tensors
 from qlora_kit.fast.layer import Rotary, rms_norm
 from qlora_kit.fast.nf4 import has_kernel, unpack_stacked, why_no_triton
 from qlora_kit.fast.parts import stacked_bias
-from qlora_kit.fast.projection import project
 
 try:
     import triton
@@ -24,8 +23,8 @@ try:
 except ImportError:
     triton = None
 
-# Rows of a weight, and quantization blocks of each, that a program reads at a time.
-PRODUCT = {"block_out": 4, "groups": 32, "num_warps": 4}
+# Rows of a weight, and quantization blocks of each, that a program reads at a time: the fastest of 22 such on an H200.
+PRODUCT = {"block_out": 1, "groups": 32, "num_warps": 1}
 
 
 class Adapter(NamedTuple):
@@ -61,14 +60,15 @@ def product(x: torch.Tensor, group: Group) -> torch.Tensor:
     if len(x) == 1 and in_one(x) and all(_is_row_packed(weight, x.dtype) for weight in group.weights):
         return _product_in_one(x, None if group.adapter is None else _reduce_in_one(x, group.adapter.A), group)
     xa = None if group.adapter is None else x @ group.adapter.A.T
-    B = group.adapter.B if group.adapter else (None,) * len(group.sizes)
-    if any(hasattr(weight, "quant_state") for weight in group.weights):
-        rank = next((b.shape[1] for b in B if b is not None), 0)
-        return project(x, xa, unpack_stacked(group.weights, B, rank, x.dtype), group.bias)
-    y = torch.cat([F.linear(x, weight) for weight in group.weights], 1)
+    # One after the other, so that one at a time is unpacked.
+    y = torch.cat([F.linear(x, _unpacked(weight, x.dtype)) for weight in group.weights], 1)
     if group.bias is not None:
         y = y + group.bias
-    return y if xa is None else y + _update(xa, B, group.sizes)
+    return y if xa is None else y + _update(xa, group)
+
+
+def _unpacked(weight: Any, dtype: torch.dtype) -> torch.Tensor:
+    return unpack_stacked((weight,), (None,), 0, dtype) if hasattr(weight, "quant_state") else weight
 
 
 def _is_row_packed(weight: Any, dtype: torch.dtype) -> bool:
@@ -76,9 +76,10 @@ def _is_row_packed(weight: Any, dtype: torch.dtype) -> bool:
     return has_kernel(weight, dtype) and weight.quant_state.shape[1] % weight.quant_state.blocksize == 0
 
 
-def _update(xa: torch.Tensor, B: tuple[torch.Tensor | None, ...], sizes: tuple[int, ...]) -> torch.Tensor:
+def _update(xa: torch.Tensor, group: Group) -> torch.Tensor:
+    assert group.adapter is not None
     updates, column = [], 0
-    for b, size in zip(B, sizes, strict=True):
+    for b, size in zip(group.adapter.B, group.sizes, strict=True):
         if b is None:
             updates.append(xa.new_zeros(len(xa), size))
         else:
