@@ -158,7 +158,7 @@ def train_adapter(arguments: argparse.Namespace, config: Config, folder: Path, l
     tokens = {"train_sha256": report.data["train_sha256"], "tokenizer_sha256": tokenizer_fingerprint(tokenizer)}
     recognise(report, checkpoint, tokens)
     recognise(report, checkpoint, {"base_sha256": weights_fingerprint(fetch_model(config.model)) or ""})
-    with out_of_memory_is_one_line(config, planned=bool(plan.parts)):
+    with report.telling_how_it_ends(), out_of_memory_is_one_line(config, planned=bool(plan.parts)):
         model, tokenizer = load_adapted_model(config, report, tokenizer)
 
         from qlora_kit.perplexity import recorded_base
@@ -174,8 +174,8 @@ def train_adapter(arguments: argparse.Namespace, config: Config, folder: Path, l
         if trainer.stopping.signal:
             raise cli.Stopped(128 + trainer.stopping.signal, how_to_resume(arguments, trainer.state.global_step))
         after = trainer.measure_final()
-    save_adapter(model, tokenizer, folder)
-    write_passport(folder, build_passport(report, tokenizer, trainer.kept_step, before, after))
+        save_adapter(model, tokenizer, folder)
+    write_passport(folder, build_passport(report, tokenizer, before, after, **trainer.how_it_went()))
     report.summary(folder, before, after, trainer.state.global_step, trainer.kept_step)
 
 

@@ -1,28 +1,10 @@
-"""When a run ends before its last step: a loss that is no number, Ctrl+C, SIGTERM."""
+"""When a run ends before its last step: Ctrl+C, SIGTERM."""
 
-import math
 import signal
 from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback
-
-from qlora_kit.cli import Failed
-
-
-class FiniteLossCallback(TrainerCallback):
-    """Stop at the first logged loss that is NaN or infinite instead of training on.
-
-    The Trainer's closing `train_loss`, the mean of the whole run, tells of the steps after the last logged one.
-    """
-
-    def on_log(self, args, state, control, logs=None, **rest):
-        loss = (logs or {}).get("loss", (logs or {}).get("train_loss", 0.0))
-        if not math.isfinite(loss):
-            raise Failed(
-                f"the loss is {loss} at step {state.global_step}; the run was stopped and no adapter written: "
-                f"try a lower --learning_rate (now {args.learning_rate}), or quantization.compute_dtype bfloat16 or float32"
-            )
 
 
 class StopCallback(TrainerCallback):

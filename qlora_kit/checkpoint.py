@@ -54,7 +54,8 @@ MATERIAL = {
 MAY_CHANGE = (
     "data.max_eval_samples", "training.output_dir", "training.num_epochs", "training.max_steps",
     "training.gradient_checkpointing", "training.logging_steps", "training.eval_steps", "training.save_steps",
-    "training.save_total_limit", "training.early_stopping_patience", "training.report_to",
+    "training.save_total_limit", "training.early_stopping_patience", "training.keep_best", "training.max_skipped_steps",
+    "training.report_to",
 )  # fmt: skip
 
 
@@ -188,10 +189,8 @@ def save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folde
     """Write the PEFT adapter and the tokenizer beside their place, then move them in, the weights last.
 
     Raises:
-        Failed: the last update made the adapter infinite or NaN, or the disk refuses it.
+        Failed: as write_adapter, or the disk refuses it.
     """
-    if not all(parameter.isfinite().all() for parameter in model.parameters() if parameter.requires_grad):
-        raise Failed("the adapter holds values that are no numbers, so it was not written: try a lower --learning_rate")
     size = 4.0 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) + TOKENIZER_BYTES
     with (
         refused_by_the_disk("the adapter", folder, size),
@@ -212,23 +211,30 @@ def write_adapter(model: "PeftModel", folder: Path) -> None:
 
     peft copies tensors that share memory, as those of fast/adapters.py do, where they lie: it is given copies. Without
     save_embedding_layers=False it asks the Hub for the base model's vocabulary.
+
+    Raises:
+        Failed: the last update made the adapter infinite or NaN.
     """
     weights = {name: parameter.data.cpu() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise Failed("the adapter holds values that are no numbers, so it was not written: try a lower --learning_rate")
     model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's model card is a form to fill in
 
 
 def write_passport(folder: Path, passport: dict[str, Any]) -> None:
     """Write run.json in one step, so that a reader never meets half of it."""
-    staged = folder / ".run.json"
-    staged.write_text(json.dumps(passport, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(staged, folder / PASSPORT)
+    replace_text(folder / PASSPORT, json.dumps(passport, indent=2, ensure_ascii=False) + "\n")
 
 
 def build_passport(
-    report: RunReport, tokenizer: "PreTrainedTokenizerBase", steps: int, before: "Perplexity | None", after: "Perplexity | None"
+    report: RunReport, tokenizer: "PreTrainedTokenizerBase", before: "Perplexity | None", after: "Perplexity | None", **how: Any
 ) -> dict[str, Any]:
-    """Where an adapter comes from and how to load it: inference_example.py goes by this."""
+    """Where an adapter comes from and how to load it: inference_example.py goes by this.
+
+    Args:
+        how: the run went, as QLoraTrainer.how_it_went says.
+    """
     config, name = report.config, report.config.model.name
     template, base = tokenizer.chat_template, model_folder(config.model)
     return {
@@ -249,7 +255,8 @@ def build_passport(
         "chat_template_sha256": hashlib.sha256(str(template).encode()).hexdigest() if template else None,
         "data": report.data,
         "seed": config.training.seed,
-        "optimizer_steps": steps,
+        "config": config.model_dump(),
+        **how,
         "perplexity": {"base": asdict(before), "adapter": asdict(after), "definition": report.definition(after)}
         if before and after
         else None,

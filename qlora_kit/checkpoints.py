@@ -132,9 +132,13 @@ def saving(root: Path, step: int, run: dict[str, Any], needed: float) -> Iterato
             _seal(staging, {"step": step, "number": number, "run": run})
             _put(staging, place)
     except Failed as failure:
-        before, _ = newest_valid(candidates(root))
-        stands = f"{before.folder.name} stands, go on from it with --resume" if before else "no checkpoint was written before it"
-        raise Failed(f"{failure}; {stands}") from failure
+        raise Failed(f"{failure}; {what_stands(root)}") from failure
+
+
+def what_stands(root: Path) -> str:
+    """What a run that ends here leaves to go on from, in words."""
+    before, _ = newest_valid(candidates(root))
+    return f"{before.folder.name} stands, go on from it with --resume" if before else "no checkpoint was written before it"
 
 
 @contextmanager

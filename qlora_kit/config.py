@@ -233,11 +233,19 @@ def _contradictions(config: Config) -> list[tuple[set[str], str]]:
                 "null; name a split, or a fraction such as 0.1",
             )
         )
-    if patience is not None and training.save_steps % training.eval_steps:
+    if training.keep_best and config.data.eval_split is None:
         found.append(
             (
-                {"training.early_stopping_patience", "training.save_steps", "training.eval_steps"},
-                f"training.save_steps: {training.save_steps}: early stopping goes back to the best evaluated checkpoint, "
+                {"training.keep_best", "data.eval_split"},
+                "training.keep_best: true: needs evaluations, but data.eval_split is null; "
+                "name a split, or a fraction such as 0.1",
+            )
+        )
+    if training.goes_back and training.save_steps % training.eval_steps:
+        found.append(
+            (
+                {"training.keep_best", "training.early_stopping_patience", "training.save_steps", "training.eval_steps"},
+                f"training.save_steps: {training.save_steps}: the run is to go back to the best evaluated checkpoint, "
                 f"so this must be a multiple of training.eval_steps ({training.eval_steps})",
             )
         )

@@ -43,6 +43,7 @@ class Blocks:
     join_rule: str  # how rows became documents
     tail_tokens: int  # tokens at the end of the stream that filled no block
     full_lengths: Any = ()  # (documents,) int64, tokens of each with its separator
+    unit = "document"  # what `sources` counts
     prompt_style = "text"  # prompts are continued, no chat template is applied
 
     def __len__(self) -> int:
@@ -52,7 +53,8 @@ class Blocks:
         import torch
 
         block = torch.from_numpy(self.ids[index].astype("int64"))
-        return {"input_ids": block, "labels": block}  # the model shifts: position t is predicted from the ones before it
+        # The model shifts: position t is predicted from the ones before it.
+        return {"input_ids": block, "labels": block, "block": index}
 
     @property
     def tokens(self) -> int:
@@ -60,6 +62,15 @@ class Blocks:
 
     def take(self, count: int | None) -> "Blocks":
         return replace(self, ids=self.ids[:count])
+
+    def sources(self, block: int) -> list[int]:
+        """Numbers of the documents that a block holds, from 1, in the order of this data set; empty where they are not known."""
+        import numpy as np
+
+        length = self.ids.shape[1]
+        ends = [block * length, (block + 1) * length - 1]  # first and last token
+        first, last = np.searchsorted(np.cumsum(self.full_lengths), ends, side="right").tolist()
+        return list(range(first + 1, last + 2)) if len(self.full_lengths) else []
 
     def fingerprint(self) -> str:
         """SHA-256 of the token ids: the same data, tokenizer and block length give the same value."""

@@ -43,12 +43,14 @@ class Counts:
 class RecordBlocks:
     """Blocks of records, as a map-style data set for the Trainer.
 
-    Item: input_ids, labels and, where blocks are packed, starts, each (T,) int64 with T = `length`. `starts` holds for each
-    position the index at which its record begins: position i may look at j with starts[i] <= j <= i, and its own position is
-    i - starts[i]. The padding at the end of a block is a record of its own. It is no label, nor is a record's first token.
+    Item: input_ids, labels and, where blocks are packed, starts, each (T,) int64 with T = `length`; block, its own number.
+    `starts` holds for each position the index at which its record begins: position i may look at j with starts[i] <= j <= i, and
+    its own position is i - starts[i]. The padding at the end of a block is a record of its own. It is no label, nor is a record's
+    first token.
     """
 
     stored: Tokens
+    numbers: "np.ndarray"  # (records,) int64, which of the source's records they are
     begins: "np.ndarray"  # (records,) int64, first token of each record in `stored`, behind what was cut
     lengths: "np.ndarray"  # (records,) int64, at most `length`
     order: "np.ndarray"  # (records,) int64, records block after block
@@ -61,6 +63,7 @@ class RecordBlocks:
     formats: list[str]
     train_on: str
     recognised: bool  # the format by its keys, and not stated
+    unit = "record"  # what `sources` counts
 
     @property
     def prompt_style(self) -> str:
@@ -90,7 +93,11 @@ class RecordBlocks:
             at = end
         starts[at:] = at
         rows = {"input_ids": ids, "labels": labels} | ({"starts": starts} if self.packed else {})
-        return {name: torch.from_numpy(row) for name, row in rows.items()}
+        return {name: torch.from_numpy(row) for name, row in rows.items()} | {"block": index}
+
+    def sources(self, block: int) -> list[int]:
+        """Numbers of the records that a block holds, from 1, in the order of the whole source."""
+        return (self.numbers[self.order[self.bounds[block] : self.bounds[block + 1]]] + 1).tolist()
 
     def record(self, number: int) -> Encoded:
         """A record as it is trained."""
@@ -177,6 +184,7 @@ def build_record_blocks(stored: Tokens, numbers: Sequence[int], data: DataConfig
     )
     return RecordBlocks(
         stored=stored,
+        numbers=chosen,
         begins=begins,
         lengths=lengths,
         order=kept[order],

@@ -9,6 +9,8 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -104,6 +106,17 @@ class RunReport:
         if config.model.trust_remote_code:
             self.log.line(remote_code_warning(config.model))
 
+    @contextmanager
+    def telling_how_it_ends(self) -> Iterator[None]:
+        """The log's last line, for a run that ends before its adapter is written."""
+        try:
+            yield
+        except BaseException as ending:
+            reason = str(ending) or type(ending).__name__
+            with suppress(OSError):  # the disk may be what ended it
+                self.log.file_only(f"{now()}  ended without an adapter: {reason.splitlines()[0]}")
+            raise
+
     def describe_model(self, trainable: int, total: int) -> None:
         lora = self.config.lora
         self.log.line(
@@ -173,7 +186,7 @@ class RunReport:
         minutes, seconds = divmod(round(self.seconds()), 60)
         self.log.line(f"\nDone in {minutes}:{seconds:02d}.")
         if kept_step < last_step:
-            self.log.line(f"  stopped early after step {last_step}: the adapter is that of step {kept_step}, the best evaluated")
+            self.log.line(f"  the adapter is that of step {kept_step}, the best evaluated; training ended after step {last_step}")
         held = self.machine.memory_gib()
         if held:
             predicted = f" (predicted {self.predicted_gib:.2f})" if self.predicted_gib else ""

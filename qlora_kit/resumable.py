@@ -16,6 +16,7 @@ from qlora_kit.callbacks import StopCallback
 from qlora_kit.checkpoint import write_adapter, write_run_files
 from qlora_kit.checkpoints import PREFIX, checkpoint_bytes, newest_valid, read_checkpoint, rotate, saving
 from qlora_kit.fast.graph import MicroStep
+from qlora_kit.guard import StepGuard
 from qlora_kit.paging import page_again
 from qlora_kit.perplexity import Perplexity
 from qlora_kit.plan import asked
@@ -32,13 +33,16 @@ class ResumableTrainer(Trainer):
     micro: MicroStep | None
     progress: ProgressCallback
     stopping: StopCallback
+    guard: StepGuard
     last_measured: tuple[int, Perplexity] | None
 
     def train(self, resume_from_checkpoint=None, **rest):  # type: ignore[override]
         checkpoint = resume_from_checkpoint
         done = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json"))) if checkpoint else TrainerState()
         if checkpoint:
-            self._take_rows(read_checkpoint(Path(checkpoint)).run)
+            run = read_checkpoint(Path(checkpoint)).run
+            self._take_rows(run)
+            self.guard.restore(run["guard"])
         if done.global_step < self.steps and not self._stopped_early(done):
             try:
                 return super().train(resume_from_checkpoint=checkpoint, **rest)
@@ -94,6 +98,7 @@ class ResumableTrainer(Trainer):
             "recomputed": report.plan.recomputed,
             "keep_weights": report.plan.keep_weights,
             "rows": self.rows,
+            "guard": self.guard.state(),
             "loss_to_log": self._tr_loss.item(),  # of the steps since the last logged one
             "logged_step": self._globalstep_last_logged,
             "eval_loss": measured[1].loss if measured and measured[0] == self.state.global_step else None,

@@ -141,16 +141,23 @@ class TrainingConfig(Section):
     warmup_ratio: Fraction = 0.03
     weight_decay: NonNegative = 0.0
     max_grad_norm: NonNegative = 0.3
+    max_skipped_steps: Integer = 0
     gradient_checkpointing: Switch = "auto"
     optim: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch"] = "paged_adamw_8bit"
     logging_steps: Count = 10
     eval_steps: Count = 100
     save_steps: Count = 100
     save_total_limit: Count | None = 2
+    keep_best: bool = False
     early_stopping_patience: Count | None = None
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
     device: Literal["auto", "cuda", "cpu"] = "auto"
     seed: Annotated[int, BeforeValidator(_not_bool), Field(ge=0, lt=2**32)] = 42  # numpy takes no larger one
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether the adapter is in the end that of the best evaluation."""
+        return self.keep_best or self.early_stopping_patience is not None
 
 
 class PerformanceConfig(Section):

@@ -1,8 +1,9 @@
 """The Hugging Face Trainer with the overrides that this project needs.
 
 Overridden: the micro-step (through fast/, token-weighted over the optimizer step, starting the step again with less when memory
-runs out) and the batches that it takes, what the optimizer and clipping see (one flat tensor), evaluation (perplexity with its
-standard error); and, in resumable.py, checkpoints and going on from them. Loop, schedule and logging are the library's.
+runs out) and the batches that it takes, what the optimizer and clipping see (one flat tensor, when guard.py lets it pass),
+evaluation (perplexity with its standard error); and, in resumable.py, checkpoints and going on from them. Loop, schedule and
+logging are the library's.
 """
 
 import gc
@@ -13,10 +14,13 @@ from typing import Any
 import torch
 
 from qlora_kit.callbacks import StopCallback
+from qlora_kit.checkpoints import what_stands
+from qlora_kit.cli import Failed
 from qlora_kit.dataset import Blocks
 from qlora_kit.device import is_out_of_memory
 from qlora_kit.fast.graph import MicroStep
 from qlora_kit.fast.loss import IGNORED, token_losses
+from qlora_kit.guard import StepGuard, numbered
 from qlora_kit.packing import RecordBlocks
 from qlora_kit.perplexity import Perplexity, as_metrics, library_losses, measure_perplexity
 from qlora_kit.progress import ProgressCallback
@@ -54,6 +58,9 @@ class QLoraTrainer(ResumableTrainer):
         self.stopping = StopCallback()
         self.add_callback(self.stopping)
         self.last_measured: tuple[int, Perplexity] | None = None
+        self.guard = StepGuard(progress.report, self._batch, lambda: what_stands(self._root()), self._silent)
+        self.loss_before: torch.Tensor | None = None  # summed up since the last logged step, without the step at hand
+        self.step_tokens = 0
 
     def autocast(self) -> AbstractContextManager:
         # Adapters are fp32: autocast casts them for each product instead of turning activations to fp32.
@@ -71,7 +78,9 @@ class QLoraTrainer(ResumableTrainer):
         """The micro-batches of one optimizer step and the tokens they predict together."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._begin_step()
-        return batches, sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
+        self.loss_before = None
+        self.step_tokens = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
+        return batches, self.step_tokens
 
     def _begin_step(self) -> None:
         self.seen = []
@@ -88,6 +97,8 @@ class QLoraTrainer(ResumableTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):  # type: ignore[override]
         """Forward and backward of one micro-batch; out of memory, the optimizer step starts again with smaller ones."""
         self.seen.append(inputs)
+        if self.loss_before is None:  # not where the step begins: there a resumed run has not read its sum yet
+            self.loss_before = self._tr_loss.clone()
         try:
             pieces = [{key: value[at : at + self.rows] for key, value in inputs.items()} for at in self._starts(inputs)]
             return sum(self._micro_step(model, piece, num_items_in_batch) for piece in pieces)
@@ -138,9 +149,41 @@ class QLoraTrainer(ResumableTrainer):
         return self.accelerator.clip_grad_norm_([self.micro.decoder.adapters.flat], self.args.max_grad_norm)
 
     def _get_grad_norm(self, model, grad_norm=None):
+        """The norm of a step that the optimizer may see; None for one that is left out, of which nothing is logged."""
         if self.micro is None or grad_norm is not None:
-            return super()._get_grad_norm(model, grad_norm=grad_norm)
-        return self.accelerator.clip_grad_norm_([self.micro.decoder.adapters.flat], math.inf)
+            norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        else:
+            norm = self.accelerator.clip_grad_norm_([self.micro.decoder.adapters.flat], math.inf)
+        assert self.loss_before is not None, "a step without a micro-step"
+        loss, scaler = self._tr_loss - self.loss_before, getattr(self.accelerator, "scaler", None)
+        smallest = torch.stack(torch._foreach_norm(list(self._gradients_of_b().values()), math.inf)).min()
+        if self.guard.passes(self.state.global_step + 1, loss, norm, smallest, scaler and scaler.get_scale):
+            return norm
+        assert self.optimizer is not None
+        self.optimizer.zero_grad(set_to_none=True)  # optimizers pass over parameters that have none
+        self._tr_loss = self.loss_before
+        self._globalstep_last_logged += 1  # the next mean is over fewer steps
+        return None
+
+    def _gradients_of_b(self) -> dict[str, torch.Tensor]:
+        gradients = {}
+        for name, parameter in self.adapted.named_parameters():
+            if parameter.requires_grad and ".lora_B." in name:
+                found = self.micro.decoder.adapters.gradient_of(parameter) if self.micro else parameter.grad
+                gradients[name] = parameter.new_zeros(1) if found is None else found
+        return gradients
+
+    def _silent(self) -> list[str]:
+        names = [name for name, gradient in self._gradients_of_b().items() if not gradient.any()]
+        return [name.removeprefix("base_model.model.").partition(".lora_B.")[0] for name in names]
+
+    def _batch(self) -> str:
+        """What the step at hand was computed on."""
+        blocks = [int(number) for batch in self.seen for number in batch["block"]]
+        data: Any = self.train_dataset
+        sources = sorted({number for block in blocks for number in data.sources(block)})
+        held = f" with {numbered(data.unit, sources)}" if sources else ""
+        return f"{numbered('block', [block + 1 for block in blocks])}{held}, {self.step_tokens:,} trained tokens"
 
     def measure(self) -> Perplexity:
         """Perplexity on the evaluation blocks with the weights as they are now."""
@@ -150,13 +193,21 @@ class QLoraTrainer(ResumableTrainer):
         losses_of = self.micro.losses if self.micro else library_losses(self.adapted, self.autocast())
         with self.progress.evaluation(len(self.eval_dataset)) as on_batch:
             try:
-                return measure_perplexity(losses_of, self.eval_dataset, self.rows, on_batch)
+                return self._checked(measure_perplexity(losses_of, self.eval_dataset, self.rows, on_batch))
             except RuntimeError as error:
                 if self.rows == 1 or not is_out_of_memory(error):
                     raise
         del losses_of
         self._halve("in an evaluation: starting it again")
         return self.measure()
+
+    def _checked(self, result: Perplexity) -> Perplexity:
+        if math.isfinite(result.loss):
+            return result
+        raise Failed(
+            f"the evaluation loss is {result.loss} after step {self.state.global_step}: stopped, and no adapter was written; "
+            f"{self.guard.advice()}; {what_stands(self._root())}"
+        )
 
     def measure_base(self) -> Perplexity | None:
         """Perplexity before the first step, when B is zero and the adapter changes nothing: that of the base model."""
@@ -167,9 +218,15 @@ class QLoraTrainer(ResumableTrainer):
         self.progress.report.log.metrics({"step": 0, "epoch": 0.0, **as_metrics(result)})
         return result
 
+    def how_it_went(self) -> dict[str, Any]:
+        """For the passport: steps of the adapter and of the run, why it ended, the steps that the guard left out."""
+        last = self.state.global_step
+        ended = "after the last step" if last >= self.steps else "early, as training.early_stopping_patience asks"
+        return {"optimizer_steps": self.kept_step, "last_step": last, "ended": ended, "skipped_steps": self.guard.skipped}
+
     @property
     def kept_step(self) -> int:
-        """The step whose weights are in the model when training is over: with early stopping that of the best evaluation."""
+        """The step whose weights are in the model when training is over: that of the best evaluation where asked."""
         best = self.state.best_global_step if self.state.best_model_checkpoint and self.args.load_best_model_at_end else None
         return best or self.state.global_step
 

@@ -13,7 +13,6 @@ from transformers import (
     default_data_collator,
 )
 
-from qlora_kit.callbacks import FiniteLossCallback
 from qlora_kit.checkpoint import CHECKPOINTS
 from qlora_kit.config import UserError, cannot_work
 from qlora_kit.dataset import Blocks
@@ -33,7 +32,7 @@ def build_trainer(
 ) -> QLoraTrainer:
     config, machine = report.config, report.machine
     progress = ProgressCallback(report, train.tokens / config.steps_per_epoch(len(train)))
-    callbacks: list[TrainerCallback] = [FiniteLossCallback(), progress]  # in this order: no NaN reaches the files
+    callbacks: list[TrainerCallback] = [progress]
     if config.training.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(config.training.early_stopping_patience))
     steps = total_steps(config, len(train))
@@ -91,7 +90,7 @@ def total_steps(config: Config, blocks: int) -> int:
 
 def training_arguments(config: Config, machine: Machine, steps: int, evaluate: bool, micro_batch: int) -> TrainingArguments:
     training, device = config.training, machine.device
-    keep_best = training.early_stopping_patience is not None
+    keep_best = training.goes_back
     return TrainingArguments(
         output_dir=str(Path(training.output_dir).expanduser() / CHECKPOINTS),
         num_train_epochs=training.num_epochs,

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -21,6 +22,7 @@ from qlora_kit.checkpoint import check_disk, check_output_dir
 from qlora_kit.checkpoints import candidates, clean, newest_valid, rotate, saving
 from qlora_kit.cli import Failed
 from qlora_kit.config import UserError, load_config
+from qlora_kit.fast.graph import MicroStep
 from qlora_kit.lock import LOCK, OutputLock
 from qlora_kit.memory import ModelShape
 from qlora_kit.paging import page_again
@@ -400,6 +402,34 @@ def test_a_run_resumed_from_any_step_is_the_uninterrupted_one(tmp_path, path, po
         saved = [torch.load(folder / "optimizer.pt", weights_only=True)["state"] for folder in final]
         assert str(saved[0]) == str(saved[1])
         assert len(names(part / "checkpoints")) == 8 - step
+
+
+def test_a_run_resumed_around_a_step_that_was_left_out_is_the_uninterrupted_one(tmp_path, monkeypatch):
+    """The third step of seven has no number for a loss; steps are logged in threes. What was left out counts on."""
+    real, bad = MicroStep.train, [3]
+    monkeypatch.setattr(MicroStep, "train", lambda micro, *rest: real(micro, *rest) * (math.nan if micro.step + 1 in bad else 1))
+    whole = tmp_path / "whole"
+    flags = [*SMALL, "--max_steps", "7", "--set", "training.save_steps=1", "--set", "training.logging_steps=3",
+             "--set", "training.max_skipped_steps=1", "--set", "data.eval_split=null"]  # fmt: skip
+    train_qlora.main([*flags, "--output_dir", str(whole)])
+    expected = result(whole)
+    assert [entry[0] for entry in expected[1]] == [1, 3, 6]  # of steps 2 and 3 the mean is that of 2
+    for step in (2, 3, 5):  # before it, upon it, after it
+        part = tmp_path / str(step)
+        shutil.copytree(whole / "checkpoints" / f"checkpoint-{step}", part / "checkpoints" / f"checkpoint-{step}")
+        if step == 5:
+            bad.append(6)
+            with pytest.raises(Failed, match=r"nan at step 6.*max_skipped_steps=2.*checkpoint-5 stands"):
+                train_qlora.main([*flags, "--output_dir", str(part), "--resume"])
+            bad.pop()
+        train_qlora.main([*flags, "--output_dir", str(part), "--resume"])
+        assert result(part) == expected, step
+        assert (part / "training_log.txt").read_text().count("is left out") == 1
+    bad.append(6)
+    train_qlora.main([*flags, "--set", "training.max_skipped_steps=2", "--output_dir", str(part), "--resume",
+                      str(part / "checkpoints" / "checkpoint-5")])  # fmt: skip
+    assert "Changed since: training.max_skipped_steps: 2, was 1" in (part / "training_log.txt").read_text()
+    assert json.loads((part / "run.json").read_text())["skipped_steps"] == [3, 6]
 
 
 @pytest.fixture(scope="module")

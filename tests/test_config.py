@@ -231,6 +231,8 @@ CONTRADICTIONS = [
     ({"training.device": "cpu", "performance.vram_limit_gib": 8}, "performance.vram_limit_gib: 8.0: contradicts", "to null"),
     ({"training.early_stopping_patience": 2, "data.eval_split": None}, "training.early_stopping_patience: 2: ", "a fraction"),
     ({"training.early_stopping_patience": 2, "training.save_steps": 150}, "training.save_steps: 150: ", "a multiple of"),
+    ({"training.keep_best": True, "data.eval_split": None}, "training.keep_best: true: ", "a fraction"),
+    ({"training.keep_best": True, "training.save_steps": 150}, "training.save_steps: 150: ", "a multiple of"),
 ]
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -39,6 +40,14 @@ def tokenized(tmp_path, tokenizer):
 
 def blocks_of(stream, length: int) -> Blocks:
     return cut_into_blocks(np.asarray(stream, dtype=np.int32), length, 1, "one document a row", "data.dataset")
+
+
+def test_a_block_names_itself_and_its_documents():
+    """Documents of 3, 9, 4 and 2 tokens in blocks of 4: the second block lies within document 2, the fourth holds 3 alone."""
+    blocks = replace(blocks_of(range(18), 4), full_lengths=np.array([3, 9, 4, 2]))
+    assert [blocks[number]["block"] for number in range(4)] == [0, 1, 2, 3]
+    assert [blocks.sources(number) for number in range(4)] == [[1, 2], [2], [2], [3]]
+    assert blocks_of(range(18), 4).sources(0) == []
 
 
 # Tokens

@@ -155,6 +155,8 @@ def test_the_passport_says_where_the_adapter_comes_from(trained, tiny_dir):
     assert passport["versions"]["torch"] == torch.__version__
     assert "--max_steps 12" in passport["command"]
     assert passport["data"]["train_blocks"] == 32 and passport["data"]["eval_blocks"] == 8
+    assert passport["config"] == load_config(trained[0] / "config.yaml").model_dump()
+    assert (passport["last_step"], passport["ended"], passport["skipped_steps"]) == (12, "after the last step", [])
 
 
 def test_the_adapter_loads_in_plain_peft_with_the_same_logits(trained, tiny_dir):
@@ -338,18 +340,18 @@ def stopped_and_resumed(root, tmp_path_factory):
             break
     _, rest = process.communicate(timeout=60)
     left = {str(path.relative_to(folder)) for path in folder.rglob("*")}
-    recorded = metrics(folder)
+    recorded, log = metrics(folder), (folder / "training_log.txt").read_text()
     message = rest.strip().splitlines()[-1]
     python, script, *again = shlex.split(message.partition("Go on with: ")[2])
     assert (python, script) == ("python", "train_qlora.py")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         train_qlora.main(again)
-    return process.returncode, "".join(lines) + rest, left, recorded, message, folder
+    return process.returncode, "".join(lines) + rest, left, recorded, log, message, folder
 
 
 def test_sigterm_saves_and_says_how_to_go_on(stopped_and_resumed):
-    status, stderr, left, _, message, folder = stopped_and_resumed
+    status, stderr, left, _, log, message, folder = stopped_and_resumed
     assert status == 143
     assert "Traceback" not in stderr
     step = int(re.search(r"after step (\d+)", message).group(1))
@@ -358,10 +360,15 @@ def test_sigterm_saves_and_says_how_to_go_on(stopped_and_resumed):
     assert "training_curves.png" in left
     assert "adapter_model.safetensors" not in left and "run.json" not in left  # an unfinished run is not taken for a finished one
     assert message.endswith("--resume") and str(folder) in message
+    assert f"ended without an adapter: Stopped after step {step}" in log
+
+
+def test_the_log_of_the_whole_run_says_nothing_of_the_stop(stopped_and_resumed):
+    assert "ended without" not in (stopped_and_resumed[-1] / "training_log.txt").read_text()
 
 
 def test_the_printed_command_finishes_the_run(stopped_and_resumed):
-    *_, recorded, _, folder = stopped_and_resumed
+    *_, recorded, _, _, folder = stopped_and_resumed
     lines = metrics(folder)
     assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))  # each once
@@ -430,6 +437,8 @@ def test_a_diverging_run_leaves_no_adapter_not_even_the_one_it_replaced(tmp_path
         train("--max_steps", "4", "--learning_rate", "1e30", "--set", "training.max_grad_norm=0", "--set",
               "training.warmup_ratio=0", "--overwrite", "--output_dir", str(tmp_path / "out"))  # fmt: skip
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+    last = (tmp_path / "out" / "training_log.txt").read_text().splitlines()[-1]
+    assert "ended without an adapter: the loss is nan at step 2 (blocks " in last
 
 
 # --- a folder that is taken ---------------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def test_a_packed_block_by_hand():
     blocks = blocks_of("ppaa", "pa")
     assert len(blocks) == 1
     block = blocks[0]
-    assert all(row.dtype == torch.int64 and row.shape == (8,) for row in block.values())
+    assert all(row.dtype == torch.int64 and row.shape == (8,) for name, row in block.items() if name != "block")
     assert block["input_ids"].tolist() == [100, 101, 102, 103, 100, 101, PAD, PAD]
     assert block["labels"].tolist() == [-100, -100, 102, 103, -100, 101, -100, -100]
     assert block["starts"].tolist() == [0, 0, 0, 0, 4, 4, 6, 6]
@@ -147,6 +147,12 @@ def test_a_part_of_the_records_holds_these_only():
     blocks = blocks_of("ppaa", "pa", "ppa", numbers=[0, 2])
     assert blocks[0]["input_ids"].tolist() == [100, 101, 102, 103, 100, 101, 102, PAD]
     assert (blocks.documents, blocks.counts.trained, blocks.tokens) == (2, 3, 7)
+
+
+def test_a_block_names_itself_and_its_records_as_the_source_counts_them():
+    blocks = blocks_of("ppaa", "pa", "ppaaa", "pa", numbers=[0, 2, 3])  # 4, 5 and 2 tokens: the 2 goes to the 5
+    assert [blocks[number]["block"] for number in range(len(blocks))] == [0, 1]
+    assert [blocks.sources(number) for number in range(len(blocks))] == [[1], [3, 4]]
 
 
 def test_fill_and_tokens_leave_padding_out():

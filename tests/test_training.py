@@ -1,5 +1,6 @@
 """The Trainer's overrides and callbacks: real steps with the embedded model, in this process."""
 
+import copy
 import json
 import math
 import os
@@ -169,6 +170,8 @@ def test_without_evaluation_data_none_is_planned(make_config):
 def test_early_stopping_keeps_the_best_checkpoint(make_config):
     made = arguments(make_config(training__early_stopping_patience=2, training__eval_steps=5, training__save_steps=5))
     assert made.load_best_model_at_end and made.metric_for_best_model == "eval_loss" and made.greater_is_better is False
+    same = arguments(make_config(training__keep_best=True, training__eval_steps=5, training__save_steps=5))
+    assert same.load_best_model_at_end and not arguments(make_config()).load_best_model_at_end
 
 
 # --- steps --------------------------------------------------------------------------------------------------------------
@@ -295,10 +298,31 @@ def test_early_stopping_ends_with_the_best_evaluated_adapter(make_trainer):
     trainer.train()
     losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
     assert trainer.kept_step == min(losses, key=losses.get) < trainer.state.global_step == trainer.kept_step + 2 < 30
+    assert trainer.how_it_went()["ended"] == "early, as training.early_stopping_patience asks"
     saved = load_file(make_trainer.folder / "checkpoints" / f"checkpoint-{trainer.kept_step}" / "adapter_model.safetensors")
     kept = get_peft_model_state_dict(trainer.adapted)
     assert saved.keys() == kept.keys() and all(torch.equal(saved[name], kept[name]) for name in saved)
     assert trainer.measure().loss == pytest.approx(min(losses.values()), rel=1e-6)
+
+
+def test_the_best_evaluated_adapter_can_be_kept_without_stopping_early(make_trainer):
+    """No checkpoint was due at the best step."""
+    trainer = make_trainer(
+        evaluation=random_rows(4), training__keep_best=True, training__eval_steps=1, training__save_steps=3,
+        training__max_steps=3, training__learning_rate=0.05,
+    )  # fmt: skip
+    trainer.train()
+    losses = logged(trainer, "eval_loss")
+    best = min(losses, key=losses.get)
+    assert (trainer.kept_step, trainer.state.global_step) == (best, 3) and best < 3
+    assert trainer.how_it_went() == {
+        "optimizer_steps": best, "last_step": 3, "ended": "after the last step", "skipped_steps": [],
+    }  # fmt: skip
+    assert trainer.measure_final().loss == pytest.approx(losses[best], rel=1e-6)
+    save_adapter(trainer.adapted, make_trainer.tokenizer, make_trainer.folder)
+    saved, kept = (load_file(folder / "adapter_model.safetensors") for folder in (
+        make_trainer.folder, make_trainer.folder / "checkpoints" / f"checkpoint-{best}"))  # fmt: skip
+    assert saved.keys() == kept.keys() and all(torch.equal(saved[name], kept[name]) for name in saved)
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.3, 0])
@@ -385,25 +409,156 @@ def test_evaluation_measures_perplexity_and_leaves_training_mode_on(make_trainer
 # --- callbacks ----------------------------------------------------------------------------------------------------------
 
 
-def poison(model) -> None:
-    next(parameter for name, parameter in model.named_parameters() if "lora_B" in name).data.fill_(math.nan)
+def no_number(trainer, monkeypatch, steps, where="loss"):
+    """In these steps, of four micro-batches each, the second one's loss or gradient is NaN."""
+    name = "token_losses" if trainer.micro is None else "accumulate"
+    target = "qlora_kit.trainer" if trainer.micro is None else "qlora_kit.fast.decoder.FastDecoder"
+    real, calls = (token_losses if trainer.micro is None else FastDecoder.accumulate), 0
+
+    def poisoned(first, *rest):
+        nonlocal calls
+        step, number = calls // 4 + 1, calls % 4
+        calls += 1
+        result = real(first, *rest)
+        if step not in steps or number != 1:
+            return result
+        if where == "loss":
+            return result * math.nan
+        first.adapters.gradient[7] = math.nan
+        return result
+
+    monkeypatch.setattr(f"{target}.{name}", poisoned)
 
 
-def test_a_loss_that_is_not_a_number_ends_the_run_and_names_the_step(make_trainer):
-    trainer = make_trainer(training__max_steps=4)
-    trainer.add_callback(At(2, poison))
-    with pytest.raises(Failed, match="nan at step 2") as failure:
+def logged(trainer, key="loss"):
+    return {entry["step"]: entry[key] for entry in trainer.state.log_history if key in entry}
+
+
+@pytest.mark.parametrize("fused, where", [(True, "loss"), (False, "loss"), (True, "gradient")])
+def test_what_is_no_number_ends_the_run_before_the_optimizer_sees_it(make_trainer, monkeypatch, fused, where):
+    settings = {"performance__fused_lora": fused, "training__logging_steps": 10, "training__save_steps": 1}
+    trainer = make_trainer(training__max_steps=4, **settings)
+    no_number(trainer, monkeypatch, [2], where)
+    with pytest.raises(Failed) as failure:
         trainer.train()
-    assert "--learning_rate" in str(failure.value) and "0.002" in str(failure.value)
-    assert trainer.state.global_step == 2
+    line = str(failure.value)
+    shuffled = torch.utils.data.RandomSampler(range(8), generator=torch.Generator().manual_seed(42))
+    blocks = ", ".join(str(number + 1) for number in list(shuffled)[4:])
+    assert f"nan at step 2 (blocks {blocks}, 60 trained tokens, computed in float32)" in line  # 4 x 15 are predicted
+    assert "--learning_rate (now 0.002)" in line and "checkpoint-1 stands" in line
+    assert trainer.state.global_step == 1
+    saved = load_file(make_trainer.folder / "checkpoints" / "checkpoint-1" / "adapter_model.safetensors")
+    kept = get_peft_model_state_dict(trainer.adapted)
+    assert all(torch.equal(saved[name], kept[name]) for name in saved)
 
 
-def test_a_loss_that_fails_between_two_log_lines_is_found_too(make_trainer):
-    """Steps after the last logged one would otherwise put NaN weights into the adapter."""
-    trainer = make_trainer(training__max_steps=3, training__logging_steps=10)
-    trainer.add_callback(At(3, poison))
+class Undone(TrainerCallback):
+    """Takes one optimizer step back: adapter and optimizer as they were before it."""
+
+    def __init__(self, trainer, step):
+        self.trainer, self.step = trainer, step
+
+    def on_step_begin(self, args, state, control, **rest):
+        if state.global_step + 1 == self.step:
+            self.before = [(p, p.data.clone()) for p in self.trainer.adapted.parameters() if p.requires_grad]
+            self.state = copy.deepcopy(self.trainer.optimizer.state_dict()["state"])
+
+    def on_step_end(self, args, state, control, **rest):
+        if state.global_step == self.step:
+            for parameter, value in self.before:
+                parameter.data.copy_(value)
+            self.trainer.optimizer.load_state_dict(self.trainer.optimizer.state_dict() | {"state": self.state})
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fast path", "library's layers"])
+def test_a_step_that_is_left_out_leaves_adapter_and_optimizer_as_they_were(make_trainer, monkeypatch, fused):
+    settings = {"training__max_steps": 4, "training__lr_scheduler": "linear", "performance__fused_lora": fused}
+    reference = make_trainer(random_rows(16), **settings)
+    reference.add_callback(Undone(reference, 2))
+    reference.train()
+    trainer = make_trainer(random_rows(16), training__max_skipped_steps=1, **settings)
+    no_number(trainer, monkeypatch, [2])
+    trainer.train()
+    assert trainer.guard.skipped == [2] and trainer.state.global_step == 4
+    assert torch.equal(flat(trainer), flat(reference))
+    expected = logged(reference)
+    del expected[2]
+    assert logged(trainer) == expected
+    assert logged(trainer, "learning_rate") == {
+        step: rate for step, rate in logged(reference, "learning_rate").items() if step != 2
+    }
+    assert "NaN" not in (make_trainer.folder / "metrics.jsonl").read_text()
+    assert (make_trainer.folder / "training_log.txt").read_text().count("at step 2 (blocks ") == 1
+
+
+def test_a_step_that_is_left_out_counts_in_no_mean(make_trainer, monkeypatch):
+    each, pairs = (make_trainer(random_rows(16), training__max_steps=4, training__max_skipped_steps=2,
+                                training__logging_steps=steps) for steps in (1, 2))  # fmt: skip
+    for trainer in (each, pairs):
+        with monkeypatch.context() as patch:
+            no_number(trainer, patch, [1, 4])
+            trainer.train()
+    assert list(logged(each)) == [2, 3]
+    assert logged(pairs) == {2: logged(each)[2], 4: logged(each)[3]}
+    assert 4 not in logged(pairs, "grad_norm")  # step 4 had none
+
+
+def test_more_steps_than_may_be_left_out_end_the_run(make_trainer, monkeypatch):
+    trainer = make_trainer(random_rows(16), training__max_steps=4, training__max_skipped_steps=1)
+    no_number(trainer, monkeypatch, [2, 3])
     with pytest.raises(Failed, match="nan at step 3"):
         trainer.train()
+    assert trainer.guard.skipped == [2]
+
+
+def test_the_guard_looks_once_a_step_and_not_at_each_micro_batch(make_trainer, monkeypatch):
+    trainer, looks = make_trainer(), []
+    passes = trainer.guard.passes
+    monkeypatch.setattr(trainer.guard, "passes", lambda step, *rest: (looks.append(step), passes(step, *rest))[1])
+    trainer.train()
+    assert looks == [1, 2]
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fast path", "library's layers"])
+def test_a_projection_that_learns_nothing_is_named(make_trainer, monkeypatch, fused):
+    trainer = make_trainer(training__max_steps=4, performance__fused_lora=fused)
+    dead = next(p for name, p in trainer.adapted.named_parameters() if "layers.3.mlp.up_proj.lora_B" in name)
+    if fused:
+        real, adapters = FastDecoder.accumulate, trainer.micro.decoder.adapters
+
+        def without(*arguments):
+            result = real(*arguments)
+            adapters.gradient_of(dead).zero_()
+            return result
+
+        monkeypatch.setattr(FastDecoder, "accumulate", without)
+    else:
+        dead.register_hook(torch.zeros_like)
+    trainer.train()
+    told = [line for line in (make_trainer.folder / "training_log.txt").read_text().splitlines() if "exactly zero" in line]
+    assert len(told) == 1 and "of model.layers.3.mlp.up_proj is exactly zero at step 3" in told[0]
+
+
+def test_an_adapter_that_is_no_number_is_not_put_into_a_checkpoint(make_trainer):
+    """Finite gradients may still make it so, by too high a rate; what stood before is the last good one."""
+    trainer = make_trainer(training__save_steps=1)
+
+    class Overflow(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, model=None, **rest):
+            if state.global_step == 1:  # within step 2
+                next(p for p in model.parameters() if p.requires_grad).data[0, 0] = math.inf
+
+    trainer.add_callback(Overflow())
+    with pytest.raises(Failed, match=r"no numbers.*; checkpoint-1 stands"):
+        trainer.train()
+    assert [path.name for path in (make_trainer.folder / "checkpoints").iterdir()] == ["checkpoint-1"]
+
+
+def test_an_evaluation_that_is_no_number_ends_the_run(make_trainer):
+    trainer = make_trainer(evaluation=random_rows(2))
+    next(p for name, p in trainer.adapted.named_parameters() if "lora_B" in name).data.fill_(math.nan)
+    with pytest.raises(Failed, match=r"the evaluation loss is nan after step 0: .*--learning_rate"):
+        trainer.measure_base()
 
 
 @pytest.fixture
