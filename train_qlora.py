@@ -214,8 +214,6 @@ def describe_plan(config: Config) -> str:
 
 def preview(config: Config) -> None:
     """Print what a run would train on; loads the tokenizer only."""
-    from rich.console import Console
-
     from qlora_kit.preview import show_preview
 
     if not (is_local(config.model.name) and all(map(is_local, config.data.names))):
@@ -224,7 +222,7 @@ def preview(config: Config) -> None:
         print(remote_code_warning(config.model), file=sys.stderr)
     fetch_tokenizer(config.model)
     tokenizer = load_tokenizer(config.model)
-    show_preview(config, tokenizer, *prepare_dataset(config, tokenizer), Console())
+    show_preview(config, tokenizer, *prepare_dataset(config, tokenizer), cli.results_console())
 
 
 def read_written_out_shape(config: Config) -> tuple[ModelShape | None, str | None]:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qlora_kit import cli
 from qlora_kit.generation import Generated, Generator
 from qlora_kit.preview import INVISIBLE
 from qlora_kit.prompts import Prompt
@@ -86,7 +86,7 @@ def run_demo(generator: Generator, prompts: list[Prompt], compare: bool, as_json
     """Print one prompt after the other with its answers, in columns on a terminal; without `compare` the base model's alone."""
     if as_json:
         return run_text(generator, prompts, 1, compare, as_json)
-    console = Console()
+    console = cli.results_console()
     same = True
     for answered in answer_prompts(generator, prompts, 1, compare):
         same = same and answered.base is not None and answered.base.text == answered.answer.text

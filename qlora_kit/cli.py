@@ -11,11 +11,15 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from importlib.metadata import version
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from qlora_kit.config import UserError
 from qlora_kit.redaction import redact
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # a full, read-only or broken disk
 
@@ -64,8 +68,63 @@ def _underscored(word: str) -> str:
     return flag[:2] + flag[2:].replace("-", "_") + equals + value if flag.startswith("--") else word
 
 
+class Unheard:
+    """Standard error that goes on in silence when its reader has left, as after `2>&1 | head` or in a terminal that is gone.
+
+    What is said there is said beside the work, and a training run has its log file: neither may end for it.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._drop()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._drop()
+
+    def _drop(self) -> None:
+        """From here on into nothing; what waits in the stream's buffer goes there too."""
+        _into_nothing(self._stream)
+
+
+def _into_nothing(stream: TextIO) -> None:
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, stream.fileno())
+    os.close(nothing)
+
+
+def results_console(**options: Any) -> "Console":
+    """Standard output through rich, whose own answer to a reader that has left is status 1: here `run` answers."""
+    from rich.console import Console
+
+    class Results(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return Results(**options)
+
+
 def run(main: Callable[[], None]) -> NoReturn:
-    """Call `main` and leave the process with the right status; a user's mistake is never a traceback."""
+    """Call `main` and leave the process with the right status; a user's mistake is never a traceback.
+
+    A command whose results are no longer read, as before `| head`, ends quietly; one that says its progress to nobody goes on.
+    """
+    with redirect_stderr(Unheard(sys.stderr)):
+        _run(main)
+
+
+def _run(main: Callable[[], None]) -> NoReturn:
     try:
         main()
         sys.stdout.flush()
@@ -83,8 +142,8 @@ def run(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output left, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of our results left, as `| head` does
+        _into_nothing(sys.stdout)
         sys.exit(0)
     except OSError as error:
         if error.errno not in DISK_REFUSES:

@@ -89,10 +89,9 @@ def compute(name: str, wanted: str) -> str:
 
 def show_table(results: Iterable[Result]) -> list[Result]:
     """A row for each check as it ends, in colour on a terminal."""
-    from rich.console import Console
     from rich.text import Text
 
-    console, shown = Console(highlight=False), []
+    console, shown = cli.results_console(highlight=False), []
     for result in results:
         shown.append(result)
         colour = {"pass": "green", "fail": "bold red", "skipped": "yellow"}[result.status]

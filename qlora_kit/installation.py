@@ -204,7 +204,7 @@ def free_space(folder: Path, needed_gib: float = FREE_GIB) -> str:
 
 
 def host_memory(needed_gib: float = MEMORY_GIB) -> str:
-    import psutil  # peft and accelerate need it
+    import psutil
 
     memory = psutil.virtual_memory()
     measured = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB available"

@@ -5,6 +5,8 @@ data from the step. Here: files that are whole or not there (checkpoints.py), an
 path follows from the step (fast/graph.py), so nothing of it is kept.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerState
 from qlora_kit.callbacks import StopCallback
 from qlora_kit.checkpoint import write_adapter, write_run_files
 from qlora_kit.checkpoints import PREFIX, checkpoint_bytes, newest_valid, read_checkpoint, rotate, saving
+from qlora_kit.config import UserError
+from qlora_kit.device import is_out_of_memory
 from qlora_kit.fast.graph import MicroStep
 from qlora_kit.guard import StepGuard
 from qlora_kit.paging import page_again
@@ -38,11 +42,13 @@ class ResumableTrainer(Trainer):
 
     def train(self, resume_from_checkpoint=None, **rest):  # type: ignore[override]
         checkpoint = resume_from_checkpoint
-        done = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json"))) if checkpoint else TrainerState()
+        done = TrainerState()
         if checkpoint:
-            run = read_checkpoint(Path(checkpoint)).run
-            self._take_rows(run)
-            self.guard.restore(run["guard"])
+            with _taken_from(checkpoint, "manifest.json or trainer_state.json"):
+                done = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+                run = read_checkpoint(Path(checkpoint)).run
+                self._take_rows(run)
+                self.guard.restore(run["guard"])
         if done.global_step < self.steps and not self._stopped_early(done):
             try:
                 return super().train(resume_from_checkpoint=checkpoint, **rest)
@@ -117,14 +123,24 @@ class ResumableTrainer(Trainer):
         for one in self._patience():
             one.early_stopping_patience_counter = _impatience(self.state)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        with _taken_from(resume_from_checkpoint, "adapter_model.safetensors"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with _taken_from(checkpoint, "optimizer.pt or scheduler.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint and self.args.device.type == "cuda":
             page_again(getattr(self.optimizer, "optimizer", self.optimizer))  # accelerate wraps it
 
+    def _load_scaler(self, checkpoint) -> None:
+        with _taken_from(checkpoint, "scaler.pt"):
+            super()._load_scaler(checkpoint)
+
     def _load_rng_state(self, checkpoint) -> None:
         """Also the losses since the last logged step, which the library would leave out of the next mean that it logs."""
-        super()._load_rng_state(checkpoint)
+        with _taken_from(checkpoint, "rng_state.pth"):
+            super()._load_rng_state(checkpoint)
         run = read_checkpoint(Path(checkpoint)).run
         self._tr_loss = torch.tensor(run["loss_to_log"], device=self.args.device)
         self._globalstep_last_logged = run["logged_step"]
@@ -147,6 +163,24 @@ class ResumableTrainer(Trainer):
 
     def _stopped_early(self, done: TrainerState) -> bool:
         return any(_impatience(done) >= one.early_stopping_patience for one in self._patience())
+
+
+@contextmanager
+def _taken_from(checkpoint: str | None, name: str) -> Iterator[None]:
+    """One line for a file that its manifest vouches for, and that yet no run of ours wrote. What it asks to run is not run.
+
+    Raises:
+        UserError: the library could not take the file's content.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error) or isinstance(error, OSError):
+            raise
+        raise UserError(
+            f"--resume {checkpoint}: {name} holds what no run has written ({type(error).__name__}), and nothing of it was run; "
+            "name another checkpoint, or start anew with --overwrite"
+        ) from error
 
 
 def _impatience(state: TrainerState) -> int:

@@ -1,7 +1,8 @@
 """The base model's tokenizer without its weights, and what is asked of it beside tokens. Imports no torch by itself."""
 
 import hashlib
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import UserError
 from qlora_kit.settings import ModelConfig
@@ -14,12 +15,12 @@ def load_tokenizer(model: ModelConfig) -> "PreTrainedTokenizerBase":
     """The base model's tokenizer, without its weights.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: it cannot be loaded, or could not be saved beside an adapter.
     """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             model.name, revision=model.revision or "main", trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
@@ -27,6 +28,19 @@ def load_tokenizer(model: ModelConfig) -> "PreTrainedTokenizerBase":
         raise UserError(
             f"model.name: {model.name}: its tokenizer cannot be loaded ({reason}); copy or download it again"
         ) from error
+    _check_template_names(tokenizer, model.name)
+    return tokenizer
+
+
+def _check_template_names(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
+    """Several chat templates are saved as a file each, under the name that each has: it must be no path."""
+    templates: Any = tokenizer.chat_template
+    for template in templates if isinstance(templates, dict) else ():
+        if not re.fullmatch(r"[\w-][\w.-]{0,99}", template):
+            raise UserError(
+                f"model.name: {name}: a chat template of its tokenizer is called {template[:100]!r}, which names no file; "
+                "call it by letters and digits in the model's tokenizer_config.json"
+            )
 
 
 def separator_id(tokenizer: "PreTrainedTokenizerBase") -> int:

@@ -706,6 +706,19 @@ def test_what_was_trained_on_instructions_ends_its_answers_itself(root, tmp_path
         assert [answer.stop for answer in generator.complete(prompts)] == ["length"] * 3
 
 
+@pytest.mark.parametrize("called", ["../outside", "a/b", "..", ""])
+def test_a_chat_template_called_like_a_path_is_refused_before_training(tmp_path, tiny_dir, called):
+    """It would be written under that name when training is over."""
+    model = Path(shutil.copytree(tiny_dir, tmp_path / "model"))
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    templates = [{"name": name, "template": "{{ messages }}"} for name in ("default", called)]
+    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": templates}))
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(UserError, match=r"model\.name: .*which names no file.*tokenizer_config\.json"):
+        train_qlora.main([*SMALL, "--model_name", str(model), "--max_steps", "1", "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_tokenizer_with_several_chat_templates_is_saved_over_an_earlier_one(tmp_path, tiny_dir):
     model = Path(shutil.copytree(tiny_dir, tmp_path / "model"))
     (model / "additional_chat_templates").mkdir()

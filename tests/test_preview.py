@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 import train_qlora
+from qlora_kit import cli
 from qlora_kit.config import UserError
 from qlora_kit.preview import histogram
 
@@ -110,7 +111,7 @@ def test_lengths_are_counted_in_equal_steps_and_beyond():
 def test_on_a_terminal_trained_tokens_are_coloured_instead(preview, monkeypatch):
     screen = io.StringIO()
     terminal = Console(file=screen, force_terminal=True, color_system="standard", width=100)
-    monkeypatch.setattr("rich.console.Console", lambda: terminal)
+    monkeypatch.setattr(cli, "results_console", lambda: terminal)
     assert preview(RECORDS) == ""
     assert "[[" not in screen.getvalue()
     assert "\x1b[32mHi<|im_end|>" in screen.getvalue()

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import hashlib
 import importlib.util
 import inspect
 import json
@@ -231,7 +232,19 @@ def test_remote_code_is_off_and_one_line_warns_of_it():
     assert "\n" not in named
 
 
+def sealed_again(folder: Path) -> None:
+    """The manifest as whoever changed a file would write it."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in manifest["files"]:
+        content = (folder / name).read_bytes()
+        manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    del manifest["sha256"]
+    manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 def test_a_checkpoint_cannot_run_a_program(tmp_path, marker, program, monkeypatch):
+    """Neither as it lies there, nor with a manifest that vouches for it: then the run ends in one line."""
     monkeypatch.chdir(ROOT)
     settings = [*SMALL, "--set", "data.eval_split=null"]
     train_qlora.main([*settings, "--output_dir", str(tmp_path / "out")])
@@ -239,10 +252,16 @@ def test_a_checkpoint_cannot_run_a_program(tmp_path, marker, program, monkeypatc
     for number, file in enumerate(pickles):
         copy = tmp_path / f"copy{number}"
         shutil.copytree(tmp_path / "out", copy)
-        (copy / file.relative_to(tmp_path / "out")).write_bytes(program)
-        with contextlib.suppress(Exception):  # how it is refused is for other tests
-            train_qlora.main([*settings, "--output_dir", str(copy), "--max_steps", "3", "--resume"])
-        assert not marker.exists(), file.name
+        changed = copy / file.relative_to(tmp_path / "out")
+        changed.write_bytes(program)
+        for seal, words in ((False, f"{file.name} "), (True, f"{file.name}.*nothing of it was run.*--overwrite")):
+            if seal:
+                sealed_again(changed.parent)
+            with pytest.raises(UserError, match=words) as error:
+                train_qlora.main([*settings, "--output_dir", str(copy), "--max_steps", "3", "--resume"])
+            assert len(error.value.problems) == 1
+            assert not marker.exists(), file.name
+    assert {file.name for file in pickles} == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
 
 
 # Secrets

@@ -1,0 +1,68 @@
+"""A reader that leaves, as `| head` does: real pipes, real processes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from qlora_kit import cli
+
+SHORT = [
+    "--config", "configs/tiny.yaml", "--max_length", "16", "--batch_size", "1", "--max_steps", "6", "--rank", "4",
+    "--set", "data.max_train_samples=4", "--set", "data.eval_split=null", "--set", "training.logging_steps=1",
+]  # fmt: skip
+
+
+def test_training_goes_on_when_nobody_reads_what_it_says(root, tmp_path):
+    """`python train_qlora.py 2>&1 | head -1`"""
+    command = [sys.executable, "train_qlora.py", *SHORT, "--output_dir", str(tmp_path / "out")]
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout.readline().startswith("Device:")
+        process.stdout.close()
+        assert process.wait(timeout=120) == 0
+    log = (tmp_path / "out" / "training_log.txt").read_text()
+    assert [f"step {step}/6" in log for step in range(1, 7)] == [True] * 6 and "Done in" in log
+    assert {"adapter_model.safetensors", "run.json", "training_curves.png"} <= {
+        path.name for path in (tmp_path / "out").iterdir()
+    }
+
+
+@pytest.fixture
+def left(monkeypatch):
+    """Makes a standard stream a pipe whose reader has left; the interpreter writes out the rest of it at its end."""
+    pipes = []
+
+    def leave(name):
+        reading, writing = os.pipe()
+        os.close(reading)
+        pipes.append(os.fdopen(writing, "w", buffering=1))
+        monkeypatch.setattr(sys, name, pipes[-1])
+
+    yield leave
+    for pipe in pipes:
+        pipe.close()
+
+
+@pytest.mark.parametrize("ending, status", [
+    (cli.UserError("training.seed: -1: wrong"), 2), (cli.Failed("the disk is full"), 1), (cli.Stopped(130, "stopped"), 130),
+    (KeyboardInterrupt(), 130), (None, 0),
+])  # fmt: skip
+def test_the_exit_status_is_that_of_the_run_though_nobody_hears_its_last_line(left, ending, status):
+    def main():
+        print("said", file=sys.stderr)
+        if ending:
+            raise ending
+
+    left("stderr")
+    with pytest.raises(SystemExit) as end:
+        cli.run(main)
+    assert end.value.code == status
+
+
+@pytest.mark.parametrize("say", [lambda: print("a result", flush=True), lambda: cli.results_console().print("a result")])
+def test_results_that_nobody_reads_end_the_command_quietly(left, say, capsys):
+    left("stdout")
+    with pytest.raises(SystemExit) as end:
+        cli.run(lambda: [say() for _ in range(3)])
+    assert end.value.code == 0 and capsys.readouterr().err == ""
