@@ -1,114 +1,44 @@
-"""Kills and stops at random moments: is anything ever lost?
+"""Kills and stops at random moments, and faults: is anything ever lost?
 
     python benchmarks/reliability.py --kills 200 --stops 100
 
 Each run trains the embedded model of configs/tiny.yaml on the CPU for a few steps and saves after each. It is killed (SIGKILL)
 at a random moment, more than half the times aiming at a save, and resumed, until it has finished; then its adapter and its log
 are compared with those of a run that nobody disturbed, byte for byte. Stops (SIGINT, SIGTERM) likewise, with exit status and
-step checked.
+step checked. Then each fault of faults.py.
 
 To be quick, a run is a forked child of this process, which has imported the libraries and started no thread of its own; every
 tenth one is a process of its own (`python train_qlora.py`). Both call the same function, qlora_kit.cli.run. Nothing is mocked.
 Before its first checkpoint a run is begun anew. A kill counts as inside a save when what the save works with was left behind. A
 stop before the first step or after the last one ends the process as it would any program (130; SIGTERM itself): there is nothing
 to save.
-Prints a Markdown table and leaves with 1 when anything was lost.
+Prints two Markdown tables and leaves with 1 when anything was lost.
 """
 
 import argparse
-import hashlib
 import importlib
-import json
 import os
 import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}  # forks inherit no threads
+from faults import FAULTS, Fault, Skipped
+from tiny_runs import ROOT, STEPS, Child, outcome, start
 
-from qlora_kit import cli  # noqa: E402
-from qlora_kit.checkpoints import candidates, newest_valid  # noqa: E402
+from qlora_kit import cli
+from qlora_kit.checkpoints import candidates, newest_valid
 
-STEPS = 6
-SETTINGS = [
-    "--config", "configs/tiny.yaml", "--max_length", "32", "--batch_size", "2", "--max_steps", str(STEPS),
-    "--set", "data.max_train_samples=10", "--set", "data.max_eval_samples=2",  # 3 steps an epoch, the last one short
-    "--set", "training.save_steps=1", "--set", "training.logging_steps=2", "--set", "training.eval_steps=4",
-]  # fmt: skip
 OWN_PROCESS = 10  # every tenth
 SHARE_IN_TRAINING = 0.75  # of the stops
 SHARE_IN_A_SAVE = 0.6  # of the kills; fewer hit, as a save takes some 20 ms
-
-
-@dataclass
-class Child:
-    """A training process, forked from this one or of its own; what it says goes to `said`."""
-
-    pid: int
-    said: Path
-    status: int | None = None  # negative for a signal; None while it runs
-
-    def running(self) -> bool:
-        if self.status is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.status = os.waitstatus_to_exitcode(status) if pid else None
-        return self.status is None
-
-    def wait(self, seconds: float = 300) -> int:
-        until = time.monotonic() + seconds
-        while self.running():
-            if time.monotonic() > until:
-                os.kill(self.pid, signal.SIGKILL)
-                raise SystemExit(f"a run hangs: {self.said}")
-            time.sleep(0.002)
-        assert self.status is not None
-        return self.status
-
-
-def start(folder: Path, own_process: bool) -> Child:
-    """Begin in `folder`, or go on from what it holds."""
-    flags = [*SETTINGS, "--output_dir", str(folder)]
-    if candidates(folder / "checkpoints") or any(folder.glob("checkpoints/.replaced-*")):
-        flags.append("--resume")
-    elif (folder / "adapter_model.safetensors").exists():
-        raise SystemExit(f"{folder}: an adapter and no checkpoint")
-    said = folder.with_suffix(".txt")
-    if own_process:
-        with said.open("ab") as file:
-            command = [sys.executable, "train_qlora.py", *flags]
-            return Child(subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file).pid, said)
-    if pid := os.fork():
-        return Child(pid, said)
-    file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    status = 1
-    try:
-        import train_qlora
-
-        sys.argv = ["train_qlora.py", *flags]
-        cli.run(train_qlora.main)
-    except SystemExit as ending:
-        status = int(ending.code or 0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
 
 
 def steps_done(folder: Path) -> int:
@@ -127,13 +57,6 @@ def half_done(folder: Path) -> bool:
 def wait_for_a_save(child: Child, folder: Path) -> None:
     while child.running() and not half_done(folder):
         time.sleep(0.0003)
-
-
-def outcome(folder: Path) -> tuple[str, list]:
-    """What has to be the same: the adapter's bytes, and every logged number that is no measurement of time."""
-    digest = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
-    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return digest, [{key: value for key, value in entry.items() if key != "tokens_per_second"} for entry in entries]
 
 
 class Trial:
@@ -224,7 +147,7 @@ class Trial:
             print(f"\nkept for a look: {folder}", file=sys.stderr)
 
 
-FAULTS = (
+WRONG = (
     "runs lost", "runs with another adapter or log", "invalid checkpoints met", "stops with another exit status",
     "stops more than a step late", "stops without their checkpoint",
 )  # fmt: skip
@@ -244,6 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--kills", type=int, default=200, help="SIGKILL at random moments (default: 200)")
     parser.add_argument("--stops", type=int, default=100, help="SIGINT or SIGTERM at random moments (default: 100)")
+    parser.add_argument("--no_faults", action="store_true", help="kills and stops alone")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     os.chdir(ROOT)
@@ -257,13 +181,29 @@ def main() -> None:
     trial.repeat(arguments.kills, trial.kill)
     trial.repeat(arguments.stops, trial.stop)
     print(f"| {STEPS} steps, {trial.seconds:.1f} s a run left alone, seed {arguments.seed} | count |\n|---|---|")
-    for name in (*COUNTS, *FAULTS):
+    for name in (*COUNTS, *WRONG):
         print(f"| {name} | {trial.found[name]} |")
     print(f"| minutes | {(time.monotonic() - begun) / 60:.1f} |")
-    lost = any(trial.found[name] for name in FAULTS)
+    lost = any(trial.found[name] for name in WRONG)
+    lost |= not (arguments.no_faults or try_faults(place, trial.expected))
     if not lost:
         shutil.rmtree(place)
     sys.exit(lost)
+
+
+def try_faults(place: Path, expected: tuple) -> bool:
+    """Whether every fault went as it should; prints the table."""
+    print("\n| fault | tried | one line, nothing lost | what was said |\n|---|---|---|---|")
+    right = True
+    for name, fault in FAULTS.items():
+        try:
+            result = fault(place, expected)
+        except Skipped as reason:
+            result = Fault(0, 0, f"skipped: {reason}")
+        right &= result.right == result.tried
+        said = result.said.replace(str(place), "OUT").replace("|", "\\|")
+        print(f"| {name} | {result.tried} | {result.right} | `{said}` |", flush=True)
+    return right
 
 
 if __name__ == "__main__":

@@ -53,13 +53,14 @@ class OneLineParser(argparse.ArgumentParser):
         return super().parse_args([_underscored(word) for word in words], namespace)
 
     def error(self, message: str) -> NoReturn:
-        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
-        if unknown != message.split()[0] and unknown.startswith("--"):
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message and unknown.startswith("--"):
             flags = [flag for action in self._actions for flag in action.option_strings]
-            flag = unknown.partition("=")[0]  # not its value, which may be a secret
+            flag = (unknown.split() or [unknown])[0].partition("=")[0]  # not its value, which may be a secret
             close = difflib.get_close_matches(flag, flags, n=1)
             message = f"{flag}: unknown flag; " + (f"did you mean {close[0]}?" if close else "--help lists them")
-        print(f"error: {redact(message)}", file=sys.stderr)
+        (problem,) = UserError(message).problems
+        print(f"error: {redact(problem)}", file=sys.stderr)
         sys.exit(2)
 
 
