@@ -1,8 +1,10 @@
 """What only a CUDA GPU can show: `python -m pytest -m gpu`. Everything else runs on the CPU."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -162,6 +164,51 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path):
         for name in ("whole", "halves")
     ]
     assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def random_model(root, tmp_path_factory) -> Path:
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("random")
+    shape = Qwen2Config(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=6144, max_position_embeddings=128, bos_token_id=6141, eos_token_id=6143, tie_word_embeddings=True,
+    )  # fmt: skip
+    Qwen2ForCausalLM(shape).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(root / "assets" / "tiny-qwen2").save_pretrained(folder)
+    return folder
+
+
+def losses_of(folder: Path) -> list[float]:
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [entry["loss"] for entry in entries if "loss" in entry]
+
+
+def test_a_run_that_was_killed_goes_on_as_two_undisturbed_ones_differ(root, random_model, tmp_path, monkeypatch):
+    """By SIGKILL behind its third checkpoint. Rank 16 of this model has more than the 100,000 elements that are paged."""
+    flags = [*TINY, "--model_name", str(random_model), "--max_steps", "20", "--set", "training.optim=paged_adamw_8bit",
+             "--set", "training.save_steps=1", "--set", "data.eval_split=null"]  # fmt: skip
+    killed = tmp_path / "killed"
+    with subprocess.Popen([sys.executable, "train_qlora.py", *flags, "--output_dir", str(killed)], cwd=root) as process:
+        while process.poll() is None and not (killed / "checkpoints" / "checkpoint-3").exists():
+            time.sleep(0.001)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
+    loaded, page = [], page_again
+    monkeypatch.setattr("qlora_kit.resumable.page_again", lambda optimizer: (loaded.append(optimizer), page(optimizer))[1])
+    train_qlora.main([*flags, "--output_dir", str(killed), "--resume"])
+    (optimizer,) = loaded
+    moments = [state[name] for state in optimizer.state.values() for name in ("state1", "state2")]
+    assert len(moments) == 2 and all(getattr(moment, "is_paged", False) for moment in moments)
+    for name in ("one", "two"):
+        train_qlora.main([*flags, "--output_dir", str(tmp_path / name)])
+    one, two, resumed = (torch.tensor(losses_of(folder)) for folder in (tmp_path / "one", tmp_path / "two", killed))
+    assert len(one) == len(resumed) == 20
+    # Two runs may agree to the last bit; a resumed one captures its graph at another step, and may round otherwise.
+    noise = max((one - two).abs().max().item(), 1e-4 * one.max().item())
+    assert (resumed - one).abs().max().item() <= 2 * noise
 
 
 def test_the_embedding_can_stay_in_host_memory(tmp_path):
