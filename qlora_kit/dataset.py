@@ -43,7 +43,7 @@ class Blocks:
     join_rule: str  # how rows became documents
     tail_tokens: int  # tokens at the end of the stream that filled no block
     full_lengths: Any = ()  # (documents,) int64, tokens of each with its separator
-    unit = "document"  # what `sources` counts
+    unit = "training document"  # what `sources` counts
     prompt_style = "text"  # prompts are continued, no chat template is applied
 
     def __len__(self) -> int:

@@ -53,6 +53,11 @@ class QLoraTrainer(ResumableTrainer):
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole step
         self.model_accepts_loss_kwargs = True  # the same, for transformers before it knew the line above
         self.adapted = rest["model"]
+        self.lora_b = {
+            name: parameter
+            for name, parameter in self.adapted.named_parameters()
+            if parameter.requires_grad and ".lora_B." in name
+        }
         self.compute_dtype = compute_dtype
         self.progress = progress
         self.stopping = StopCallback()
@@ -167,10 +172,9 @@ class QLoraTrainer(ResumableTrainer):
 
     def _gradients_of_b(self) -> dict[str, torch.Tensor]:
         gradients = {}
-        for name, parameter in self.adapted.named_parameters():
-            if parameter.requires_grad and ".lora_B." in name:
-                found = self.micro.decoder.adapters.gradient_of(parameter) if self.micro else parameter.grad
-                gradients[name] = parameter.new_zeros(1) if found is None else found
+        for name, parameter in self.lora_b.items():
+            found = self.micro.decoder.adapters.gradient_of(parameter) if self.micro else parameter.grad
+            gradients[name] = parameter.new_zeros(1) if found is None else found
         return gradients
 
     def _silent(self) -> list[str]:

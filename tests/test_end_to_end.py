@@ -418,6 +418,17 @@ def test_resuming_with_more_steps_goes_on(tmp_path):
     assert [line["step"] for line in metrics(tmp_path / "out") if "loss" in line] == [1, 2, 3]
 
 
+def test_more_epochs_on_a_finished_run(tmp_path):
+    """8 blocks in twos: 4 steps an epoch. What was trained before stays as it was logged, and the log says what changed."""
+    arguments = ["--set", "training.lr_scheduler=constant", "--output_dir", str(tmp_path / "out")]
+    train(*arguments, "--num_epochs", "1")
+    before = metrics(tmp_path / "out")
+    train(*arguments, "--num_epochs", "2", "--resume")
+    after = metrics(tmp_path / "out")
+    assert after[: len(before)] == before and [line["step"] for line in after if "loss" in line] == list(range(1, 9))
+    assert "Changed since: training.num_epochs: 2.0, was 1.0" in (tmp_path / "out" / "training_log.txt").read_text()
+
+
 def test_resuming_refuses_a_setting_that_would_make_it_another_run(trained):
     before = weights(trained[0])
     with pytest.raises(UserError, match=r"lora\.rank: 8: .* has 16"):
