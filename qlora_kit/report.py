@@ -49,6 +49,7 @@ class RunLog:
             (folder / name).unlink(missing_ok=True)  # a run that failed before its first checkpoint may have left both
             if checkpoint:
                 shutil.copyfile(checkpoint / name, folder / name)
+            (folder / name).touch()  # a short run may have nothing to log
         waiting, self._waiting = self._waiting, []
         for text in waiting:
             self.file_only(text)

@@ -432,6 +432,18 @@ def test_a_run_resumed_around_a_step_that_was_left_out_is_the_uninterrupted_one(
     assert json.loads((part / "run.json").read_text())["skipped_steps"] == [3, 6]
 
 
+def test_a_run_whose_first_step_was_left_out_goes_on_with_an_optimizer_that_has_seen_nothing(tmp_path, monkeypatch):
+    """That step was the only one to be logged."""
+    real, out = MicroStep.train, tmp_path / "out"
+    monkeypatch.setattr(MicroStep, "train", lambda micro, *rest: real(micro, *rest) * (math.nan if micro.step == 0 else 1))
+    flags = [*SMALL, "--max_steps", "2", "--set", "training.save_steps=1", "--set", "training.max_skipped_steps=1",
+             "--set", "data.eval_split=null", "--output_dir", str(out)]  # fmt: skip
+    train_qlora.main(flags)
+    before = result(out)
+    train_qlora.main([*flags, "--resume", str(out / "checkpoints" / "checkpoint-1")])
+    assert result(out) == before and before[1] == []
+
+
 @pytest.fixture(scope="module")
 def begun(root, tmp_path_factory):
     """An output folder with the checkpoints of steps 1 and 2 of 4, as a killed run leaves it; to be copied."""
