@@ -215,7 +215,8 @@ def test_overwriting_removes_the_run_and_nothing_else(tmp_path):
         (tmp_path / name).touch()
     config = override(Config(), {"lora.rank": 4})
     open_output(tmp_path, RunReport(config, CPU, ON_CPU), None, overwrite=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "notes.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", METRICS, "notes.txt", LOG]
+    assert (tmp_path / METRICS).read_text() == (tmp_path / LOG).read_text() == ""  # begun afresh
     assert load_config(tmp_path / "config.yaml") == config
 
 
