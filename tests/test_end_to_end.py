@@ -420,7 +420,8 @@ def test_resuming_with_more_steps_goes_on(tmp_path):
 
 def test_more_epochs_on_a_finished_run(tmp_path):
     """8 blocks in twos: 4 steps an epoch. What was trained before stays as it was logged, and the log says what changed."""
-    arguments = ["--set", "training.lr_scheduler=constant", "--output_dir", str(tmp_path / "out")]
+    arguments = ["--set", "data.eval_split=null", "--set", "training.lr_scheduler=constant", "--max_length", "16",
+                 "--output_dir", str(tmp_path / "out")]  # fmt: skip
     train(*arguments, "--num_epochs", "1")
     before = metrics(tmp_path / "out")
     train(*arguments, "--num_epochs", "2", "--resume")
