@@ -68,6 +68,15 @@ def test_nothing_imports_benchmarks_or_lessons():
         assert packages_of(path) & ({"benchmarks", "finetuning_lessons"} - {own}) == set(), path
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "finetuning_lessons").glob("*.py")), ids=lambda path: path.stem)
+def test_lessons_stand_on_their_own(path):
+    """They show how it works, from scratch: of the kit they take formats, memory, and how a command behaves."""
+    names = imports_of(path)
+    assert {name.partition(".")[0] for name in names} & SCRIPTS == set()
+    parts = {".".join(name.split(".")[:2]) for name in names if name.startswith("qlora_kit.")}
+    assert parts <= {f"qlora_kit.{name}" for name in ("cli", "config", "formats", "memory")}
+
+
 def test_imports_are_absolute():
     for path in SOURCES:
         assert not any(name.startswith(".") for name in imports_of(path)), path

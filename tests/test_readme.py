@@ -10,6 +10,7 @@ import pytest
 
 import inference_example
 import train_qlora
+from finetuning_lessons.lesson import create_parser
 from qlora_kit import doctor, merge
 from qlora_kit.config import UserError, load_config, override
 from qlora_kit.formats import READERS, recognise
@@ -19,6 +20,7 @@ from qlora_kit.settings import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+MODULES = ("*.py", "qlora_kit/**/*.py", "finetuning_lessons/*.py")
 QWEN = read_shape(KNOWN_CONFIGS["Qwen/Qwen2.5-3B-Instruct"])
 
 
@@ -51,6 +53,9 @@ def test_command_is_one_that_works(command, monkeypatch):
             merge.parse_size(merge.parse_arguments(flags).max_shard_size)
         case ["python", "-m", "qlora_kit.doctor", *flags]:
             doctor.parse_arguments(flags)
+        case ["python", "-m", module, *flags] if module.startswith("finetuning_lessons."):
+            assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file()
+            create_parser(None, module.removeprefix("finetuning_lessons.")).parse_args(flags)
         case ["make", target]:
             assert subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True).returncode == 0
         case ["pip" | "pytest" | "python3" | "source", *_]:
@@ -77,14 +82,14 @@ def test_linked_and_listed_paths_exist():
 def test_every_module_is_in_the_layout():
     layout = README[README.index("## Layout") : README.index("## Tests")]
     fast = layout[layout.index("In `qlora_kit/fast/`") :]
-    modules = [*ROOT.glob("*.py"), *ROOT.glob("qlora_kit/**/*.py")]
+    modules = [path for pattern in MODULES for path in ROOT.glob(pattern)]
     missing = [path for path in modules if f"`{path.name}`" not in (fast if path.parent.name == "fast" else layout)]
     assert [path for path in missing if path.name != "__init__.py"] == []
 
 
 def test_the_layout_lists_no_module_that_is_gone():
     layout = README[README.index("## Layout") : README.index("## Tests")]
-    there = {path.name for path in [*ROOT.glob("*.py"), *ROOT.glob("qlora_kit/**/*.py")]}
+    there = {path.name for pattern in MODULES for path in ROOT.glob(pattern)}
     assert set(re.findall(r"`(\w+\.py)`", layout)) <= there
 
 

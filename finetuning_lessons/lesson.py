@@ -1,0 +1,144 @@
+"""What every lesson shares: its flags, its table, its picture, and the embedded model with a text it has not read.
+
+def main(argv: list[str] | None = None) -> None:
+    folder = open_folder(create_parser(__doc__, "layers").parse_args(argv).output_dir)
+    print_table("Parameters", ["rank", "trainable"], [["8", "65,536"]])
+    with picture(folder / "layers.png", columns=2) as (left, right):
+        left.plot([1, 2], [3, 4], color=BLUE)
+
+if __name__ == "__main__":
+    cli.run(main)
+"""
+
+import os
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from qlora_kit import cli
+from qlora_kit.config import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY_MODEL = ROOT / "assets" / "tiny-qwen2"  # 6 layers, hidden size 192; see its README
+ARTICLES = ROOT / "samples" / "articles.txt"  # the model was trained on Python's documentation, not on these
+
+# Eight colours that stay apart for colour-blind readers and in print (Okabe and Ito, https://jfly.uni-koeln.de/color/).
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, GREY = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#6B6B6B",
+)  # fmt: skip
+STYLE: dict[Any, Any] = {
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.grid": True,
+    "axes.axisbelow": True,  # the grid behind the bars
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+}
+PRINTED_WIDTH = 110  # characters of a line of text
+
+
+def create_parser(doc: str | None, name: str) -> cli.OneLineParser:
+    """The flags of every lesson; a lesson may add its own.
+
+    Args:
+        doc: the lesson's docstring: --help shows it.
+        name: the lesson's module, without the package.
+    """
+    parser = cli.OneLineParser(doc, prog=f"python -m finetuning_lessons.{name}")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("output_lessons"), metavar="DIR", help="folder for the picture (%(default)s)"
+    )
+    return parser
+
+
+def open_folder(path: Path) -> Path:
+    """Create the folder where it is missing.
+
+    Raises:
+        UserError: it cannot be created, or not written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {path}: cannot be created ({error.strerror}); name another folder") from error
+    if not os.access(path, os.W_OK):
+        raise UserError(f"--output_dir {path}: cannot be written; change its permissions or name another folder")
+    return path
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> None:
+    """Print rows of text under a header: with lines on a terminal, plain columns into a file or a pipe.
+
+    Args:
+        words: how many of the first columns hold words, aligned left; the others hold numbers, aligned right.
+    """
+    terminal = sys.stdout.isatty()
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD if terminal else None, pad_edge=False)
+    for number, name in enumerate(header):
+        table.add_column(name, justify="left" if number < words else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False, markup=False, width=None if terminal else 250).print(table)
+    print()
+
+
+def print_text(text: str) -> None:
+    """Print a paragraph, its lines filled to one width."""
+    print(textwrap.fill(" ".join(text.split()), PRINTED_WIDTH) + "\n")
+
+
+@contextmanager
+def picture(path: Path, columns: int = 1, rows: int = 1, size: tuple[float, float] | None = None) -> Iterator[Any]:
+    """Yield matplotlib axes in the lessons' style; write them to a PNG file and say where it is.
+
+    Args:
+        size: width and height in inches; unless given, 5.5 x 4.5 for each of the axes.
+
+    Yields:
+        One Axes, or for several an array of them: (columns,) in one row, (rows, columns) in more.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")  # no screen needed
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(rows, columns, figsize=size or (5.5 * columns, 4.5 * rows), layout="constrained")
+        try:
+            yield axes
+            figure.savefig(path, dpi=120)
+        finally:
+            plt.close(figure)
+    print(f"picture  {path}")
+
+
+def load_model(dtype: "torch.dtype | None" = None) -> "PreTrainedModel":
+    """The embedded model on the CPU, without a network, in fp32 unless `dtype` says otherwise."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(TINY_MODEL, dtype=dtype or torch.float32)
+
+
+def load_tokenizer() -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(TINY_MODEL)
+
+
+def load_text() -> str:
+    """Forty short encyclopedia articles, about 93,000 characters, in Wikitext's layout."""
+    return ARTICLES.read_text(encoding="utf-8")
