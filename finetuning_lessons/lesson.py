@@ -142,3 +142,28 @@ def load_tokenizer() -> "PreTrainedTokenizerBase":
 def load_text() -> str:
     """Forty short encyclopedia articles, about 93,000 characters, in Wikitext's layout."""
     return ARTICLES.read_text(encoding="utf-8")
+
+
+def load_blocks(block_length: int) -> "torch.Tensor":
+    """The text as token ids in blocks without overlap, its tail left out: (blocks, block_length)."""
+    import torch
+
+    tokens = torch.tensor(load_tokenizer()(load_text()).input_ids)
+    return tokens[: len(tokens) // block_length * block_length].view(-1, block_length)
+
+
+def train(model: "torch.nn.Module", blocks: "torch.Tensor", steps: int, learning_rate: float = 2e-3) -> list[float]:
+    """Train what is trainable with AdamW, four blocks a step in their order; returns the loss of each step, in nats a token."""
+    import torch
+
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate, weight_decay=0.0)
+    model.train()
+    losses = []
+    for step in range(steps):
+        batch = blocks[torch.arange(4 * step, 4 * step + 4) % len(blocks)]  # (4, T)
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses

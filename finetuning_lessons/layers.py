@@ -1,0 +1,279 @@
+"""A linear layer with a LoRA update beside it, from scratch: train it, fold it into the weights, take it out again.
+
+    python -m finetuning_lessons.layers
+
+LoRA (arXiv 2106.09685). Trains the embedded model for a few steps, prints what is trainable and what folding costs, and draws
+the rank of the update. Not here: attention (attention.py) and 4-bit weights (qlora.py).
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from finetuning_lessons.lesson import (
+    BLUE,
+    GREY,
+    ORANGE,
+    create_parser,
+    load_blocks,
+    load_model,
+    open_folder,
+    picture,
+    print_table,
+    print_text,
+    train,
+)  # fmt: skip
+from qlora_kit import cli
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ALL_SEVEN = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+STEPS = 20
+
+
+class LoRALayer(nn.Module):
+    """y = W x + alpha/rank · B A x: W is frozen, only A and B are trained (section 4.1, equation 3).
+
+    Args:
+        rank: rows of A and columns of B; the update B A has at most this rank.
+        alpha: the update counts alpha/rank times, so that a change of rank asks for no other learning rate (section 4.1).
+        dropout: share of the inputs of A that is zeroed in training.
+        linear: the layer to update, with its weight and bias; one without bias is created when it is left out.
+    """
+
+    # Folded in, the layer keeps its W here: adding an update and subtracting it again does not restore floating-point numbers.
+    # A buffer moves with the layer; not persistent, it is in no checkpoint.
+    original_weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        linear: nn.Linear | None = None,
+    ):
+        super().__init__()
+        if rank < 1:
+            raise ValueError(f"rank {rank}: should be 1 or more")
+        self.linear = nn.Linear(in_features, out_features, bias=False) if linear is None else linear
+        self.linear.requires_grad_(False)
+        placed: dict[str, Any] = {"device": self.linear.weight.device, "dtype": self.linear.weight.dtype}
+        self.lora_A = nn.Linear(in_features, rank, bias=False, **placed)  # weight (rank, in)
+        self.lora_B = nn.Linear(rank, out_features, bias=False, **placed)  # weight (out, rank)
+        self.dropout = nn.Dropout(dropout)
+        self.scaling = alpha / rank
+        # The paper draws A from a Gaussian; its code, and peft, take nn.Linear's own uniform distribution.
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B.weight)  # B A = 0: training starts from the base model exactly
+        self.register_buffer("original_weight", None, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)"""
+        if self.merged:
+            return self.linear(x)
+        update = self.lora_B(self.lora_A(self.dropout(x)))  # (..., in) -> (..., rank) -> (..., out)
+        return self.linear(x) + self.scaling * update
+
+    @property
+    def merged(self) -> bool:
+        return self.original_weight is not None
+
+    def update(self) -> Tensor:
+        """ΔW = alpha/rank · B A, as large as W."""
+        return self.scaling * (self.lora_B.weight @ self.lora_A.weight)  # (out, rank) @ (rank, in) -> (out, in)
+
+    @torch.no_grad()
+    def merge_weights(self) -> None:
+        """W becomes W + ΔW: no more work in a forward pass than without LoRA (section 4.1). A second call changes nothing."""
+        if self.merged:
+            return
+        self.original_weight = self.linear.weight.clone()
+        self.linear.weight += self.update()
+
+    @torch.no_grad()
+    def unmerge_weights(self) -> None:
+        """The inverse: W is what it was, bit for bit. A second call changes nothing."""
+        if self.original_weight is None:
+            return
+        self.linear.weight.copy_(self.original_weight)
+        self.original_weight = None
+
+    @property
+    def trainable_params(self) -> int:
+        return self.lora_A.weight.numel() + self.lora_B.weight.numel()  # rank · (in + out)
+
+    @property
+    def total_params(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def replace_linear_layers(
+    model: nn.Module, targets: Sequence[str], rank: int = 8, alpha: float = 16.0, dropout: float = 0.0
+) -> list[str]:
+    """Put a LoRALayer in the place of each linear layer that one of `targets` names, and freeze everything else.
+
+    Args:
+        targets: last parts of names: "q_proj" is that layer in every block. GPT-2's Conv1D is a linear layer as well.
+
+    Returns:
+        Full names of the layers replaced.
+
+    Raises:
+        ValueError: a target names no linear layer.
+    """
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and name.rpartition(".")[2] in targets
+    }
+    if missing := set(targets) - {name.rpartition(".")[2] for name in found}:
+        raise ValueError(f"targets {sorted(missing)}: no such linear layer in this {type(model).__name__}")
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:  # of an earlier call
+            parameter.requires_grad_(False)
+    for name, module in found.items():
+        linear = module if isinstance(module, nn.Linear) else _as_linear(module)
+        layer = LoRALayer(linear.in_features, linear.out_features, rank, alpha, dropout, linear)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.train(module.training))
+    return list(found)
+
+
+def _as_linear(conv: Conv1D) -> nn.Linear:
+    """Conv1D computes x W + b and keeps W as (in, out); nn.Linear computes x Wᵀ + b and keeps (out, in). No copy is made."""
+    in_features, out_features = conv.weight.shape
+    linear = nn.Linear(in_features, out_features, device="meta")
+    linear.weight, linear.bias = nn.Parameter(conv.weight.T), conv.bias
+    return linear
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Trainable ones, and all."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)
+
+
+def count_trainable() -> list[list[str]]:
+    rows = []
+    for name, targets in (("q and v", ("q_proj", "v_proj")), ("attention", ATTENTION), ("all seven projections", ALL_SEVEN)):
+        model = load_model()
+        layers = replace_linear_layers(model, targets)
+        trainable, total = count_parameters(model)
+        rows.append([name, str(len(layers)), f"{trainable:,}", f"{total:,}", f"{trainable / total:.2%}"])
+    return rows
+
+
+def gradients_at_start(model: nn.Module, blocks: Tensor) -> dict[str, float]:
+    """The largest absolute gradient before the first step: of A, of B, and of all other parameters."""
+    model(input_ids=blocks[:2], labels=blocks[:2]).loss.backward()
+    largest = {"lora_A": 0.0, "lora_B": 0.0, "the rest": 0.0}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            which = name.split(".")[-2] if "lora_" in name else "the rest"
+            largest[which] = max(largest[which], parameter.grad.abs().max().item())
+    model.zero_grad()
+    return largest
+
+
+def lost_by_subtraction(layers: list[LoRALayer], dtype: torch.dtype) -> float:
+    """Share of the weights for which (W + ΔW) - ΔW, each rounded to `dtype`, is not W."""
+    changed = total = 0
+    for layer in layers:
+        weight, update = layer.linear.weight.to(dtype), layer.update().to(dtype)
+        changed += int((weight + update - update != weight).sum())
+        total += weight.numel()
+    return changed / total
+
+
+@torch.no_grad()
+def forward_milliseconds(layer: nn.Module, x: Tensor, repeats: int = 40) -> float:
+    """Median time of a forward pass."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        layer(x)
+        seconds.append(time.perf_counter() - start)
+    return 1000 * sorted(seconds)[repeats // 2]
+
+
+def time_forward() -> dict[str, float]:
+    layer, x = LoRALayer(1024, 1024), torch.randn(256, 1024)
+    times = {"without LoRA": forward_milliseconds(layer.linear, x), "A and B beside W": forward_milliseconds(layer, x)}
+    layer.merge_weights()
+    return {**times, "merged": forward_milliseconds(layer, x)}
+
+
+@torch.no_grad()
+def compare_merged(model: nn.Module, layers: list[LoRALayer], blocks: Tensor) -> tuple[float, int]:
+    """The largest difference of the logits when all layers are merged; how many weights differ after unmerging."""
+    model.eval()
+    weights = [layer.linear.weight.clone() for layer in layers]
+    apart = model(input_ids=blocks[:2]).logits  # (2, T, vocabulary)
+    for layer in layers:
+        layer.merge_weights()
+    merged = model(input_ids=blocks[:2]).logits
+    for layer in layers:
+        layer.unmerge_weights()
+    changed = sum(int((layer.linear.weight != before).sum()) for layer, before in zip(layers, weights, strict=True))
+    return (apart - merged).abs().max().item(), changed
+
+
+def draw(path: Path, layer: LoRALayer, name: str, losses: list[float]) -> None:
+    with picture(path, columns=2) as (left, right):
+        left.plot(range(1, len(losses) + 1), losses, "o-", color=BLUE)
+        left.set(title="Only A and B of all seven projections train", xlabel="step", ylabel="loss (nats a token)")
+        left.xaxis.get_major_locator().set_params(integer=True)
+        weight, update = (torch.linalg.svdvals(matrix.detach()) for matrix in (layer.linear.weight, layer.update()))
+        right.semilogy(range(1, len(weight) + 1), weight, color=GREY, label="W, frozen")
+        right.semilogy(range(1, len(update) + 1), update, color=ORANGE, label="ΔW = alpha/rank · B A, learned")
+        rank = layer.lora_A.out_features
+        right.axvline(rank, color=ORANGE, linestyle=":", linewidth=1)
+        right.annotate(f"rank {rank}", (rank, 1e-3), xytext=(6, 0), textcoords="offset points")
+        right.annotate("zero, but for rounding", (len(update) // 3, 1e-7))
+        right.set(title=f"Singular values of {name}", xlabel="number, largest first", ylabel="singular value")
+        right.set_ylim(bottom=1e-9)
+        right.legend(loc="center right")
+
+
+def main(argv: list[str] | None = None) -> None:
+    folder = open_folder(create_parser(__doc__, "layers").parse_args(argv).output_dir)
+    torch.manual_seed(0)
+    header = ["rank 8 on", "layers", "trainable", "all parameters", "share"]
+    print_table("What LoRA trains of the embedded model", header, count_trainable())
+
+    model, blocks = load_model(), load_blocks(128)
+    names = replace_linear_layers(model, ALL_SEVEN)
+    layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
+    largest = gradients_at_start(model, blocks)
+    rows = [[name, f"{value:.2e}"] for name, value in largest.items()]
+    print_table("Before the first step", ["gradient of", "largest"], rows)
+    print_text("""B is zero at the start, so the update is zero, and so is the gradient of A, which passes through B: B moves
+        first. Nothing else has a gradient at all.""")
+
+    losses = train(model, blocks, STEPS)
+    difference, changed = compare_merged(model, layers, blocks)
+    times = time_forward()
+    rows = [[f"forward pass, {name} (256 x 1024, rank 8)", f"{ms:.2f} ms"] for name, ms in times.items()]
+    rows += [
+        ["logits, merged against unmerged: largest difference", f"{difference:.1e}"],
+        ["weights not restored by subtracting ΔW in float32", f"{lost_by_subtraction(layers, torch.float32):.1%}"],
+        ["weights not restored by subtracting ΔW in bfloat16", f"{lost_by_subtraction(layers, torch.bfloat16):.1%}"],
+        ["weights not restored by unmerge_weights", str(changed)],
+    ]
+    print_table(f"Folding the update into the weights, after {STEPS} steps", ["what", "measured"], rows)
+    beside, merged = (times[name] / times["without LoRA"] for name in ("A and B beside W", "merged"))
+    print_text(f"""A forward pass took {beside:.2f} times as long with A and B beside W, and {merged:.2f} times merged, where it
+        is the same product again. Sums of floating-point numbers are rounded, so the way back is a copy of W, not a
+        subtraction; and a second merge must not add ΔW again.""")
+    draw(folder / "layers.png", layers[0], names[0].removeprefix("model."), losses)
+
+
+if __name__ == "__main__":
+    cli.run(main)

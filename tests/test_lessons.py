@@ -1,0 +1,66 @@
+"""Every lesson answers --help, refuses a folder that cannot be, prints a table and writes its picture."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetuning_lessons.lesson import create_parser, open_folder, print_table
+from qlora_kit.config import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = {"__init__", "lesson"}
+LESSONS = sorted(path.stem for path in (ROOT / "finetuning_lessons").glob("*.py") if path.stem not in SHARED)
+SLOW: set[str] = set()  # more than a few seconds
+
+
+def marked(names: list[str]) -> list:
+    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names]
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_help_says_what_the_lesson_is(name, capsys):
+    lesson = importlib.import_module(f"finetuning_lessons.{name}")
+    with pytest.raises(SystemExit) as ended:
+        lesson.main(["--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert f"usage: python -m finetuning_lessons.{name}" in text and "--output_dir" in text
+    assert lesson.__doc__.splitlines()[0] in " ".join(text.split())
+
+
+@pytest.mark.parametrize("name", marked(LESSONS))
+def test_lesson_prints_a_table_and_writes_its_picture(name, tmp_path, capsys):
+    importlib.import_module(f"finetuning_lessons.{name}").main(["--output_dir", str(tmp_path / "new" / "folder")])
+    (picture,) = (tmp_path / "new" / "folder").iterdir()
+    assert picture.name == f"{name}.png" and picture.read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert f"picture  {picture}" in printed
+    assert "nan" not in printed.split()
+    assert max(len(line) for line in printed.splitlines()) <= 130
+
+
+def test_run_as_a_command_a_wrong_folder_is_one_line():
+    command = [sys.executable, "-m", "finetuning_lessons.layers", "--output-dir", "README.md/pictures"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "error: --output_dir README.md/pictures: cannot be created (Not a directory); name another folder\n"
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--output_dir .*file: cannot be created"):
+        open_folder(tmp_path / "file")
+
+
+def test_pictures_go_where_git_does_not_look():
+    folder = create_parser("", "layers").parse_args([]).output_dir
+    assert subprocess.run(["git", "check-ignore", "-q", f"{folder}/layers.png"], cwd=ROOT).returncode == 0
+
+
+def test_table_is_plain_columns_when_piped(capsys):
+    print_table("Sizes", ["rank", "parameters"], [["8", "1,024"], ["all", "[bold]"]])
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines == ["Sizes", "rank  parameters", "8          1,024", "all       [bold]", ""]
