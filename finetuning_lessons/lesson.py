@@ -86,12 +86,14 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         words: how many of the first columns hold words, aligned left; the others hold numbers, aligned right.
     """
     terminal = sys.stdout.isatty()
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD if terminal else None, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD if terminal else None, pad_edge=False)
     for number, name in enumerate(header):
         table.add_column(name, justify="left" if number < words else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console(highlight=False, markup=False, width=None if terminal else 250).print(table)
+    console = Console(highlight=False, markup=False, width=None if terminal else 250)
+    console.print(title, style="bold")
+    console.print(table)
     print()
 
 

@@ -1,0 +1,300 @@
+"""4-bit weights from scratch: NF4, double quantization and packing, beside FP4 and INT4, with what each costs and loses.
+
+    python -m finetuning_lessons.quantization
+
+QLoRA (arXiv 2305.14314), section 3. NF4 and FP4 are what bitsandbytes stores, bit for bit; INT4 is the plain, evenly spaced kind.
+Measures bits a weight, errors on normal numbers and on the embedded model, and that model's loss. Training is in qlora.py.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from finetuning_lessons.lesson import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    create_parser,
+    load_blocks,
+    load_model,
+    open_folder,
+    picture,
+    print_table,
+    print_text,
+)  # fmt: skip
+from qlora_kit import cli
+
+BLOCK = 64  # weights that share one absmax
+GROUP = 256  # absmax values that share one scale, in double quantization
+
+
+def nf4_levels() -> Tensor:
+    """The levels of 4-bit NormalFloat, from -1 to 1: (16,).
+
+    They are quantiles of a normal distribution, so they lie close where weights do (section 3, equation 4). The outermost ones
+    would be infinite: the authors' code stops at a tail of (1/30 + 1/32) / 2. Zero has to be a level, since zeros are common and
+    must stay zero; so 7 levels are below it and 8 above, each side evenly spaced in probability.
+    """
+    last = 0.9677083  # 1 - (1/30 + 1/32) / 2, with the digits of the authors' code
+    above = _normal_quantiles(torch.linspace(last, 0.5, 9)[:-1])  # (8,)
+    below = -_normal_quantiles(torch.linspace(last, 0.5, 8)[:-1])  # (7,)
+    levels = torch.cat([below, torch.zeros(1), above]).sort().values  # (16,)
+    return levels / levels.max()
+
+
+def _normal_quantiles(probabilities: Tensor) -> Tensor:
+    return torch.special.ndtri(probabilities.double()).float()  # in fp64: fp32 misses the last bits of the published table
+
+
+def fp4_levels() -> Tensor:
+    """4-bit floating point as bitsandbytes has it, by bit pattern: a bit of sign, two of exponent, one of mantissa: (16,).
+
+    An odd format: a larger exponent field is a smaller number, and the smallest level is 1/192 of the largest.
+    """
+    positive = [0.0, 0.0625]  # exponent field 0
+    for field in (1, 2, 3):
+        power = 2.0 ** (4 - field)
+        positive += [power, 1.5 * power]  # mantissa 0 and 1
+    levels = torch.tensor([*positive, *(0.0 - level for level in positive)])  # a second 0, and no -0
+    return levels / 12
+
+
+def int4_levels() -> Tensor:
+    """Whole numbers from -7 to 7, over 7: (15,). The sixteenth code, -8, would lie beyond the absmax and has no use."""
+    return torch.arange(-7, 8) / 7
+
+
+LEVELS: dict[str, Callable[[], Tensor]] = {"nf4": nf4_levels, "fp4": fp4_levels, "int4": int4_levels}
+
+
+def dynamic_levels() -> Tensor:
+    """Levels for double quantization, over seven decades, finer towards 1 (arXiv 1511.04561): (256,).
+
+    The paper says 8-bit floats; bitsandbytes takes this table.
+    """
+    decades = []
+    for decade in range(7):  # from 10^-6 with one level to 10^0 with 64
+        edges = torch.linspace(0.1, 1, 2**decade + 1)
+        decades.append((edges[:-1] + edges[1:]) / 2 * 10.0 ** (decade - 6))
+    positive = torch.cat(decades)  # (127,)
+    return torch.cat([-positive, torch.zeros(1), positive, torch.ones(1)]).sort().values
+
+
+def nearest(values: Tensor, levels: Tensor) -> Tensor:
+    """Index of the level nearest to each value; halfway, of the lower. Any shape -> the same, uint8."""
+    order = torch.argsort(levels, stable=True)  # FP4's bit patterns are not in the order of their values
+    ascending = levels[order]
+    halfway = (ascending[:-1] + ascending[1:]) / 2
+    return order[torch.bucketize(values, halfway)].to(torch.uint8)
+
+
+def scale_blocks(values: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Divide each run of `size` values by its largest absolute value, zeros added to fill the last.
+
+    Returns:
+        Values from -1 to 1: (blocks, size); the absmax of each block: (blocks,).
+    """
+    blocks = nn.functional.pad(values, (0, -len(values) % size)).view(-1, size)  # (n,) -> (blocks, size)
+    absmax = blocks.abs().amax(dim=1)  # (blocks,)
+    inverse = 1 / absmax.clamp(min=1e-38)  # a block of zeros stays one
+    return (blocks * inverse[:, None]).clamp(-1, 1), absmax
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Two 4-bit codes a byte, the first in the upper half: (n,) -> (n/2,) uint8."""
+    return codes[0::2] << 4 | codes[1::2]
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """(n/2,) -> (n,) uint8"""
+    return torch.stack([packed >> 4, packed & 15], dim=1).flatten()
+
+
+@dataclass(frozen=True)
+class QuantizedAbsmax:
+    """Double quantization: the absmax values themselves in 8 bits (section 3)."""
+
+    codes: Tensor  # (blocks,) uint8
+    scale: Tensor  # (blocks/256,) float32
+    mean: Tensor  # () float32
+
+    def dequantize(self) -> Tensor:
+        """(blocks,) float32"""
+        scale = self.scale.repeat_interleave(GROUP)[: len(self.codes)]  # (blocks/256,) -> (blocks,)
+        return dynamic_levels()[self.codes.int()] * scale + self.mean
+
+
+def quantize_absmax(absmax: Tensor) -> QuantizedAbsmax:
+    """(blocks,) float32 -> 8 bits each. They are positive: less their mean, they use the levels of both signs."""
+    mean = absmax.mean()
+    scaled, scale = scale_blocks(absmax - mean, GROUP)  # (blocks,) -> (blocks/256, 256)
+    if not absmax.is_cuda:
+        scaled = round_to_grid(scaled)
+    return QuantizedAbsmax(nearest(scaled, dynamic_levels()).flatten()[: len(absmax)], scale, mean)
+
+
+def round_to_grid(scaled: Tensor) -> Tensor:
+    """To 65,536 points from -1 to 1: bitsandbytes' CPU kernel keeps the nearest level for each of them in a table."""
+    return ((scaled + 1) * 0.5 * 65535 + 0.5).floor() / 65535 * 2 - 1
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    kind: str
+    packed: Tensor  # (n/2,) uint8
+    absmax: Tensor | QuantizedAbsmax  # (n/64,) float32, or in 8 bits
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Of everything that is stored for this weight alone."""
+        if isinstance(self.absmax, Tensor):
+            return self.packed.nbytes + self.absmax.nbytes
+        return self.packed.nbytes + self.absmax.codes.nbytes + self.absmax.scale.nbytes + self.absmax.mean.nbytes
+
+    def dequantize(self) -> Tensor:
+        """The weight again, in its shape and dtype, each entry one of 16 levels times the absmax of its block."""
+        absmax = self.absmax if isinstance(self.absmax, Tensor) else self.absmax.dequantize()  # (n/64,)
+        count = self.shape.numel()
+        values = LEVELS[self.kind]()[unpack(self.packed).int()][:count]  # (n/2,) -> (n,)
+        return (values * absmax.repeat_interleave(BLOCK)[:count]).to(self.dtype).view(self.shape)
+
+
+def quantize(weight: Tensor, kind: str = "nf4", double_quant: bool = False) -> QuantizedWeight:
+    """A weight of any shape to 4 bits an entry, with one absmax for 64 of them (section 2, equation 1, block by block).
+
+    Args:
+        kind: "nf4", "fp4" or "int4".
+        double_quant: keep the absmax values in 8 bits, too.
+    """
+    scaled, absmax = scale_blocks(weight.flatten().float(), BLOCK)  # (n,) -> (n/64, 64), (n/64,)
+    packed = pack(nearest(scaled, LEVELS[kind]()).flatten())  # (n/64, 64) -> (n,) -> (n/2,)
+    stored = quantize_absmax(absmax) if double_quant else absmax
+    return QuantizedWeight(kind, packed[: (weight.numel() + 1) // 2], stored, weight.shape, weight.dtype)
+
+
+# The lesson: what the functions above cost and lose.
+
+
+def projections(model: nn.Module) -> list[Tensor]:
+    """The weights that QLoRA packs: every linear layer's but the head's."""
+    return [m.weight for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
+
+
+def bits(weights: list[Tensor], double_quant: bool) -> float:
+    """Stored bits a weight, counted in the tensors that are stored."""
+    stored = sum(quantize(weight, double_quant=double_quant).nbytes for weight in weights)
+    return 8 * stored / sum(weight.numel() for weight in weights)
+
+
+def error(weights: list[Tensor], kind: str, double_quant: bool = False) -> float:
+    """Root mean square of the error over that of the weights."""
+    wrong = sum((quantize(w, kind, double_quant).dequantize() - w).square().sum().item() for w in weights)
+    return math.sqrt(wrong / sum(weight.square().sum().item() for weight in weights))
+
+
+@torch.no_grad()
+def log_probabilities(model: nn.Module, blocks: Tensor) -> Tensor:
+    """(blocks, T) -> (blocks, T - 1, vocabulary)"""
+    return model(input_ids=blocks).logits[:, :-1].log_softmax(dim=-1)
+
+
+@torch.no_grad()
+def damage(model: nn.Module, before: Tensor, kind: str, double_quant: bool, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """What storing the projections in 4 bits does to the log probabilities `before`, in nats a token: (blocks,) both.
+
+    Returns:
+        Change of the loss; Kullback-Leibler divergence from the predictions of the model as it is.
+    """
+    packed = copy.deepcopy(model)
+    for weight in projections(packed):
+        weight.copy_(quantize(weight, kind, double_quant).dequantize())
+    after = log_probabilities(packed, blocks)
+    change = (before - after).gather(2, blocks[:, 1:, None]).squeeze(2)  # (blocks, T-1, vocabulary) -> (blocks, T-1)
+    divergence = (before.exp() * (before - after)).sum(dim=2)  # (blocks, T-1)
+    return change.mean(dim=1), divergence.mean(dim=1)
+
+
+def draw(path: Path, weights: list[Tensor], errors: dict[str, tuple[float, float]]) -> None:
+    colours = {"nf4": BLUE, "fp4": ORANGE, "int4": GREEN}
+    with picture(path, columns=2, size=(12, 4.8)) as (left, right):
+        scaled = torch.cat([scale_blocks(weight.flatten(), BLOCK)[0].flatten() for weight in weights])
+        left.hist(scaled.numpy(), bins=101, density=True, color=GREY, alpha=0.35)
+        for row, (kind, colour) in enumerate(colours.items()):
+            left.plot(
+                LEVELS[kind](), torch.full_like(LEVELS[kind](), -0.12 - 0.12 * row), "|", color=colour, markersize=13, mew=2
+            )
+        left.set_yticks([0, 0.5, 1, *(-0.12 - 0.12 * row for row in range(3))], ["0", "0.5", "1", *(k.upper() for k in colours)])
+        left.set(title="Where the levels are, and where the weights", xlabel="weight / absmax of its block", ylabel="density")
+        left.set_ylim(-0.46, None)
+        left.text(1, 0.47, "the largest of each block", ha="right")
+        for row, (kind, colour) in enumerate(colours.items()):
+            places = [group + 0.27 * (row - 1) for group in range(2)]
+            bars = right.bar(places, [100 * value for value in errors[kind]], 0.25, color=colour, label=kind.upper())
+            right.bar_label(bars, fmt="%.1f %%", padding=2)
+        right.set_xticks([0, 1], ["normal numbers", "the embedded model"])
+        right.set(title="What quantization loses", ylabel="RMS error (% of the RMS weight)")
+        right.set_ylim(0, 1.2 * 100 * max(max(pair) for pair in errors.values()))
+        right.grid(axis="x", visible=False)
+        right.legend(ncols=3, loc="upper center")
+
+
+def print_bits(weights: list[Tensor]) -> None:
+    large = [torch.randn(2048, 2048)]
+    rows = [
+        [name, formula, *(f"{bits(stored, double_quant):.4f}" for stored in (large, weights))]
+        for name, formula, double_quant in (
+            ("absmax in fp32", "4 + 32/64", False),
+            ("double quantization", "4 + 8/64 + 32/(64 · 256)", True),
+        )
+    ]
+    print_table("Stored bits a weight", ["NF4", "formula", "2048 x 2048", "embedded model"], rows, words=2)
+    saved = 1 - bits(large, True) / bits(large, False)
+    print_text(f"""Often quoted: double quantization saves 8 %. Measured: {saved:.1%} of a packed weight. The 8-bit levels
+        are a table of bitsandbytes' own, where summaries often say FP8.""")
+
+
+def print_errors(errors: dict[str, tuple[float, float]]) -> None:
+    rows, over = [], {}
+    for kind, pair in errors.items():
+        over[kind] = [value / best for value, best in zip(pair, errors["nf4"], strict=True)]
+        rows.append([kind.upper(), *(f"{value:.2%}" for value in pair), *(f"{ratio:.2f}" for ratio in over[kind])])
+    header = ["", "normal numbers", "embedded model", "over NF4, normal", "over NF4, model"]
+    print_table("RMS error over RMS weight, blocks of 64", header, rows)
+    normal, real = over["int4"]
+    print_text(f"""Often quoted: NF4 is 1.8 times as precise as evenly spaced INT4. Measured: INT4's error is {normal:.2f} times
+        NF4's on normal numbers, {real:.2f} times on these weights; {normal**2:.2f} and {real**2:.2f} times when squared.""")
+
+
+def print_damage(model: nn.Module) -> None:
+    blocks, rows = load_blocks(256)[:8], []
+    before = log_probabilities(model, blocks)
+    for kind, double_quant in (("nf4", False), ("nf4", True), ("fp4", False), ("int4", False)):
+        both = damage(model, before, kind, double_quant, blocks)
+        means = [f"{b.mean():.4f} ± {b.std() / math.sqrt(len(b)):.4f}" for b in both]
+        rows.append([kind.upper() + (", double quantization" if double_quant else ""), *means])
+    header = ["projections in", "change of the loss", "divergence from fp32"]
+    print_table(f"Predictions on {len(blocks)} blocks of 256 tokens, nats a token ± one standard error", header, rows)
+
+
+def main(argv: list[str] | None = None) -> None:
+    folder = open_folder(create_parser(__doc__, "quantization").parse_args(argv).output_dir)
+    torch.manual_seed(0)
+    model, normal = load_model(), [torch.randn(1024, 1024)]
+    weights = [weight.detach() for weight in projections(model)]
+    print_bits(weights)
+    errors = {kind: (error(normal, kind), error(weights, kind)) for kind in LEVELS}
+    print_errors(errors)
+    print_damage(model)
+    draw(folder / "quantization.png", weights, errors)
+
+
+if __name__ == "__main__":
+    cli.run(main)
