@@ -234,7 +234,7 @@ def draw(path: Path, weights: list[Tensor], errors: dict[str, tuple[float, float
         left.set_yticks([0, 0.5, 1, *(-0.12 - 0.12 * row for row in range(3))], ["0", "0.5", "1", *(k.upper() for k in colours)])
         left.set(title="Where the levels are, and where the weights", xlabel="weight / absmax of its block", ylabel="density")
         left.set_ylim(-0.46, None)
-        left.text(1, 0.47, "the largest of each block", ha="right")
+        left.text(1, 0.47, "the largest\nof each block", ha="right")
         for row, (kind, colour) in enumerate(colours.items()):
             places = [group + 0.27 * (row - 1) for group in range(2)]
             bars = right.bar(places, [100 * value for value in errors[kind]], 0.25, color=colour, label=kind.upper())

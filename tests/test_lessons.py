@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,8 @@ from qlora_kit.config import UserError
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = {"__init__", "lesson"}
 LESSONS = sorted(path.stem for path in (ROOT / "finetuning_lessons").glob("*.py") if path.stem not in SHARED)
-SLOW: set[str] = set()  # more than a few seconds
-
-
-def marked(names: list[str]) -> list:
-    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names]
+# What a lesson trains less of here, so that all run with the other tests; whole they run under the marker slow.
+SHORT: dict[str, dict[str, object]] = {"attention": {"STEPS": 1, "SEEDS": (0,)}, "layers": {"STEPS": 2}}
 
 
 @pytest.mark.parametrize("name", LESSONS)
@@ -31,15 +29,29 @@ def test_help_says_what_the_lesson_is(name, capsys):
     assert lesson.__doc__.splitlines()[0] in " ".join(text.split())
 
 
-@pytest.mark.parametrize("name", marked(LESSONS))
-def test_lesson_prints_a_table_and_writes_its_picture(name, tmp_path, capsys):
-    importlib.import_module(f"finetuning_lessons.{name}").main(["--output_dir", str(tmp_path / "new" / "folder")])
-    (picture,) = (tmp_path / "new" / "folder").iterdir()
+def check_run(name: str, folder: Path, capsys) -> None:
+    importlib.import_module(f"finetuning_lessons.{name}").main(["--output_dir", str(folder)])
+    (picture,) = folder.iterdir()
     assert picture.name == f"{name}.png" and picture.read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert f"picture  {picture}" in printed
     assert "nan" not in printed.split()
     assert max(len(line) for line in printed.splitlines()) <= 130
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_lesson_prints_a_table_and_writes_its_picture(name, tmp_path, capsys, monkeypatch):
+    for setting, value in SHORT.get(name, {}).items():
+        monkeypatch.setattr(f"finetuning_lessons.{name}.{setting}", value)
+    check_run(name, tmp_path / "new" / "folder", capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LESSONS)
+def test_whole_lesson_takes_less_than_a_minute(name, tmp_path, capsys):
+    start = time.monotonic()
+    check_run(name, tmp_path / "pictures", capsys)
+    assert time.monotonic() - start < 60
 
 
 def test_run_as_a_command_a_wrong_folder_is_one_line():
