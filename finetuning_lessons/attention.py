@@ -29,6 +29,7 @@ from qlora_kit import cli
 
 PROJECTIONS = ("q", "k", "v", "o")  # query, key, value, output
 STEPS, SEEDS = 20, (0, 1)
+HELD_OUT = 32  # blocks of 64 tokens
 
 
 class LoRAAttention(nn.Module):
@@ -178,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
     print_table("One attention layer, hidden size 768, 12 heads", header, parameters_of_layer())
 
     blocks = load_blocks(64)
-    blocks, held_out = blocks[:-48], blocks[-48:]
+    blocks, held_out = blocks[:-HELD_OUT], blocks[-HELD_OUT:]
     base, results = held_out_loss(load_model(), held_out), compare_targets(blocks, held_out)
     rows = [
         [name, str(rank), f"{trained:,}", " ".join(f"{loss:.3f}" for loss in losses)]

@@ -115,12 +115,18 @@ class LoRALayer(nn.Module):
 
 
 def replace_linear_layers(
-    model: nn.Module, targets: Sequence[str], rank: int = 8, alpha: float = 16.0, dropout: float = 0.0
+    model: nn.Module,
+    targets: Sequence[str],
+    rank: int = 8,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+    layer_type: type[LoRALayer] = LoRALayer,
 ) -> list[str]:
-    """Put a LoRALayer in the place of each linear layer that one of `targets` names, and freeze everything else.
+    """Put a LoRA layer in the place of each linear layer that one of `targets` names, and freeze everything else.
 
     Args:
         targets: last parts of names: "q_proj" is that layer in every block. GPT-2's Conv1D is a linear layer as well.
+        layer_type: what to put there; qlora.py has another.
 
     Returns:
         Full names of the layers replaced.
@@ -140,7 +146,7 @@ def replace_linear_layers(
             parameter.requires_grad_(False)
     for name, module in found.items():
         linear = module if isinstance(module, nn.Linear) else _as_linear(module)
-        layer = LoRALayer(linear.in_features, linear.out_features, rank, alpha, dropout, linear)
+        layer = layer_type(linear.in_features, linear.out_features, rank, alpha, dropout, linear)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.train(module.training))
     return list(found)

@@ -32,6 +32,7 @@ from qlora_kit import cli
 
 BLOCK = 64  # weights that share one absmax
 GROUP = 256  # absmax values that share one scale, in double quantization
+EVALUATED = 8  # blocks of 256 tokens, for the loss
 
 
 def nf4_levels() -> Tensor:
@@ -274,7 +275,7 @@ def print_errors(errors: dict[str, tuple[float, float]]) -> None:
 
 
 def print_damage(model: nn.Module) -> None:
-    blocks, rows = load_blocks(256)[:8], []
+    blocks, rows = load_blocks(256)[:EVALUATED], []
     before = log_probabilities(model, blocks)
     for kind, double_quant in (("nf4", False), ("nf4", True), ("fp4", False), ("int4", False)):
         both = damage(model, before, kind, double_quant, blocks)

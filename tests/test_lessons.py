@@ -15,7 +15,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = {"__init__", "lesson"}
 LESSONS = sorted(path.stem for path in (ROOT / "finetuning_lessons").glob("*.py") if path.stem not in SHARED)
 # What a lesson trains less of here, so that all run with the other tests; whole they run under the marker slow.
-SHORT: dict[str, dict[str, object]] = {"attention": {"STEPS": 1, "SEEDS": (0,)}, "layers": {"STEPS": 2}}
+SHORT: dict[str, dict[str, object]] = {
+    "layers": {"STEPS": 2},
+    "attention": {"STEPS": 1, "SEEDS": (0,), "HELD_OUT": 4},
+    "quantization": {"EVALUATED": 2},
+    "qlora": {"STEPS": 1, "HELD_OUT": 2},
+}
 
 
 @pytest.mark.parametrize("name", LESSONS)
