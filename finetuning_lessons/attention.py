@@ -17,6 +17,7 @@ from finetuning_lessons.layers import LoRALayer, count_parameters, replace_linea
 from finetuning_lessons.lesson import (
     SKY,
     create_parser,
+    held_out_loss,
     load_blocks,
     load_model,
     open_folder,
@@ -24,7 +25,7 @@ from finetuning_lessons.lesson import (
     print_table,
     print_text,
     train,
-)  # fmt: skip
+)
 from qlora_kit import cli
 
 PROJECTIONS = ("q", "k", "v", "o")  # query, key, value, output
@@ -118,12 +119,6 @@ def parameters_of_layer() -> list[list[str]]:
         trainable, total = count_parameters(LoRAAttention(target_modules=targets))
         rows.append([", ".join(targets), f"{trainable:,}", f"{total:,}", f"{trainable / total:.2%}"])
     return rows
-
-
-@torch.no_grad()
-def held_out_loss(model: nn.Module, blocks: Tensor) -> float:
-    model.eval()
-    return model(input_ids=blocks, labels=blocks).loss.item()
 
 
 def compare_targets(blocks: Tensor, held_out: Tensor) -> dict[str, tuple[int, list[float]]]:

@@ -28,7 +28,7 @@ from finetuning_lessons.lesson import (
     print_table,
     print_text,
     train,
-)  # fmt: skip
+)
 from qlora_kit import cli
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -41,7 +41,7 @@ class LoRALayer(nn.Module):
 
     Args:
         rank: rows of A and columns of B; the update B A has at most this rank.
-        alpha: the update counts alpha/rank times, so that a change of rank asks for no other learning rate (section 4.1).
+        alpha: the update counts alpha/rank times, so that another rank asks for less retuning (section 4.1).
         dropout: share of the inputs of A that is zeroed in training.
         linear: the layer to update, with its weight and bias; one without bias is created when it is left out.
     """
@@ -166,6 +166,9 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)
 
 
+# The lesson: the embedded model with these layers.
+
+
 def count_trainable() -> list[list[str]]:
     rows = []
     for name, targets in (("q and v", ("q_proj", "v_proj")), ("attention", ATTENTION), ("all seven projections", ALL_SEVEN)):
@@ -248,6 +251,23 @@ def draw(path: Path, layer: LoRALayer, name: str, losses: list[float]) -> None:
         right.legend(loc="center right")
 
 
+def print_folding(model: nn.Module, layers: list[LoRALayer], blocks: Tensor) -> None:
+    difference, changed = compare_merged(model, layers, blocks)
+    times = time_forward()
+    rows = [[f"forward pass, {name} (256 x 1024, rank 8)", f"{ms:.2f} ms"] for name, ms in times.items()]
+    rows += [
+        ["logits, merged against unmerged: largest difference", f"{difference:.1e}"],
+        ["weights not restored by subtracting ΔW in float32", f"{lost_by_subtraction(layers, torch.float32):.1%}"],
+        ["weights not restored by subtracting ΔW in bfloat16", f"{lost_by_subtraction(layers, torch.bfloat16):.1%}"],
+        ["weights not restored by unmerge_weights", str(changed)],
+    ]
+    print_table(f"Folding the update into the weights, after {STEPS} steps", ["what", "measured"], rows)
+    beside, merged = (times[name] / times["without LoRA"] for name in ("A and B beside W", "merged"))
+    print_text(f"""A forward pass took {beside:.2f} times as long with A and B beside W, and {merged:.2f} times merged, where it
+        is the same product again. Sums of floating-point numbers are rounded, so the way back is a copy of W, not a
+        subtraction; and a second merge must not add ΔW again.""")
+
+
 def main(argv: list[str] | None = None) -> None:
     folder = open_folder(create_parser(__doc__, "layers").parse_args(argv).output_dir)
     torch.manual_seed(0)
@@ -264,20 +284,7 @@ def main(argv: list[str] | None = None) -> None:
         first. Nothing else has a gradient at all.""")
 
     losses = train(model, blocks, STEPS)
-    difference, changed = compare_merged(model, layers, blocks)
-    times = time_forward()
-    rows = [[f"forward pass, {name} (256 x 1024, rank 8)", f"{ms:.2f} ms"] for name, ms in times.items()]
-    rows += [
-        ["logits, merged against unmerged: largest difference", f"{difference:.1e}"],
-        ["weights not restored by subtracting ΔW in float32", f"{lost_by_subtraction(layers, torch.float32):.1%}"],
-        ["weights not restored by subtracting ΔW in bfloat16", f"{lost_by_subtraction(layers, torch.bfloat16):.1%}"],
-        ["weights not restored by unmerge_weights", str(changed)],
-    ]
-    print_table(f"Folding the update into the weights, after {STEPS} steps", ["what", "measured"], rows)
-    beside, merged = (times[name] / times["without LoRA"] for name in ("A and B beside W", "merged"))
-    print_text(f"""A forward pass took {beside:.2f} times as long with A and B beside W, and {merged:.2f} times merged, where it
-        is the same product again. Sums of floating-point numbers are rounded, so the way back is a copy of W, not a
-        subtraction; and a second merge must not add ΔW again.""")
+    print_folding(model, layers, blocks)
     draw(folder / "layers.png", layers[0], names[0].removeprefix("model."), losses)
 
 

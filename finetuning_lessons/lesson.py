@@ -169,3 +169,12 @@ def train(model: "torch.nn.Module", blocks: "torch.Tensor", steps: int, learning
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
+
+
+def held_out_loss(model: "torch.nn.Module", blocks: "torch.Tensor") -> float:
+    """Mean loss in nats a token, without dropout."""
+    import torch
+
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=blocks, labels=blocks).loss.item()

@@ -22,6 +22,7 @@ from finetuning_lessons.lesson import (
     RED,
     SKY,
     create_parser,
+    held_out_loss,
     load_blocks,
     load_model,
     open_folder,
@@ -29,7 +30,7 @@ from finetuning_lessons.lesson import (
     print_table,
     print_text,
     train,
-)  # fmt: skip
+)
 from finetuning_lessons.quantization import QuantizedWeight, quantize
 from qlora_kit import cli
 from qlora_kit.memory import BYTES_4BIT_DOUBLE, GIB, read_shape
@@ -69,7 +70,7 @@ class NF4Linear(nn.Module):
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.quantized = quantize(linear.weight.detach(), "nf4", double_quant=True)
-        self.bias = linear.bias  # 16 bits; too few to matter
+        self.bias = linear.bias  # not packed: one number for a whole row of W
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
@@ -150,11 +151,6 @@ def kept_for_backward(layer: nn.Module) -> float:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         layer(torch.randn(256, 1024, requires_grad=True))
     return sum(kept.values()) / MIB
-
-
-@torch.no_grad()
-def held_out_loss(model: nn.Module, blocks: Tensor) -> float:
-    return model.eval()(input_ids=blocks, labels=blocks).loss.item()
 
 
 def with_layers(model: nn.Module, make: Callable[[QLoRALayer], nn.Module]) -> nn.Module:

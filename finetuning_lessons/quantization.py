@@ -27,7 +27,7 @@ from finetuning_lessons.lesson import (
     picture,
     print_table,
     print_text,
-)  # fmt: skip
+)
 from qlora_kit import cli
 
 BLOCK = 64  # weights that share one absmax
@@ -43,14 +43,10 @@ def nf4_levels() -> Tensor:
     must stay zero; so 7 levels are below it and 8 above, each side evenly spaced in probability.
     """
     last = 0.9677083  # 1 - (1/30 + 1/32) / 2, with the digits of the authors' code
-    above = _normal_quantiles(torch.linspace(last, 0.5, 9)[:-1])  # (8,)
-    below = -_normal_quantiles(torch.linspace(last, 0.5, 8)[:-1])  # (7,)
-    levels = torch.cat([below, torch.zeros(1), above]).sort().values  # (16,)
+    sides = (torch.linspace(last, 0.5, 9)[:-1], torch.linspace(last, 0.5, 8)[:-1])  # (8,), (7,)
+    above, below = (torch.special.ndtri(side.double()).float() for side in sides)  # fp32 misses the published table's last bits
+    levels = torch.cat([-below, torch.zeros(1), above]).sort().values  # (16,)
     return levels / levels.max()
-
-
-def _normal_quantiles(probabilities: Tensor) -> Tensor:
-    return torch.special.ndtri(probabilities.double()).float()  # in fp64: fp32 misses the last bits of the published table
 
 
 def fp4_levels() -> Tensor:
@@ -89,6 +85,7 @@ def dynamic_levels() -> Tensor:
 
 def nearest(values: Tensor, levels: Tensor) -> Tensor:
     """Index of the level nearest to each value; halfway, of the lower. Any shape -> the same, uint8."""
+    levels = levels.to(values.device)
     order = torch.argsort(levels, stable=True)  # FP4's bit patterns are not in the order of their values
     ascending = levels[order]
     halfway = (ascending[:-1] + ascending[1:]) / 2
@@ -128,7 +125,7 @@ class QuantizedAbsmax:
     def dequantize(self) -> Tensor:
         """(blocks,) float32"""
         scale = self.scale.repeat_interleave(GROUP)[: len(self.codes)]  # (blocks/256,) -> (blocks,)
-        return dynamic_levels()[self.codes.int()] * scale + self.mean
+        return dynamic_levels().to(scale.device)[self.codes.int()] * scale + self.mean
 
 
 def quantize_absmax(absmax: Tensor) -> QuantizedAbsmax:
@@ -164,7 +161,8 @@ class QuantizedWeight:
         """The weight again, in its shape and dtype, each entry one of 16 levels times the absmax of its block."""
         absmax = self.absmax if isinstance(self.absmax, Tensor) else self.absmax.dequantize()  # (n/64,)
         count = self.shape.numel()
-        values = LEVELS[self.kind]()[unpack(self.packed).int()][:count]  # (n/2,) -> (n,)
+        levels = LEVELS[self.kind]().to(absmax.device)
+        values = levels[unpack(self.packed).int()][:count]  # (n/2,) -> (n,)
         return (values * absmax.repeat_interleave(BLOCK)[:count]).to(self.dtype).view(self.shape)
 
 
@@ -195,9 +193,9 @@ def bits(weights: list[Tensor], double_quant: bool) -> float:
     return 8 * stored / sum(weight.numel() for weight in weights)
 
 
-def error(weights: list[Tensor], kind: str, double_quant: bool = False) -> float:
+def error(weights: list[Tensor], kind: str) -> float:
     """Root mean square of the error over that of the weights."""
-    wrong = sum((quantize(w, kind, double_quant).dequantize() - w).square().sum().item() for w in weights)
+    wrong = sum((quantize(w, kind).dequantize() - w).square().sum().item() for w in weights)
     return math.sqrt(wrong / sum(weight.square().sum().item() for weight in weights))
 
 
@@ -224,21 +222,24 @@ def damage(model: nn.Module, before: Tensor, kind: str, double_quant: bool, bloc
 
 
 def draw(path: Path, weights: list[Tensor], errors: dict[str, tuple[float, float]]) -> None:
-    colours = {"nf4": BLUE, "fp4": ORANGE, "int4": GREEN}
+    colours, places = {"nf4": BLUE, "fp4": ORANGE, "int4": GREEN}, (-0.12, -0.24, -0.36)
     with picture(path, columns=2, size=(12, 4.8)) as (left, right):
         scaled = torch.cat([scale_blocks(weight.flatten(), BLOCK)[0].flatten() for weight in weights])
         left.hist(scaled.numpy(), bins=101, density=True, color=GREY, alpha=0.35)
         for row, (kind, colour) in enumerate(colours.items()):
-            left.plot(
-                LEVELS[kind](), torch.full_like(LEVELS[kind](), -0.12 - 0.12 * row), "|", color=colour, markersize=13, mew=2
-            )
-        left.set_yticks([0, 0.5, 1, *(-0.12 - 0.12 * row for row in range(3))], ["0", "0.5", "1", *(k.upper() for k in colours)])
+            left.plot(LEVELS[kind](), [places[row]] * len(LEVELS[kind]()), "|", color=colour, markersize=13, mew=2)
+        left.set_yticks([0, 0.5, 1, *places], ["0", "0.5", "1", *(kind.upper() for kind in colours)])
         left.set(title="Where the levels are, and where the weights", xlabel="weight / absmax of its block", ylabel="density")
         left.set_ylim(-0.46, None)
         left.text(1, 0.47, "the largest\nof each block", ha="right")
         for row, (kind, colour) in enumerate(colours.items()):
-            places = [group + 0.27 * (row - 1) for group in range(2)]
-            bars = right.bar(places, [100 * value for value in errors[kind]], 0.25, color=colour, label=kind.upper())
+            bars = right.bar(
+                [0.27 * (row - 1), 1 + 0.27 * (row - 1)],
+                [100 * value for value in errors[kind]],
+                0.25,
+                color=colour,
+                label=kind.upper(),
+            )
             right.bar_label(bars, fmt="%.1f %%", padding=2)
         right.set_xticks([0, 1], ["normal numbers", "the embedded model"])
         right.set(title="What quantization loses", ylabel="RMS error (% of the RMS weight)")
@@ -249,13 +250,8 @@ def draw(path: Path, weights: list[Tensor], errors: dict[str, tuple[float, float
 
 def print_bits(weights: list[Tensor]) -> None:
     large = [torch.randn(2048, 2048)]
-    rows = [
-        [name, formula, *(f"{bits(stored, double_quant):.4f}" for stored in (large, weights))]
-        for name, formula, double_quant in (
-            ("absmax in fp32", "4 + 32/64", False),
-            ("double quantization", "4 + 8/64 + 32/(64 · 256)", True),
-        )
-    ]
+    kinds = (("absmax in fp32", "4 + 32/64", False), ("double quantization", "4 + 8/64 + 32/(64 · 256)", True))
+    rows = [[name, formula, *(f"{bits(stored, double):.4f}" for stored in (large, weights))] for name, formula, double in kinds]
     print_table("Stored bits a weight", ["NF4", "formula", "2048 x 2048", "embedded model"], rows, words=2)
     saved = 1 - bits(large, True) / bits(large, False)
     print_text(f"""Often quoted: double quantization saves 8 %. Measured: {saved:.1%} of a packed weight. The 8-bit levels

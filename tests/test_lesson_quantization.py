@@ -110,6 +110,17 @@ def test_double_quantization_is_that_of_bitsandbytes(weights, kind):
         assert torch.equal(ours.dequantize(), bnb.dequantize_4bit(packed, state))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_on_a_gpu_it_is_that_of_bitsandbytes_there(weights, kind):
+    for weight in (weight.cuda() for weight in weights[:-1]):
+        ours = quantize(weight, kind, double_quant=True)
+        packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type=kind, compress_statistics=True)
+        assert torch.equal(ours.packed, packed.flatten())
+        assert torch.equal(ours.absmax.codes, state.absmax)
+        assert torch.equal(ours.dequantize(), bnb.dequantize_4bit(packed, state))
+
+
 def test_without_the_grid_the_codes_are_those_of_the_other_kernels(monkeypatch):
     """bitsandbytes' kernels but the CPU's take the nearest level itself, as its portable one does, which runs here."""
     portable = torch.ops.bitsandbytes.quantize_blockwise.default._op_dk
