@@ -54,7 +54,7 @@ def test_with_an_update_it_is_not_torchs_attention(hidden):
         assert (attention(hidden) - reference(attention, hidden)).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("name", ["causal", "causal and padding on the left"])
+@pytest.mark.parametrize("name", ["causal", "causal and padding on the left", "added numbers and minus infinity"])
 def test_the_gradient_of_the_input_is_torchs(hidden, name):
     """A row that may look nowhere has no gradient, where a plain softmax gives not-a-number."""
     attention = LoRAAttention(hidden_size=24, num_heads=4, target_modules=("q", "k", "v", "o"))
