@@ -12,17 +12,20 @@ form feed; --json puts each on a line of its own. What is said about answers goe
 
 import argparse
 import sys
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from qlora_kit import cli
-from qlora_kit.adapter import AdapterSource, read_adapter
-from qlora_kit.answers import run_demo, run_text
+from qlora_kit.adapter import AdapterSource, check_base, load_checked_tokenizer, read_adapter
+from qlora_kit.answers import encode_prompts, run_demo, run_text
 from qlora_kit.config import UserError, override
-from qlora_kit.generation import Generator, find_stop_ids
-from qlora_kit.hub import fetch_model, go_offline_if_unreachable, is_local
+from qlora_kit.generation import Generator, PromptEncoder, find_stop_ids
+from qlora_kit.hub import fetch_model, fetch_tokenizer, go_offline_if_unreachable, is_local, read_context
 from qlora_kit.prompts import Prompt, demo_prompts, read_prompt, read_prompt_file
 from qlora_kit.settings import Config, GenerationSettings
 from qlora_kit.sources import source_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BATCH_SIZE = 8  # prompts answered at once
 SAMPLING_FLAGS = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
@@ -112,16 +115,25 @@ def sampling_settings(arguments: argparse.Namespace, config: Config) -> Generati
 
 
 def read_prompts(arguments: argparse.Namespace, style: str) -> list[Prompt]:
-    """What is to be answered: the prompts given, or those of the demo."""
+    """What is to be answered: the prompts given, or those of the demo; none yet in interactive mode."""
     if arguments.prompt is not None:
         return [read_prompt(arguments.prompt)]
     if arguments.prompt_file is not None:
         return read_prompt_file(arguments.prompt_file)
-    return demo_prompts(style)
+    return demo_prompts(style) if arguments.mode == "demo" else []
 
 
-def load_generator(source: AdapterSource, settings: GenerationSettings, arguments: argparse.Namespace) -> Generator:
-    from qlora_kit.attach import attach_adapter, check_base, check_vocabulary, load_checked_tokenizer
+def load_generator(
+    source: AdapterSource,
+    settings: GenerationSettings,
+    arguments: argparse.Namespace,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+) -> Generator:
+    """
+    Args:
+        tokenizer: that of `source`, where it is loaded already.
+    """
+    from qlora_kit.attach import attach_adapter, check_vocabulary
     from qlora_kit.decoding import choose_engine
     from qlora_kit.device import choose_device, usable_dtype
     from quantization_utils import create_bnb_config, load_model_and_tokenizer
@@ -139,7 +151,7 @@ def load_generator(source: AdapterSource, settings: GenerationSettings, argument
         dtype=dtype,
         revision=source.model.revision,
         trust_remote_code=source.model.trust_remote_code,
-        tokenizer=load_checked_tokenizer(source),
+        tokenizer=load_checked_tokenizer(source) if tokenizer is None else tokenizer,
     )
     check_vocabulary(source, tokenizer, model)
     adapted = model if arguments.base_only else attach_adapter(model, source, device)
@@ -189,10 +201,14 @@ def main(argv: list[str] | None = None) -> None:
     cli.prepare_libraries()
     if not (is_local(source.model.name) and is_local(arguments.perplexity or ".")):
         go_offline_if_unreachable()
+    small_files = fetch_tokenizer(source.model)
+    tokenizer = load_checked_tokenizer(source)
+    encoder = PromptEncoder(tokenizer, source.style, source.config.data.train_on, arguments.system)
+    prompts = encode_prompts(prompts, encoder, settings.max_new_tokens, read_context(small_files))
     fetch_model(source.model)
     for note in source.notes:
         print(note, file=sys.stderr)
-    generator = load_generator(source, settings, arguments)
+    generator = load_generator(source, settings, arguments, tokenizer)
     if not arguments.base_only:
         warn_of_nothing(generator, source)
     if arguments.perplexity is not None:

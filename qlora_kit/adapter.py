@@ -1,21 +1,26 @@
 """An adapter's folder -> how to load and prompt it.
 
 run.json (written by train_qlora.py) names base model, revision, quantization, prompt style and stop tokens. A plain PEFT adapter
-names its base model; the rest is assumed, and `notes` say what. A checkpoint goes by the run.json of its run. Whether the base
-model and the adapter's tensors are what they should be: attach.py.
+names its base model; the rest is assumed, and `notes` say what. A checkpoint goes by the run.json of its run. Whether the
+adapter's tensors fit the base model: attach.py.
 """
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_kit.checkpoint import ADAPTER_FILES, CHECKPOINTS, CONFIG, PASSPORT
 from qlora_kit.config import UserError, load_config
-from qlora_kit.fingerprint import tensor_shapes
-from qlora_kit.hub import TOKENIZER_FILES, is_local, read_json
+from qlora_kit.fingerprint import tensor_shapes, weights_fingerprint
+from qlora_kit.hub import TOKENIZER_FILES, is_local, model_folder, read_json
 from qlora_kit.report import remote_code_warning
 from qlora_kit.settings import Config, DataConfig, ModelConfig, QuantizationConfig
 from qlora_kit.sources import open_source
+from qlora_kit.tokenizer import load_tokenizer, tokenizer_fingerprint, vocabulary_fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PROMPTS_ARE = {"text": "continued as plain text", "chat": "put through the chat template", "instruction": "given as instructions"}
 
@@ -187,3 +192,46 @@ def _style_of_run(data: DataConfig) -> str:
     if formats[0] in ("auto", "text"):
         return "text"
     return "instruction" if formats == ["instruction"] else "chat"
+
+
+# What it was trained with, before anything large is loaded
+
+
+def check_base(source: AdapterSource) -> None:
+    """Compare the base model's weights with those of training; nothing is loaded.
+
+    Raises:
+        UserError: they are others.
+    """
+    recorded, folder = source.passport.get("base_weights_sha256"), model_folder(source.model)
+    found = weights_fingerprint(folder) if folder else None
+    if recorded and found and found != recorded:
+        raise UserError(
+            f"--adapter {source.folder}: {source.model.name} has other weights than the adapter was trained on (fingerprint "
+            f"{found[:12]}, run.json has {recorded[:12]}); restore them, or delete base_weights_sha256 from run.json to go on"
+        )
+
+
+def load_checked_tokenizer(source: AdapterSource) -> "PreTrainedTokenizerBase":
+    """The tokenizer that stands beside the adapter, its chat template too; else the base model's.
+
+    Raises:
+        UserError: it cannot be loaded, or its vocabulary is not that of training.
+    """
+    tokenizer = load_tokenizer(source.tokenizer)
+    recorded = source.passport.get("tokenizer_sha256")
+    if recorded and tokenizer_fingerprint(tokenizer) != recorded:
+        # A later library may describe the same tokenizer in other words; the vocabulary has no two descriptions.
+        vocabulary = source.passport.get("vocabulary_sha256")
+        if vocabulary is None:
+            print(
+                f"{source.folder}: the tokenizer is described otherwise than in training (tokenizer_sha256 in run.json): "
+                "it may be another one",
+                file=sys.stderr,
+            )
+        elif vocabulary != vocabulary_fingerprint(tokenizer):
+            raise UserError(
+                f"--adapter {source.folder}: the tokenizer in {source.tokenizer.name} has another vocabulary than the adapter "
+                "was trained with (vocabulary_sha256 in run.json); copy its tokenizer files again"
+            )
+    return tokenizer

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_kit import cli
-from qlora_kit.generation import Generated, Generator
+from qlora_kit.generation import Generated, Generator, PromptEncoder, check_context
 from qlora_kit.preview import INVISIBLE
 from qlora_kit.prompts import Prompt
 
@@ -39,31 +39,34 @@ def _fields(answer: Generated) -> dict[str, Any]:
     return {"text": answer.text, "tokens": answer.tokens, "stop": answer.stop, "seconds": round(answer.seconds, 4)}
 
 
+def encode_prompts(prompts: list[Prompt], encoder: PromptEncoder, new_tokens: int, context: int | None) -> list[Prompt]:
+    """The same prompts with their ids.
+
+    Raises:
+        UserError: one is empty, or too long for an answer of `new_tokens` to fit into the context behind it.
+    """
+    encoded = [prompt._replace(ids=tuple(encoder.encode(prompt.text, prompt.place))) for prompt in prompts]
+    for prompt in encoded:
+        check_context(prompt.ids, new_tokens, context, prompt.place)
+    return encoded
+
+
 def answer_prompts(generator: Generator, prompts: list[Prompt], batch_size: int, compare: bool) -> Iterator[Answered]:
-    """Answers in the order of the prompts, `batch_size` at a time.
+    """Answers to encoded prompts in their order, `batch_size` at a time.
 
     With temperature 0 an answer does not depend on the prompts beside it. Sampled ones share the random numbers of their batch:
     the same prompts, seed and batch size give the same answers.
-
-    Raises:
-        UserError: a prompt is too long; before any is answered.
     """
-    encoded = [_encode(generator, prompt) for prompt in prompts]
     for start in range(0, len(prompts), batch_size):
-        ids = encoded[start : start + batch_size]
+        batch = prompts[start : start + batch_size]
+        ids = [list(prompt.ids) for prompt in batch]
         answers = generator.complete(ids)
         bases: list[Generated | None] = [None] * len(ids)
         if compare:
             with generator.adapter_off():
                 bases = list(generator.complete(ids))
-        for prompt, answer, base in zip(prompts[start : start + batch_size], answers, bases, strict=True):
+        for prompt, answer, base in zip(batch, answers, bases, strict=True):
             yield Answered(prompt.text, generator.seed, answer, base)
-
-
-def _encode(generator: Generator, prompt: Prompt) -> list[int]:
-    ids = generator.encode(prompt.text)
-    generator.check_room(ids, prompt.place)
-    return ids
 
 
 def run_text(generator: Generator, prompts: list[Prompt], batch_size: int, compare: bool, as_json: bool) -> None:

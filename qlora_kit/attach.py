@@ -1,10 +1,9 @@
-"""A loaded base model and an adapter's folder -> both as one, checked: the weights are those of training, every tensor arrives.
+"""A loaded base model and an adapter's folder -> both as one, checked: every tensor arrives.
 
 peft loads an adapter of which half is missing without a word, and any adapter whose shapes fit.
 """
 
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,52 +15,10 @@ from safetensors import SafetensorError
 from qlora_kit.adapter import AdapterSource
 from qlora_kit.checkpoint import ADAPTER_FILES
 from qlora_kit.config import UserError
-from qlora_kit.fingerprint import tensor_shapes, weights_fingerprint
-from qlora_kit.hub import model_folder
-from qlora_kit.tokenizer import load_tokenizer, tokenizer_fingerprint, vocabulary_fingerprint
+from qlora_kit.fingerprint import tensor_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-def check_base(source: AdapterSource) -> None:
-    """Compare the base model's weights with those of training; nothing is loaded.
-
-    Raises:
-        UserError: they are others.
-    """
-    recorded, folder = source.passport.get("base_weights_sha256"), model_folder(source.model)
-    found = weights_fingerprint(folder) if folder else None
-    if recorded and found and found != recorded:
-        raise UserError(
-            f"--adapter {source.folder}: {source.model.name} has other weights than the adapter was trained on (fingerprint "
-            f"{found[:12]}, run.json has {recorded[:12]}); restore them, or delete base_weights_sha256 from run.json to go on"
-        )
-
-
-def load_checked_tokenizer(source: AdapterSource) -> "PreTrainedTokenizerBase":
-    """The tokenizer that stands beside the adapter, its chat template too; else the base model's.
-
-    Raises:
-        UserError: it cannot be loaded, or its vocabulary is not that of training.
-    """
-    tokenizer = load_tokenizer(source.tokenizer)
-    recorded = source.passport.get("tokenizer_sha256")
-    if recorded and tokenizer_fingerprint(tokenizer) != recorded:
-        # A later library may describe the same tokenizer in other words; the vocabulary has no two descriptions.
-        vocabulary = source.passport.get("vocabulary_sha256")
-        if vocabulary is None:
-            print(
-                f"{source.folder}: the tokenizer is described otherwise than in training (tokenizer_sha256 in run.json): "
-                "it may be another one",
-                file=sys.stderr,
-            )
-        elif vocabulary != vocabulary_fingerprint(tokenizer):
-            raise UserError(
-                f"--adapter {source.folder}: the tokenizer in {source.tokenizer.name} has another vocabulary than the adapter "
-                "was trained with (vocabulary_sha256 in run.json); copy its tokenizer files again"
-            )
-    return tokenizer
 
 
 def check_vocabulary(source: AdapterSource, tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> None:

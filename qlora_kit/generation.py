@@ -5,7 +5,7 @@ running text, of chats or of instructions, what of an answer can be printed alre
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -15,6 +15,7 @@ from qlora_kit.config import UserError
 from qlora_kit.encoding import encode
 from qlora_kit.formats import TrainOn, prompt_pieces
 from qlora_kit.settings import GenerationSettings
+from qlora_kit.tokenizer import token_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,7 +49,7 @@ class Generated:
 
 def find_stop_ids(tokenizer: "PreTrainedTokenizerBase", style: str) -> list[int]:
     """Tokens that end an answer: the separator of texts, the tokenizer's own end, and what the chat template ends a turn with."""
-    found = {tokenizer.get_vocab().get("<|endoftext|>"), tokenizer.eos_token_id}
+    found = {token_id("<|endoftext|>", tokenizer), tokenizer.eos_token_id}
     if style == "chat":
         try:
             found.add(tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer)))
@@ -57,7 +58,66 @@ def find_stop_ids(tokenizer: "PreTrainedTokenizerBase", style: str) -> list[int]
     return sorted(token for token in found if token is not None)
 
 
-class Generator:
+def check_context(ids: Sequence[int], new_tokens: int, room: int | None, place: str) -> None:
+    """
+    Args:
+        room: the model's context; None where it is not known.
+        place: where the prompt comes from.
+
+    Raises:
+        UserError: prompt and answer exceed the context.
+    """
+    if room and len(ids) + new_tokens > room:
+        raise UserError(
+            f"{place}: {len(ids)} tokens and {new_tokens} new ones exceed the model's context "
+            f"of {room}; shorten the prompt or use a smaller --max_new_tokens"
+        )
+
+
+class PromptEncoder:
+    """How a prompt is given to an adapter: as training gave it.
+
+    Args:
+        style: text, chat or instruction.
+        system: stands before a prompt in the chat style.
+    """
+
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", style: str, train_on: TrainOn = "assistant", system: str | None = None
+    ):
+        self.tokenizer, self.style, self.train_on, self.system = tokenizer, style, train_on, system
+
+    def encode(self, prompt: str, place: str = "--prompt") -> list[int]:
+        """Ids of one prompt in the adapter's own style.
+
+        Args:
+            place: where the prompt comes from.
+
+        Raises:
+            UserError: it has no tokens.
+        """
+        if self.style == "chat":
+            system = [] if self.system is None else [{"role": "system", "content": self.system}]
+            try:
+                return self.encode_chat([*system, {"role": "user", "content": prompt}])
+            except BadRecord as error:
+                raise UserError(f"{'--system' if system else place}: {error}") from None
+        text = f"### Instruction:\n{prompt}\n\n### Response:\n" if self.style == "instruction" else prompt
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not ids or not prompt:
+            raise UserError(f"{place}: the prompt is empty; give it some text")
+        return ids
+
+    def encode_chat(self, messages: list[Message]) -> list[int]:
+        """Ids of a conversation that waits for an answer: those that training gave it, up to that answer.
+
+        Raises:
+            BadRecord: the chat template refuses the turns.
+        """
+        return encode([prompt_pieces(messages, self.tokenizer, self.train_on)], self.tokenizer)[0].ids.tolist()
+
+
+class Generator(PromptEncoder):
     """An engine, its tokenizer and the settings of its answers, which may be replaced between them."""
 
     def __init__(
@@ -71,55 +131,13 @@ class Generator:
         train_on: TrainOn = "assistant",
         system: str | None = None,
     ):
-        self.engine, self.tokenizer, self.settings = engine, tokenizer, settings
-        self.stop_ids, self.seed, self.style, self.train_on = stop_ids, seed, style, train_on
-        self.system = system  # stands before a prompt in the chat style
+        super().__init__(tokenizer, style, train_on, system)
+        self.engine, self.settings, self.stop_ids, self.seed = engine, settings, stop_ids, seed
         self.last: Generated | None = None  # what `stream` gave
-
-    def encode(self, prompt: str) -> list[int]:
-        """Ids of one prompt in the adapter's own style.
-
-        Raises:
-            UserError: it has no tokens.
-        """
-        if self.style == "chat":
-            system = [] if self.system is None else [{"role": "system", "content": self.system}]
-            try:
-                return self.encode_chat([*system, {"role": "user", "content": prompt}])
-            except BadRecord as error:
-                raise UserError(f"{'--system' if system else '--prompt'}: {error}") from None
-        text = f"### Instruction:\n{prompt}\n\n### Response:\n" if self.style == "instruction" else prompt
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if not ids or not prompt:
-            raise UserError("--prompt: the prompt is empty; give it some text")
-        return ids
-
-    def encode_chat(self, messages: list[Message]) -> list[int]:
-        """Ids of a conversation that waits for an answer: those that training gave it, up to that answer.
-
-        Raises:
-            BadRecord: the chat template refuses the turns.
-        """
-        return encode([prompt_pieces(messages, self.tokenizer, self.train_on)], self.tokenizer)[0].ids.tolist()
-
-    def check_room(self, ids: list[int], place: str = "--prompt") -> None:
-        """
-        Args:
-            place: where the prompt comes from.
-
-        Raises:
-            UserError: prompt and answer exceed the context.
-        """
-        room = self.engine.context
-        if room and len(ids) + self.settings.max_new_tokens > room:
-            raise UserError(
-                f"{place}: {len(ids)} tokens and {self.settings.max_new_tokens} new ones exceed the model's context "
-                f"of {room}; shorten the prompt or use a smaller --max_new_tokens"
-            )
 
     def stream(self, ids: list[int]) -> Iterator[str]:
         """The answer a piece a token, empty while a character is half there; `last` then says how it went."""
-        self.check_room(ids)
+        check_context(ids, self.settings.max_new_tokens, self.engine.context, "--prompt")
         answer = _Answer(self.tokenizer, self.stop_ids)
         steps = self.engine.steps([ids], self.settings, self.seed, self.stop_ids)
         try:
@@ -135,7 +153,7 @@ class Generator:
     def complete(self, prompts: list[list[int]]) -> list[Generated]:
         """Whole answers to several prompts at once."""
         for ids in prompts:
-            self.check_room(ids)
+            check_context(ids, self.settings.max_new_tokens, self.engine.context, "--prompt")
         answers = [_Answer(self.tokenizer, self.stop_ids) for _ in prompts]
         for step in self.engine.steps(prompts, self.settings, self.seed, self.stop_ids):
             for answer, token in zip(answers, step, strict=True):

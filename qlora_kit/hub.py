@@ -53,13 +53,13 @@ def read_model_config(model: ModelConfig) -> dict[str, Any]:
     return read_json(_download(model, ["config.json"]) / "config.json", "model.name")
 
 
-def fetch_tokenizer(model: ModelConfig) -> None:
-    """Make the base model's config and tokenizer ready on this machine: a few MB, enough to prepare data.
+def fetch_tokenizer(model: ModelConfig) -> Path:
+    """Make the base model's config and tokenizer ready on this machine: a few MB, enough to prepare data; returns their folder.
 
     Raises:
         UserError: no such model, no access, no network and no cached copy, or files missing: one line with the remedy.
     """
-    _fetch(model, SMALL_FILES)
+    return _fetch(model, SMALL_FILES)
 
 
 def fetch_model(model: ModelConfig) -> Path:
@@ -86,6 +86,12 @@ def model_folder(model: ModelConfig) -> Path | None:
         return Path(snapshot_download(model.name, revision=model.revision, allow_patterns=MODEL_FILES, local_files_only=True))
     except (OSError, ValueError):
         return None
+
+
+def read_context(folder: Path) -> int | None:
+    """Tokens that the model in `folder` reads at most, by its config.json; None where it states none."""
+    settings = read_json(folder / "config.json", "model.name")
+    return settings.get("max_position_embeddings") or settings.get("n_positions")  # the second is GPT-2's
 
 
 def _fetch(model: ModelConfig, patterns: list[str]) -> Path:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit import cli
 from qlora_kit.adapter import AdapterSource, read_adapter
 from qlora_kit.config import UserError
-from qlora_kit.hub import TOKENIZER_FILES, fetch_model, go_offline_if_unreachable, is_local, read_json
+from qlora_kit.hub import TOKENIZER_FILES, fetch_model, go_offline_if_unreachable, is_local, read_context
 from qlora_kit.memory import GIB
 from qlora_kit.merging.folder import check_disk, check_output, copy_small_files, record_check, staged, write_mark
 from qlora_kit.merging.pairs import read_pairs
@@ -99,9 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     merge = plan_merge(base, source.model, pairs, loading if arguments.base == "dequantized" else None, key)
     check_disk(output, merge.nbytes)
     tokenizer = _load_tokenizer(source, base)
-    settings = read_json(base / "config.json", "model.name")
-    positions = settings.get("max_position_embeddings") or settings.get("n_positions")
-    checked = None if arguments.check == "none" else check_blocks(source, arguments.check, tokenizer, positions)
+    checked = None if arguments.check == "none" else check_blocks(source, arguments.check, tokenizer, read_context(base))
     say_what_is_merged(source, arguments.base, len(pairs))
     write_merge(output, merge, limit, base, source, tokenizer, arguments.base)
     if checked:

@@ -24,6 +24,7 @@ DEMO_REQUESTS = [
 class Prompt(NamedTuple):
     text: str
     place: str = "--prompt"  # for messages
+    ids: tuple[int, ...] = ()  # as the adapter's own style gives it to the model; empty until then
 
 
 def demo_prompts(style: str) -> list[Prompt]:

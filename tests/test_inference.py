@@ -492,6 +492,22 @@ def test_what_can_be_known_early_is_refused_before_torch_is_imported(adapter, ro
     assert result.stdout.strip() == "[]", result.stderr
 
 
+@pytest.mark.parametrize("flags", [
+    ["--prompt", "word " * 1100], ["--mode", "demo", "--max_new_tokens", "1020"],
+])  # fmt: skip
+def test_a_prompt_that_is_too_long_is_refused_before_weights_are_loaded(adapter, root, tmp_path, flags):
+    """The base model's folder holds none."""
+    folder, base = copy(adapter, tmp_path / "adapter"), tmp_path / "base"
+    shutil.copytree(root / "assets" / "tiny-qwen2", base, ignore=shutil.ignore_patterns("*.safetensors"))
+    passport = json.loads((folder / "run.json").read_text())
+    passport["base_model"] = {"name": str(base), "revision": None, "folder": str(base)}
+    (folder / "run.json").write_text(json.dumps(passport))
+    with pytest.raises(UserError, match=r"--prompt: 1.* context of 1024|prompt of the demo .* context of 1024"):
+        inference_example.main(["--adapter", str(folder), *flags])
+    with pytest.raises(UserError, match=r"no \*\.safetensors weights"):
+        inference_example.main(["--adapter", str(folder), "--prompt", "short"])
+
+
 def test_empty_standard_input_is_an_empty_prompt(adapter, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     with pytest.raises(UserError, match="empty"):
