@@ -12,7 +12,7 @@ form feed; --json puts each on a line of its own. What is said about answers goe
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from qlora_kit import cli
 from qlora_kit.adapter import AdapterSource, check_base, load_checked_tokenizer, read_adapter
@@ -20,6 +20,7 @@ from qlora_kit.answers import encode_prompts, run_demo, run_text
 from qlora_kit.config import UserError, override
 from qlora_kit.generation import Generator, PromptEncoder, find_stop_ids
 from qlora_kit.hub import fetch_model, fetch_tokenizer, go_offline_if_unreachable, is_local, read_context
+from qlora_kit.merging.pairs import read_pairs
 from qlora_kit.prompts import Prompt, demo_prompts, read_prompt, read_prompt_file
 from qlora_kit.settings import Config, GenerationSettings
 from qlora_kit.sources import source_files
@@ -52,6 +53,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the base model")
     parser.add_argument("--base_only", action="store_true", help="leave the adapter out, to see what it changes")
     parser.add_argument("--compare", action="store_true", help="answer with and without the adapter; --mode demo does so anyway")
+    parser.add_argument(
+        "--merged", action="store_true", help="fold the adapter into 16-bit weights first, where there is room: faster"
+    )
     parser.add_argument("--perplexity", metavar="DATA", help="file or data set: perplexity with and without the adapter on it")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
     parser.add_argument(
@@ -84,10 +88,12 @@ def check_flags(arguments: argparse.Namespace) -> None:
         raise UserError('--prompt: --mode text needs one, such as --prompt "The river"; - reads it from standard input')
     if arguments.compare and arguments.base_only:
         raise UserError("--compare: cannot stand beside --base_only, which leaves the adapter out; give one of them")
-    if arguments.mode == "interactive" and (arguments.compare or arguments.json):
-        raise UserError(f"--{'compare' if arguments.compare else 'json'}: is for --mode text or demo; change the mode")
+    if arguments.merged:
+        check_merged(arguments)
+    if arguments.mode == "interactive" and arguments.json:
+        raise UserError("--json: is for --mode text or demo; change the mode")
     if arguments.compare and arguments.mode is None:
-        raise UserError("--compare: needs prompts; add --mode demo, or --mode text with some (--perplexity compares anyway)")
+        raise UserError("--compare: needs prompts; add a --mode, for text with some (--perplexity compares anyway)")
     if not 0 <= arguments.seed < 2**32:
         raise UserError(f"--seed: {arguments.seed}: should be a whole number from 0 up to 2**32; the default is 42")
     if arguments.perplexity is not None and is_local(arguments.perplexity):
@@ -96,6 +102,21 @@ def check_flags(arguments: argparse.Namespace) -> None:
         raise UserError(
             f"--batch_size: {arguments.batch_size}: should be a whole number of at least 1; the default is {BATCH_SIZE}"
         )
+
+
+def check_merged(arguments: argparse.Namespace) -> None:
+    """
+    Raises:
+        UserError: something else needs the base model or the adapter alone, which folding leaves neither of.
+    """
+    for flag in ("base_only", "compare", "perplexity"):
+        if getattr(arguments, flag):
+            raise UserError(
+                f"--merged: leaves no base model to answer alone, as --{flag} wants it to; give one of them "
+                "(python -m qlora_kit.merge compares perplexities)"
+            )
+    if arguments.mode == "demo":
+        raise UserError("--merged: leaves no base model to answer beside the adapter, as --mode demo does; use --mode text")
 
 
 def check_style(arguments: argparse.Namespace, source: AdapterSource) -> None:
@@ -133,7 +154,7 @@ def load_generator(
     Args:
         tokenizer: that of `source`, where it is loaded already.
     """
-    from qlora_kit.attach import attach_adapter, check_vocabulary
+    from qlora_kit.attach import attach_adapter, check_vocabulary, does_nothing
     from qlora_kit.decoding import choose_engine
     from qlora_kit.device import choose_device, usable_dtype
     from quantization_utils import create_bnb_config, load_model_and_tokenizer
@@ -143,6 +164,10 @@ def load_generator(
     if note:
         print(note, file=sys.stderr)
     check_base(source)
+    if arguments.merged:
+        from qlora_kit.merging.fold import check_memory, fold
+
+        check_memory(source.model, dtype, device)
     packing = source.quantization
     model, tokenizer = load_model_and_tokenizer(
         source.model.name,
@@ -154,20 +179,18 @@ def load_generator(
         tokenizer=load_checked_tokenizer(source) if tokenizer is None else tokenizer,
     )
     check_vocabulary(source, tokenizer, model)
-    adapted = model if arguments.base_only else attach_adapter(model, source, device)
+    adapted: Any = model if arguments.base_only else attach_adapter(model, source, device)
+    if not arguments.base_only and does_nothing(adapted, source.folder):
+        print(f"{source.folder} does nothing: all its B are zero, so every answer is the base model's", file=sys.stderr)
+    if arguments.merged:
+        adapted = fold(adapted)
     stop_ids = find_stop_ids(tokenizer, source.style) if source.stop_ids is None else source.stop_ids
     engine, note = choose_engine(adapted, tokenizer.pad_token_id)
     if note:
         print(note, file=sys.stderr)
     train_on = source.config.data.train_on
-    return Generator(engine, tokenizer, settings, stop_ids, arguments.seed, source.style, train_on, arguments.system)
-
-
-def warn_of_nothing(generator: Generator, source: AdapterSource) -> None:
-    from qlora_kit.attach import does_nothing
-
-    if does_nothing(generator.engine.model, source.folder):
-        print(f"{source.folder} does nothing: all its B are zero, so every answer is the base model's", file=sys.stderr)
+    fixed = "--merged" if arguments.merged else "--base_only" if arguments.base_only else None
+    return Generator(engine, tokenizer, settings, stop_ids, arguments.seed, source.style, train_on, arguments.system, fixed)
 
 
 def print_norm(generator: Generator, file: TextIO) -> None:
@@ -188,7 +211,7 @@ def answer(generator: Generator, prompts: list[Prompt], arguments: argparse.Name
     elif arguments.mode == "interactive":
         from qlora_kit.interactive import run_interactive
 
-        run_interactive(generator)
+        run_interactive(generator, arguments.compare)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -197,6 +220,8 @@ def main(argv: list[str] | None = None) -> None:
     source = read_adapter(arguments.adapter, arguments.trust_remote_code)
     check_style(arguments, source)
     settings = sampling_settings(arguments, source.config)
+    if arguments.merged:
+        read_pairs(source.folder, f"--adapter {source.folder}")  # refuses what is no plain LoRA before anything is loaded
     prompts = read_prompts(arguments, source.style)
     cli.prepare_libraries()
     if not (is_local(source.model.name) and is_local(arguments.perplexity or ".")):
@@ -209,8 +234,6 @@ def main(argv: list[str] | None = None) -> None:
     for note in source.notes:
         print(note, file=sys.stderr)
     generator = load_generator(source, settings, arguments, tokenizer)
-    if not arguments.base_only:
-        warn_of_nothing(generator, source)
     if arguments.perplexity is not None:
         from qlora_kit.comparison import run_perplexity
 

@@ -118,7 +118,11 @@ class PromptEncoder:
 
 
 class Generator(PromptEncoder):
-    """An engine, its tokenizer and the settings of its answers, which may be replaced between them."""
+    """An engine, its tokenizer and the settings of its answers, which may be replaced between them.
+
+    Args:
+        fixed: the flag that leaves the adapter on, or off, for good; None where it can be switched.
+    """
 
     def __init__(
         self,
@@ -130,9 +134,11 @@ class Generator(PromptEncoder):
         style: str = "text",
         train_on: TrainOn = "assistant",
         system: str | None = None,
+        fixed: str | None = None,
     ):
         super().__init__(tokenizer, style, train_on, system)
         self.engine, self.settings, self.stop_ids, self.seed = engine, settings, stop_ids, seed
+        self.fixed = fixed
         self.last: Generated | None = None  # what `stream` gave
 
     def stream(self, ids: list[int]) -> Iterator[str]:

@@ -7,16 +7,16 @@ instructions follows each, without what was said before: so they were trained.
 import difflib
 import json
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qlora_kit.chat import BadRecord, Message
+from qlora_kit.chat import BadRecord
 from qlora_kit.config import UserError, override
 from qlora_kit.formats import checked_text
 from qlora_kit.generation import Generated, Generator
+from qlora_kit.rounds import Round, messages, worded
 from qlora_kit.settings import Config, GenerationSettings
 from qlora_kit.terminal import Terminal
 
@@ -42,22 +42,14 @@ HOW_TO_TYPE = (
 )
 
 
-@dataclass(frozen=True)
-class Round:
-    """An input and its answer, with all that it takes to ask again."""
+def run_interactive(generator: Generator, compare: bool = False) -> None:
+    """Answer inputs until their end, /exit, or Ctrl+C twice.
 
-    prompt: str
-    ids: list[int]
-    settings: GenerationSettings
-    seed: int
-    answer: str
-    cut: bool  # by Ctrl+C or at max_new_tokens
-
-
-def run_interactive(generator: Generator) -> None:
-    """Answer inputs until their end, /exit, or Ctrl+C twice."""
+    Args:
+        compare: give each answer without the adapter, too, as /compare does.
+    """
     terminal = Terminal()
-    conversation = Conversation(generator, terminal)
+    conversation = Conversation(generator, terminal, compare)
     terminal.say(f"{FIRST_LINES[generator.style]} /help lists commands, Ctrl+D leaves.")
     interrupted = False
     while True:
@@ -84,8 +76,8 @@ def run_interactive(generator: Generator) -> None:
 class Conversation:
     """What was said, and what to say next. The answers' settings are those of the generator, which /set replaces."""
 
-    def __init__(self, generator: Generator, terminal: Terminal):
-        self.generator, self.terminal = generator, terminal
+    def __init__(self, generator: Generator, terminal: Terminal, compare: bool):
+        self.generator, self.terminal, self.compare = generator, terminal, compare
         self.system = generator.system or ""
         self.rounds: list[Round] = []
 
@@ -112,24 +104,20 @@ class Conversation:
         ids = self._encode(prompt, before)
         self._check_room(ids)
         settings = self.generator.settings
+        if self.compare:
+            self.terminal.whisper("with the adapter:")
         answer, result = self._answer(ids, settings, seed)
         self.rounds = [*before, Round(prompt, ids, settings, seed, answer, cut=result.stop != "end")]
         retried = f", seed {seed}" if seed != self.generator.seed else ""
         silent = "" if answer.strip() else ", no words: left out of the conversation"
         self.terminal.whisper(self._summary(result, len(ids)) + retried + silent)
+        if self.compare and result.stop != "interrupted":
+            self._compare()
 
     def _encode(self, prompt: str, before: list[Round]) -> list[int]:
         if self.generator.style != "chat":
             return self.generator.encode(prompt)
-        return self.generator.encode_chat([*self._messages(before), {"role": "user", "content": prompt}])
-
-    def _messages(self, rounds: list[Round]) -> list[Message]:
-        """Rounds as training reads them: an answer that was cut is context only, since its end would be no end."""
-        messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
-        for said in _worded(rounds):
-            answer = {"role": "assistant", "content": said.answer}
-            messages += [{"role": "user", "content": said.prompt}, answer | {"weight": 0} if said.cut else answer]
-        return messages
+        return self.generator.encode_chat([*messages(before, self.system), {"role": "user", "content": prompt}])
 
     def _check_room(self, ids: list[int]) -> None:
         room, wanted = self.generator.engine.context, self.generator.settings.max_new_tokens
@@ -256,6 +244,8 @@ class Conversation:
         self.terminal.whisper(f"taken back: {shown[:59] + '…' if len(shown) > 60 else shown}")
 
     def _compare(self) -> None:
+        if self.generator.fixed:
+            raise UserError(f"/compare: {self.generator.fixed} leaves nothing to compare with; start again without it")
         last = self._last("/compare")
         self.terminal.whisper("without the adapter:")
         with self.generator.adapter_off():
@@ -266,10 +256,9 @@ class Conversation:
     def _save(self, file: Path) -> None:
         if file.suffix != ".jsonl":
             raise UserError(f"/save {file}: training reads .jsonl files; name one")
-        records = self._records()
-        if not records:
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self._records())
+        if not lines:
             raise UserError(f"/save {file}: nothing was said yet; type an input first")
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         try:
             with file.open("x", encoding="utf-8") as writing:
                 writing.write(lines)
@@ -277,19 +266,14 @@ class Conversation:
             raise UserError(f"/save {file}: exists already; name another file") from None
         except OSError as error:
             raise UserError(f"/save {file}: cannot be written ({error.strerror}); name another file") from None
-        cut = sum(said.cut for said in _worded(self.rounds))
+        cut = sum(said.cut for said in worded(self.rounds))
         self.terminal.whisper(f"saved in {file}" + (f"; answers that were cut, of weight 0: {cut}" if cut else ""))
 
     def _records(self) -> list[dict[str, Any]]:
         """One record of a chat, else one of each round."""
-        said = _worded(self.rounds)
+        said = worded(self.rounds)
         records = [said] if self.generator.style == "chat" else [[alone] for alone in said]
-        return [{"messages": self._messages(record)} for record in records if record]
-
-
-def _worded(rounds: list[Round]) -> list[Round]:
-    """Those whose answer has words: training knows no empty answers."""
-    return [said for said in rounds if said.answer.strip()]
+        return [{"messages": messages(record, self.system)} for record in records if record]
 
 
 def _closest(name: str, known: list[str]) -> str:

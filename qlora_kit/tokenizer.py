@@ -45,7 +45,7 @@ def _check_template_names(tokenizer: "PreTrainedTokenizerBase", name: str) -> No
 
 def token_id(token: str, tokenizer: "PreTrainedTokenizerBase") -> int | None:
     """The id of a token, where the vocabulary has it; to list 150,000 tokens for that would take a tenth of a second."""
-    found = tokenizer.convert_tokens_to_ids(token)  # where there is none: that of unknown tokens, or None
+    found: Any = tokenizer.convert_tokens_to_ids(token)  # where there is none: that of unknown tokens, or None
     return found if found is not None and tokenizer.convert_ids_to_tokens(found) == token else None
 
 

@@ -458,7 +458,10 @@ def test_an_adapter_of_another_model(adapter, tmp_path):
     (["--prompt", "x", "--perplexity", "pyproject.toml"], ["--perplexity", "pyproject.toml"]),
     (["--mode", "demo", "--prompt", "x"], ["--prompt", "demo"]),
     (["--mode", "interactive", "--json"], ["--json", "--mode"]),
-    (["--mode", "interactive", "--compare"], ["--compare", "--mode"]),
+    (["--prompt", "x", "--merged", "--compare"], ["--merged", "--compare"]),
+    (["--prompt", "x", "--merged", "--base_only"], ["--merged", "--base_only"]),
+    (["--prompt", "x", "--merged", "--perplexity", "samples/alpaca.jsonl"], ["--merged", "--perplexity"]),
+    (["--mode", "demo", "--merged"], ["--merged", "demo"]),
 ])  # fmt: skip
 def test_a_mistake_is_one_sentence(adapter, arguments, words):
     with pytest.raises(UserError) as error:

@@ -77,10 +77,11 @@ class Typed(io.StringIO):
 def converse(tokenizer, monkeypatch, capsys):
     """Runs a conversation of some lines and answers -> what was printed, what was said beside it, and the engine."""
 
-    def run(lines, *answers, style="chat", stdin=Typed, context=1024, **settings):
+    def run(lines, *answers, style="chat", stdin=Typed, context=1024, compare=False, fixed=None, **settings):
         monkeypatch.setattr(sys, "stdin", stdin("".join(f"{line}\n" for line in lines)))
         engine = Scripted(tokenizer, *answers, context=context)
-        run_interactive(Generator(engine, tokenizer, GenerationSettings(**settings), [tokenizer.eos_token_id], 42, style))
+        chosen, stops = GenerationSettings(**settings), [tokenizer.eos_token_id]
+        run_interactive(Generator(engine, tokenizer, chosen, stops, 42, style, fixed=fixed), compare)
         out, err = capsys.readouterr()
         return out, err, engine
 
@@ -224,6 +225,26 @@ def test_compare_asks_the_base_model_the_same_and_keeps_the_adapters_answer(conv
     assert second == (*first[:3], False) and first[3]
     assert third[0] == chat("Hi", "Hello!", "And?") and third[1].temperature == 0.1 and third[3]
     assert err.count("without the adapter:") == 2 and err.count("the same answer") == 1
+
+
+def test_with_compare_each_answer_is_followed_by_that_of_the_base_model(converse):
+    out, err, engine = converse(["Hi", "And?", "/retry"], "Hello!", "Base", "Yes.", "Yes.", "No.", "Maybe", compare=True)
+    assert out == "Hello!\nBase\nYes.\nYes.\nNo.\nMaybe\n"
+    for asked, again in zip(engine.asked[::2], engine.asked[1::2], strict=True):
+        assert asked[3] and again == (*asked[:3], False)
+    assert engine.asked[2][0] == chat("Hi", "Hello!", "And?")  # the base model's answers are no part of the conversation
+    assert err.count("with the adapter:") == err.count("without the adapter:") == 3 and err.count("the same answer") == 1
+
+
+def test_an_answer_that_ctrl_c_cut_is_not_compared(converse):
+    out, _, engine = converse(["Hi", "And?"], "Hello^C there", "Yes.", "No^C.", compare=True)
+    assert out == "Hello\nYes.\nNo\n" and [asked[3] for asked in engine.asked] == [True, True, False]
+
+
+@pytest.mark.parametrize("flag", ["--merged", "--base_only"])
+def test_there_is_nothing_to_compare_with(converse, flag):
+    out, err, engine = converse(["Hi", "/compare"], "Hello!", fixed=flag)
+    assert out == "Hello!\n" and len(engine.asked) == 1 and f"error: /compare: {flag} leaves nothing" in err
 
 
 def test_what_is_saved_is_trained_on_but_for_answers_that_were_cut(converse, tmp_path, tokenizer):

@@ -71,13 +71,22 @@ class Merge:
             if recipe.transposed:
                 a, b = b.T, a.T
             exact.addmm_(b, a, alpha=recipe.pair.scale)
-        merged = exact.to(weight.dtype)
-        if not merged.isfinite().all():
-            raise UserError(
-                f"{stored.name}: merged, it holds values that are no numbers in {stored.dtype}; "
-                "merge an adapter that was trained with a lower --learning_rate"
-            )
-        return merged
+        return rounded(exact, weight.dtype, stored.name)
+
+
+def rounded(exact: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """A merged tensor, fp32, in the dtype that is kept.
+
+    Raises:
+        UserError: it holds values that are no numbers there.
+    """
+    merged = exact.to(dtype)
+    if not merged.isfinite().all():
+        raise UserError(
+            f"{name}: merged, it holds values that are no numbers in {str(dtype).removeprefix('torch.')}; "
+            "merge an adapter that was trained with a lower --learning_rate"
+        )
+    return merged
 
 
 def as_trained(weight: torch.Tensor, packing: Packing, transposed: bool) -> torch.Tensor:
@@ -89,10 +98,14 @@ def as_trained(weight: torch.Tensor, packing: Packing, transposed: bool) -> torc
         compress_statistics=packing.settings.use_double_quant,
         quant_type=packing.settings.quant_type,
     )
-    packed = unpacked.to(packing.device)
-    packed.quant_state.dtype = torch.float32
-    exact = bitsandbytes.functional.dequantize_4bit(packed.data, packed.quant_state).cpu()
+    exact = unpack(unpacked.to(packing.device)).cpu()
     return exact.T if transposed else exact
+
+
+def unpack(packed: Any) -> torch.Tensor:
+    """A packed weight as (out, in) in fp32, where it lies; it is not to be used for products afterwards."""
+    packed.quant_state.dtype = torch.float32
+    return bitsandbytes.functional.dequantize_4bit(packed.data, packed.quant_state)
 
 
 # What is to be merged
