@@ -226,19 +226,21 @@ def main(argv: list[str] | None = None) -> None:
     cli.prepare_libraries()
     if not (is_local(source.model.name) and is_local(arguments.perplexity or ".")):
         go_offline_if_unreachable()
+    for note in source.notes:
+        print(note, file=sys.stderr)
     small_files = fetch_tokenizer(source.model)
     tokenizer = load_checked_tokenizer(source)
     encoder = PromptEncoder(tokenizer, source.style, source.config.data.train_on, arguments.system)
     prompts = encode_prompts(prompts, encoder, settings.max_new_tokens, read_context(small_files))
+    if arguments.perplexity is not None:
+        from qlora_kit.comparison import evaluation_blocks, run_perplexity
+
+        blocks, what = evaluation_blocks(arguments.perplexity, source.config, tokenizer)
     fetch_model(source.model)
-    for note in source.notes:
-        print(note, file=sys.stderr)
     generator = load_generator(source, settings, arguments, tokenizer)
     if arguments.perplexity is not None:
-        from qlora_kit.comparison import run_perplexity
-
         aside = arguments.mode in ("text", "interactive")  # standard output is for answers
-        run_perplexity(generator, arguments.perplexity, source.config, arguments.json, arguments.base_only, aside)
+        run_perplexity(generator, blocks, what, source.config, arguments.json, arguments.base_only, aside)
     answer(generator, prompts, arguments)
 
 

@@ -5,6 +5,7 @@ that holds nothing but a form feed.
 """
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ from rich.text import Text
 
 from qlora_kit import cli
 from qlora_kit.generation import Generated, Generator, PromptEncoder, check_context
-from qlora_kit.preview import INVISIBLE
 from qlora_kit.prompts import Prompt
+from qlora_kit.terminal import HARMLESS, shown
 
+CONTROL = re.compile(r"[\x7f-\x9f]")
 BETWEEN = "\f"  # the line between two answers: no text holds one in practice
 
 
@@ -75,11 +77,11 @@ def run_text(generator: Generator, prompts: list[Prompt], batch_size: int, compa
     for number, answered in enumerate(answer_prompts(generator, prompts, batch_size, compare)):
         same = same and answered.base is not None and answered.base.text == answered.answer.text
         if as_json:
-            lines = json.dumps(answered.as_object(), ensure_ascii=False)
+            lines = as_line(answered.as_object())
         elif answered.base is not None:
-            lines = beside_each_other(answered)
+            lines = shown(beside_each_other(answered))
         else:
-            lines = f"{BETWEEN}\n{answered.answer.text}" if number else answered.answer.text
+            lines = f"{BETWEEN}\n" * bool(number) + shown(answered.answer.text)
         print(lines, flush=True)
     if compare and same:
         say_same(len(prompts))
@@ -96,9 +98,14 @@ def run_demo(generator: Generator, prompts: list[Prompt], compare: bool, as_json
         if answered.base is not None and console.is_terminal:
             console.print(columns(answered))
         else:
-            print(beside_each_other(answered, "adapter" if compare else "base"), flush=True)
+            print(shown(beside_each_other(answered, "adapter" if compare else "base")), flush=True)
     if compare and same:
         say_same(len(prompts))
+
+
+def as_line(values: dict[str, Any]) -> str:
+    """JSON in one line that a terminal obeys nowhere: json leaves the characters from 7F to 9F as they are."""
+    return CONTROL.sub(lambda match: f"\\u{ord(match.group()):04x}", json.dumps(values, ensure_ascii=False))
 
 
 def say_same(count: int) -> None:
@@ -114,18 +121,14 @@ def beside_each_other(answered: Answered, who: str = "adapter") -> str:
 
 
 def columns(answered: Answered) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=Text(answered.prompt.strip()), title_justify="left", expand=True)
+    title = Text(answered.prompt.strip().translate(HARMLESS))
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", expand=True)
     assert answered.base is not None
     for name, answer in (("base", answered.base), ("adapter", answered.answer)):
         table.add_column(name, footer=_speed(answer), ratio=1, overflow="fold")
     table.show_footer = True
-    table.add_row(*(Text(_visible(answer.text)) for answer in (answered.base, answered.answer)))
+    table.add_row(*(Text(answer.text.translate(HARMLESS)) for answer in (answered.base, answered.answer)))
     return table
-
-
-def _visible(text: str) -> str:
-    """What a terminal would obey, as an escape sequence, is shown instead."""
-    return INVISIBLE.sub(lambda match: repr(match.group())[1:-1], text)
 
 
 def _speed(answer: Generated) -> str:

@@ -1,12 +1,12 @@
 """Is it better than before? Perplexity of the base model and of the adapter on the same blocks, and of their difference."""
 
-import json
 import math
 import sys
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.config import UserError, override
+from qlora_kit.answers import as_line
+from qlora_kit.config import UserError
 from qlora_kit.dataset import Blocks, load_blocks, source_blocks
 from qlora_kit.generation import Generator
 from qlora_kit.hub import is_local
@@ -20,7 +20,7 @@ from qlora_kit.perplexity import (
     measure_block_losses,
 )
 from qlora_kit.settings import Config
-from qlora_kit.sources import open_source
+from qlora_kit.sources import TABLE_SUFFIXES, open_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,12 +83,15 @@ def evaluation_blocks(name: str, config: Config, tokenizer: "PreTrainedTokenizer
     """
     most = config.data.max_eval_samples
     if name in config.data.names:
-        _, held_out = load_blocks(config, tokenizer)
+        _, held_out = load_blocks(config, tokenizer, "--perplexity")
         if held_out is None:
             raise UserError(f"--perplexity {name}: the adapter was trained on it and nothing was held out; name another text")
         return held_out, f"what training held out of {name}"
     split = "" if is_local(name) else "test"
-    data = override(config, {"data.dataset": name, "data.subset": None, "data.eval_split": None}).data
+    changes: dict[str, Any] = {"dataset": name, "subset": None, "eval_split": None}
+    if is_local(name) and not name.lower().endswith(TABLE_SUFFIXES):
+        changes["format"] = "auto"  # a run on records states the format of those
+    data = config.data.model_copy(update=changes)
     source = open_source(data, [name], split, "--perplexity")
     blocks = source_blocks(source, data, tokenizer, f"--perplexity {name}")
     what = f"{name}, split {split}" if split else name
@@ -111,12 +114,19 @@ def compare_perplexity(
     return Comparison(data, measured, from_block_losses(adapter, counts), difference, definition)
 
 
-def run_perplexity(generator: Generator, name: str, config: Config, as_json: bool, base_only: bool, to_stderr: bool) -> None:
+def run_perplexity(
+    generator: Generator,
+    blocks: Blocks | RecordBlocks,
+    what: str,
+    config: Config,
+    as_json: bool,
+    base_only: bool,
+    to_stderr: bool,
+) -> None:
     """Measure and print; with `to_stderr` beside answers that have standard output for themselves."""
-    blocks, what = evaluation_blocks(name, config, generator.tokenizer)
     print(f"Measuring perplexity on {what}: {len(blocks):,} blocks", file=sys.stderr)
     found = compare_perplexity(generator, blocks, config.training.batch_size, what, config.data.max_length, base_only)
     if as_json:
-        print(json.dumps(found.as_object(), ensure_ascii=False), flush=True)
+        print(as_line(found.as_object()), flush=True)
     else:
         print("\n".join(found.lines()), file=sys.stderr if to_stderr else sys.stdout, flush=True)

@@ -92,20 +92,23 @@ class Blocks:
 
 
 def load_blocks(
-    config: Config, tokenizer: "PreTrainedTokenizerBase"
+    config: Config, tokenizer: "PreTrainedTokenizerBase", key: str = "data.dataset"
 ) -> tuple[Blocks | RecordBlocks, Blocks | RecordBlocks | None]:
     """Training and evaluation blocks of `data.max_length` tokens.
+
+    Args:
+        key: what messages call the data set.
 
     Raises:
         UserError: a source cannot be read, a record of it is wrong, or it is too short for one block.
     """
     data = config.data
-    source = open_source(data, data.names, data.train_split, "data.dataset")
+    source = open_source(data, data.names, data.train_split, key)
     if isinstance(data.eval_split, float):
         share = (data.eval_split, config.training.seed)
         train, evaluation = (_text_parts if source.is_text else _record_parts)(source, data, tokenizer, share)
         return train.take(data.max_train_samples), evaluation.take(data.max_eval_samples)
-    train = source_blocks(source, data, tokenizer, "data.dataset").take(data.max_train_samples)
+    train = source_blocks(source, data, tokenizer, key).take(data.max_train_samples)
     if data.eval_split is None:
         return train, None
     names = [data.eval_split] if is_file_name(data.eval_split) else data.names

@@ -152,7 +152,7 @@ def open_source(data: DataConfig, names: list[str], split: str, key: str) -> Sou
         if is_local(name):
             parts += [_file(path, key) for path in source_files(name, key)]
         else:
-            parts.append(_hub_table(data, name, split))
+            parts.append(_hub_table(data, name, split, key))
     parts = [replace(part, format=_format(part, data)) for part in parts]
     source = Source(parts, data.text_field, mixed_is_wrong=data.format == "auto")
     if "text" in source.formats and not source.is_text:
@@ -197,11 +197,12 @@ def _format(part: Part, data: DataConfig) -> str:
 # The Hub
 
 
-def _hub_table(data: DataConfig, name: str, split: str) -> Part:
+def _hub_table(data: DataConfig, name: str, split: str, flag: str) -> Part:
     from datasets import DatasetDict, load_dataset
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
-    key = f"data.dataset: {name}"
+    in_config = not flag.startswith("--")  # then `flag` may be data.eval_split, which names a split of data.dataset
+    key = f"data.dataset: {name}" if in_config else f"{flag}: {name}"
     try:
         table = load_dataset(_downloaded(name), data.subset, split=split)
     except (ConnectionError, OSError) as error:
@@ -211,12 +212,11 @@ def _hub_table(data: DataConfig, name: str, split: str) -> Part:
             ) from None
         raise UserError(
             f"{key}: not on this machine, and the Hub cannot be reached; download it where there is a network "
-            f"(hf download --repo-type dataset {name}), or name a local text file: --dataset FILE"
+            f"(hf download --repo-type dataset {name}), or name a local text file: {'--dataset' if in_config else flag} FILE"
         ) from None
     except ValueError as error:  # unknown subset or split: the message lists what there is
-        raise UserError(
-            f"{key}: {' '.join(str(error).split())}; correct data.subset, data.train_split or data.eval_split"
-        ) from None
+        remedy = "correct data.subset, data.train_split or data.eval_split" if in_config else "name a file of it, downloaded"
+        raise UserError(f"{key}: {' '.join(str(error).split())}; {remedy}") from None
     except (DatasetsError, RuntimeError) as error:  # files that do not fit together, or a data set that is a program
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise UserError(f"{key}: cannot be read ({reason}); name another data set, or a local file") from None

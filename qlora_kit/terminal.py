@@ -18,6 +18,11 @@ HARMLESS = {
 }
 
 
+def shown(text: str) -> str:
+    """Text as it may go to standard output: unchanged to a pipe or a file, harmless to a terminal."""
+    return text.translate(HARMLESS) if sys.stdout.isatty() else text
+
+
 class Terminal:
     """Reads inputs from standard input, with line editing where a person types them."""
 
@@ -57,7 +62,7 @@ class Terminal:
 
     def answer(self, piece: str) -> None:
         """A piece of an answer, at once."""
-        print(piece.translate(HARMLESS) if sys.stdout.isatty() else piece, end="", flush=True)
+        print(shown(piece), end="", flush=True)
 
     def say(self, line: str) -> None:
         self.messages.print(line)

@@ -9,7 +9,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qlora_kit.config import UserError, load_config
 from qlora_kit.dataset import Blocks, cut_into_blocks, load_blocks, tokenize
@@ -58,23 +60,19 @@ def test_the_separator_ends_a_text_and_not_a_turn(tokenizer):
     assert tokenizer.decode([separator_id(tokenizer)]) == "<|endoftext|>"
 
 
-class PlainTokenizer:
-    """Llama's kind: no <|endoftext|> in the vocabulary."""
-
-    def __init__(self, eos_token_id):
-        self.eos_token_id = eos_token_id
-
-    def get_vocab(self):
-        return {"a": 0, "</s>": 2}
+def plain_tokenizer(**ends):
+    """Llama's kind: no <|endoftext|> in the vocabulary; what is not in it has the id of unknown words."""
+    words = Tokenizer(WordLevel({"<unk>": 0, "a": 1, "</s>": 2}, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", **ends)
 
 
 def test_without_endoftext_the_end_of_sequence_separates():
-    assert separator_id(PlainTokenizer(2)) == 2
+    assert separator_id(plain_tokenizer(eos_token="</s>")) == 2
 
 
 def test_a_tokenizer_without_any_end_is_one_problem():
     with pytest.raises(UserError, match=r"model\.name: .*end-of-sequence"):
-        separator_id(PlainTokenizer(None))
+        separator_id(plain_tokenizer())
 
 
 def stream_of(documents: list[str], tokenizer) -> list[int]:

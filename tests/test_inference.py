@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,14 +19,14 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 import inference_example
 from qlora_kit import cli
 from qlora_kit.adapter import read_adapter
-from qlora_kit.answers import Answered, columns
+from qlora_kit.answers import Answered, columns, run_text
 from qlora_kit.comparison import Comparison, evaluation_blocks
 from qlora_kit.config import UserError, load_config, override
 from qlora_kit.dataset import load_blocks
 from qlora_kit.decoding import LibraryEngine
 from qlora_kit.generation import Generated, Generator
 from qlora_kit.perplexity import Difference, Perplexity
-from qlora_kit.prompts import DEMO_TEXTS, demo_prompts
+from qlora_kit.prompts import DEMO_TEXTS, Prompt, demo_prompts
 from qlora_kit.settings import GenerationSettings
 
 PROMPT = "The river"
@@ -225,6 +226,37 @@ def test_demo_asks_what_fits_the_adapter():
     assert not set(demo_prompts("chat")) & set(demo_prompts("text"))
 
 
+class Saying:
+    """An engine that says what it is given."""
+
+    context = None
+
+    def __init__(self, ids: list[int]):
+        self.ids = ids
+
+    def steps(self, prompts, settings, seed, stop_ids):
+        yield from ([token] * len(prompts) for token in self.ids)
+
+    adapter_off = nullcontext
+
+
+@pytest.mark.parametrize("flags", [[], ["--compare"], ["--json"], ["--json", "--compare"]])
+def test_what_a_terminal_would_obey_reaches_pipes_and_no_terminal(greedy, capsys, monkeypatch, flags):
+    said = "a\x1b[2J\x9b1mb\x07"
+    speaker = Generator(Saying(greedy.tokenizer(said)["input_ids"]), greedy.tokenizer, GenerationSettings(), [], 1)
+    asked = ([Prompt("x", ids=(1,)), Prompt("\x1b]0;y", ids=(1,))], 2, "--compare" in flags, "--json" in flags)
+    run_text(speaker, *asked)
+    piped = capsys.readouterr().out
+    assert ("--json" in flags) or piped.count(said) == (4 if flags else 2)
+    if "--json" in flags:
+        assert {json.loads(line)["text"] for line in piped.splitlines()} == {said}
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    run_text(speaker, *asked)
+    seen = capsys.readouterr().out
+    assert [sign for sign in seen.replace("\n\f\n", "") if (sign < " " and sign != "\n") or "\x7f" <= sign <= "\x9f"] == []
+    assert "[2J" in seen and ("--json" in flags or "␛[2J" in seen)
+
+
 def test_columns_stand_beside_each_other_and_hold_no_escape_sequence():
     base = Generated("plain \x1b[31mred", 3, 1.0, 0.1, "length")
     answered = Answered("prompt [bold]", 1, Generated("[dim]adapter", 4, 2.0, 0.1, "end"), base)
@@ -232,7 +264,7 @@ def test_columns_stand_beside_each_other_and_hold_no_escape_sequence():
     console.print(columns(answered))
     printed = console.file.getvalue()
     (words,) = [line for line in printed.splitlines() if "plain" in line]
-    assert words.split() == ["plain", "\\x1b[31mred", "[dim]adapter"]
+    assert words.split() == ["plain", "␛[31mred", "[dim]adapter"]
     assert "prompt [bold]" in printed and "3 tokens, 3.0 tokens/s" in printed and "4 tokens, 2.0 tokens/s" in printed
 
 
@@ -286,6 +318,26 @@ def test_base_only_measures_the_base_model_alone(adapter, capsys):
     flags = ["--adapter", str(adapter), "--device", "cpu", "--base_only", "--perplexity", "samples/alpaca.jsonl", "--json"]
     inference_example.main(flags)
     assert set(json.loads(capsys.readouterr().out)["perplexity"]) == {"data", "base", "definition"}
+
+
+def test_a_text_is_measured_whatever_format_the_run_states_and_though_it_stopped_early(greedy):
+    config = override(load_config(Path("configs/tiny.yaml")), {
+        "data.max_length": 64, "data.format": "alpaca", "training.early_stopping_patience": 2, "training.save_steps": 10,
+        "training.eval_steps": 10,
+    })  # fmt: skip
+    blocks, what = evaluation_blocks("samples/README.md", config, greedy.tokenizer)
+    assert what == "samples/README.md" and len(blocks) > 5
+
+
+def test_a_data_set_that_cannot_be_had_is_named_by_its_flag(greedy):
+    config = override(load_config(Path("configs/tiny.yaml")), {"data.max_length": 64})
+    trained = override(config, {"data.dataset": "nobody/has-this", "data.eval_split": "validation"})
+    for found_in in (config, trained):
+        with pytest.raises(UserError) as error:
+            evaluation_blocks("nobody/has-this", found_in, greedy.tokenizer)
+        (problem,) = error.value.problems
+        assert problem.startswith("--perplexity: nobody/has-this: not on this machine")
+        assert problem.endswith("--perplexity FILE") and "data.dataset" not in problem
 
 
 @pytest.mark.parametrize("loss, error, words", [
