@@ -6,7 +6,7 @@
 A random checkpoint of Qwen2.5-3B's true shape with a random adapter of rank 16 on all seven projections; greedy, 128 new tokens
 whatever is written, after a first answer that warms up. Each system runs in a process of its own and measures
 
-    load            seconds from the first import to a model that can answer
+    load            seconds from the first import to a model, with its tokenizer, that can answer
     first token     milliseconds to the first token of a 512-token prompt
     1 prompt        tokens per second at a prompt of 64 tokens, first token left out
     16 prompts      the same of 16 such prompts in one batch, tokens of all together
@@ -174,7 +174,9 @@ def toolkit(checkpoint: Path, adapter: Path, system: str) -> Callable[[list[list
 def plain(checkpoint: Path, adapter: Path, system: str) -> Callable[[list[list[int]], int], None]:
     from peft import PeftModel
     from rivals import four_bit_model
+    from transformers import AutoTokenizer
 
+    AutoTokenizer.from_pretrained(checkpoint)  # the other systems load it, and nobody talks to a model without one
     model = four_bit_model(checkpoint)
     return by_generate(PeftModel.from_pretrained(model, adapter).eval() if "peft" in system else model.eval())
 

@@ -19,10 +19,10 @@ Step = list[int | None]  # a prompt's next token; None once it has ended
 
 def choose_engine(model: Any, pad_id: int | None) -> tuple[Any, str | None]:
     """The fast engine where it can serve, else the library's, and on a GPU why."""
-    from qlora_kit.fast.decode import GraphEngine, why_not_decoded
-
     if model.device.type != "cuda":
         return LibraryEngine(model, pad_id), None
+    from qlora_kit.fast.decode import GraphEngine, why_not_decoded
+
     context = getattr(model.config, "max_position_embeddings", None) or LONGEST_TEXT
     if reason := why_not_decoded(model, min(context, LONGEST_TEXT)):
         return LibraryEngine(model, pad_id), f"Answers are written by the library's generate ({reason}), which is slower"
