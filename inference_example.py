@@ -11,6 +11,7 @@ form feed; --json puts each on a line of its own. What is said about answers goe
 """
 
 import argparse
+import io
 import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -74,6 +75,23 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
+def check_streams(arguments: argparse.Namespace) -> None:
+    """Make prompts from a pipe and answers into one UTF-8, whatever the locale; a terminal has its own encoding.
+
+    Raises:
+        UserError: one that is needed was closed before the program began.
+    """
+    if sys.stdout is None:
+        raise UserError("standard output: closed; send it to a file, or to /dev/null")
+    if sys.stdin is None and (arguments.mode == "interactive" or "-" in (arguments.prompt, arguments.prompt_file)):
+        raise UserError("standard input: closed; open it, or give the prompt itself: --prompt TEXT")
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper) and stream.isatty():
+            stream.reconfigure(errors="replace")
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8")
+
+
 def check_flags(arguments: argparse.Namespace) -> None:
     """
     Raises:
@@ -130,9 +148,16 @@ def check_style(arguments: argparse.Namespace, source: AdapterSource) -> None:
 
 
 def sampling_settings(arguments: argparse.Namespace, config: Config) -> GenerationSettings:
-    """The adapter's own settings with the flags laid over them."""
+    """The adapter's own settings with the flags laid over them.
+
+    Raises:
+        UserError: values that cannot be: one problem for each.
+    """
     given = {f"generation.{flag}": getattr(arguments, flag) for flag in SAMPLING_FLAGS if getattr(arguments, flag) is not None}
-    return override(config, given).generation
+    try:
+        return override(Config(generation=config.generation), given).generation
+    except UserError as error:
+        raise UserError(*(problem.replace("command line: generation.", "--", 1) for problem in error.problems)) from None
 
 
 def read_prompts(arguments: argparse.Namespace, style: str) -> list[Prompt]:
@@ -159,7 +184,7 @@ def load_generator(
     from qlora_kit.device import choose_device, usable_dtype
     from quantization_utils import create_bnb_config, load_model_and_tokenizer
 
-    device = choose_device(arguments.device)
+    device = choose_device(arguments.device, "--device")
     dtype, note = usable_dtype(source.quantization.compute_dtype, device, insisted=False)
     if note:
         print(note, file=sys.stderr)
@@ -216,6 +241,7 @@ def answer(generator: Generator, prompts: list[Prompt], arguments: argparse.Name
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
+    check_streams(arguments)
     check_flags(arguments)
     source = read_adapter(arguments.adapter, arguments.trust_remote_code)
     check_style(arguments, source)

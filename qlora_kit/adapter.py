@@ -80,18 +80,27 @@ def read_adapter(name: str, trust_remote_code: bool = False) -> AdapterSource:
 def _adapter_folder(name: str) -> Path:
     folder = Path(name).expanduser()
     key = f"--adapter {name}"
+    if folder.is_file():
+        raise UserError(f"{key}: a file; name the folder that it is in: --adapter {folder.parent}")
     if not folder.is_dir():
         raise UserError(f"{key}: no such folder; train one: python train_qlora.py --output_dir {name}")
     missing = [file for file in ADAPTER_FILES if not (folder / file).is_file()]
     if missing:
-        newest = sorted(folder.glob(f"{CHECKPOINTS}/checkpoint-*"), key=lambda path: path.stat().st_mtime)
-        hint = (
-            f"its run is unfinished: continue it with --resume, or use {newest[-1]}"
-            if newest
-            else "name a folder that train_qlora.py finished"
-        )
-        raise UserError(f"{key}: no adapter there ({missing[0]} not found); {hint}")
+        raise UserError(f"{key}: no adapter there ({missing[0]} not found); {_what_to_use(folder)}")
     return folder
+
+
+def _what_to_use(folder: Path) -> str:
+    """Instead of a folder without an adapter."""
+    found = [*folder.glob(f"{CHECKPOINTS}/checkpoint-*"), *folder.glob("checkpoint-*")]  # of a run's folder, or of all of them
+    if found:
+        newest = max(found, key=lambda path: path.stat().st_mtime)
+        return (
+            f"its run is unfinished: continue it with --resume, or use {newest}" if newest.parent != folder else f"use {newest}"
+        )
+    if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+        return "it holds a whole model; name the folder of an adapter to it"
+    return "name a folder that train_qlora.py finished"
 
 
 def _check_files(folder: Path, key: str) -> None:

@@ -22,8 +22,11 @@ PATIENCE_SECONDS = 2 * 3600  # a CPU run that would take longer than this is ask
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def choose_device(wanted: str) -> str:
+def choose_device(wanted: str, key: str = "training.device") -> str:
     """`auto` takes the GPU when there is one.
+
+    Args:
+        key: what messages call the choice: a key of the config, or a flag.
 
     Raises:
         UserError: `cuda` was asked for and torch sees no GPU.
@@ -34,7 +37,8 @@ def choose_device(wanted: str) -> str:
             if torch.version.cuda is None
             else "check the driver with nvidia-smi"
         )
-        raise UserError(f"training.device: cuda: torch finds no CUDA GPU; {build}, or use --set training.device=auto")
+        instead = f"{key} auto" if key.startswith("--") else f"--set {key}=auto"
+        raise UserError(f"{key}: cuda: torch finds no CUDA GPU; {build}, or use {instead}")
     if wanted == "cpu" or not torch.cuda.is_available():
         return "cpu"
     return "cuda"

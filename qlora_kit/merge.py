@@ -118,7 +118,7 @@ def how_loaded(source: AdapterSource, device: str) -> "Packing":
     from qlora_kit.device import choose_device, usable_dtype
     from qlora_kit.merging.weights import Packing
 
-    device = choose_device(device)
+    device = choose_device(device, "--device")
     dtype, _ = usable_dtype(source.quantization.compute_dtype, device, insisted=False)
     return Packing(source.quantization, dtype, device)
 

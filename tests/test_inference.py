@@ -447,6 +447,9 @@ def test_the_base_model_is_found_from_another_working_folder(adapter, tmp_path, 
     (lambda adapter, folder: None, ["no such folder", "train_qlora.py"]),
     (lambda adapter, folder: folder.mkdir(), ["adapter_model.safetensors", "train_qlora.py"]),
     (lambda adapter, folder: shutil.copytree(adapter / "checkpoints", folder / "checkpoints"), ["--resume", "checkpoint-4"]),
+    (lambda adapter, folder: shutil.copytree(adapter / "checkpoints", folder), ["use ", "checkpoint-4"]),
+    (lambda adapter, folder: shutil.copytree("assets/tiny-qwen2", folder), ["whole model", "adapter to it"]),
+    (lambda adapter, folder: folder.write_text("{}"), ["a file", "--adapter"]),
     (lambda adapter, folder: copy(adapter, folder, "adapter_config.json"), ["adapter_config.json"]),
     (lambda adapter, folder: (copy(adapter, folder) / "run.json").write_text("{"), ["run.json", "JSON"]),
     (lambda adapter, folder: (copy(adapter, folder) / "run.json").write_text("{}"), ["run.json", "base_model"]),
@@ -485,12 +488,12 @@ def test_an_adapter_of_another_model(adapter, tmp_path):
 @pytest.mark.parametrize("arguments, words", [
     (["--prompt", ""], ["--prompt", "empty"]),
     ([], ["--prompt", "--mode text"]),
-    (["--prompt", "x", "--temperature", "-1"], ["temperature", "-1"]),
-    (["--prompt", "x", "--temperature", "warm"], ["temperature", "warm"]),
-    (["--prompt", "x", "--top_p", "0"], ["top_p", "0"]),
-    (["--prompt", "x", "--top_p", "2"], ["top_p", "2"]),
-    (["--prompt", "x", "--top_k", "-1"], ["top_k", "-1"]),
-    (["--prompt", "x", "--max_new_tokens", "0"], ["max_new_tokens", "0"]),
+    (["--prompt", "x", "--temperature", "-1"], ["--temperature: '-1'", "the default is 0.7"]),
+    (["--prompt", "x", "--temperature", "warm"], ["--temperature: 'warm'"]),
+    (["--prompt", "x", "--top_p", "0"], ["--top_p: '0'", "greater than 0"]),
+    (["--prompt", "x", "--top_p", "2"], ["--top_p: '2'", "less than or equal to 1"]),
+    (["--prompt", "x", "--top_k", "-1"], ["--top_k: '-1'"]),
+    (["--prompt", "x", "--max_new_tokens", "0"], ["--max_new_tokens: '0'"]),
     (["--prompt", "word " * 1100], ["--prompt", "1024", "--max_new_tokens"]),
     (["--prompt", "x", "--max_new_tokens", "1024"], ["--prompt", "1024", "--max_new_tokens"]),
     (["--prompt", "x", "--prompt_file", "y"], ["--prompt", "--prompt_file"]),
@@ -561,6 +564,32 @@ def test_a_prompt_that_is_too_long_is_refused_before_weights_are_loaded(adapter,
         inference_example.main(["--adapter", str(folder), *flags])
     with pytest.raises(UserError, match=r"no \*\.safetensors weights"):
         inference_example.main(["--adapter", str(folder), "--prompt", "short"])
+
+
+@pytest.mark.parametrize("closed, flags", [
+    ("stdin", ["--prompt", "-"]), ("stdin", ["--prompt_file", "-"]), ("stdin", []), ("stdout", ["--prompt", "x"]),
+])  # fmt: skip
+def test_a_pipe_that_was_closed_before_is_one_line(monkeypatch, closed, flags):
+    """Python then has None in its place."""
+    monkeypatch.setattr(sys, closed, None)
+    with pytest.raises(UserError, match=f"standard {'input' if closed == 'stdin' else 'output'}: closed; "):
+        inference_example.main(["--adapter", "no-such-folder", *flags])
+
+
+def test_pipes_are_utf_8_whatever_the_locale(monkeypatch):
+    said, asked = io.BytesIO(), io.BytesIO("‖日本".encode())
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(said, "ascii"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(asked, "ascii"))
+    inference_example.check_streams(inference_example.parse_arguments(["--prompt", "-"]))
+    print(sys.stdin.read(), end="", flush=True)
+    assert said.getvalue() == "‖日本".encode()
+
+
+def test_a_gpu_that_is_not_there_is_named_by_the_flag(adapter):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(UserError, match=r"--device: cuda: .*; .*, or use --device auto"):
+        inference_example.main(["--adapter", str(adapter), "--prompt", "x", "--device", "cuda"])
 
 
 def test_empty_standard_input_is_an_empty_prompt(adapter, monkeypatch):
