@@ -16,7 +16,7 @@ import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
 from qlora_kit import cli
-from qlora_kit.adapter import AdapterSource, check_base, load_checked_tokenizer, read_adapter
+from qlora_kit.adapter import AdapterSource, check_base, fetch_base, load_checked_tokenizer, read_adapter
 from qlora_kit.answers import encode_prompts, run_demo, run_text
 from qlora_kit.config import UserError, override
 from qlora_kit.generation import Generator, PromptEncoder, find_stop_ids
@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
         go_offline_if_unreachable()
     for note in source.notes:
         print(note, file=sys.stderr)
-    small_files = fetch_tokenizer(source.model)
+    small_files = fetch_base(source, fetch_tokenizer)
     tokenizer = load_checked_tokenizer(source)
     encoder = PromptEncoder(tokenizer, source.style, source.config.data.train_on, arguments.system)
     prompts = encode_prompts(prompts, encoder, settings.max_new_tokens, read_context(small_files))
@@ -262,7 +262,7 @@ def main(argv: list[str] | None = None) -> None:
         from qlora_kit.comparison import evaluation_blocks, run_perplexity
 
         blocks, what = evaluation_blocks(arguments.perplexity, source.config, tokenizer)
-    fetch_model(source.model)
+    fetch_base(source, fetch_model)
     generator = load_generator(source, settings, arguments, tokenizer)
     if arguments.perplexity is not None:
         aside = arguments.mode in ("text", "interactive")  # standard output is for answers

@@ -6,6 +6,7 @@ adapter's tensors fit the base model: attach.py.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -204,6 +205,20 @@ def _style_of_run(data: DataConfig) -> str:
 
 
 # What it was trained with, before anything large is loaded
+
+
+def fetch_base(source: AdapterSource, fetch: Callable[[ModelConfig], Path]) -> Path:
+    """What hub.fetch_tokenizer or hub.fetch_model makes ready of an adapter's base model.
+
+    Raises:
+        UserError: as they do, with the place that names the base model here.
+    """
+    try:
+        return fetch(source.model)
+    except UserError as error:
+        named = "base_model in its run.json" if source.complete else f"base_model_name_or_path in its {ADAPTER_FILES[1]}"
+        key = f"--adapter {source.folder}: {named}: "
+        raise UserError(*(problem.replace("model.name: ", key, 1) for problem in error.problems)) from None
 
 
 def check_base(source: AdapterSource) -> None:

@@ -138,5 +138,5 @@ def _download(model: ModelConfig, patterns: list[str]) -> Path:
     except (OSError, hub.HfHubHTTPError):  # the hub's own offline errors are OSErrors too
         raise UserError(
             f"{key}: not on this machine, and the Hub cannot be reached; download it where there is a network "
-            f"(hf download {model.name}), or name a local folder: --model_name FOLDER"
+            f"(hf download {model.name}), or name a local folder"
         ) from None

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit import cli
-from qlora_kit.adapter import AdapterSource, read_adapter
+from qlora_kit.adapter import AdapterSource, fetch_base, read_adapter
 from qlora_kit.config import UserError
 from qlora_kit.hub import TOKENIZER_FILES, fetch_model, go_offline_if_unreachable, is_local, read_context
 from qlora_kit.memory import GIB
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     cli.prepare_libraries()
     if not is_local(source.model.name):
         go_offline_if_unreachable()
-    base = fetch_model(source.model)
+    base = fetch_base(source, fetch_model)
 
     from qlora_kit.merging.check import check_blocks
     from qlora_kit.merging.weights import plan_merge

@@ -179,6 +179,24 @@ def test_a_hub_model_is_taken_at_the_commit_of_training(folder):
     assert read_adapter(str(folder)).model.revision == "abc123"
 
 
+@pytest.mark.parametrize("name, words", [
+    ("/gone/model", "/gone/model: no such folder; "), ("some/model", "some/model: not on this machine, "),
+])  # fmt: skip
+def test_a_base_model_that_cannot_be_had_is_named_by_its_place(folder, name, words):
+    flags = ["--adapter", str(folder), "--prompt", "x"]
+    change_json(folder / "run.json", base_model={"name": name, "revision": None, "folder": None})
+    with pytest.raises(UserError) as error:
+        inference_example.main(flags)
+    assert error.value.problems[0].startswith(f"--adapter {folder}: base_model in its run.json: {words}")
+    for file in ("run.json", "config.yaml"):
+        (folder / file).unlink()
+    change_json(folder / "adapter_config.json", base_model_name_or_path=name)
+    with pytest.raises(UserError) as error:
+        inference_example.main(flags)
+    (problem,) = error.value.problems
+    assert problem.startswith(f"--adapter {folder}: base_model_name_or_path in its adapter_config.json: {words}")
+
+
 # The tokenizer
 
 
