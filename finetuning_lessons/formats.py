@@ -1,0 +1,169 @@
+"""The same conversation as Alpaca, ShareGPT, messages and instruction text, and what the loss covers in each.
+
+Alpaca, ShareGPT and messages name the turns; the tokenizer's chat template makes one text of them. Instruction text is ready
+made. Trained is the answer with the token that ends its turn: from it the model learns to stop. All other tokens are context,
+with label -100. On a terminal trained tokens are coloured, elsewhere they stand between [[ and ]].
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from finetuning_lessons.lesson import (
+    GREEN,
+    GREY,
+    PRINTED_WIDTH,
+    ROOT,
+    create_parser,
+    load_tokenizer,
+    open_folder,
+    picture,
+    print_table,
+    print_text,
+)
+from qlora_kit import cli
+from qlora_kit.encoding import Encoded, encode, end_id, record_pieces
+from qlora_kit.formats import Piece, TrainOn, alpaca_to_text, recognise
+from qlora_kit.preview import marked
+
+ALPACA = {"instruction": "Make it a question.", "input": "The train is late.", "output": "Is the train late?"}
+ASKED = f"{ALPACA['instruction']}\n\n{ALPACA['input']}"
+RECORDS: dict[str, dict[str, Any]] = {
+    "alpaca": ALPACA,
+    "sharegpt": {"conversations": [{"from": "human", "value": ASKED}, {"from": "gpt", "value": ALPACA["output"]}]},
+    "messages": {"messages": [{"role": "user", "content": ASKED}, {"role": "assistant", "content": ALPACA["output"]}]},
+    "instruction": {"text": alpaca_to_text(ALPACA)},
+}
+TWO_ROUNDS = {
+    "conversations": [
+        {"from": "human", "value": "What is a tide?"},
+        {"from": "gpt", "value": "The sea rises and falls."},
+        {"from": "human", "value": "How often?"},
+        {"from": "gpt", "value": "Twice a day."},
+    ]
+}
+SAMPLES = ("alpaca.jsonl", "sharegpt.json", "messages.jsonl", "completion.jsonl", "instruction.jsonl")
+TRAIN_ON: tuple[TrainOn, ...] = ("assistant", "last", "all")
+
+
+def encode_record(record: dict[str, Any], tokenizer: Any, train_on: TrainOn = "assistant") -> Encoded:
+    """Ids of a record of any format, and which of them are trained."""
+    return encode([record_pieces(record, recognise(record), tokenizer, "text", train_on)], tokenizer)[0]
+
+
+def encode_everything(text: str, tokenizer: Any) -> Encoded:
+    """What `labels = input_ids.clone()` trains: the prompt as well, and no end behind the answer."""
+    return encode([[Piece(text, True)]], tokenizer)[0]
+
+
+def learns_to_stop(encoded: Encoded, end: int) -> bool:
+    """Whether the token that ends an answer is among the trained ones."""
+    return bool(((encoded.ids == end) & encoded.trained).any())
+
+
+def row(name: str, encoded: Encoded, end: int) -> list[str]:
+    trained = int((encoded.labels() >= 0).sum())
+    stops = "yes" if learns_to_stop(encoded, end) else "no"
+    return [name, stops, str(len(encoded)), str(trained), f"{100 * trained / len(encoded):.0f} %"]
+
+
+def format_rows(tokenizer: Any) -> list[list[str]]:
+    rows = [row(kind, encode_record(record, tokenizer), end_id(kind, tokenizer)) for kind, record in RECORDS.items()]
+    everything = encode_everything(RECORDS["instruction"]["text"], tokenizer)
+    rows.append(row("instruction, all labels", everything, end_id("instruction", tokenizer)))
+    return rows
+
+
+def train_on_rows(tokenizer: Any) -> list[list[str]]:
+    """A conversation of two rounds, with each choice of what is trained."""
+    end = end_id("sharegpt", tokenizer)
+    return [row(train_on, encode_record(TWO_ROUNDS, tokenizer, train_on), end) for train_on in TRAIN_ON]
+
+
+def sample_rows(tokenizer: Any) -> list[list[str]]:
+    rows = []
+    for name in SAMPLES:
+        text = (ROOT / "samples" / name).read_text(encoding="utf-8")
+        records = json.loads(text) if name.endswith(".json") else [json.loads(line) for line in text.splitlines()]
+        encoded = [encode_record(record, tokenizer) for record in records]
+        tokens, trained = sum(map(len, encoded)), sum(int((one.labels() >= 0).sum()) for one in encoded)
+        rows.append(
+            [f"samples/{name}", recognise(records[0]), f"{len(records):,}", f"{tokens:,}", f"{100 * trained / tokens:.0f} %"]
+        )
+    return rows
+
+
+def print_records(tokenizer: Any) -> None:
+    console = Console(width=PRINTED_WIDTH)
+    for kind, record in RECORDS.items():
+        console.print(f"{kind}:", style="bold")
+        console.print(json.dumps(record), highlight=False, markup=False)
+        console.print(marked(encode_record(record, tokenizer), tokenizer, console.is_terminal), soft_wrap=True)
+        console.print()
+
+
+def print_findings(tokenizer: Any) -> None:
+    chats = [encode_record(RECORDS[kind], tokenizer) for kind in ("alpaca", "sharegpt", "messages")]
+    same = all(one.labels().tolist() == chats[0].labels().tolist() and (one.ids == chats[0].ids).all() for one in chats)
+    print_text(
+        f"Alpaca, ShareGPT and messages give {'the same' if same else 'different'} tokens and labels: they are three ways to "
+        "write down the same turns. Instruction text has no turns that a chat template could know."
+    )
+    everything = encode_everything(RECORDS["instruction"]["text"], tokenizer)
+    trained = int((everything.labels() >= 0).sum())
+    answer = int((encode_record(RECORDS["instruction"], tokenizer).labels() >= 0).sum()) - 1  # without its end token
+    print_text(
+        f"Labels copied from the input, as in the simplest of data sets, spend {trained - answer} of {trained} trained tokens "
+        "on a prompt that the model never has to write, and without an end token it never learns to stop."
+    )
+
+
+def draw_tokens(axes: Any, title: str, encoded: Encoded, tokenizer: Any, columns: int = 36, lines: int = 8) -> None:
+    """Characters in cells, coloured where trained; a line between tokens, and a new row after `columns` cells or a line end."""
+    at, line = 0, 0
+    for token, label in zip(encoded.ids.tolist(), encoded.labels().tolist(), strict=True):
+        colour, words = (GREEN if label >= 0 else GREY), tokenizer.decode([token])
+        if at + len(words) > columns:
+            at, line = 0, line + 1
+        axes.vlines(at, line, line + 0.9, color="white", linewidth=1.5, zorder=2)
+        for character in words:
+            axes.broken_barh([(at, 1)], (line, 0.9), color=colour, alpha=0.75 if label >= 0 else 0.2, linewidth=0, zorder=1)
+            shown, newline = ("↵", True) if character == "\n" else (character, False)
+            axes.text(at + 0.5, line + 0.48, shown, family="monospace", fontsize=10, ha="center", va="center", zorder=3)
+            at, line = (0, line + 1) if newline else (at + 1, line)
+    axes.set(xlim=(0, columns), ylim=(lines, -0.2))
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.axis("off")
+
+
+def draw(path: Path, tokenizer: Any) -> None:
+    panels = {
+        "Alpaca, ShareGPT, messages: the chat template": encode_record(RECORDS["alpaca"], tokenizer),
+        "Instruction text": encode_record(RECORDS["instruction"], tokenizer),
+        "ShareGPT, two rounds: every answer is trained": encode_record(TWO_ROUNDS, tokenizer),
+        "Instruction text, labels = input_ids, no end": encode_everything(RECORDS["instruction"]["text"], tokenizer),
+    }
+    with picture(path, columns=2, rows=2, size=(11, 6.5)) as grid:
+        for axes, (title, encoded) in zip(grid.flat, panels.items(), strict=True):
+            draw_tokens(axes, title, encoded, tokenizer)
+        grid[0, 0].figure.suptitle(
+            "Green: trained. Grey: context, label -100. White lines part tokens, ↵ ends a line.", fontsize=12
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    folder = open_folder(create_parser(__doc__, "formats").parse_args(argv).output_dir)
+    tokenizer = load_tokenizer()
+    print_records(tokenizer)
+    header = ["format", "learns to stop", "tokens", "trained", "share"]
+    print_table("One question and its answer", header, format_rows(tokenizer), words=2)
+    print_table("Two rounds of ShareGPT, by data.train_on", ["train_on", *header[1:]], train_on_rows(tokenizer), words=2)
+    print_table("The sample files", ["file", "format", "records", "tokens", "trained"], sample_rows(tokenizer), words=2)
+    print_findings(tokenizer)
+    draw(folder / "formats.png", tokenizer)
+
+
+if __name__ == "__main__":
+    cli.run(main)
