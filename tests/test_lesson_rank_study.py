@@ -1,0 +1,81 @@
+"""The lesson of ranks: errors of low-rank copies by hand and by numpy's SVD, and LoRA trained to reach them."""
+
+import numpy as np
+import pytest
+import torch
+
+from finetuning_lessons.lesson import load_model
+from finetuning_lessons.rank_study import (
+    RUNS,
+    Copies,
+    best_errors,
+    fine_tune_fully,
+    fitted_error,
+    load_base,
+    pooled_errors,
+    rank_rows,
+    train_run,
+)
+from finetuning_lessons.short_run import load_split
+
+
+def test_best_error_by_hand():
+    """Singular values 4, 2 and 1: beyond rank 1 remain 4 + 1 of 21, beyond rank 2 remains 1, beyond rank 3 nothing."""
+    update = torch.diag(torch.tensor([2.0, -4.0, 1.0]))
+    assert best_errors(update, (1, 2, 3)) == pytest.approx([(5 / 21) ** 0.5, (1 / 21) ** 0.5, 0])
+
+
+def test_best_error_is_that_of_the_truncated_svd():
+    update = np.random.default_rng(0).normal(size=(24, 40))
+    left, values, right = np.linalg.svd(update, full_matrices=False)
+    copied = (left[:, :5] * values[:5]) @ right[:5]
+    expected = np.linalg.norm(update - copied) / np.linalg.norm(update)
+    assert best_errors(torch.from_numpy(update), (5,)) == pytest.approx([expected])
+
+
+def test_pooled_error_is_that_of_a_block_matrix_copied_block_by_block():
+    """diag(3, 4) loses 3 at rank 1, diag(12, 0) nothing: sqrt(9 / (25 + 144))."""
+    updates = [torch.diag(torch.tensor([3.0, 4.0])), torch.diag(torch.tensor([12.0, 0.0]))]
+    assert pooled_errors(updates, (1,)) == pytest.approx([3 / 13])
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_a_trained_copy_comes_near_the_best_and_never_below(rank):
+    update = torch.randn(32, 48, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.linspace(3, 0.1, 48))
+    (best,) = best_errors(update, (rank,))
+    assert best - 1e-6 <= fitted_error(update, rank) < best + 0.01
+
+
+def test_rows_count_a_and_b():
+    copies = Copies(*[[0.5] * 9] * 4)
+    rows = rank_rows(dict.fromkeys([0, 1, 2, 4, 8, 16, 32, 64, 128, 256], 1.0), copies)
+    assert rows[3][:3] == ["8", "12,288", "2.08 %"]  # 8 · (768 + 768), of 768²
+    assert len(rows) == 9
+
+
+def test_full_updates_are_those_of_the_42_projections():
+    text = load_split()
+    updates, loss = fine_tune_fully(text, steps=1)
+    assert len(updates) == 6 * 7
+    assert sorted({tuple(update.shape) for update in updates}) == [(64, 192), (192, 192), (192, 512), (512, 192)]
+    # Adam's first step moves each weight by the learning rate, towards less loss.
+    assert all(update.abs().max() == pytest.approx(5e-4, rel=0.05) for update in updates)
+    assert loss < 6.4
+
+
+def test_attention_at_rank_42_has_the_parameters_of_all_seven_at_rank_16():
+    """A layer: 42 · 1280 and 16 · 3392 (in + out of its projections)."""
+    runs = {run.name: run for run in RUNS}
+    text = load_split()
+    attention = train_run(runs["attention only, rank 42"], text._replace(held_out=text.held_out[:1]), steps=1)
+    assert attention.trainable == 6 * 42 * 1280
+    assert attention.trainable == pytest.approx(6 * 16 * 3392, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_packed_base_differs_from_the_16_bit_one_but_not_by_much(kind):
+    ids = torch.arange(64).view(1, 64)
+    with torch.no_grad():
+        plain, packed = (load_base(one)(input_ids=ids, labels=ids).loss for one in ("16-bit", kind))
+    assert 0 < abs(plain - packed) < 0.5
+    assert load_base("16-bit").dtype == load_model().dtype == torch.float32
