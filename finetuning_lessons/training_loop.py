@@ -1,0 +1,243 @@
+"""LoRA on GPT-2 with a loop in plain PyTorch, and the same run through train_qlora.py: the same losses.
+
+GPT-2 keeps its projections as Conv1D, weights (in, out), and joins q, k and v in `c_attn`; `c_proj` names the output of the
+attention and of the MLP. The Hub's gpt2 is trained where it can be reached, else a small one of random weights; it says which.
+
+train_qlora.py takes GPT-2 whole, through the library's layers instead of its own fast ones, which are built like Llama. So that
+both see the same numbers, the script is told: no 4-bit weights, fp32, AdamW in 32 bits, a constant learning rate, no dropout, no
+clipping, no packing, and prompts trained as well.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils.data import DataLoader, Dataset, Subset
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, set_seed
+
+from finetuning_lessons.layers import count_parameters
+from finetuning_lessons.lesson import (
+    BLUE,
+    ORANGE,
+    ROOT,
+    create_parser,
+    load_tokenizer,
+    open_folder,
+    picture,
+    print_table,
+    print_text,
+)
+from qlora_kit import cli
+from qlora_kit.cli import Failed
+from qlora_kit.formats import alpaca_to_text
+from qlora_kit.hub import go_offline_if_unreachable
+
+RECORDS = ROOT / "samples" / "alpaca.jsonl"
+BATCH = 4
+EPOCHS = 2
+LENGTH = 64  # tokens; the longest of the records takes fewer
+LEARNING_RATE = 2e-3
+RANK, ALPHA = 8, 16
+TARGETS = ["c_attn", "c_proj"]
+SEED = 42
+NO_DROPOUT: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+class InstructionDataset(Dataset):
+    """Alpaca records as instruction text, each padded to `max_length` tokens and ended by the end-of-sequence token.
+
+    Prompts are trained as well as answers (formats.py shows the other way). Padding gets label -100 by its position, not by its
+    id: it may be the same token as the end, which has to be trained.
+    """
+
+    def __init__(self, records: Sequence[dict[str, Any]], tokenizer: Any, max_length: int):
+        self.records, self.tokenizer, self.max_length = records, tokenizer, max_length
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """input_ids, attention_mask and labels, (max_length,) each."""
+        text = alpaca_to_text(self.records[index])
+        ids = [*self.tokenizer(text).input_ids, self.tokenizer.eos_token_id][: self.max_length]
+        padding = self.max_length - len(ids)
+        return {
+            "input_ids": torch.tensor(ids + [self.tokenizer.eos_token_id] * padding),
+            "attention_mask": torch.tensor([1] * len(ids) + [0] * padding),
+            "labels": torch.tensor(ids + [-100] * padding),
+        }
+
+
+def load_records(count: int) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RECORDS.read_text(encoding="utf-8").splitlines()[:count]]
+
+
+class Base(NamedTuple):
+    """What is trained, and how much of it fits into a minute."""
+
+    model: Any
+    tokenizer: Any
+    description: str
+    records: int
+    threads: int
+
+
+def small_gpt2() -> Base:
+    """GPT-2's architecture with random weights and the embedded model's tokenizer."""
+    tokenizer = load_tokenizer()
+    set_seed(SEED)
+    ends: dict[str, Any] = {"bos_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    sizes: dict[str, Any] = {"n_embd": 192, "n_layer": 4, "n_head": 6, "n_positions": 128, "vocab_size": len(tokenizer)}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, **ends, **NO_DROPOUT))
+    return Base(model, tokenizer, "a small GPT-2 of random weights: the Hub's gpt2 cannot be reached", records=48, threads=1)
+
+
+def load_gpt2() -> Base:
+    """The Hub's gpt2, or from the Hub's cache; else the small one."""
+    go_offline_if_unreachable()
+    from_cache = bool(os.environ.get("HF_HUB_OFFLINE"))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained("gpt2", local_files_only=from_cache)
+        model = AutoModelForCausalLM.from_pretrained("gpt2", dtype=torch.float32, local_files_only=from_cache, **NO_DROPOUT)
+    except OSError:
+        return small_gpt2()
+    return Base(model, tokenizer, "gpt2 from the Hub, 124 million parameters", records=16, threads=torch.get_num_threads())
+
+
+def add_lora(model: Any) -> Any:
+    """Rank 8 on c_attn and c_proj; fan_in_fan_out tells peft that Conv1D keeps its weights as (in, out)."""
+    model.requires_grad_(False)
+    set_seed(SEED)  # decides where A starts
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, fan_in_fan_out=True, task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+def shuffled(dataset: Dataset, count: int, epoch: int) -> Subset:
+    """The order of an epoch as the Trainer draws it: from the seed and the epoch's number."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(SEED + epoch))
+    return Subset(dataset, order.tolist())
+
+
+def train_plainly(model: Any, dataset: InstructionDataset) -> list[float]:
+    """The whole of training: batch, loss, gradients, step. Returns each step's loss in nats a token."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0)
+    model.train()
+    losses = []
+    for epoch in range(EPOCHS):
+        for batch in DataLoader(shuffled(dataset, len(dataset), epoch), batch_size=BATCH):
+            loss = model(**batch).loss  # the mean over the batch's labels; the model shifts them by one
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    return losses
+
+
+def write_material(model: Any, tokenizer: Any, records: Sequence[dict[str, Any]], folder: Path) -> None:
+    """The same model and records as files: a folder for model.name, and instruction text for data.dataset."""
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    with (folder / "records.jsonl").open("w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps({"text": alpaca_to_text(record)}) + "\n")
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    """Keys of train_qlora.py for the run that train_plainly makes."""
+    return {
+        "model.name": folder / "model",
+        "quantization.load_in_4bit": "false",
+        "quantization.compute_dtype": "float32",
+        "lora.rank": RANK,
+        "lora.alpha": ALPHA,
+        "lora.dropout": 0,
+        "lora.target_modules": f"[{', '.join(TARGETS)}]",
+        "data.dataset": folder / "records.jsonl",
+        "data.subset": "null",
+        "data.train_on": "all",
+        "data.packing": "false",
+        "data.max_length": LENGTH,
+        "data.eval_split": "null",
+        "training.num_epochs": EPOCHS,
+        "training.batch_size": BATCH,
+        "training.gradient_accumulation_steps": 1,
+        "training.learning_rate": LEARNING_RATE,
+        "training.lr_scheduler": "constant",
+        "training.warmup_ratio": 0,
+        "training.max_grad_norm": 0,
+        "training.gradient_checkpointing": "false",
+        "training.optim": "adamw_torch",
+        "training.logging_steps": 1,
+        "training.device": "cpu",
+        "training.seed": SEED,
+        "training.output_dir": folder / "output",
+    }
+
+
+def train_with_script(folder: Path, threads: int) -> list[float]:
+    """Run train_qlora.py as a command; the losses that it logged.
+
+    Raises:
+        Failed: it did not end well.
+    """
+    flags = [word for key, value in settings(folder).items() for word in ("--set", f"{key}={value}")]
+    command = [sys.executable, str(ROOT / "train_qlora.py"), *flags]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+    if run.returncode:
+        raise Failed(f"train_qlora.py ended with status {run.returncode}: {run.stderr.strip().splitlines()[-1]}")
+    metrics = (folder / "output" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [entry["loss"] for entry in map(json.loads, metrics) if "loss" in entry]
+
+
+def rows(plain: list[float], script: list[float]) -> list[list[str]]:
+    """Each step's loss twice, and how far apart they are."""
+    pairs = zip(plain, script, strict=True)
+    return [[str(step), f"{a:.6f}", f"{b:.6f}", f"{abs(a - b):.1e}"] for step, (a, b) in enumerate(pairs, 1)]
+
+
+def draw(path: Path, plain: list[float], script: list[float]) -> None:
+    steps = range(1, len(plain) + 1)
+    with picture(path, size=(9, 5)) as axes:
+        axes.plot(steps, plain, color=BLUE, linewidth=5, alpha=0.4, label="plain PyTorch loop")
+        axes.plot(steps, script, color=ORANGE, linewidth=1.5, label="train_qlora.py")
+        for epoch in range(1, EPOCHS):
+            axes.axvline(epoch * len(plain) / EPOCHS + 0.5, color="black", linestyle=":", linewidth=1, label="a new epoch begins")
+        axes.set(title="LoRA on GPT-2, twice the same run", xlabel="optimizer step", ylabel="training loss (nats per token)")
+        axes.legend()
+
+
+def main(argv: list[str] | None = None) -> None:
+    folder = open_folder(create_parser(__doc__, "training_loop").parse_args(argv).output_dir)
+    base = load_gpt2()
+    torch.set_num_threads(base.threads)
+    records = load_records(base.records)
+    dataset = InstructionDataset(records, base.tokenizer, LENGTH)
+    print_text(f"Model: {base.description}")
+    with tempfile.TemporaryDirectory() as temporary:
+        write_material(base.model, base.tokenizer, records, Path(temporary))
+        adapted = add_lora(base.model)
+        trainable, total = count_parameters(adapted)
+        plain = train_plainly(adapted, dataset)
+        script = train_with_script(Path(temporary), base.threads)
+    print_table("Loss in nats per token", ["step", "plain loop", "train_qlora.py", "apart"], rows(plain, script), words=0)
+    masks = torch.stack([item["attention_mask"] for item in map(dataset.__getitem__, range(len(dataset)))])
+    print_text(
+        f"{trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %). Padded to {LENGTH} tokens, "
+        f"{100 * float((masks == 0).float().mean()):.0f} % of what the model computes on is padding; train_qlora.py packs "
+        "records into blocks unless data.packing is false, as here."
+    )
+    apart = max(abs(a - b) for a, b in zip(plain, script, strict=True))
+    verdict = "the Trainer does what a loop of ten lines does" if apart < 1e-3 else "they are not the same run"
+    print_text(f"The two runs are {apart:.1e} nats apart at most: {verdict}.")
+    draw(folder / "training_loop.png", plain, script)
+
+
+if __name__ == "__main__":
+    cli.run(main)
