@@ -1,0 +1,76 @@
+"""The lesson of gradient checkpointing: bytes counted by hand, the same gradients, less kept."""
+
+import pytest
+import torch
+
+from finetuning_lessons.gradient_checkpointing import LiveBytes, Step, adapted_model, backward, count_bytes, fixed_bytes, rows
+
+
+def test_bytes_by_hand():
+    with LiveBytes() as live:
+        x = torch.empty(1000)
+        view = x.view(10, 100)
+        x += 1  # in place
+        assert live.now == 4000
+        more = x + 1
+        assert live.now == 8000
+        del more
+        assert live.now == 4000
+        del x
+        assert live.now == 4000  # the view holds it
+        del view
+    assert (live.now, live.peak) == (0, 8000)
+
+
+def test_what_is_kept_for_the_backward_pass_by_hand():
+    """exp keeps its output, 400 bytes; sum keeps none; the sum itself is 4 bytes."""
+    x = torch.zeros(100, requires_grad=True)
+    with LiveBytes() as live:
+        total = x.exp().sum()
+        assert live.now == 404
+        total.backward()
+    assert x.grad.tolist() == [1.0] * 100
+
+
+def test_tensors_from_before_are_not_counted():
+    x = torch.empty(1000)
+    with LiveBytes() as live:
+        x.add_(1)
+        x.view(10, 100).mul_(2)
+    assert live.peak == 0
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {checkpointing: adapted_model(checkpointing, "cpu") for checkpointing in (False, True)}
+
+
+def test_checkpointing_changes_no_gradient(models):
+    ids = torch.arange(64).view(2, 32)
+    for model in models.values():
+        model.zero_grad()
+        backward(model, ids)
+    pairs = list(zip(models[False].parameters(), models[True].parameters(), strict=True))
+    compared = [(a.grad, b.grad) for a, b in pairs if a.grad is not None]
+    assert len(compared) == 6 * 7 * 2
+    assert all(torch.equal(a, b) for a, b in compared)
+
+
+def test_checkpointing_keeps_the_input_of_each_layer_and_the_logits(models):
+    """Kept beyond the logits' log-probabilities: an input of 192 numbers a layer and token, and little else."""
+    ids = torch.arange(128).view(2, 64)
+    kept, peak = count_bytes(models[True], ids)
+    logits, inputs = 4 * ids.numel() * 6144, 4 * ids.numel() * 6 * 192
+    assert logits + inputs <= kept <= 1.1 * (logits + inputs)
+    kept_without, peak_without = count_bytes(models[False], ids)
+    assert kept < kept_without / 3 and peak < peak_without
+
+
+def test_fixed_bytes_by_hand():
+    """3,868,992 weights; a gradient and two moments for each of the 325,632 of LoRA."""
+    assert fixed_bytes(adapted_model(False, "cpu")) == 4 * 3_868_992 + 12 * 325_632
+
+
+def test_rows_show_changes_in_percent():
+    steps = {64: {False: Step(4 * 2**20, 8 * 2**20, 10.0), True: Step(2**20, 6 * 2**20, 13.0)}}
+    assert rows(steps) == [["2 x 64", "4.0", "1.0", "-75 %", "8.0", "6.0", "-25 %", "10.0", "13.0", "+30 %"]]
