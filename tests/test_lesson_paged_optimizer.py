@@ -1,0 +1,85 @@
+"""The lesson of the optimizer's state: bytes by hand, and which tensors bitsandbytes pages."""
+
+import pytest
+import torch
+from torch import nn
+
+from finetuning_lessons.paged_optimizer import (
+    OPTIMIZERS,
+    PAGED_FROM,
+    adapted_model,
+    joined,
+    measure_state,
+    paged_share,
+    qwen_rows,
+    train_with,
+    trainable,
+)
+from finetuning_lessons.short_run import load_split
+from qlora_kit.memory import KNOWN_CONFIGS, optimizer_bytes, read_shape
+
+QWEN = read_shape(KNOWN_CONFIGS["Qwen/Qwen2.5-3B-Instruct"])
+WIDE, NARROW, PAGED = OPTIMIZERS
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "expected"),
+    [
+        (WIDE, 8192, 2 * 4 * 8192),
+        (NARROW, 8192, 2 * (8192 + 4 * 8192 // 256)),  # a byte each, and an fp32 absmax for 256
+        (PAGED, 8192, 2 * (8192 + 4 * 8192 // 256)),
+        (NARROW, 4095, 2 * 4 * 4095),  # small tensors stay in 32 bits
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Paged optimizers")
+def test_state_by_hand(name, size, expected):
+    state = measure_state(name, [nn.Parameter(torch.ones(size))], rounds=1)
+    assert (state.bytes, state.parameters) == (expected, size)
+
+
+def test_joined_tensor_holds_the_same_numbers():
+    pieces = [nn.Parameter(torch.tensor([[1.0, 2.0]])), nn.Parameter(torch.tensor([3.0]))]
+    assert [one.tolist() for one in joined(pieces)] == [[1.0, 2.0, 3.0]]
+
+
+def test_paged_share_by_hand():
+    """Rank 16: 11008 · 16 is paged, 2048 · 16 and less is not; three projections have a side of 11008."""
+    widths = 3 * 11008
+    others = 4 * 2048 + 2 * (2048 + 256) + 3 * 2048  # q and o; k and v; the other sides of gate, up and down
+    assert paged_share(QWEN, 16) == pytest.approx(widths / (widths + others))
+    assert paged_share(QWEN, 8) == 0 and paged_share(QWEN, 512) == 1
+
+
+def test_bitsandbytes_pages_from_there_on(monkeypatch):
+    class Paged(Exception):
+        pass
+
+    def no_gpu(*shape, **where):
+        raise Paged
+
+    monkeypatch.setattr("bitsandbytes.functional.get_paged", no_gpu)
+    optimizer = OPTIMIZERS[PAGED]([nn.Parameter(torch.ones(1))])
+    not_on_a_cpu = torch.device("meta")
+    optimizer.get_state_buffer(torch.empty(PAGED_FROM - 1, device=not_on_a_cpu))
+    with pytest.raises(Paged):
+        optimizer.get_state_buffer(torch.empty(PAGED_FROM, device=not_on_a_cpu))
+
+
+def test_qwen_rows_by_hand():
+    rank_16 = qwen_rows(QWEN)[1]
+    assert rank_16[:4] == ["LoRA, rank 16", "29,933,568", "114", "228"]
+    bits_8 = float(rank_16[4])
+    assert bits_8 * 2**20 == pytest.approx(optimizer_bytes("adamw_8bit") * 29_933_568, rel=0.02)
+
+
+def test_8_bits_train_like_32():
+    blocks, losses = load_split().train[:, :32], {}
+    for name in (WIDE, NARROW):
+        losses[name] = train_with(name, adapted_model(), blocks, steps=4)
+    assert losses[WIDE][0] == losses[NARROW][0]
+    assert losses[WIDE] != losses[NARROW]
+    assert losses[NARROW] == pytest.approx(losses[WIDE], abs=0.01)
+
+
+def test_lora_of_the_embedded_model_is_84_tensors():
+    assert len(trainable(adapted_model())) == 6 * 7 * 2
