@@ -137,15 +137,15 @@ def try_to_merge(model: Any, ids: torch.Tensor) -> tuple[str, Any]:
 
 @torch.no_grad()
 def time_forward(models: dict[str, Any], ids: torch.Tensor, rounds: int) -> dict[str, float]:
-    """Milliseconds of the fastest of `rounds` forward passes; in turns, so that other programs disturb all alike."""
+    """Milliseconds that the fastest of `rounds` forward passes computes, in turns; waiting for other programs is not counted."""
     fastest = dict.fromkeys(models, float("inf"))
     for model in models.values():
         model.eval()
     for _ in range(rounds):
         for name, model in models.items():
-            started = time.perf_counter()
+            started = time.process_time()
             model(input_ids=ids, use_cache=False)
-            fastest[name] = min(fastest[name], 1000 * (time.perf_counter() - started))
+            fastest[name] = min(fastest[name], 1000 * (time.process_time() - started))
     return fastest
 
 
@@ -205,7 +205,7 @@ def print_findings(results: dict[str, Result], base_loss: float) -> None:
         f"{100 * qwen.lora_parameters(LORA_RANK, 'all-linear') / qwen.parameters():.2f} % of Qwen2.5-3B at the same rank."
     )
     print_text(
-        "Merged, LoRA and IA3 take what the base model takes; a few percent more or less are other programs on this machine. "
+        "Merged, LoRA and IA3 take what the base model takes; a few percent more or less are noise. "
         f"Prefix and prompt also take {VIRTUAL_TOKENS} positions of the context and of the key-value cache."
     )
 
