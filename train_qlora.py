@@ -13,22 +13,22 @@ torch is imported only when the settings are known to be right, so that a mistak
 import argparse
 import shlex
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit import cli
 from qlora_kit.checkpoint import (
-    CHECKPOINTS,
     build_passport,
     check_disk,
     check_output_dir,
     check_same_material,
-    find_checkpoint,
+    find_common_checkpoint,
     open_output,
     save_adapter,
     write_passport,
 )
-from qlora_kit.checkpoints import Checkpoint, clean
+from qlora_kit.checkpoints import Checkpoint
 from qlora_kit.config import UserError, load_config, override, parse_set
 from qlora_kit.dataset import Blocks, load_blocks
 from qlora_kit.fingerprint import weights_fingerprint
@@ -37,13 +37,12 @@ from qlora_kit.hub import (
     fetch_tokenizer,
     go_offline_if_unreachable,
     is_local,
-    read_model_config,
 )
 from qlora_kit.lock import OutputLock
-from qlora_kit.memory import CONTEXT_BYTES, GIB, KNOWN_CONFIGS, ModelShape, read_shape, why_not_written_out
 from qlora_kit.packing import RecordBlocks
-from qlora_kit.plan import asked, check_fit, go_on_as_planned, make_plan, plan_table
-from qlora_kit.report import CURVES, RunReport, plot_training_curves, read_metrics, remote_code_warning
+from qlora_kit.plan import asked, check_fit, describe_plan, go_on_as_planned, make_plan, read_written_out_shape
+from qlora_kit.processes import ALONE, Team, check_alike, check_division, check_gpus, choose_own_gpu, connected, find_team
+from qlora_kit.report import CURVES, RunReport, plot_training_curves, read_metrics, remote_code_warning, what_runs
 from qlora_kit.settings import Config
 from qlora_kit.sources import check_source
 from qlora_kit.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -90,6 +89,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the run that output_dir holds")
     parser.add_argument("--plan", action="store_true", help="show what the run will take and whether it fits, then stop")
+    parser.add_argument("--processes", type=int, metavar="N", help="with --plan: of a run of N processes, a GPU each")
     parser.add_argument("--preview", action="store_true", help="show what will be trained on, then stop; loads no weights")
     return parser.parse_args(argv)
 
@@ -113,51 +113,76 @@ def prepare_dataset(
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    config = load_config(arguments.config, overrides(arguments))
-    cli.prepare_libraries()
-    if arguments.plan:
-        return print(describe_plan(config))
-    check_source(config.data)
-    if arguments.preview:
-        return preview(config)
-    folder = check_output_dir(config.training.output_dir, arguments.overwrite, arguments.resume is not None)
-    with OutputLock(folder) as lock:
-        train_adapter(arguments, config, folder, lock)
+    team = find_team()
+    choose_own_gpu(team.local_rank)
+    with connected(team):
+        config = load_config(arguments.config, overrides(arguments))
+        if arguments.processes is not None and (arguments.processes < 1 or not arguments.plan):
+            raise UserError(
+                f"--processes: {arguments.processes}: says how many, 1 or more, --plan is for; torchrun or accelerate starts them"
+            )
+        check_alike(team, what_runs(config))
+        check_division(config, team.count)
+        cli.prepare_libraries()
+        if team.count > 1 and config.training.device != "cpu":
+            check_gpus(team)
+        if arguments.plan:
+            return print(describe_plan(config, arguments.processes or team.count)) if team.leads else None
+        check_source(config.data)
+        if arguments.preview:
+            return preview(config) if team.leads else None
+        # The first process alone writes.
+        folder = check_output_dir(config.training.output_dir, arguments.overwrite or not team.leads, arguments.resume is not None)
+        with OutputLock(folder) if team.leads else nullcontext() as lock:
+            train_adapter(arguments, config, folder, lock, team)
 
 
-def train_adapter(arguments: argparse.Namespace, config: Config, folder: Path, lock: OutputLock) -> None:
-    """Plan, data, model, training, adapter: what README shows as a picture, top to bottom."""
-    clean(folder / CHECKPOINTS)
-    checkpoint, lines = (None, []) if arguments.resume is None else find_checkpoint(folder, config, arguments.resume)
+def train_adapter(
+    arguments: argparse.Namespace, config: Config, folder: Path, lock: OutputLock | None, team: Team = ALONE
+) -> None:
+    """Plan, data, model, training, adapter: what README shows as a picture, top to bottom.
+
+    Args:
+        lock: of the folder, in the process that writes.
+    """
+    checkpoint, lines = find_common_checkpoint(folder, config, arguments.resume, team)
     if not (is_local(config.model.name) and all(map(is_local, config.data.names))):
         go_offline_if_unreachable()
     shape, reason = read_written_out_shape(config)
-    if shape:
+    if shape and team.leads:
         check_disk(folder, shape.lora_parameters(config.lora.rank, config.lora.target_modules), config.training.optim)
 
     from qlora_kit.device import look_at_machine, out_of_memory_is_one_line
 
     machine = look_at_machine(config, shape)
+    check_alike(team, {"training.device": machine.device, "quantization.compute_dtype": machine.dtype_name})
     # What cannot be compiled here takes more memory.
     as_here = config if machine.compiles else override(config, {"performance.compile": False})
     written_out = None if reason else shape
-    plan = make_plan(as_here, written_out, machine.limit)
+    limit = min(team.gather(machine.limit)) if machine.limit is not None else None  # of the fullest GPU: all take the same plan
+    plan = make_plan(as_here, written_out, limit, team.count)
     if checkpoint:
-        same_wish = checkpoint.run["asked"] == asked(config)
-        plan = go_on_as_planned(plan, as_here, written_out, machine.limit, checkpoint.run, same_wish)
-    check_fit(plan, as_here, shape, machine.limit)
-    report = RunReport(config, machine, plan)
+        same_wish = checkpoint.run["asked"] == asked(config) and checkpoint.run["processes"] == team.count
+        plan = go_on_as_planned(plan, as_here, written_out, limit, checkpoint.run, same_wish)
+    check_fit(plan, as_here, shape, limit)
+    report = RunReport(config, machine, plan, team)
     report.announce()
     for line in lines:
         report.log.line(line)
     # Data first: what is wrong with it is to be known before gigabytes of weights are fetched.
-    fetch_tokenizer(config.model)
-    tokenizer = load_tokenizer(config.model)
-    train, evaluation = prepare_dataset(config, tokenizer)
+    with team.first_on_each_node():
+        fetch_tokenizer(config.model)
+        tokenizer = load_tokenizer(config.model)
+        train, evaluation = prepare_dataset(config, tokenizer)
     report.describe_data(train, evaluation)
-    tokens = {"train_sha256": report.data["train_sha256"], "tokenizer_sha256": tokenizer_fingerprint(tokenizer)}
-    recognise(report, checkpoint, tokens)
-    recognise(report, checkpoint, {"base_sha256": weights_fingerprint(fetch_model(config.model)) or ""})
+    recognise(
+        report,
+        checkpoint,
+        {"train_sha256": report.data["train_sha256"], "tokenizer_sha256": tokenizer_fingerprint(tokenizer)},
+    )
+    with team.first_on_each_node():
+        recognise(report, checkpoint, {"base_sha256": weights_fingerprint(fetch_model(config.model)) or ""})
+    check_alike(team, report.material)
     with report.telling_how_it_ends(), out_of_memory_is_one_line(config, planned=bool(plan.parts)):
         model, tokenizer = load_adapted_model(config, report, tokenizer)
 
@@ -165,18 +190,22 @@ def train_adapter(arguments: argparse.Namespace, config: Config, folder: Path, l
         from qlora_kit.training import build_trainer
 
         trainer = build_trainer(model, train, evaluation, report)
-        if lock.take():  # the folder is new, or another run made it meanwhile
-            check_output_dir(config.training.output_dir, arguments.overwrite, checkpoint is not None)
-        open_output(folder, report, checkpoint, arguments.overwrite)
-        before = recorded_base(read_metrics(folder)) if checkpoint else trainer.measure_base()
+        if lock:
+            if lock.take():  # the folder is new, or another run made it meanwhile
+                check_output_dir(config.training.output_dir, arguments.overwrite, checkpoint is not None)
+            open_output(folder, report, checkpoint, arguments.overwrite)
+        before = recorded_base(read_metrics(checkpoint.folder)) if checkpoint else trainer.measure_base()
         trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
-        plot_training_curves(read_metrics(folder), folder / CURVES)
+        if team.leads:
+            plot_training_curves(read_metrics(folder), folder / CURVES)
         if trainer.stopping.signal:
             raise cli.Stopped(128 + trainer.stopping.signal, how_to_resume(arguments, trainer.state.global_step))
         after = trainer.measure_final()
-        save_adapter(model, tokenizer, folder)
-    write_passport(folder, build_passport(report, tokenizer, before, after, **trainer.how_it_went()))
-    report.summary(folder, before, after, trainer.state.global_step, trainer.kept_step)
+        if team.leads:
+            save_adapter(model, tokenizer, folder)
+    if team.leads:
+        write_passport(folder, build_passport(report, tokenizer, before, after, **trainer.how_it_went()))
+        report.summary(folder, before, after, trainer.state.global_step, trainer.kept_step)
 
 
 def recognise(report: RunReport, checkpoint: Checkpoint | None, found: dict[str, str]) -> None:
@@ -190,28 +219,6 @@ def recognise(report: RunReport, checkpoint: Checkpoint | None, found: dict[str,
         check_same_material(checkpoint, found)
 
 
-def describe_plan(config: Config) -> str:
-    """The plan for the card that performance.vram_limit_gib stands for, else for this machine's GPU, else for one of 8 GiB.
-
-    Raises:
-        UserError: nothing is predicted for this architecture, or for the library's layers.
-    """
-    if not is_local(config.model.name) and config.model.name not in KNOWN_CONFIGS:
-        go_offline_if_unreachable()
-    shape, reason = read_written_out_shape(config)
-    if shape is None or reason:
-        raise UserError(f"--plan: {config.model.name}: no prediction ({reason}); train with a small --max_steps and read the log")
-    card, gib = "performance.vram_limit_gib", config.performance.vram_limit_gib
-    if gib is None:
-        import torch
-
-        card, gib = "no GPU here: a card of 8 GiB assumed, less CUDA's own", 8.0 - CONTEXT_BYTES / GIB
-        if torch.cuda.is_available():
-            card, gib = f"free on {torch.cuda.get_device_name(0)}", torch.cuda.mem_get_info()[0] / GIB
-    limit = gib * GIB
-    return plan_table(make_plan(config, shape, limit), config, shape, limit, card)
-
-
 def preview(config: Config) -> None:
     """Print what a run would train on; loads the tokenizer only."""
     from qlora_kit.preview import show_preview
@@ -223,13 +230,6 @@ def preview(config: Config) -> None:
     fetch_tokenizer(config.model)
     tokenizer = load_tokenizer(config.model)
     show_preview(config, tokenizer, *prepare_dataset(config, tokenizer), cli.results_console())
-
-
-def read_written_out_shape(config: Config) -> tuple[ModelShape | None, str | None]:
-    """The model's shape if it is built like Llama, and why it will not go through the fast path, if it will not."""
-    model_config = read_model_config(config.model)
-    reason = why_not_written_out(model_config, config.data.max_length)
-    return read_shape(model_config), reason if config.performance.fused_lora else "performance.fused_lora is false"
 
 
 def load_adapted_model(

@@ -1,28 +1,42 @@
 """When a run ends before its last step: Ctrl+C, SIGTERM."""
 
 import signal
+import time
 from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback
 
+from qlora_kit.processes import ALONE, Team
+
+SAME_REQUEST = 3.0  # seconds in which a launcher passes on to its processes what the terminal has sent them already
+
 
 class StopCallback(TrainerCallback):
-    """First Ctrl+C or SIGTERM: finish the optimizer step and save; second: stop at once."""
+    """First Ctrl+C or SIGTERM: finish the optimizer step and save; second: stop at once.
 
-    def __init__(self) -> None:
+    Of several processes all stop after the same step, whichever was asked to.
+    """
+
+    def __init__(self, team: Team = ALONE) -> None:
+        self.team = team
         self.signal: int | None = None
+        self._asked = 0.0
         self._previous: dict[int, Any] = {}
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        again = self.signal is not None
+        if again and self.team.count > 1 and time.monotonic() - self._asked < SAME_REQUEST:
+            return
+        if again:
             raise KeyboardInterrupt
-        self.signal = number
+        self.signal, self._asked = number, time.monotonic()
 
     def on_train_begin(self, args, state, control, **rest):
         self._previous = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def on_step_end(self, args, state, control, **rest):
+        self.signal = self.team.highest(self.signal or 0) or None
         if self.signal is not None and not control.should_training_stop:
             control.should_save = True
             control.should_training_stop = True

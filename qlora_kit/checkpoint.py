@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.checkpoints import (
+    MANIFEST,
     MIB,
     PREFIX,
     REPLACED,
@@ -20,6 +21,7 @@ from qlora_kit.checkpoints import (
     Checkpoint,
     candidates,
     checkpoint_bytes,
+    clean,
     flush,
     missing_bytes,
     newest_valid,
@@ -31,6 +33,7 @@ from qlora_kit.config import UserError, load_config
 from qlora_kit.fingerprint import weights_fingerprint
 from qlora_kit.generation import find_stop_ids
 from qlora_kit.hub import is_local, model_folder
+from qlora_kit.processes import Team
 from qlora_kit.report import CURVES, LOG, METRICS, RunReport, command_line, now, versions
 from qlora_kit.settings import Config
 from qlora_kit.tokenizer import separator_id, tokenizer_fingerprint, vocabulary_fingerprint
@@ -131,6 +134,31 @@ def _check_same_run(checkpoint: Checkpoint, config: Config) -> list[str]:
     if problems:
         raise UserError(*problems)
     return lines
+
+
+def find_common_checkpoint(folder: Path, config: Config, wanted: str | None, team: Team) -> tuple[Checkpoint | None, list[str]]:
+    """Where to go on from, as the first process finds it, and lines for the log.
+
+    Raises:
+        UserError: as find_checkpoint, or another process does not see it.
+    """
+    checkpoint: Checkpoint | None = None
+    lines: list[str] = []
+    if team.leads:
+        clean(folder / CHECKPOINTS)
+        if wanted is not None:
+            checkpoint, lines = find_checkpoint(folder, config, wanted)
+    checkpoint = team.told(checkpoint)
+    if checkpoint:
+        seen = team.gather((checkpoint.folder / MANIFEST).is_file())
+        if not all(seen):
+            raise UserError(
+                f"--resume: {checkpoint.folder}: rank {seen.index(False)} does not see it; all nodes must see the output folder, "
+                "or have a copy of its checkpoint at the same place"
+            )
+        if (before := checkpoint.run["processes"]) != team.count:
+            lines.append(f"Going on with {team.count} processes what {before} began: the same data in the same order")
+    return checkpoint, lines
 
 
 def check_same_material(checkpoint: Checkpoint, material: dict[str, Any]) -> None:

@@ -60,7 +60,8 @@ class OneLineParser(argparse.ArgumentParser):
             close = difflib.get_close_matches(flag, flags, n=1)
             message = f"{flag}: unknown flag; " + (f"did you mean {close[0]}?" if close else "--help lists them")
         (problem,) = UserError(message).problems
-        print(f"error: {redact(problem)}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes with one command line, one says what is wrong with it
+            print(f"error: {redact(problem)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -171,7 +172,7 @@ def prepare_libraries() -> None:
     # Idle OpenMP threads sleep instead of spinning: beside one other busy program, two spinning cores trained the tiny model
     # at half this speed, and beside a second training at a fortieth (measured on 2 cores, 2026-11); alone it costs a quarter.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says that an optional CPU kernel package is missing

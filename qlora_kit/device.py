@@ -1,10 +1,9 @@
 """The machine a run meets: which device, which dtype it can compute in, how much memory, and whether it makes sense.
 
-One process, one device: the first visible GPU, or the CPU.
+One process, one device: its own GPU of those visible, the first where it is alone, or the CPU.
 """
 
 import importlib.util
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,7 +70,6 @@ def look_at_machine(config: Config, shape: ModelShape | None) -> Machine:
     reporter = config.training.report_to
     if reporter != "none" and importlib.util.find_spec(reporter) is None:
         raise UserError(f"training.report_to: {reporter}: not installed; pip install {reporter}, or use none")
-    _use_first_gpu_only()
     device = choose_device(config.training.device)
     if device == "cpu" and config.training.device == "auto" and shape:
         check_patience(config, shape)
@@ -108,12 +106,6 @@ def check_insistence(config: Config, device: str) -> None:
     insisted = [key for key in remedies if getattr(config.performance, key) is True]
     if reason and insisted:
         raise UserError(*(cannot_work(f"performance.{key}", reason, remedies[key]) for key in insisted))
-
-
-def _use_first_gpu_only() -> None:
-    """Before CUDA starts: with several visible GPUs the Trainer would split batches over them by itself."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
 
 
 def cap_memory(limit_gib: float) -> None:

@@ -3,11 +3,23 @@
 From the shapes alone (memory.py), before any weight is loaded. Imports no torch.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from qlora_kit.config import UserError, override
-from qlora_kit.memory import CONTEXT_BYTES, GIB, ModelShape, estimate_memory, optimizer_bytes
+from qlora_kit.hub import go_offline_if_unreachable, is_local, read_model_config
+from qlora_kit.memory import (
+    CONTEXT_BYTES,
+    GIB,
+    KNOWN_CONFIGS,
+    ModelShape,
+    estimate_memory,
+    optimizer_bytes,
+    read_shape,
+    why_not_written_out,
+)
+from qlora_kit.processes import check_division
 from qlora_kit.settings import Config
 
 
@@ -37,8 +49,8 @@ RECOMPUTATION = 0.27
 KEPT_WEIGHTS_TOKENS = 80  # of those, what unpacking only once saves
 
 
-def make_plan(config: Config, shape: ModelShape | None, limit: float | None) -> Plan:
-    """The fastest division of the effective batch within `limit` bytes, or the smallest one when none fits.
+def make_plan(config: Config, shape: ModelShape | None, limit: float | None, processes: int = 1) -> Plan:
+    """The fastest division of a process's share of the effective batch within `limit` bytes, or the smallest one when none fits.
 
     `performance.micro_batch` and `training.gradient_checkpointing` are free where they are `auto`. Without a limit (a CPU) or a
     shape nothing is chosen: the micro-batch is `batch_size`.
@@ -46,8 +58,9 @@ def make_plan(config: Config, shape: ModelShape | None, limit: float | None) -> 
     recompute, micro = config.training.gradient_checkpointing, config.performance.micro_batch
     if shape is None or limit is None or not config.performance.fused_lora:
         layers = shape.layers if shape and (recompute is True or (recompute == "auto" and limit is not None)) else 0
-        return Plan(config.training.batch_size if micro == "auto" else int(micro), layers, {})
-    batches = _divisors(config.effective_batch) if micro == "auto" else [int(micro)]
+        share = math.gcd(config.training.batch_size, config.effective_batch // processes)
+        return Plan(share if micro == "auto" else int(micro), layers, {})
+    batches = _divisors(config.effective_batch // processes) if micro == "auto" else [int(micro)]
     choices = {"auto": range(shape.layers + 1), True: [shape.layers], False: [0]}[recompute]
     divisions = [(b, n, False) for b in batches for n in choices] + [(b, 0, True) for b in batches if recompute == "auto"]
     plans = [Plan(b, n, estimate_memory(shape, config, b, n, keep), keep) for b, n, keep in divisions]
@@ -141,9 +154,12 @@ def cheapest_change(config: Config, shape: ModelShape, limit: float) -> dict[str
     return next((change for change in changes if make_plan(override(config, change), shape, limit).peak <= limit), None)
 
 
-def plan_table(plan: Plan, config: Config, shape: ModelShape, limit: float, card: str) -> str:
+def plan_table(plan: Plan, config: Config, shape: ModelShape, limit: float, card: str, processes: int = 1) -> str:
     """What a run will take part by part, whether `limit` bytes of `card` hold it, and the cheapest change when they do not."""
-    title = f"{config.model.name}: {plan.micro_batch} x {config.effective_batch // plan.micro_batch} sequences of "
+    each = f"each of {processes} processes: " if processes > 1 else ""
+    title = (
+        f"{config.model.name}: {each}{plan.micro_batch} x {config.effective_batch // processes // plan.micro_batch} sequences of "
+    )
     title += (
         f"{config.data.max_length} tokens, rank {config.lora.rank}, {plan.recomputed} of {shape.layers} layers computed again"
     )
@@ -156,3 +172,33 @@ def plan_table(plan: Plan, config: Config, shape: ModelShape, limit: float, card
         return "\n".join([*lines, f"Fits: {plan.peak / GIB:.2f} of {limit / GIB:.2f} GiB ({card})."])
     verdict = f"Does not fit: {plan.peak / GIB:.2f} GiB, and there are {limit / GIB:.2f} ({card}); {remedy(config, shape, limit)}"
     return "\n".join([*lines, verdict])
+
+
+def read_written_out_shape(config: Config) -> tuple[ModelShape | None, str | None]:
+    """The model's shape if it is built like Llama, and why it will not go through the fast path, if it will not."""
+    model_config = read_model_config(config.model)
+    reason = why_not_written_out(model_config, config.data.max_length)
+    return read_shape(model_config), reason if config.performance.fused_lora else "performance.fused_lora is false"
+
+
+def describe_plan(config: Config, processes: int) -> str:
+    """The plan for the card that performance.vram_limit_gib stands for, else for this machine's GPU, else for one of 8 GiB.
+
+    Raises:
+        UserError: nothing is predicted for this architecture, or for the library's layers.
+    """
+    check_division(config, processes)
+    if not is_local(config.model.name) and config.model.name not in KNOWN_CONFIGS:
+        go_offline_if_unreachable()
+    shape, reason = read_written_out_shape(config)
+    if shape is None or reason:
+        raise UserError(f"--plan: {config.model.name}: no prediction ({reason}); train with a small --max_steps and read the log")
+    card, gib = "performance.vram_limit_gib", config.performance.vram_limit_gib
+    if gib is None:
+        import torch
+
+        card, gib = "no GPU here: a card of 8 GiB assumed, less CUDA's own", 8.0 - CONTEXT_BYTES / GIB
+        if torch.cuda.is_available():
+            card, gib = f"free on {torch.cuda.get_device_name(0)}", torch.cuda.mem_get_info()[0] / GIB
+    limit = gib * GIB
+    return plan_table(make_plan(config, shape, limit, processes), config, shape, limit, card, processes)

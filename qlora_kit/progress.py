@@ -17,14 +17,14 @@ class ProgressCallback(TrainerCallback):
     def __init__(self, report: RunReport, tokens_per_step: float):
         self.report, self.log, self.device = report, report.log, report.machine.device
         self.tokens_per_step = tokens_per_step  # on average: the last step of an epoch may hold fewer
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, quiet=not self.log.speaks)
         self.bar: Progress | None = None
         self.speed = SpeedMeter()
 
     def on_train_begin(self, args, state, control, **rest):
         self.speed = SpeedMeter()
         self.total = state.max_steps
-        if self.console.is_terminal:
+        if self.console.is_terminal and self.log.speaks:
             self.bar = Progress(
                 TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
                 TextColumn("{task.fields[info]}"), TimeRemainingColumn(), console=self.console, speed_estimate_period=600,
@@ -125,7 +125,7 @@ class EvaluationBar:
     def __init__(self, console: Console, bar: Progress | None, blocks: int):
         self.blocks, self.outer = blocks, bar
         self.bar = bar or Progress(TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                                   console=console, transient=True, disable=not console.is_terminal)  # fmt: skip
+                                   console=console, transient=True, disable=console.quiet or not console.is_terminal)  # fmt: skip
 
     def __enter__(self) -> Callable[[int], None]:
         if self.outer is None:

@@ -3,6 +3,7 @@
 metrics.jsonl holds one object a logged step and is the source of the picture. Imports no torch.
 """
 
+import hashlib
 import json
 import platform
 import shlex
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.hub import is_local
 from qlora_kit.memory import GIB
 from qlora_kit.plan import Plan
+from qlora_kit.processes import ALONE, Team
 from qlora_kit.redaction import redact
 from qlora_kit.settings import Config, ModelConfig
 
@@ -36,9 +38,13 @@ class RunLog:
     """Lines for the reader, on standard error and in training_log.txt; numbers for programs, in metrics.jsonl.
 
     Nothing is written to disk before `open`: a run that fails while it gets ready leaves an earlier run's files alone.
+
+    Args:
+        speaks: False in a process that leaves this to another: it says and writes nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, speaks: bool = True) -> None:
+        self.speaks = speaks
         self._waiting: list[str] = []
         self._folder: Path | None = None
 
@@ -64,17 +70,22 @@ class RunLog:
                 (checkpoint / name).touch()
 
     def line(self, text: str = "") -> None:
-        print(redact(text), file=sys.stderr)
+        if self.speaks:
+            print(redact(text), file=sys.stderr)
         self.file_only(text)
 
     def file_only(self, text: str) -> None:
         text = redact(text)
+        if not self.speaks:
+            return
         if self._folder is None:
             self._waiting.append(text)
         else:
             _append(self._folder / LOG, text)
 
     def metrics(self, values: dict[str, Any]) -> None:
+        if not self.speaks:
+            return
         assert self._folder is not None, "metrics before the log was opened"
         _append(self._folder / METRICS, json.dumps(values))
 
@@ -87,9 +98,9 @@ def _append(path: Path, text: str) -> None:
 class RunReport:
     """Tells the reader what was asked, predicted and measured; keeps what the passport will state."""
 
-    def __init__(self, config: Config, machine: "Machine", plan: Plan):
-        self.config, self.machine, self.plan = config, machine, plan
-        self.log = RunLog()
+    def __init__(self, config: Config, machine: "Machine", plan: Plan, team: Team = ALONE):
+        self.config, self.machine, self.plan, self.team = config, machine, plan, team
+        self.log = RunLog(team.leads)
         self.predicted_gib = plan.peak / GIB if plan.parts else None
         self.micro_batch = plan.micro_batch  # as it is: halved when memory runs out
         self.started, self._clock = now(), time.perf_counter()
@@ -101,6 +112,10 @@ class RunReport:
         self.log.file_only(f"{self.started}  {command_line()}")
         for line in self.machine.description:
             self.log.line(line)
+        if self.team.count > 1:
+            self.log.line(
+                f"Processes: {self.team.count}, each with the base model on a device of its own; this is said by the first"
+            )
         quantization = f"4-bit {config.quantization.quant_type.upper()}" if config.quantization.load_in_4bit else "16-bit"
         double = " with double quantization" if config.quantization.load_in_4bit and config.quantization.use_double_quant else ""
         self.log.line(f"Base model: {config.model.name}, {quantization}{double}, computing in {self.machine.dtype_name}")
@@ -128,8 +143,9 @@ class RunReport:
     def describe_path(self, reason: str | None, not_compiled: str | None, not_captured: str | None) -> None:
         """How micro-steps run; each argument says what stands against something, None that nothing does."""
         plan = self.plan
-        times = self.config.effective_batch // plan.micro_batch
+        times = self.config.effective_batch // self.team.count // plan.micro_batch
         division = f"{plan.micro_batch} sequence{'s' * (plan.micro_batch > 1)} at a time, {times} time{'s' * (times > 1)}"
+        division += f" in each of {self.team.count} processes" if self.team.count > 1 else ""
         if reason:
             self.predicted_gib = None  # it was for the fast path
             self.log.line(f"Each optimizer step: {division}, through the library's layers ({reason})")
@@ -258,3 +274,12 @@ def versions() -> dict[str, str]:
 
 def command_line() -> str:
     return redact(shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]))
+
+
+def what_runs(config: Config) -> dict[str, str]:
+    """What all processes of a run have to have in common, by the words of a message."""
+    home = Path(__file__).parent.parent
+    code = sorted([*home.glob("*.py"), *home.glob("qlora_kit/**/*.py")])
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()[:12]
+    settings = {f"{section}.{key}": repr(value) for section, keys in config.model_dump().items() for key, value in keys.items()}
+    return settings | {"the code": digest, "the packages": ", ".join(" ".join(pair) for pair in versions().items())}

@@ -5,6 +5,7 @@ data from the step. Here: files that are whole or not there (checkpoints.py), an
 path follows from the step (fast/graph.py), so nothing of it is kept.
 """
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from qlora_kit.guard import StepGuard
 from qlora_kit.paging import page_again
 from qlora_kit.perplexity import Perplexity
 from qlora_kit.plan import asked
+from qlora_kit.processes import Team
 from qlora_kit.progress import ProgressCallback
 
 
@@ -38,6 +40,7 @@ class ResumableTrainer(Trainer):
     progress: ProgressCallback
     stopping: StopCallback
     guard: StepGuard
+    team: Team
     last_measured: tuple[int, Perplexity] | None
 
     def train(self, resume_from_checkpoint=None, **rest):  # type: ignore[override]
@@ -75,14 +78,25 @@ class ResumableTrainer(Trainer):
             state.best_model_checkpoint = str(root / f"{PREFIX}{state.global_step}")
         callbacks: Any = state.stateful_callbacks
         callbacks |= {type(one).__name__: one.state() for one in [*self._patience(), self.control]}
-        with saving(root, state.global_step, self._about(), self._bytes()) as folder:
+        about, random_numbers = self._about(), self.team.gather(self._random_numbers())
+        if not self.team.leads:
+            return
+        with saving(root, state.global_step, about, self._bytes()) as folder:
             self._save(str(folder))
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
-            self._save_rng_state(str(folder))
+            for name, content in random_numbers:
+                (folder / name).write_bytes(content)
             state.save_to_json(str(folder / "trainer_state.json"))
             write_run_files(self.progress.report, folder)
         rotate(root, self.checkpoints_kept, Path(state.best_model_checkpoint) if state.best_model_checkpoint else None)
+
+    def _random_numbers(self) -> tuple[str, bytes]:
+        """File name and content of this process's random state, as the library writes and finds it."""
+        with tempfile.TemporaryDirectory() as folder:
+            self._save_rng_state(folder)
+            (file,) = Path(folder).iterdir()
+            return file.name, file.read_bytes()
 
     def _save(self, output_dir=None, state_dict=None) -> None:
         write_adapter(self.adapted, Path(str(output_dir)))  # the adapter alone: no pickled arguments
@@ -103,6 +117,7 @@ class ResumableTrainer(Trainer):
             "micro_batch": report.plan.micro_batch,
             "recomputed": report.plan.recomputed,
             "keep_weights": report.plan.keep_weights,
+            "processes": self.team.count,
             "rows": self.rows,
             "guard": self.guard.state(),
             "loss_to_log": self._tr_loss.item(),  # of the steps since the last logged one

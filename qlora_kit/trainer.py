@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from qlora_kit.callbacks import StopCallback
 from qlora_kit.checkpoints import what_stands
@@ -22,7 +23,7 @@ from qlora_kit.fast.graph import MicroStep
 from qlora_kit.fast.loss import IGNORED, token_losses
 from qlora_kit.guard import StepGuard, numbered
 from qlora_kit.packing import RecordBlocks
-from qlora_kit.perplexity import Perplexity, as_metrics, library_losses, measure_perplexity
+from qlora_kit.perplexity import Perplexity, as_metrics, from_block_losses, library_losses, measure_block_losses
 from qlora_kit.progress import ProgressCallback
 from qlora_kit.resumable import ResumableTrainer
 
@@ -32,6 +33,7 @@ class QLoraTrainer(ResumableTrainer):
 
     Args:
         steps: optimizer steps of the whole run.
+        rows: sequences in a forward pass.
         micro: the fast path, or None for the library's own layers under autocast to `compute_dtype`.
     """
 
@@ -39,6 +41,7 @@ class QLoraTrainer(ResumableTrainer):
         self,
         *,
         steps: int,
+        rows: int,
         compute_dtype: torch.dtype,
         progress: ProgressCallback,
         micro: MicroStep | None,
@@ -48,7 +51,9 @@ class QLoraTrainer(ResumableTrainer):
         self.micro = micro  # before the library's own preparations, which may ask for the optimizer
         super().__init__(**rest)
         self.steps, self.checkpoints_kept = steps, checkpoints_kept
-        self.rows = self.args.per_device_train_batch_size  # sequences in a forward pass; halved when memory runs out
+        self.rows = rows  # halved when memory runs out
+        self.team = progress.report.team
+        self.shared = True  # whether the processes have put together what they have of the step at hand
         self.seen: list[dict[str, torch.Tensor]] = []  # micro-batches of the optimizer step so far
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole step
         self.model_accepts_loss_kwargs = True  # the same, for transformers before it knew the line above
@@ -60,7 +65,7 @@ class QLoraTrainer(ResumableTrainer):
         }
         self.compute_dtype = compute_dtype
         self.progress = progress
-        self.stopping = StopCallback()
+        self.stopping = StopCallback(self.team)
         self.add_callback(self.stopping)
         self.last_measured: tuple[int, Perplexity] | None = None
         self.guard = StepGuard(progress.report, self._batch, lambda: what_stands(self._root()), self._silent)
@@ -75,20 +80,30 @@ class QLoraTrainer(ResumableTrainer):
         return self.autocast()
 
     def get_train_dataloader(self):
-        loader = super().get_train_dataloader()
+        loader: Any = super().get_train_dataloader()
         loader.device = None  # batches stay in pinned host memory, where counting their tokens waits for no GPU
+        if self.team.count > 1:  # OwnRows divides them; accelerate would also repeat rows to make the last ones even
+            sampler = loader.batch_sampler
+            sampler.num_processes, sampler.process_index, sampler.even_batches = 1, 0, False
         return loader
+
+    def _prepare_for_training(self, *arguments: Any) -> Any:
+        # No wrapper around the model: gradients are summed once a step, in `_share`.
+        if self.team.count > 1:
+            self.accelerator.prepare_model = lambda model, **how: model
+        return super()._prepare_for_training(*arguments)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):  # type: ignore[override]
         """The micro-batches of one optimizer step and the tokens they predict together."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._begin_step()
         self.loss_before = None
-        self.step_tokens = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
+        own = sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in batches)
+        self.step_tokens = int(self.team.sum(torch.as_tensor(own)))
         return batches, self.step_tokens
 
     def _begin_step(self) -> None:
-        self.seen = []
+        self.seen, self.shared = [], False
         if self.micro:
             self.micro.begin_step(self.state.global_step)
         else:
@@ -148,13 +163,29 @@ class QLoraTrainer(ResumableTrainer):
         self.optimizer = kind([self.micro.decoder.adapters.flat], weight_decay=self.args.weight_decay, **arguments)
         return self.optimizer
 
+    def _share(self) -> None:
+        """Sum gradients and loss over the processes, once a step: each had its part of what was divided by all tokens."""
+        if self.shared or self.team.count == 1:
+            return
+        self.shared = True
+        if self.micro:
+            self.team.sum(self.micro.decoder.adapters.gradient)
+        else:
+            gradients = [parameter.grad for parameter in self.adapted.parameters() if parameter.requires_grad]
+            flat = self.team.sum(parameters_to_vector(gradients))
+            vector_to_parameters(flat, gradients)
+        assert self.loss_before is not None, "a step without a micro-step"
+        self._tr_loss = self.loss_before + self.team.sum(self._tr_loss - self.loss_before)
+
     def _clip_grad_norm(self, model):
+        self._share()
         if self.micro is None:
             return super()._clip_grad_norm(model)
         return self.accelerator.clip_grad_norm_([self.micro.decoder.adapters.flat], self.args.max_grad_norm)
 
     def _get_grad_norm(self, model, grad_norm=None):
         """The norm of a step that the optimizer may see; None for one that is left out, of which nothing is logged."""
+        self._share()
         if self.micro is None or grad_norm is not None:
             norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         else:
@@ -183,7 +214,8 @@ class QLoraTrainer(ResumableTrainer):
 
     def _batch(self) -> str:
         """What the step at hand was computed on."""
-        blocks = [int(number) for batch in self.seen for number in batch["block"]]
+        own = [int(number) for batch in self.seen for number in batch["block"] if number >= 0]
+        blocks = [number for part in self.team.gather(own) for number in part]
         data: Any = self.train_dataset
         sources = sorted({number for block in blocks for number in data.sources(block)})
         held = f" with {numbered(data.unit, sources)}" if sources else ""
@@ -195,9 +227,11 @@ class QLoraTrainer(ResumableTrainer):
         if self.micro is None:
             self.adapted.eval()  # once, for all batches; the library's training_step switches back
         losses_of = self.micro.losses if self.micro else library_losses(self.adapted, self.autocast())
-        with self.progress.evaluation(len(self.eval_dataset)) as on_batch:
+        with self.progress.evaluation(len(self.team.shares(self.eval_dataset))) as on_batch:
             try:
-                return self._checked(measure_perplexity(losses_of, self.eval_dataset, self.rows, on_batch))
+                own = measure_block_losses(losses_of, self.team.shares(self.eval_dataset), self.rows, on_batch)
+                sums, counts = (self.team.joined(part) for part in own)
+                return self._checked(from_block_losses(sums, counts))
             except RuntimeError as error:
                 if self.rows == 1 or not is_out_of_memory(error):
                     raise

@@ -20,7 +20,9 @@ from qlora_kit.device import Machine
 from qlora_kit.fast.decoder import FastDecoder, why_not_fast
 from qlora_kit.fast.graph import MicroStep, why_not_compiled, why_not_graphed, why_not_used
 from qlora_kit.fast.lora import fuse
+from qlora_kit.fast.loss import IGNORED
 from qlora_kit.packing import RecordBlocks
+from qlora_kit.processes import Team
 from qlora_kit.progress import ProgressCallback
 from qlora_kit.report import RunReport
 from qlora_kit.settings import Config
@@ -39,10 +41,11 @@ def build_trainer(
     trainer = QLoraTrainer(
         steps=steps,
         model=model,
-        args=training_arguments(config, machine, steps, evaluation is not None, report.plan.micro_batch),
+        args=training_arguments(config, machine, steps, evaluation is not None, report.plan.micro_batch * report.team.count),
         train_dataset=train,
         eval_dataset=evaluation,
-        data_collator=default_data_collator,
+        data_collator=OwnRows(report.team, report.plan.micro_batch),
+        rows=report.plan.micro_batch,
         callbacks=callbacks,
         checkpoints_kept=config.training.save_total_limit,
         compute_dtype=machine.dtype,
@@ -80,7 +83,30 @@ def build_micro_step(model: Any, report: RunReport, packed: bool) -> MicroStep |
     insisted = True in (settings.compile, settings.cuda_graphs)
     give_up = None if insisted or device == "cpu" else report.plain_path
     micro_batch, length = report.plan.micro_batch, config.data.max_length
-    return MicroStep(decoder, micro_batch, length, config.training.seed, not_captured is None, give_up, packed)
+    turn = (report.team.rank, report.team.count)
+    return MicroStep(decoder, micro_batch, length, config.training.seed, not_captured is None, give_up, packed, turn)
+
+
+class OwnRows:
+    """Collates a micro-step's rows, of which each process takes its own.
+
+    Where the data ends in the middle of one, a process without rows takes one that counts for nothing: all take every step.
+
+    Args:
+        micro_batch: rows of each process.
+    """
+
+    def __init__(self, team: Team, micro_batch: int):
+        self.team, self.micro_batch = team, micro_batch
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        first = self.team.rank * self.micro_batch
+        own = rows[first : first + self.micro_batch]
+        batch = default_data_collator(own or rows[:1])
+        if not own:
+            batch["labels"].fill_(IGNORED)
+            batch["block"].fill_(-1)
+        return batch
 
 
 def total_steps(config: Config, blocks: int) -> int:
@@ -88,15 +114,20 @@ def total_steps(config: Config, blocks: int) -> int:
     return config.training.max_steps or math.ceil(config.training.num_epochs * config.steps_per_epoch(blocks))
 
 
-def training_arguments(config: Config, machine: Machine, steps: int, evaluate: bool, micro_batch: int) -> TrainingArguments:
+def training_arguments(config: Config, machine: Machine, steps: int, evaluate: bool, together: int) -> TrainingArguments:
+    """The library's settings of a run.
+
+    Args:
+        together: sequences of a micro-step, of all processes.
+    """
     training, device = config.training, machine.device
     keep_best = training.goes_back
     return TrainingArguments(
         output_dir=str(Path(training.output_dir).expanduser() / CHECKPOINTS),
         num_train_epochs=training.num_epochs,
         max_steps=training.max_steps or -1,
-        per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=config.effective_batch // micro_batch,
+        per_device_train_batch_size=together,
+        gradient_accumulation_steps=config.effective_batch // together,
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.lr_scheduler,
         warmup_steps=math.ceil(training.warmup_ratio * steps),
@@ -118,6 +149,7 @@ def training_arguments(config: Config, machine: Machine, steps: int, evaluate: b
         seed=training.seed,
         use_cpu=device == "cpu",
         dataloader_pin_memory=device == "cuda",
+        ddp_backend="gloo" if device == "cpu" and torch.distributed.is_initialized() else None,
         remove_unused_columns=False,
         label_names=["labels"],
         disable_tqdm=True,

@@ -14,7 +14,7 @@ SOURCES = sorted([*ROOT.glob("*.py"), *(file for folder in FOLDERS for file in f
 # A mistake in a config must be answered at once: these are read before torch is.
 LIGHT = (
     "config", "settings", "memory", "plan", "formats", "sources", "readers", "documents", "encoding", "storage", "packing",
-    "tokenizer", "hub", "cli", "report", "dataset", "checkpoint", "checkpoints", "lock",
+    "tokenizer", "hub", "cli", "report", "dataset", "checkpoint", "checkpoints", "lock", "processes",
     "merge", "merging.pairs", "merging.folder",
     "doctor", "examination", "installation",
     "redaction", "adapter", "fingerprint", "prompts", "generation", "answers",

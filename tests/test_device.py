@@ -190,15 +190,6 @@ def test_a_short_cpu_run_is_not_refused(monkeypatch, root):
     device.check_patience(config(training={"max_steps": 1}), shape)  # 8,192 tokens: 1,011 s
 
 
-def test_one_process_sees_one_gpu(monkeypatch):
-    for visible, expected in [(None, "0"), ("2,3", "2"), ("1", "1"), ("", "")]:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        if visible is not None:
-            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        device._use_first_gpu_only()
-        assert device.os.environ["CUDA_VISIBLE_DEVICES"] == expected
-
-
 def test_missing_reporting_package_is_one_line(no_gpu, monkeypatch):
     monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"report_to: wandb.*pip install wandb"):

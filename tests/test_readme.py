@@ -41,7 +41,7 @@ def test_command_is_one_that_works(command, monkeypatch):
     if "|" in words:
         words = words[words.index("|") + 1 :]
     match words:
-        case ["python", "train_qlora.py", *flags]:
+        case ["python", "train_qlora.py", *flags] | ["torchrun", "--nproc_per_node=2", "train_qlora.py", *flags]:
             arguments = train_qlora.parse_arguments(flags)
             written_by_a_run = arguments.config.parts[0].startswith("output_")
             load_config(ROOT / "config.yaml" if written_by_a_run else arguments.config, train_qlora.overrides(arguments))

@@ -27,6 +27,7 @@ class MicroStep:
         packed: whether `starts` comes with each micro-batch (attention.py).
         seed: of dropout, which follows from (seed, optimizer step, micro-step): a resumed run draws what an unbroken one drew.
         captured: whether to use CUDA graphs; without, the same functions run one kernel after the other.
+        turn: (r, n) where n processes take turns and this is number r: the k-th micro-step here is number k · n + r of the step.
         give_up: told why compiling or capturing failed, before the plain functions take over; None: the error is raised.
     """
 
@@ -39,8 +40,10 @@ class MicroStep:
         captured: bool,
         give_up: Callable[[str], None] | None = None,
         packed: bool = False,
+        turn: tuple[int, int] = (0, 1),
     ):
         self.decoder, self.seed, self.captured, self.give_up = decoder, seed, captured, give_up
+        self.turn = turn
         device = decoder.adapters.flat.device
         ids = torch.zeros(batch, length, dtype=torch.long, device=device)
         # Offloaded embeddings are looked up in host memory and come over with the batch.
@@ -66,7 +69,8 @@ class MicroStep:
         """Add the gradients of share · Σ losses to the adapters'; returns that loss, (), which the next call overwrites."""
         self._fill(ids, labels, starts)
         self.share.copy_(share, non_blocking=True)
-        self.keys.copy_(draw_keys((self.seed, self.step, self.number), self.keys.numel()).view_as(self.keys), non_blocking=True)
+        number = self.number * self.turn[1] + self.turn[0]
+        self.keys.copy_(draw_keys((self.seed, self.step, number), self.keys.numel()).view_as(self.keys), non_blocking=True)
         self.number += 1
         return self._run("train", lambda: self.decoder.accumulate(self.inputs, self.labels, self.share, self.keys, self.starts))
 
@@ -81,7 +85,7 @@ class MicroStep:
         self.pool = None
         self.decoder.keep_weights = False  # they are no fewer for a smaller batch
         packed = self.starts is not None
-        return MicroStep(self.decoder, batch, self.labels.shape[1], self.seed, self.captured, self.give_up, packed)
+        return MicroStep(self.decoder, batch, self.labels.shape[1], self.seed, self.captured, self.give_up, packed, self.turn)
 
     def _fill(self, ids: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor | None) -> None:
         rows = len(ids)
