@@ -199,7 +199,7 @@ def train_adapter(
         if team.leads:
             plot_training_curves(read_metrics(folder), folder / CURVES)
         if trainer.stopping.signal:
-            raise cli.Stopped(128 + trainer.stopping.signal, how_to_resume(arguments, trainer.state.global_step))
+            raise cli.Stopped(128 + trainer.stopping.signal, how_to_resume(arguments, trainer.state.global_step, team))
         after = trainer.measure_final()
         if team.leads:
             save_adapter(model, tokenizer, folder)
@@ -278,11 +278,13 @@ def check_context(config: Config, model_config: Any) -> None:
         )
 
 
-def how_to_resume(arguments: argparse.Namespace, step: int) -> str:
+def how_to_resume(arguments: argparse.Namespace, step: int, team: Team) -> str:
     dropped = ("--overwrite", "--resume", arguments.resume, f"--resume={arguments.resume}")
     again = [word for word in sys.argv[1:] if word not in dropped]
+    launcher = ["python"] if team.count == 1 else ["torchrun", f"--nproc_per_node={team.local_count}"]
     return (
-        f"Stopped after step {step}; everything is saved. Go on with: {shlex.join(['python', sys.argv[0], *again, '--resume'])}"
+        f"Stopped after step {step}; everything is saved. Go on with: {shlex.join([*launcher, sys.argv[0], *again, '--resume'])}"
+        + (", on each node" if team.local_count < team.count else "")
     )
 
 

@@ -29,11 +29,12 @@ FAILURE, HAS_GPU = "qlora_kit/failure", "qlora_kit/has_gpu"
 
 @dataclass
 class Team:
-    """The processes of a run, of which this one is number `rank` of `count`; `local_rank` of those on its node."""
+    """The processes of a run, of which this one is number `rank` of `count`, and `local_rank` of `local_count` on its node."""
 
     rank: int = 0
     count: int = 1
     local_rank: int = 0
+    local_count: int = 1
     store: Any = field(default=None, repr=False)  # what all can read and write: torch.distributed's
 
     @property
@@ -109,10 +110,9 @@ class EveryNth:
 
 
 def find_team() -> Team:
-    """From the variables that torchrun, accelerate and Slurm scripts set; alone without them."""
-    rank, count, local = (int(os.environ.get(name, default)) for name, default in
-                          (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))  # fmt: skip
-    return Team(rank, count, local)
+    """From the variables that torchrun and accelerate set; alone without them."""
+    names = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
+    return Team(*(int(os.environ.get(name, default)) for name, default in names))
 
 
 @contextmanager

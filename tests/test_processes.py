@@ -152,10 +152,10 @@ def test_a_process_sees_one_gpu(monkeypatch, visible, local_rank, own):
 
 
 def test_who_a_process_is_stands_in_its_environment(monkeypatch):
-    assert find_team() == Team(0, 1, 0)
-    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
+    assert find_team() == Team(0, 1, 0, 1)
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
-    assert find_team() == Team(5, 8, 1) and not find_team().leads
+    assert find_team() == Team(5, 8, 1, 4) and not find_team().leads
 
 
 def test_shares_hold_every_item_once_and_join_to_the_whole(monkeypatch):
