@@ -606,7 +606,7 @@ def test_a_hub_model_without_a_network(root, tmp_path):
     result = run(root, *SMALL, "--model_name", "Qwen/Qwen2.5-0.5B-Instruct", "--output_dir", str(tmp_path / "out"),
                  HF_HOME=str(tmp_path / "no-cache"))  # fmt: skip
     assert result.returncode == 2
-    assert_one_line(result, "model.name: Qwen/Qwen2.5-0.5B-Instruct", "hf download Qwen/Qwen2.5-0.5B-Instruct", "--model_name")
+    assert_one_line(result, "model.name: Qwen/Qwen2.5-0.5B-Instruct", "hf download Qwen/Qwen2.5-0.5B-Instruct", "local folder")
     assert not (tmp_path / "out").exists()
 
 

@@ -64,7 +64,7 @@ def test_measured_points_are_those_of_the_benchmarks(root):
     text = (root / "benchmarks" / "README.md").read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     peaks = {cells[0]: float(cells[2]) for cells in rows if len(cells) == 5 and cells[3].endswith("%")}
-    assert {point.run: point.peak_gib for point in MEASURED} == peaks
+    assert {point.run: point.peak_gib for point in MEASURED}.items() <= peaks.items()
 
 
 @pytest.mark.parametrize("point", MEASURED, ids=lambda point: point.run)
