@@ -66,36 +66,46 @@ class Job:
         return [*map(str, command), *flags]
 
 
-def run_toolkit(job: Job, flags: list[str], limit_seconds: float) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
+def run_toolkit(
+    job: Job, flags: list[str], limit_seconds: float, processes: int = 1, sequences: int = SEQUENCES
+) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
     """run.json, the objects of metrics.jsonl and training_log.txt of one run.
+
+    Args:
+        processes: a GPU each.
+        sequences: of an optimizer step, over all processes.
 
     Raises:
         NoMeasurement: it failed, ran into the limit, or the text was too short for its steps.
     """
     with tempfile.TemporaryDirectory() as work:
         output = Path(work, "output")
-        run_limited(job.toolkit_command(flags, output), Path(work), limit_seconds)
+        command = job.toolkit_command(flags, output)
+        if processes > 1:
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+            command = [command[0], *launcher, *command[1:]]
+        run_limited(command, Path(work), limit_seconds, processes)
         run = json.loads((output / "run.json").read_text(encoding="utf-8"))
         metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         log = (output / "training_log.txt").read_text(encoding="utf-8")
-    if run["data"]["train_blocks"] < job.steps * SEQUENCES:
-        raise NoMeasurement(f"{job.train} fills {run['data']['train_blocks']} of {job.steps * SEQUENCES} blocks; use more text")
+    if run["data"]["train_blocks"] < job.steps * sequences:
+        raise NoMeasurement(f"{job.train} fills {run['data']['train_blocks']} of {job.steps * sequences} blocks; use more text")
     if "Out of GPU memory" in log:
         raise NoMeasurement("ran out of memory and went on with a smaller micro-batch", log)
     return run, metrics, log
 
 
-def run_limited(command: list[str], folder: Path, limit_seconds: float) -> str:
-    """Standard output of a command, which runs in `folder`, sees the first GPU only, and leaves no process behind.
+def run_limited(command: list[str], folder: Path, limit_seconds: float, gpus: int = 1) -> str:
+    """Standard output of a command, which runs in `folder`, sees the first GPUs only, and leaves no process behind.
 
     Raises:
         NoMeasurement: it failed or ran into the limit.
     """
-    first_gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")[:gpus]
     with tempfile.TemporaryFile("w+", errors="replace") as out, tempfile.TemporaryFile("w+", errors="replace") as err:
         process = subprocess.Popen(
             command, cwd=folder, stdout=out, stderr=err, start_new_session=True,
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": first_gpu},
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(visible)},
         )  # fmt: skip
         status = None
         with suppress(subprocess.TimeoutExpired):
