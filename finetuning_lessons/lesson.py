@@ -91,7 +91,9 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         table.add_column(name, justify="left" if number < words else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console = Console(highlight=False, markup=False, width=None if terminal else 250)
+    # In a notebook rich would write HTML, and colours where none were asked for.
+    width = None if terminal else 250
+    console = Console(highlight=False, markup=False, width=width, force_jupyter=False, force_terminal=terminal)
     console.print(title, style="bold")
     console.print(table)
     print()

@@ -58,8 +58,8 @@ def test_command_is_one_that_works(command, monkeypatch):
             create_parser(None, module.removeprefix("finetuning_lessons.")).parse_args(flags)
         case ["make", target]:
             assert subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True).returncode == 0
-        case ["pip" | "pytest" | "python3" | "source", *_]:
-            assert all((ROOT / word).exists() for word in words if word.endswith(".txt"))
+        case ["pip" | "pytest" | "python3" | "source" | "jupyter", *_]:
+            assert all((ROOT / word).exists() for word in words if word.endswith((".txt", ".ipynb")))
         case _:
             pytest.fail(f"no check knows this command: {command}")
 

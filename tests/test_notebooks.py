@@ -1,0 +1,106 @@
+"""The course in two languages: it runs, its outputs are its own, and both say the same."""
+
+import importlib
+import json
+import os
+import re
+import resource
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LESSONS = ROOT / "finetuning_lessons"
+ENGLISH = LESSONS / "finetuning_techniques.ipynb"
+NOTEBOOKS = [ENGLISH]
+NO_LESSONS = {"__init__", "lesson", "short_run"}
+
+
+def cells(path: Path, kind: str) -> list[dict]:
+    return [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == kind]
+
+
+def sources(path: Path, kind: str) -> list[str]:
+    return ["".join(cell["source"]) for cell in cells(path, kind)]
+
+
+def outputs(path: Path) -> list[dict]:
+    return [output for cell in cells(path, "code") for output in cell["outputs"]]
+
+
+def printed(path: Path) -> str:
+    return "".join("".join(output["text"]) for output in outputs(path) if output["output_type"] == "stream")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs_from_top_to_bottom_in_five_minutes(path, tmp_path, monkeypatch):
+    import nbformat
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # in the notebook's own folder it finds the lessons by itself
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Of one thread, whatever else the machine does.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 300
+    assert len(list((tmp_path / "output_lessons").iterdir())) == sum("run(" in source for source in sources(path, "code")) - 1
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_is_kept_with_the_outputs_of_one_run(path):
+    code = cells(path, "code")
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    assert {output["output_type"] for output in outputs(path)} <= {"stream", "execute_result", "display_data"}
+    assert {output["name"] for output in outputs(path) if output["output_type"] == "stream"} == {"stdout"}
+    for cell in code:
+        last = "".join(cell["source"]).splitlines()[-1]
+        assert last.startswith("run(") == any("image/png" in output.get("data", {}) for output in cell["outputs"])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_is_small_and_names_no_place_of_the_machine_it_ran_on(path):
+    assert path.stat().st_size < 1e6
+    text = printed(path) + json.dumps([output.get("data", {}).get("text/html") for output in outputs(path)])
+    assert re.findall(r"(?<![\w.])/(?:home|root|tmp|work|usr|Users)\b|[A-Z]:\\\\", text) == []
+    assert os.uname().nodename not in text
+
+
+def test_runs_every_lesson():
+    started = set(re.findall(r"^run\((\w+)\)$", "\n".join(sources(ENGLISH, "code")), re.MULTILINE))
+    assert started == {path.stem for path in LESSONS.glob("*.py")} - NO_LESSONS
+
+
+def test_has_the_seven_parts_in_order():
+    parts = re.findall(r"^## Part (\d)", "\n".join(sources(ENGLISH, "markdown")), re.MULTILINE)
+    assert parts == list("1234567")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("name", ["memory", "formats"])
+def test_output_is_what_the_lesson_prints_today(path, name, tmp_path, capsys):
+    """Of the lessons that compute without measuring time; others differ a little from run to run."""
+    importlib.import_module(f"finetuning_lessons.{name}").main(["--output_dir", str(tmp_path)])
+    tables = capsys.readouterr().out.partition("One question and its answer")[2 if name == "formats" else 0]
+    lines = [line.rstrip() for line in tables.splitlines() if line.strip() and not line.startswith("picture")]
+    kept = {line.rstrip() for line in printed(path).splitlines()}
+    assert lines and [line for line in lines if line not in kept] == []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_measured_figures_of_the_summary_stand_in_the_outputs(path):
+    summary = sources(path, "markdown")[-1]
+    rows = [line.split("|") for line in summary.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 10
+    shown = printed(path) + "".join(sources(path, "markdown")[:-1])
+    figures = [number for row in rows for number in re.findall(r"(?<![\w-])\d[\d,.]*\d|(?<![\w-])\d(?= %)", row[2])]
+    assert len(figures) > 15
+    assert [number for number in figures if not re.search(rf"(?<![\d.,]){re.escape(number)}(?![\d])", shown)] == []
+
+
+def test_commands_are_ones_that_readme_gives():
+    text = "\n".join(sources(ENGLISH, "markdown"))
+    commands = re.findall(r"^(?:python|make|pip) .*$", text, re.MULTILINE) + re.findall(r"`(python -m \w+\.\w+)`", text)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert commands and [command for command in commands if command not in readme and "NAME" not in command] == []
