@@ -1,0 +1,94 @@
+"""The English and the Traditional Chinese texts have the same headings, commands, code, links and figures."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+COURSE = "finetuning_lessons/finetuning_techniques"
+FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+
+
+def course(suffix: str) -> list[dict]:
+    return json.loads((ROOT / f"{COURSE}{suffix}.ipynb").read_text(encoding="utf-8"))["cells"]
+
+
+def text(cells: list[dict]) -> str:
+    return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+
+
+PAIRS = {
+    "README": tuple((ROOT / f"README{suffix}.md").read_text(encoding="utf-8") for suffix in ("", ".zh-TW")),
+    "course": (text(course("")), text(course(".zh-TW"))),
+}
+both = pytest.mark.parametrize(("english", "chinese"), PAIRS.values(), ids=PAIRS)
+
+
+def sections(text: str) -> list[tuple[str, str]]:
+    """Level of each heading, and what stands below it; what stands before the first has level "". Code blocks are left out."""
+    parts = re.split(r"^(#+) ", FENCED.sub("", text), flags=re.MULTILINE)
+    return list(zip(["", *parts[1::2]], parts[::2], strict=True))
+
+
+def pictures_and_links(text: str) -> list[str]:
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    return sorted(target.replace(".zh-TW", "") for target in targets)
+
+
+@both
+def test_headings_have_the_same_levels_in_the_same_order(english, chinese):
+    levels = [level for level, _ in sections(english)]
+    assert len(levels) > 10
+    assert [level for level, _ in sections(chinese)] == levels
+
+
+@both
+def test_every_heading_is_translated(english, chinese):
+    headings = re.findall(r"^#+ (.+)$", FENCED.sub("", chinese), re.MULTILINE)
+    assert [heading for heading in headings if not re.search(r"[\u4e00-\u9fff]", heading)] == []
+
+
+@both
+def test_commands_and_code_blocks_are_the_same(english, chinese):
+    """Of a drawing in the course the words may be translated, so only what a reader may run is compared there."""
+    fenced = [
+        [b for b in FENCED.findall(text) if text in PAIRS["README"] or b.startswith("```bash")] for text in (english, chinese)
+    ]
+    assert fenced[0] and fenced[0] == fenced[1]
+
+
+@both
+def test_each_section_names_the_same_code(english, chinese):
+    for (_, one), (_, other) in zip(sections(english), sections(chinese), strict=True):
+        code = set.symmetric_difference(*({" ".join(c.split()) for c in re.findall(r"`([^`]+)`", part)} for part in (one, other)))
+        assert code <= {"finetuning_lessons/finetuning_techniques.zh-TW.ipynb"}, one.splitlines()[0]
+
+
+@both
+def test_each_section_has_the_same_figures(english, chinese):
+    """Of two digits or more: smaller numbers are words in one of the languages here and there."""
+    for (_, one), (_, other) in zip(sections(english), sections(chinese), strict=True):
+        figures = [set(re.findall(r"\d[\d,.]*\d", re.sub(r"\[[^]]*\]\([^)]*\)", "", part))) for part in (one, other)]
+        assert figures[0] == figures[1], one.splitlines()[0]
+
+
+@both
+def test_links_and_pictures_are_the_same(english, chinese):
+    assert pictures_and_links(english) == pictures_and_links(chinese)
+
+
+@pytest.mark.parametrize("name", ["README.md", f"{COURSE}.ipynb"])
+def test_the_other_language_is_one_click_away(name):
+    path = ROOT / name
+    other = path.with_suffix(f".zh-TW{path.suffix}")
+    for here, there in ((path, other), (other, path)):
+        assert f"]({there.name})" in "".join(here.read_text(encoding="utf-8")[:1000])
+
+
+def test_cells_of_the_course_are_the_same():
+    english, chinese = course(""), course(".zh-TW")
+    assert [cell["cell_type"] for cell in english] == [cell["cell_type"] for cell in chinese]
+    code = [["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"] for cells in (english, chinese)]
+    assert code[0] == code[1]
