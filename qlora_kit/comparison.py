@@ -76,7 +76,8 @@ def evaluation_blocks(name: str, config: Config, tokenizer: "PreTrainedTokenizer
     """Blocks to measure on, and what they are of.
 
     The data set of training gives the blocks that the run held out; any other file or folder is taken whole, and a Hub data set's
-    split `test`. Format, block length and the number of blocks at most go by the run's own settings.
+    split `test`, of the subset that may follow its name (NAME:SUBSET). Format, block length and the number of blocks at most
+    go by the run's own settings.
 
     Raises:
         UserError: it cannot be read, or the run held nothing out.
@@ -87,12 +88,14 @@ def evaluation_blocks(name: str, config: Config, tokenizer: "PreTrainedTokenizer
         if held_out is None:
             raise UserError(f"--perplexity {name}: the adapter was trained on it and nothing was held out; name another text")
         return held_out, f"what training held out of {name}"
-    split = "" if is_local(name) else "test"
-    changes: dict[str, Any] = {"dataset": name, "subset": None, "eval_split": None}
-    if is_local(name) and not name.lower().endswith(TABLE_SUFFIXES):
+    local = is_local(name)
+    place, _, subset = (name, "", "") if local else name.partition(":")
+    split = "" if local else "test"
+    changes: dict[str, Any] = {"dataset": place, "subset": subset or None, "eval_split": None}
+    if local and not name.lower().endswith(TABLE_SUFFIXES):
         changes["format"] = "auto"  # a run on records states the format of those
     data = config.data.model_copy(update=changes)
-    source = open_source(data, [name], split, "--perplexity")
+    source = open_source(data, [place], split, "--perplexity")
     blocks = source_blocks(source, data, tokenizer, f"--perplexity {name}")
     what = f"{name}, split {split}" if split else name
     return blocks.take(most), f"{what}, its first {most} blocks" if most and most < len(blocks) else what

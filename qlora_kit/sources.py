@@ -215,7 +215,9 @@ def _hub_table(data: DataConfig, name: str, split: str, flag: str) -> Part:
             f"(hf download --repo-type dataset {name}), or name a local text file: {'--dataset' if in_config else flag} FILE"
         ) from None
     except ValueError as error:  # unknown subset or split: the message lists what there is
-        remedy = "correct data.subset, data.train_split or data.eval_split" if in_config else "name a file of it, downloaded"
+        remedy = "correct data.subset, data.train_split or data.eval_split"
+        if not in_config:
+            remedy = f"name its subset, {flag} {name}:SUBSET, or a file of it, downloaded"
         raise UserError(f"{key}: {' '.join(str(error).split())}; {remedy}") from None
     except (DatasetsError, RuntimeError) as error:  # files that do not fit together, or a data set that is a program
         reason = " ".join(str(error.__cause__ or error).split())[:300]

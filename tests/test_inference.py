@@ -17,7 +17,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import inference_example
-from qlora_kit import cli
+from qlora_kit import cli, comparison
 from qlora_kit.adapter import read_adapter
 from qlora_kit.answers import Answered, columns, run_text
 from qlora_kit.comparison import Comparison, evaluation_blocks
@@ -338,6 +338,21 @@ def test_a_data_set_that_cannot_be_had_is_named_by_its_flag(greedy):
         (problem,) = error.value.problems
         assert problem.startswith("--perplexity: nobody/has-this: not on this machine")
         assert problem.endswith("--perplexity FILE") and "data.dataset" not in problem
+
+
+def test_a_subset_may_follow_the_name_of_a_data_set(greedy, monkeypatch):
+    opened = []
+    untouched = comparison.open_source
+
+    def open_source(data, names, split, flag):
+        opened.append((data.subset, names, split))
+        return untouched(data.model_copy(update={"subset": None}), ["samples/articles.txt"], "", flag)
+
+    monkeypatch.setattr(comparison, "open_source", open_source)
+    config = override(load_config(Path("configs/tiny.yaml")), {"data.max_length": 64})
+    _, what = evaluation_blocks("Salesforce/wikitext:wikitext-2-raw-v1", config, greedy.tokenizer)
+    assert opened == [("wikitext-2-raw-v1", ["Salesforce/wikitext"], "test")]
+    assert what.startswith("Salesforce/wikitext:wikitext-2-raw-v1, split test")
 
 
 @pytest.mark.parametrize("loss, error, words", [
