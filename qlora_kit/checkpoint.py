@@ -34,7 +34,7 @@ from qlora_kit.fingerprint import weights_fingerprint
 from qlora_kit.generation import find_stop_ids
 from qlora_kit.hub import is_local, model_folder
 from qlora_kit.processes import Team
-from qlora_kit.report import CURVES, LOG, METRICS, RunReport, command_line, now, versions
+from qlora_kit.report import CURVES, LOG, METRICS, RunReport, command_line, finite, now, versions
 from qlora_kit.settings import Config
 from qlora_kit.tokenizer import separator_id, tokenizer_fingerprint, vocabulary_fingerprint
 
@@ -285,7 +285,7 @@ def build_passport(
         "seed": config.training.seed,
         "config": config.model_dump(),
         **how,
-        "perplexity": {"base": asdict(before), "adapter": asdict(after), "definition": report.definition(after)}
+        "perplexity": {"base": finite(asdict(before)), "adapter": finite(asdict(after)), "definition": report.definition(after)}
         if before and after
         else None,
         "micro_batch": report.micro_batch,

@@ -19,6 +19,7 @@ from qlora_kit.perplexity import (
     loss_difference,
     measure_block_losses,
 )
+from qlora_kit.report import finite
 from qlora_kit.settings import Config
 from qlora_kit.sources import TABLE_SUFFIXES, open_source
 
@@ -39,9 +40,9 @@ class Comparison:
     def as_object(self) -> dict[str, Any]:
         """A line of --json; a standard error that does not exist is null."""
         measured = {"base": self.base, "adapter": self.adapter}
-        fields = {name: _finite(asdict(result)) for name, result in measured.items() if result is not None}
+        fields = {name: finite(asdict(result)) for name, result in measured.items() if result is not None}
         if self.difference is not None:
-            fields["difference"] = _finite(self.difference._asdict())
+            fields["difference"] = finite(self.difference._asdict())
         return {"perplexity": {"data": self.data, **fields, "definition": self.definition}}
 
     def lines(self) -> list[str]:
@@ -66,10 +67,6 @@ class Comparison:
         if abs(loss) < 2 * error:
             return "no difference that this text can show"
         return "the adapter is better" if loss < 0 else "the adapter is worse"
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()}
 
 
 def evaluation_blocks(name: str, config: Config, tokenizer: "PreTrainedTokenizerBase") -> tuple[Blocks | RecordBlocks, str]:

@@ -137,4 +137,7 @@ def recorded_base(metrics: list[dict[str, Any]]) -> Perplexity | None:
     entry = next((entry for entry in metrics if entry["step"] == 0 and "eval_loss" in entry), None)
     if entry is None:
         return None
-    return Perplexity(*(entry[f"eval_{name}"] for name in ("loss", "perplexity", "standard_error", "tokens", "blocks")))
+    loss, perplexity, error, tokens, blocks = (
+        entry[f"eval_{name}"] for name in ("loss", "perplexity", "standard_error", "tokens", "blocks")
+    )
+    return Perplexity(loss, perplexity, math.nan if error is None else error, tokens, blocks)

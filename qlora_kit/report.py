@@ -5,6 +5,7 @@ metrics.jsonl holds one object a logged step and is the source of the picture. I
 
 import hashlib
 import json
+import math
 import platform
 import shlex
 import shutil
@@ -87,7 +88,12 @@ class RunLog:
         if not self.speaks:
             return
         assert self._folder is not None, "metrics before the log was opened"
-        _append(self._folder / METRICS, json.dumps(values))
+        _append(self._folder / METRICS, json.dumps(finite(values)))
+
+
+def finite(values: dict[str, Any]) -> dict[str, Any]:
+    """With null for what JSON has no word for, such as the standard error of a single block."""
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()}
 
 
 def _append(path: Path, text: str) -> None:

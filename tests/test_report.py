@@ -1,6 +1,7 @@
 """What a run leaves to read, and the output folder that it is left in."""
 
 import json
+import math
 import struct
 
 import pytest
@@ -11,6 +12,7 @@ from qlora_kit.checkpoints import saving
 from qlora_kit.config import UserError, load_config, override
 from qlora_kit.device import Machine
 from qlora_kit.memory import GIB
+from qlora_kit.perplexity import as_metrics, from_block_losses, recorded_base
 from qlora_kit.plan import Plan
 from qlora_kit.report import CURVES, LOG, METRICS, RunLog, RunReport, plot_training_curves, read_metrics
 from qlora_kit.settings import Config
@@ -280,3 +282,15 @@ def test_what_decides_nothing_may_change_when_resuming(tmp_path):
     checkpoint = write_checkpoint(tmp_path, 10)
     changes = {"training.max_steps": 50, "training.save_steps": 5, "training.output_dir": "elsewhere", "generation.top_k": 1}
     assert found(tmp_path, override(Config(), changes)) == checkpoint
+
+
+def test_a_number_that_does_not_exist_is_null_for_every_reader_of_json(tmp_path):
+    """One evaluation block has no standard error; a resumed run reads its base model's perplexity from there."""
+    log = RunLog()
+    log.open(tmp_path, None)
+    log.metrics({"step": 0} | as_metrics(from_block_losses([12.0], [6])))
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    entry = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert entry["eval_standard_error"] is None and entry["eval_loss"] == 2.0
+    again = recorded_base([entry])
+    assert again.loss == 2.0 and math.isnan(again.standard_error)
