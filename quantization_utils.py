@@ -7,6 +7,7 @@
 QLoRA: arXiv 2305.14314. LoRA: arXiv 2106.09685. Data, training and saving are in train_qlora.py.
 """
 
+import functools
 from typing import Any
 
 import bitsandbytes
@@ -86,7 +87,8 @@ def load_model_and_tokenizer(
         tokenizer: the model's own, where it is loaded already.
 
     Raises:
-        UserError: the tokenizer or the weights cannot be loaded, or the model is no causal language model.
+        UserError: the tokenizer or the weights cannot be loaded, the model is no causal language model, or its weights would be
+            unpacked wrongly here.
     """
     origin = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     try:
@@ -107,6 +109,7 @@ def load_model_and_tokenizer(
         raise UserError(f"model.name: {name}: its weights are damaged ({error}); copy or download them again") from error
     _set_padding(tokenizer, model)
     _keep_differentiable(model)
+    _check_unpacking(model, name)
     return model, tokenizer
 
 
@@ -139,6 +142,33 @@ def _keep_differentiable(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def _check_unpacking(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model whose weights bitsandbytes would unpack wrongly, and say nothing.
+
+    On processors with AVX-512, version 0.50.2 does so where a row is a multiple of 16 weights long and not of 64.
+
+    Raises:
+        UserError: with the length of its rows.
+    """
+    packed = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    for length in {module.in_features for module in packed if module.weight.device.type == "cpu"}:
+        if not _unpacks_rightly(length):
+            raise UserError(
+                f"model.name: {name}: this processor's bitsandbytes unpacks its rows of {length} weights wrongly; use a GPU, or "
+                "quantization.load_in_4bit: false"
+            )
+
+
+@functools.cache
+def _unpacks_rightly(length: int) -> bool:
+    """Rows of so many weights, by the kernel for the CPU and by the definition: a code's level times its block's absmax."""
+    values = torch.linspace(-1.0, 1.0, 64 * length).view(64, length)
+    packed, state = bitsandbytes.functional.quantize_4bit(values, quant_type="nf4", blocksize=64)
+    codes = torch.stack([packed >> 4, packed & 15], -1).flatten()[: values.numel()].long()
+    expected = state.code[codes] * state.absmax.repeat_interleave(64)
+    return torch.allclose(bitsandbytes.functional.dequantize_4bit(packed, state), expected.view_as(values), atol=1e-6)
 
 
 def _set_padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:

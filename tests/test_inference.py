@@ -487,7 +487,7 @@ def test_an_adapter_of_another_model(adapter, tmp_path):
     shutil.copytree("assets/tiny-qwen2", other)
     config = json.loads((other / "config.json").read_text())
     small = Qwen2Config(
-        **config | {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 128}
+        **config | {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 1, "intermediate_size": 64}
     )
     AutoModelForCausalLM.from_config(small).save_pretrained(other)
     settings = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(other)}

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import quantization_utils
 from qlora_kit.config import UserError
 from qlora_kit.memory import read_shape
+from qlora_kit.merging.weights import unpack
 from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -380,3 +381,31 @@ def test_targets_of_another_architecture_are_answered_with_gpt2s_own(other_model
     model, _ = load(other_models["gpt2"])
     with pytest.raises(UserError, match="c_attn, c_fc, c_proj"):
         prepare_model_for_training(model, create_lora_config(target_modules=["q_proj"]))
+
+
+def test_weights_that_this_processor_would_unpack_wrongly_are_refused(tiny_dir, monkeypatch):
+    """As bitsandbytes 0.50.2 does on processors with AVX-512 for rows of 80; here for rows of 512, the tiny model's down."""
+    assert quantization_utils._unpacks_rightly(192) and quantization_utils._unpacks_rightly(512)
+    untouched = bitsandbytes.functional.dequantize_4bit
+
+    def wrong(packed, state, **rest):
+        right = untouched(packed, state, **rest)
+        return right.flip(1) if state.shape[1] == 512 else right
+
+    monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", wrong)
+    quantization_utils._unpacks_rightly.cache_clear()
+    try:
+        with pytest.raises(UserError, match=r"rows of 512 weights wrongly; use a GPU, or quantization.load_in_4bit: false"):
+            load_model_and_tokenizer(str(tiny_dir), create_bnb_config(), device="cpu", dtype=torch.float32)
+    finally:
+        quantization_utils._unpacks_rightly.cache_clear()
+
+
+@pytest.mark.parametrize("shape", [(64, 80), (48, 96), (16, 64), (10, 30)])
+def test_merging_unpacks_rows_of_every_length(shape):
+    torch.manual_seed(0)
+    values = torch.randn(shape)
+    packed, state = bitsandbytes.functional.quantize_4bit(values, quant_type="nf4", compress_statistics=True)
+    packed = bitsandbytes.nn.Params4bit(packed, requires_grad=False, quant_state=state)
+    error = (unpack(packed) - values).norm() / values.norm()
+    assert unpack(packed).shape == shape and error < 0.11  # NF4 of normal numbers: 0.09

@@ -104,8 +104,13 @@ def as_trained(weight: torch.Tensor, packing: Packing, transposed: bool) -> torc
 
 def unpack(packed: Any) -> torch.Tensor:
     """A packed weight as (out, in) in fp32, where it lies; it is not to be used for products afterwards."""
-    packed.quant_state.dtype = torch.float32
-    return bitsandbytes.functional.dequantize_4bit(packed.data, packed.quant_state)
+    state, shape = packed.quant_state, packed.quant_state.shape
+    state.dtype = torch.float32
+    if shape.numel() % state.blocksize == 0:  # as rows of one block: other lengths go wrong on some processors
+        state.shape = torch.Size((shape.numel() // state.blocksize, state.blocksize))
+    unpacked = bitsandbytes.functional.dequantize_4bit(packed.data, state).view(shape)
+    state.shape = shape
+    return unpacked
 
 
 # What is to be merged
