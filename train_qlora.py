@@ -121,7 +121,8 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(
                 f"--processes: {arguments.processes}: says how many, 1 or more, --plan is for; torchrun or accelerate starts them"
             )
-        check_alike(team, what_runs(config))
+        if team.count > 1:  # one alone need not read all of the code to agree with itself
+            check_alike(team, what_runs(config))
         check_division(config, team.count)
         cli.prepare_libraries()
         if team.count > 1 and config.training.device != "cpu":
