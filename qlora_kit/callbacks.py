@@ -42,7 +42,12 @@ class StopCallback(TrainerCallback):
             control.should_training_stop = True
 
     def release(self) -> None:
-        """Give the signals back to whoever had them before."""
+        """Give the signals back to whoever had them before.
+
+        Of several processes, each keeps SIGTERM: when one has failed, the launcher sends it to the others, and would cut off the
+        line that says why.
+        """
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            if number != signal.SIGTERM or self.team.count == 1:
+                signal.signal(number, handler)
         self._previous = {}
