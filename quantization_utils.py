@@ -8,6 +8,7 @@ QLoRA: arXiv 2305.14314. LoRA: arXiv 2106.09685. Data, training and saving are i
 """
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.config import UserError
+from qlora_kit.fast.sharding import load_sharded
 
 ATTENTION_AND_MLP = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Tokens that models reserve for padding, in the order in which they are tried.
@@ -78,6 +80,8 @@ def load_model_and_tokenizer(
     revision: str | None = None,
     trust_remote_code: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    fsdp: bool | str = False,
+    offload_embedding: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a base model onto one device, its projections packed to 4 bits on the way, and its tokenizer.
 
@@ -85,6 +89,8 @@ def load_model_and_tokenizer(
         quantization: from create_bnb_config, or None to load in 16 bits (plain LoRA).
         dtype: of everything that is not packed: norms, embeddings, biases.
         tokenizer: the model's own, where it is loaded already.
+        fsdp: divide the weights over the processes (fast/sharding.py), in host memory with "offload"; `name` is then a folder.
+        offload_embedding: with fsdp, leave the embedding whole.
 
     Raises:
         UserError: the tokenizer or the weights cannot be loaded, the model is no causal language model, or its weights would be
@@ -94,14 +100,17 @@ def load_model_and_tokenizer(
     try:
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(name, **origin)
-        model = AutoModelForCausalLM.from_pretrained(
-            name,
-            quantization_config=quantization,
-            dtype=dtype,
-            device_map={"": 0 if device == "cuda" else device},
-            use_safetensors=True,  # and no pickle, where a folder holds both
-            **origin,
-        )
+        if fsdp:
+            model = load_sharded(Path(name), quantization, device, dtype, fsdp == "offload", not offload_embedding)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                name,
+                quantization_config=quantization,
+                dtype=dtype,
+                device_map={"": 0 if device == "cuda" else device},
+                use_safetensors=True,  # and no pickle, where a folder holds both
+                **origin,
+            )
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"model.name: {name}: cannot be loaded ({reason[:300]}); name a causal language model") from error

@@ -37,6 +37,7 @@ from qlora_kit.hub import (
     fetch_tokenizer,
     go_offline_if_unreachable,
     is_local,
+    model_folder,
 )
 from qlora_kit.lock import OutputLock
 from qlora_kit.packing import RecordBlocks
@@ -123,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
             )
         if team.count > 1:  # one alone need not read all of the code to agree with itself
             check_alike(team, what_runs(config))
-        check_division(config, team.count)
+        check_division(config, arguments.processes or team.count)
         cli.prepare_libraries()
         if team.count > 1 and config.training.device != "cpu":
             check_gpus(team)
@@ -164,8 +165,8 @@ def train_adapter(
     plan = make_plan(as_here, written_out, limit, team.count)
     if checkpoint:
         same_wish = checkpoint.run["asked"] == asked(config) and checkpoint.run["processes"] == team.count
-        plan = go_on_as_planned(plan, as_here, written_out, limit, checkpoint.run, same_wish)
-    check_fit(plan, as_here, shape, limit)
+        plan = go_on_as_planned(plan, as_here, written_out, limit, checkpoint.run, same_wish, team.count)
+    check_fit(plan, as_here, shape, limit, team.count)
     report = RunReport(config, machine, plan, team)
     report.announce()
     for line in lines:
@@ -240,11 +241,12 @@ def load_adapted_model(
     from transformers import set_seed
 
     from qlora_kit.fast.decoder import offload_embedding
+    from qlora_kit.fast.sharding import sharded_base
     from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
 
-    quantization, lora, machine = config.quantization, config.lora, report.machine
+    quantization, lora, machine, performance = config.quantization, config.lora, report.machine, config.performance
     model, tokenizer = load_model_and_tokenizer(
-        config.model.name,
+        str(model_folder(config.model)) if performance.fsdp else config.model.name,
         create_bnb_config(quantization.quant_type, machine.dtype, quantization.use_double_quant)
         if quantization.load_in_4bit
         else None,
@@ -253,9 +255,13 @@ def load_adapted_model(
         revision=config.model.revision,
         trust_remote_code=config.model.trust_remote_code,
         tokenizer=tokenizer,
+        fsdp=performance.fsdp,
+        offload_embedding=performance.offload_embedding,
     )
     check_context(config, model.config)
-    moved = offload_embedding(model) if config.performance.offload_embedding else 0
+    moved = offload_embedding(model) if performance.offload_embedding else 0
+    if parts := sharded_base(model):
+        moved += parts.parameters
     report.memory("after loading")
     recompute = config.training.gradient_checkpointing
     set_seed(config.training.seed)  # decides where the LoRA matrices start

@@ -30,6 +30,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 28, "hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4,
         "intermediate_size": 18944, "vocab_size": 152064, "tie_word_embeddings": False,
     },
+    "32B": {
+        "num_hidden_layers": 64, "hidden_size": 5120, "num_attention_heads": 40, "num_key_value_heads": 8,
+        "intermediate_size": 27648, "vocab_size": 152064, "tie_word_embeddings": False,
+    },
 }  # fmt: skip
 T = TypeVar("T")
 
@@ -215,7 +219,7 @@ def checkpoint_parser(description: str | None) -> argparse.ArgumentParser:
     """The flags that every benchmark takes."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=existing, required=True, metavar="DIR", help="folder of the Qwen2.5 tokenizer")
-    kept = "keep the random checkpoints here for the next time (default: a temporary folder; 3B takes 6 GiB, 7B 15)"
+    kept = "keep the random checkpoints here for the next time (default: a temporary folder; 3B takes 6 GiB, 7B 15, 32B 61)"
     parser.add_argument("--checkpoints", type=absolute, metavar="DIR", help=kept)
     return parser
 

@@ -1,10 +1,14 @@
-"""One GPU beside several of one machine: tokens per second of the same command, started by torchrun.
+"""One GPU beside several of one machine: tokens per second and memory of the same command, started by torchrun.
 
     python benchmarks/scaling.py --tokenizer DIR --train FILE --eval FILE --gpus 2
+    python benchmarks/scaling.py --tokenizer DIR --train FILE --eval FILE --gpus 2 --fsdp 32B
 
-The job of train_speed.py, the planner choosing for each run: 16 sequences of 512 tokens an optimizer step on one GPU; then so
-many on each of the GPUs, and so many divided among them. Speed as there: the median over optimizer steps after the first two.
-What the processes exchange is the gradient of the adapters, in fp32, once a step. Exit status 1 when a run gave no number.
+Without --fsdp the job of train_speed.py, the planner choosing for each run: 16 sequences of 512 tokens an optimizer step on one
+GPU; then so many on each of the GPUs, and so many divided among them. Each process holds the whole base model; what they exchange
+is the gradient of the adapters, in fp32, once a step.
+With --fsdp one sequence at a time with all layers computed again: on one GPU, and with the base model divided over all
+(performance.fsdp). The gathered weights pass over the links twice a micro-step.
+Speed as in train_speed.py: the median over optimizer steps after the first two. Exit status 1 when a run gave no number.
 """
 
 import signal
@@ -12,8 +16,10 @@ import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from runs import SEQUENCES, Job, NoMeasurement, input_parser, random_checkpoint, require_gpu, run_toolkit, versions_of
+from runs import SEQUENCES, SHAPES, Job, NoMeasurement, input_parser, random_checkpoint, require_gpu, run_toolkit, versions_of
 from train_speed import PACKAGES, PLANNED, WARM_UP, steady
+
+ONE_AT_A_TIME = ("performance.micro_batch=1", "training.gradient_checkpointing=true")
 
 
 @dataclass(frozen=True)
@@ -21,14 +27,15 @@ class Case:
     name: str
     gpus: int
     sequences: int  # of an optimizer step, on all GPUs together
+    keys: tuple[str, ...] = PLANNED
 
     def flags(self, steps: int) -> list[str]:
-        keys = [*PLANNED, "training.batch_size=1", f"training.gradient_accumulation_steps={self.sequences}"]
+        keys = [*self.keys, "training.batch_size=1", f"training.gradient_accumulation_steps={self.sequences}"]
         keys += [f"data.max_train_samples={steps * self.sequences}"]
         return [word for key in keys for word in ("--set", key)]
 
 
-def cases(gpus: int) -> list[Case]:
+def replicated(gpus: int) -> list[Case]:
     return [
         Case("one GPU", 1, SEQUENCES),
         Case(f"{gpus} GPUs, as much on each", gpus, gpus * SEQUENCES),
@@ -36,22 +43,32 @@ def cases(gpus: int) -> list[Case]:
     ]
 
 
+def divided(gpus: int) -> list[Case]:
+    return [
+        Case("one GPU", 1, SEQUENCES, ONE_AT_A_TIME),
+        Case(f"{gpus} GPUs, fsdp", gpus, gpus * SEQUENCES, (*ONE_AT_A_TIME, "performance.fsdp=true")),
+        Case(f"{gpus} GPUs, fsdp, parts in host memory", gpus, gpus * SEQUENCES, (*ONE_AT_A_TIME, "performance.fsdp=offload")),
+    ]
+
+
 def main() -> None:
     parser = input_parser(__doc__)
     parser.add_argument("--gpus", type=int, default=2, help="how many to use (default: 2)")
     parser.add_argument("--steps", type=int, default=12, help=f"optimizer steps of a run, more than {WARM_UP} (default: 12)")
+    parser.add_argument("--fsdp", choices=SHAPES, help="divide a random model of this size")
     arguments = parser.parse_args()
     if arguments.steps <= WARM_UP or SEQUENCES % arguments.gpus:
         parser.error(f"--steps must be more than {WARM_UP}, and --gpus divide {SEQUENCES}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the run under way is ended, too
     gpu, alone, failed = require_gpu(), None, False
     print(
-        "| run | sequences a step | tokens/s | times one GPU | peak reserved GiB of the first |\n|---|---|---|---|---|",
+        "| run | sequences a step | tokens/s | times one GPU | peak reserved GiB of the first | of one GPU's | predicted |\n"
+        "|---|---|---|---|---|---|---|",
         flush=True,
     )
-    with random_checkpoint("3B", arguments.tokenizer, arguments.checkpoints) as checkpoint:
+    with random_checkpoint(arguments.fsdp or "3B", arguments.tokenizer, arguments.checkpoints) as checkpoint:
         job = Job(checkpoint, arguments.train, arguments.eval, arguments.steps)
-        for case in cases(arguments.gpus):
+        for case in (divided if arguments.fsdp else replicated)(arguments.gpus):
             start = f"| {case.name} | {case.sequences} |"
             try:
                 flags = case.flags(arguments.steps)
@@ -59,11 +76,15 @@ def main() -> None:
             except NoMeasurement as failure:
                 failed = True
                 print(failure.tail, file=sys.stderr, flush=True)
-                print(f"{start} {str(failure).replace('|', '/')} | - | - |", flush=True)
+                print(f"{start} {str(failure).replace('|', '/')} | - | - | - | - |", flush=True)
                 continue
             speed = steady([entry["tokens_per_second"] for entry in metrics if "tokens_per_second" in entry])
-            alone = alone or speed
-            print(f"{start} {speed:,.0f} | {speed / alone:.2f} | {run['memory_gib']['peak_reserved']:.2f} |", flush=True)
+            peak, predicted = run["memory_gib"]["peak_reserved"], run["memory_gib"]["predicted_peak"]
+            alone = alone or (speed, peak)
+            print(
+                f"{start} {speed:,.0f} | {speed / alone[0]:.2f} | {peak:.2f} | {peak / alone[1]:.2f} | {predicted:.2f} |",
+                flush=True,
+            )
     print(f"\n{arguments.gpus} x {gpu}; {versions_of(PACKAGES)}; {datetime.now(UTC).date().isoformat()}")
     sys.exit(failed)
 

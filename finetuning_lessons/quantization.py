@@ -2,7 +2,8 @@
 
     python -m finetuning_lessons.quantization
 
-QLoRA (arXiv 2305.14314), section 3. NF4 and FP4 are what bitsandbytes stores, bit for bit; INT4 is the plain, evenly spaced kind.
+QLoRA (arXiv 2305.14314), section 3. NF4 and FP4 are what bitsandbytes stores, bit for bit (on a GPU it decides some of FP4's ties
+otherwise); INT4 is the plain, evenly spaced kind.
 Measures bits a weight, errors on normal numbers and on the embedded model, and that model's loss. Training is in qlora.py.
 """
 

@@ -106,6 +106,8 @@ def check_insistence(config: Config, device: str) -> None:
     insisted = [key for key in remedies if getattr(config.performance, key) is True]
     if reason and insisted:
         raise UserError(*(cannot_work(f"performance.{key}", reason, remedies[key]) for key in insisted))
+    if reason and config.performance.fsdp == "offload":
+        raise UserError(f"performance.fsdp: offload: {reason}; use true or false")
 
 
 def cap_memory(limit_gib: float) -> None:

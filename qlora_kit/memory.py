@@ -124,7 +124,7 @@ def read_shape(model_config: dict[str, Any]) -> ModelShape | None:
 
 # Logits that exist at a time (fast/loss.py): 128 MiB in bf16.
 PIECE_LOGITS = 2**26
-OFFLOADED_ROWS = 8192  # of an offloaded head on the GPU at a time: 32 MiB at 2,048 columns in bf16
+HEAD_ROWS = 8192  # on the GPU at a time, of a head that is not there as a whole: 32 MiB at 2,048 columns in bf16
 
 
 def vocabulary_piece(tokens: int, vocabulary: int) -> int:
@@ -140,7 +140,7 @@ CONTEXT_BYTES = 0.6 * GIB
 
 
 def estimate_memory(
-    shape: ModelShape, config: Config, micro_batch: int, recomputed: int, keep_weights: bool = False
+    shape: ModelShape, config: Config, micro_batch: int, recomputed: int, keep_weights: bool = False, processes: int = 1
 ) -> dict[str, float]:
     """Bytes that each part of a training run on a GPU holds at its peak; the sum is what torch's allocator needs.
 
@@ -150,8 +150,9 @@ def estimate_memory(
         micro_batch: sequences per forward pass.
         recomputed: layers that keep their input only and are computed again in the backward pass.
         keep_weights: whether the weights unpacked for the forward pass stay for the backward pass.
+        processes: over which performance.fsdp divides what is frozen.
     """
-    quantization = config.quantization
+    quantization, fsdp = config.quantization, config.performance.fsdp
     element = 4 if quantization.compute_dtype == "float32" else 2
     weight_bytes = BYTES_4BIT_DOUBLE if quantization.use_double_quant else BYTES_4BIT
     adapters = shape.lora_parameters(config.lora.rank, config.lora.target_modules)
@@ -162,19 +163,23 @@ def estimate_memory(
     all_unpacked = shape.layers * _unpacked_elements(shape, rank, tuple(shape.projections())) if keep_weights else 0
     offloaded, compiled = config.performance.offload_embedding, config.performance.compile is not False
     layer = element * (tokens * _working_elements(shape, compiled, recomputed == shape.layers) + unpacked)
+    weights = (weight_bytes if quantization.load_in_4bit else element) * shape.projection_parameters()
+    part = 0.0 if fsdp == "offload" else 1 / processes if fsdp else 1.0  # of what is frozen, in this process
+    gathered = 2 * weights / shape.layers if fsdp else 0.0  # the layer at work, and the next one
+    loss = _loss_bytes(shape, tokens, element, compiled, offloaded or bool(fsdp))
     return {
-        "projection weights": (weight_bytes if quantization.load_in_4bit else element) * shape.projection_parameters(),
-        "embedding and norms": float(
-            element * (0 if offloaded else shape.embedding_parameters()) + element * shape.other_parameters()
-        ),
+        "projection weights": part * weights,
+        "embedding and norms": element
+        * ((0 if offloaded else part) * shape.embedding_parameters() + float(shape.other_parameters())),
         "adapters (fp32)": 4.0 * adapters,
         "gradients (fp32)": 4.0 * adapters,
         "optimizer state": 0.0 if "paged" in config.training.optim else optimizer_bytes(config.training.optim) * adapters,
         "kept activations": float(element * tokens * kept),
         "unpacked weights": float(element * all_unpacked),
+        "gathered weights": gathered,
         "a layer at work": float(layer),
         # The loss is done with its logits before the backward pass begins: only what exceeds a layer at work counts.
-        "logits beyond that": max(0.0, _loss_bytes(shape, tokens, element, compiled, offloaded) - layer),
+        "logits beyond that": max(0.0, loss - layer - gathered),
         "libraries": LIBRARIES_BYTES,
     }
 
@@ -209,8 +214,11 @@ def _unpacked_elements(shape: ModelShape, rank: int, names: tuple[str, ...]) -> 
     return sum((sizes[name][0] + together.get(name, 1) * rank) * sizes[name][1] for name in names)
 
 
-def _loss_bytes(shape: ModelShape, tokens: int, element: int, compiled: bool, offloaded: bool) -> float:
-    """Logits of one piece, their exponentials, the hidden states' gradient in fp32 before and after, and an offloaded piece."""
+def _loss_bytes(shape: ModelShape, tokens: int, element: int, compiled: bool, elsewhere: bool) -> float:
+    """Logits of one piece, their exponentials, the hidden states' gradient in fp32 before and after.
+
+    And a piece of the head, where it is `elsewhere`, in host memory or divided over processes.
+    """
     per_logit = 2 * element if compiled else 12  # without fusion both in fp32 as well
-    rows = min(OFFLOADED_ROWS, shape.vocabulary) if offloaded else vocabulary_piece(tokens, shape.vocabulary)
-    return 1.0 * per_logit * tokens * rows + 12.0 * tokens * shape.hidden + offloaded * element * rows * shape.hidden
+    rows = min(HEAD_ROWS, shape.vocabulary) if elsewhere else vocabulary_piece(tokens, shape.vocabulary)
+    return 1.0 * per_logit * tokens * rows + 12.0 * tokens * shape.hidden + elsewhere * element * rows * shape.hidden

@@ -62,8 +62,10 @@ def make_plan(config: Config, shape: ModelShape | None, limit: float | None, pro
         return Plan(share if micro == "auto" else int(micro), layers, {})
     batches = _divisors(config.effective_batch // processes) if micro == "auto" else [int(micro)]
     choices = {"auto": range(shape.layers + 1), True: [shape.layers], False: [0]}[recompute]
-    divisions = [(b, n, False) for b in batches for n in choices] + [(b, 0, True) for b in batches if recompute == "auto"]
-    plans = [Plan(b, n, estimate_memory(shape, config, b, n, keep), keep) for b, n, keep in divisions]
+    divisions = [(b, n, False) for b in batches for n in choices]
+    if recompute == "auto" and not config.performance.fsdp:
+        divisions += [(b, 0, True) for b in batches]
+    plans = [Plan(b, n, estimate_memory(shape, config, b, n, keep, processes), keep) for b, n, keep in divisions]
     fitting = [plan for plan in plans if plan.peak <= FILL * limit]
     if not fitting:
         return min(plans, key=lambda plan: plan.peak)
@@ -82,8 +84,9 @@ def asked(config: Config) -> dict[str, Any]:
 
 
 def go_on_as_planned(
-    plan: Plan, config: Config, shape: ModelShape | None, limit: float | None, before: dict[str, Any], same_wish: bool
-) -> Plan:
+    plan: Plan, config: Config, shape: ModelShape | None, limit: float | None, before: dict[str, Any], same_wish: bool,
+    processes: int = 1,
+) -> Plan:  # fmt: skip
     """The division that a resumed run had, so that it rounds alike, unless its settings now ask for another or it no longer fits.
 
     Args:
@@ -93,7 +96,7 @@ def go_on_as_planned(
     micro_batch, recomputed, keep = before["micro_batch"], before["recomputed"], before["keep_weights"]
     if not same_wish or config.effective_batch % micro_batch:
         return plan
-    parts = estimate_memory(shape, config, micro_batch, recomputed, keep) if shape and plan.parts else {}
+    parts = estimate_memory(shape, config, micro_batch, recomputed, keep, processes) if shape and plan.parts else {}
     again = Plan(micro_batch, recomputed, parts, keep)
     return plan if limit is not None and again.peak > 1.08 * limit else again
 
@@ -102,7 +105,7 @@ def _divisors(number: int) -> list[int]:
     return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
 
 
-def check_fit(plan: Plan, config: Config, shape: ModelShape | None, limit: float | None) -> None:
+def check_fit(plan: Plan, config: Config, shape: ModelShape | None, limit: float | None, processes: int = 1) -> None:
     """Refuse, before anything is loaded, a run that cannot fit even if the prediction is 8 % too high.
 
     Raises:
@@ -113,12 +116,12 @@ def check_fit(plan: Plan, config: Config, shape: ModelShape | None, limit: float
     cap = config.performance.vram_limit_gib
     where = f"performance.vram_limit_gib: {cap}" if cap and cap * GIB <= limit else f"GPU memory: {limit / GIB:.2f} GiB free"
     needs = f"needs {plan.peak / GIB:.2f} GiB with these settings, {plan.parts['projection weights'] / GIB:.2f} of it for weights"
-    raise UserError(f"{where}: training {config.model.name} {needs}; {remedy(config, shape, limit)}")
+    raise UserError(f"{where}: training {config.model.name} {needs}; {remedy(config, shape, limit, processes)}")
 
 
-def remedy(config: Config, shape: ModelShape, limit: float) -> str:
+def remedy(config: Config, shape: ModelShape, limit: float, processes: int = 1) -> str:
     """The cheapest change that makes a run fit into `limit` bytes, as flags."""
-    change = cheapest_change(config, shape, limit)
+    change = cheapest_change(config, shape, limit, processes)
     if change is None:
         return "no setting makes it fit: use a smaller base model"
     values = config.model_dump()
@@ -133,7 +136,7 @@ def _value(values: dict[str, Any], dotted: str) -> Any:
     return values[section][key]
 
 
-def cheapest_change(config: Config, shape: ModelShape, limit: float) -> dict[str, Any] | None:
+def cheapest_change(config: Config, shape: ModelShape, limit: float, processes: int = 1) -> dict[str, Any] | None:
     """Keys and values that make a run fit into `limit` bytes, those with the same result first; None when nothing does."""
     length, rank, optim, dtype = (
         config.data.max_length,
@@ -143,15 +146,17 @@ def cheapest_change(config: Config, shape: ModelShape, limit: float) -> dict[str
     )
     free = {"performance.micro_batch": "auto", "training.gradient_checkpointing": "auto"}
     paged = free | {"training.optim": PAGED.get(optim, optim)}
-    offloaded = paged | {"performance.offload_embedding": True}
+    divided = {"performance.fsdp": True} if processes > 1 and not config.performance.fsdp else {}
+    offloaded = paged | divided | {"performance.offload_embedding": True}
     narrow = {"quantization.load_in_4bit": True, "quantization.compute_dtype": "auto" if dtype == "float32" else dtype}
     least = offloaded | narrow | {"quantization.use_double_quant": True}
-    changes: list[dict[str, Any]] = [free, paged, offloaded, free | narrow, least]
+    changes: list[dict[str, Any]] = [free, paged, paged | divided, offloaded, free | narrow, least]
     for halvings in (1, 2, 3):
         shorter = {"data.max_length": min(length, max(length >> halvings, 128))}
         smaller = {"lora.rank": min(rank, max(rank >> halvings, 4))}
         changes += [least | shorter, least | smaller, least | shorter | smaller]
-    return next((change for change in changes if make_plan(override(config, change), shape, limit).peak <= limit), None)
+    fitting = (change for change in changes if make_plan(override(config, change), shape, limit, processes).peak <= limit)
+    return next(fitting, None)
 
 
 def plan_table(plan: Plan, config: Config, shape: ModelShape, limit: float, card: str, processes: int = 1) -> str:
@@ -165,13 +170,22 @@ def plan_table(plan: Plan, config: Config, shape: ModelShape, limit: float, card
     )
     title += ", weights unpacked once" if plan.keep_weights else ""
     paged = 0.0 if plan.parts["optimizer state"] else optimizer_bytes(config.training.optim) * plan.parts["adapters (fp32)"] / 4
-    rows = list(plan.parts.items())
+    rows = [(name, size) for name, size in plan.parts.items() if size or name != "gathered weights"]
     rows += [("sum: torch's allocator", plan.peak), ("paged optimizer state", paged), ("CUDA context (about)", CONTEXT_BYTES)]
     lines = [title, *(f"  {name:<24}{size / GIB:6.2f} GiB" for name, size in rows)]
     if plan.peak <= limit:
         return "\n".join([*lines, f"Fits: {plan.peak / GIB:.2f} of {limit / GIB:.2f} GiB ({card})."])
-    verdict = f"Does not fit: {plan.peak / GIB:.2f} GiB, and there are {limit / GIB:.2f} ({card}); {remedy(config, shape, limit)}"
-    return "\n".join([*lines, verdict])
+    verdict = f"Does not fit: {plan.peak / GIB:.2f} GiB, and there are {limit / GIB:.2f} ({card}); "
+    return "\n".join([*lines, verdict + remedy(config, shape, limit, processes)])
+
+
+def other_strategy(config: Config, shape: ModelShape, limit: float, processes: int) -> str:
+    """What several processes would take with performance.fsdp the other way."""
+    fsdp = not config.performance.fsdp
+    plan = make_plan(override(config, {"performance.fsdp": fsdp}), shape, limit, processes)
+    how = "the base model divided over them" if fsdp else "the whole base model in each"
+    fits = "fits" if plan.peak <= limit else "does not fit"
+    return f"With {how} (performance.fsdp={str(fsdp).lower()}): {plan.peak / GIB:.2f} GiB, {fits}."
 
 
 def read_written_out_shape(config: Config) -> tuple[ModelShape | None, str | None]:
@@ -201,4 +215,5 @@ def describe_plan(config: Config, processes: int) -> str:
         if torch.cuda.is_available():
             card, gib = f"free on {torch.cuda.get_device_name(0)}", torch.cuda.mem_get_info()[0] / GIB
     limit = gib * GIB
-    return plan_table(make_plan(config, shape, limit, processes), config, shape, limit, card, processes)
+    table = plan_table(make_plan(config, shape, limit, processes), config, shape, limit, card, processes)
+    return table if processes == 1 else f"{table}\n{other_strategy(config, shape, limit, processes)}"

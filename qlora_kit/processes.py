@@ -84,13 +84,12 @@ class Team:
             self.gather(None)
 
     def shares(self, items: Any) -> "EveryNth":
-        """This process's part of a sequence: every count-th item."""
+        """This process's part of a sequence: every count-th item, and the last one again where others would have one more."""
         return EveryNth(items, self.rank, self.count)
 
     def joined(self, part: list[Any]) -> list[Any]:
-        """All items again, in their order, of each process's results for its `shares`."""
-        parts = self.gather(part)
-        return [parts[at % self.count][at // self.count] for at in range(sum(map(len, parts)))]
+        """All results in the order of the items, of each process's for its `shares`; those that filled up come last."""
+        return [result for turn in zip(*self.gather(part), strict=True) for result in turn]
 
 
 ALONE = Team()
@@ -103,10 +102,10 @@ class EveryNth:
     step: int
 
     def __len__(self) -> int:
-        return len(range(self.first, len(self.items), self.step))
+        return -(-len(self.items) // self.step)
 
     def __getitem__(self, index: int) -> Any:
-        return self.items[self.first + index * self.step]
+        return self.items[min(self.first + index * self.step, len(self.items) - 1)]
 
 
 def find_team() -> Team:
@@ -202,10 +201,16 @@ def check_division(config: Config, count: int) -> None:
     """An optimizer step sees the same sequences however many processes share it.
 
     Raises:
-        UserError: they cannot share it evenly.
+        UserError: they cannot share it evenly, or there is one alone where several are needed.
     """
     effective, micro_batch = config.effective_batch, config.performance.micro_batch
     step = f"{effective} sequences of an optimizer step (training.batch_size x training.gradient_accumulation_steps)"
+    if config.performance.fsdp and count == 1:
+        fsdp = str(config.performance.fsdp).lower()
+        raise UserError(
+            f"performance.fsdp: {fsdp}: needs several processes; start them with torchrun --nproc_per_node=2 train_qlora.py, "
+            "or use false"
+        )
     if effective % count:
         raise UserError(
             f"{count} processes: do not divide the {step}; use a divisor of it, or set training.batch_size={count} or a multiple"

@@ -32,6 +32,12 @@ def _switch(value: Any) -> Any:
     return value
 
 
+def _fsdp(value: Any) -> Any:
+    if value not in (True, False, "offload"):
+        raise ValueError("should be true, false or offload")
+    return value
+
+
 def _micro_batch(value: Any) -> Any:
     if value == "auto":
         return value
@@ -166,6 +172,7 @@ class PerformanceConfig(Section):
     compile: Switch = "auto"
     cuda_graphs: Switch = "auto"
     offload_embedding: bool = False
+    fsdp: Annotated[bool | str, BeforeValidator(_fsdp)] = False
     vram_limit_gib: Positive | None = None
 
 

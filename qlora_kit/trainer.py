@@ -125,7 +125,7 @@ class QLoraTrainer(ResumableTrainer):
             pieces = [{key: value[at : at + self.rows] for key, value in inputs.items()} for at in self._starts(inputs)]
             return sum(self._micro_step(model, piece, num_items_in_batch) for piece in pieces)
         except RuntimeError as error:
-            if self.rows == 1 or not is_out_of_memory(error):
+            if not self._can_halve(error):
                 raise
         # Here, and not under `except`, whose traceback keeps the tensors of the failed pass alive.
         again = self.seen
@@ -146,6 +146,10 @@ class QLoraTrainer(ResumableTrainer):
             return self.micro.train(ids, labels, torch.ones(()) / tokens, starts)
         factor = scaler.scale(torch.ones((), device=self.args.device))  # float16
         return self.micro.train(ids, labels, factor / tokens, starts) / factor
+
+    def _can_halve(self, error: RuntimeError) -> bool:
+        sharded = self.micro is not None and self.micro.decoder.sharded is not None  # then all take as many passes as the others
+        return self.rows > 1 and not sharded and is_out_of_memory(error)
 
     def _halve(self, what: str) -> None:
         self.rows = (self.rows + 1) // 2
@@ -232,10 +236,10 @@ class QLoraTrainer(ResumableTrainer):
         with self.progress.evaluation(len(self.team.shares(self.eval_dataset))) as on_batch:
             try:
                 own = measure_block_losses(losses_of, self.team.shares(self.eval_dataset), self.rows, on_batch)
-                sums, counts = (self.team.joined(part) for part in own)
+                sums, counts = (self.team.joined(part)[: len(self.eval_dataset)] for part in own)
                 return self._checked(from_block_losses(sums, counts))
             except RuntimeError as error:
-                if self.rows == 1 or not is_out_of_memory(error):
+                if not self._can_halve(error):
                     raise
         del losses_of
         self._halve("in an evaluation: starting it again")

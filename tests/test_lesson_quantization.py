@@ -111,14 +111,27 @@ def test_double_quantization_is_that_of_bitsandbytes(weights, kind):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_on_a_gpu_it_is_that_of_bitsandbytes_there(weights, kind):
+def test_on_a_gpu_nf4_is_that_of_bitsandbytes_there(weights):
     for weight in (weight.cuda() for weight in weights[:-1]):
-        ours = quantize(weight, kind, double_quant=True)
-        packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type=kind, compress_statistics=True)
+        ours = quantize(weight, "nf4", double_quant=True)
+        packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
         assert torch.equal(ours.packed, packed.flatten())
         assert torch.equal(ours.absmax.codes, state.absmax)
         assert torch.equal(ours.dequantize(), bnb.dequantize_4bit(packed, state))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_fp4_is_that_of_bitsandbytes_there_but_for_ties(weights):
+    """Its kernel for GPUs keeps the sign of what it rounds to zero, and halfway between two levels takes the smaller one."""
+    for weight in (weight.cuda() for weight in weights[:-1]):
+        ours = quantize(weight, "fp4")
+        packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="fp4", compress_statistics=False)
+        assert torch.equal(ours.absmax, state.absmax)
+        scaled = scale_blocks(weight.flatten().float(), 64)[0].flatten()[: weight.numel()]
+        levels = fp4_levels().cuda()
+        own, theirs = (levels[unpack(codes).int()][: weight.numel()] for codes in (ours.packed, packed.flatten()))
+        torch.testing.assert_close((own - scaled).abs(), (theirs - scaled).abs(), atol=1e-6, rtol=0)
+        assert (own != theirs).float().mean() < 0.01
 
 
 def test_without_the_grid_the_codes_are_those_of_the_other_kernels(monkeypatch):

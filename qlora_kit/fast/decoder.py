@@ -6,6 +6,7 @@ waits for the GPU and every shape is fixed, so that graph.py can capture it.
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,8 @@ from qlora_kit.fast.loss import accumulate_piece, cross_entropy, decoder_and_hea
 from qlora_kit.fast.nf4 import unpack_stacked
 from qlora_kit.fast.parts import norms_of, projections_of, rotary_table, stacked_bias
 from qlora_kit.fast.projection import Lora
-from qlora_kit.memory import OFFLOADED_ROWS, why_not_written_out
+from qlora_kit.fast.sharding import sharded_base
+from qlora_kit.memory import HEAD_ROWS, why_not_written_out
 
 GROUPS = ("qkv", "o", "gate_up", "down")  # projections that share an input
 
@@ -101,8 +103,12 @@ class FastDecoder:
         self.embedding, self.head = (
             getattr(module, HOST_COPY, module.weight) for module in (self.decoder.embed_tokens, parts[1])
         )
+        self.offloaded = hasattr(parts[1], HOST_COPY)  # then the embedding of a batch is looked up there
+        self.sharded = sharded_base(model)
+        if self.sharded and self.sharded.embedding:
+            self.embedding, self.head = self.sharded.embedding, self.sharded.head
         self.dtype = self.embedding.dtype
-        self.rows = OFFLOADED_ROWS if hasattr(parts[1], HOST_COPY) else None
+        self.rows = None if isinstance(self.head, torch.nn.Parameter) else HEAD_ROWS
         self.recomputed, self.keep_weights = recomputed, keep_weights
         self.adapters = FlatAdapters([parameter for parameter in model.parameters() if parameter.requires_grad])
         self.layers = [self._read_layer(layer, 1.0 - dropout) for layer in self.decoder.layers]
@@ -132,9 +138,10 @@ class FastDecoder:
         """Loss of each label but the first of each row, (B, T) with a last column of zeros, nats in fp32; no dropout."""
         h, where = self._start(inputs, starts)
         keys = torch.zeros(len(self.layers), len(GROUPS), dtype=torch.int32, device=h.device)
-        for layer, key in zip(self.layers, keys, strict=True):
+        for number, layer in enumerate(self.layers):
             layer = Layer(layer.norms, *(_without_dropout(getattr(layer, name)) for name in GROUPS))
-            h, _ = self._forward(layer, h, where, key, keep_all=False)
+            with self._whole(number, number + 1):
+                h, _ = self._forward(layer, h, where, keys[number], keep_all=False)
         hidden = self._do(steps.rms_norm)(h, self.decoder.norm.weight, self.epsilon)
         losses, _ = cross_entropy(hidden, self.head, next_labels(labels), False, self.rows, accumulate=self._do(accumulate_piece))
         return losses.view_as(labels)
@@ -160,7 +167,8 @@ class FastDecoder:
         h, where = self._start(inputs, starts)
         kept: list[Kept] = []
         for number, layer in enumerate(self.layers):
-            h, record = self._forward(layer, h, where, keys[number], keep_all=number >= self.recomputed)
+            with self._whole(number, number + 1):
+                h, record = self._forward(layer, h, where, keys[number], keep_all=number >= self.recomputed)
             kept.append(record)
         norm = (self.decoder.norm.weight, self.epsilon)
         hidden = self._do(steps.rms_norm)(h, *norm)
@@ -170,8 +178,12 @@ class FastDecoder:
         dh = self._do(steps.rms_norm_backward)(dh, h, *norm)
         del h
         for number in reversed(range(len(self.layers))):
-            dh = self._backward(self.layers[number], dh, kept.pop(), where, keys[number])
+            with self._whole(number, number - 1):
+                dh = self._backward(self.layers[number], dh, kept.pop(), where, keys[number])
         return losses.sum() * share
+
+    def _whole(self, number: int, then: int) -> AbstractContextManager:
+        return self.sharded.whole(number, then) if self.sharded else nullcontext()
 
     def _start(self, inputs: torch.Tensor, starts: torch.Tensor | None) -> tuple[torch.Tensor, Places]:
         h = inputs if inputs.is_floating_point() else self.embed(inputs)
@@ -242,7 +254,9 @@ class FastDecoder:
         return _compiled(function) if self.compiled else function
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """(B, T) -> (B, T, hidden), where the embedding lies."""
+        """(B, T) -> (B, T, hidden); of an offloaded embedding in host memory."""
+        if not isinstance(self.embedding, torch.Tensor):
+            return self.embedding.lookup(ids)
         return F.embedding(ids.to(self.embedding.device), self.embedding)
 
     def _rotary(self, length: int, device: torch.device) -> Rotary:

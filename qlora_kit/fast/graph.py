@@ -47,8 +47,7 @@ class MicroStep:
         device = decoder.adapters.flat.device
         ids = torch.zeros(batch, length, dtype=torch.long, device=device)
         # Offloaded embeddings are looked up in host memory and come over with the batch.
-        self.offloaded = decoder.embedding.device != device
-        self.inputs = decoder.embed(ids).to(device) if self.offloaded else ids
+        self.inputs = decoder.embed(ids).to(device) if decoder.offloaded else ids
         self.labels = torch.full_like(ids, IGNORED)
         self.starts = torch.zeros_like(ids) if packed else None
         self.share = torch.zeros((), device=device)
@@ -89,7 +88,7 @@ class MicroStep:
 
     def _fill(self, ids: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor | None) -> None:
         rows = len(ids)
-        inputs = self.decoder.embed(ids).pin_memory() if self.offloaded else ids
+        inputs = self.decoder.embed(ids).pin_memory() if self.decoder.offloaded else ids
         self.inputs[:rows].copy_(inputs, non_blocking=True)
         self.labels[:rows].copy_(labels, non_blocking=True)
         if self.starts is not None:
@@ -146,8 +145,10 @@ def why_not_compiled(device: str) -> str | None:
     return why_no_triton() if device == "cuda" else "needs a CUDA GPU"
 
 
-def why_not_graphed(device: str) -> str | None:
+def why_not_graphed(device: str, sharded: bool = False) -> str | None:
     """The reason why CUDA graphs cannot serve here, or None."""
+    if sharded:
+        return "performance.fsdp gathers weights between the kernels"
     return None if device == "cuda" else "needs a CUDA GPU"
 
 

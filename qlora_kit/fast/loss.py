@@ -49,7 +49,7 @@ def accumulate_piece(
 
 def cross_entropy(
     hidden: torch.Tensor,
-    head: torch.Tensor,
+    head: Any,
     targets: torch.Tensor,
     want_gradient: bool,
     rows: int | None = None,
@@ -60,7 +60,7 @@ def cross_entropy(
 
     Args:
         hidden: (N, H), after the last norm.
-        head: (V, H), frozen; in pinned host memory it is copied over piece by piece.
+        head: (V, H), frozen; in pinned host memory it is copied over piece by piece, from ShardedRows (sharding.py) gathered.
         targets: (N,); -100 counts as no loss and no gradient.
         rows: of the head in one piece; None chooses by memory.vocabulary_piece.
         scale: of the gradient, applied before it is rounded.
@@ -70,15 +70,16 @@ def cross_entropy(
         (N,) in fp32, and (N, H) in hidden's dtype or None: scale · (Σ softmax · W - W[target]).
     """
     rows = rows or vocabulary_piece(len(hidden), len(head))
+    whole = isinstance(head, torch.Tensor)
     counted = (targets != IGNORED)[:, None]
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     highest = torch.full((len(hidden), 1), -torch.inf, dtype=dtype, device=hidden.device)
     total = torch.zeros_like(highest)
-    here = head.device == hidden.device
+    here = whole and head.device == hidden.device
     right = head[targets.clamp(0)] if here else torch.zeros_like(hidden)
     mean = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if want_gradient else None
-    for start in range(0, len(head), rows):
-        piece = head[start : start + rows].to(hidden.device, non_blocking=True)
+    for start, piece in zip(range(0, len(head), rows), head.split(rows) if whole else head, strict=True):
+        piece = piece.to(hidden.device, non_blocking=True)
         local = None if here else targets[:, None] - start
         highest, total, right, mean = accumulate(hidden, piece, local, highest, total, right, mean)
     target_logit = (hidden.to(dtype) * right).sum(1).to(hidden.dtype)  # rounded as the other logits were

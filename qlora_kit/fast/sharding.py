@@ -1,0 +1,217 @@
+"""FSDP for a frozen base model: each process keeps a part of every layer, and has the whole of one only while it works with it.
+
+torch's fully_shard (FSDP2, after arXiv 2304.11277) divides and gathers. What is divided has no gradient: nothing is reduced, and
+the adapters, their gradients and the optimizer stay whole in every process. A layer is divided as one run of bytes, 4-bit weights
+with their absmax values; embedding and output head a run of rows at a time. While the decoder works with one run, the next one
+comes. All processes have to gather in the same order: each takes as many passes as the others.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from qlora_kit.config import UserError
+from qlora_kit.fast.parts import projections_of
+from qlora_kit.memory import HEAD_ROWS
+from qlora_kit.merging.files import Stored, read_base
+
+STORAGE = torch.bfloat16  # what the bytes pass for: FSDP takes no whole numbers (bitsandbytes' bnb_4bit_quant_storage)
+ALIGNMENT = 512  # bytes, of a tensor within a run: kernels read aligned memory faster
+
+
+Place = tuple[Any, str]  # an object and its attribute that holds a tensor
+
+
+class ShardedRun:
+    """Tensors that are divided as one run of bytes; they are empty, but between `take` and `drop`.
+
+    Args:
+        places: where they are, all on one device.
+        offload: keep this process's part in host memory.
+    """
+
+    def __init__(self, places: list[Place], offload: bool):
+        from torch.distributed import get_world_size  # not every build of torch has these
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+
+        tensors = [getattr(owner, name) for owner, name in places]
+        self.places, self.device = places, tensors[0].device
+        self.like = [(tensor.dtype, tensor.shape) for tensor in tensors]
+        self.sizes = [tensor.nbytes for tensor in tensors]
+        self.room = [-(-size // ALIGNMENT) * ALIGNMENT for size in self.sizes]
+        parts = ALIGNMENT * get_world_size()
+        self.room.append(-sum(self.room) % parts)  # to divide evenly
+        run = torch.zeros(sum(self.room), dtype=torch.uint8, device=self.device)
+        for piece, tensor in zip(run.split(self.room), tensors, strict=False):
+            piece[: tensor.nbytes] = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        holder: Any = torch.nn.Module()
+        holder.run = torch.nn.Parameter(run.view(STORAGE), requires_grad=False)
+        mesh = init_device_mesh(run.device.type, (get_world_size(),))
+        del tensors
+        self.holder = fully_shard(holder, mesh=mesh, offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy())
+        self.drop()
+
+    def fetch(self) -> None:
+        """Begin to gather, beside what the device does; nothing where it was begun."""
+        self.holder.unshard(async_op=True)
+
+    def take(self) -> None:
+        """Have the tensors whole."""
+        self.holder.unshard()
+        whole = self.holder.run.data.view(torch.uint8).split(self.room)
+        for (owner, name), piece, size, (dtype, shape) in zip(self.places, whole, self.sizes, self.like, strict=False):
+            setattr(owner, name, piece[:size].view(dtype).view(shape))
+
+    def drop(self) -> None:
+        for (owner, name), (dtype, _) in zip(self.places, self.like, strict=True):
+            setattr(owner, name, torch.empty(0, dtype=dtype, device=self.device))
+        self.holder.reshard()
+
+
+class ShardedRows:
+    """A frozen matrix (rows, columns), divided a run of HEAD_ROWS rows at a time; read in such runs, one after the other."""
+
+    def __init__(self, matrix: torch.Tensor, device: str, offload: bool):
+        self.length, self.dtype = len(matrix), matrix.dtype
+        self.pieces = [torch.nn.Parameter(rows.to(device, copy=True), requires_grad=False) for rows in matrix.split(HEAD_ROWS)]
+        self.runs = [ShardedRun([(rows, "data")], offload) for rows in self.pieces]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for number, run in enumerate(self.runs):
+            run.take()
+            if number + 1 < len(self.runs):
+                self.runs[number + 1].fetch()
+            yield self.pieces[number]
+            run.drop()
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the matrix: ids of any shape -> (*, columns)."""
+        found = None
+        for number, rows in enumerate(self):
+            local = ids - number * HEAD_ROWS
+            mine = ((local >= 0) & (local < len(rows)))[..., None]
+            here = rows[local.clamp(0, len(rows) - 1)]
+            found = here if found is None else torch.where(mine, here, found)
+        assert found is not None
+        return found
+
+
+class ShardedBase:
+    """The layers of a base model, and its embedding and head where they are divided as well."""
+
+    def __init__(self, offload: bool):
+        self.offload = offload
+        self.layers: list[ShardedRun] = []
+        self.embedding: ShardedRows | None = None
+        self.head: ShardedRows | None = None
+        self.parameters = 0  # weights that are divided, a packed byte counted as two
+
+    @contextmanager
+    def whole(self, number: int, then: int) -> Iterator[None]:
+        """A layer is there while the context lasts, and the one that comes then is on its way."""
+        self.layers[number].take()
+        if 0 <= then < len(self.layers):
+            self.layers[then].fetch()
+        try:
+            yield
+        finally:
+            self.layers[number].drop()
+
+
+def load_sharded(
+    folder: Path, quantization: BitsAndBytesConfig | None, device: str, dtype: torch.dtype, offload: bool, embedding: bool
+) -> PreTrainedModel:
+    """A Llama-like model of which no process ever holds more than a layer and its own part; `sharded_base` finds the parts.
+
+    Args:
+        folder: with config.json and *.safetensors.
+        offload: keep the parts in host memory.
+        embedding: whether to divide embedding and head, too.
+
+    Raises:
+        UserError: files or tensors are missing or damaged.
+    """
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+    stored, base, decoder = read_base(folder), ShardedBase(offload), model.get_decoder()
+    decoder.rotary_emb = type(decoder.rotary_emb)(config=model.config).to(device)  # its angles are in no file
+    for number, layer in enumerate(decoder.layers):
+        if quantization:
+            _make_4bit(layer, quantization, dtype)
+        _fill(layer, f"model.layers.{number}.", stored, device, dtype)
+        bases = [module for group in projections_of(layer) for module in group]
+        base.parameters += sum(module.in_features * module.out_features for module in bases)
+        base.layers.append(ShardedRun([place for module in bases for place in _large(module.weight)], offload))
+    _fill(decoder.norm, "model.norm.", stored, device, dtype)
+    head, place = model.get_output_embeddings(), "cpu" if embedding else device
+    _fill(decoder.embed_tokens, "model.embed_tokens.", stored, place, dtype)
+    if model.config.tie_word_embeddings:
+        head.weight = decoder.embed_tokens.weight
+    else:
+        _fill(head, "lm_head.", stored, place, dtype)
+    if embedding:
+        _divide_embedding(decoder.embed_tokens, head, base, device)
+    if quantization:
+        model.is_loaded_in_4bit = True  # as from_pretrained: peft goes by it
+    model.sharded_base = base
+    return model.eval()
+
+
+def _make_4bit(layer: Any, quantization: BitsAndBytesConfig, dtype: torch.dtype) -> None:
+    for parent in (layer.self_attn, layer.mlp):
+        for name, linear in list(parent.named_children()):
+            if isinstance(linear, torch.nn.Linear):
+                packed = bitsandbytes.nn.Linear4bit(
+                    linear.in_features, linear.out_features, linear.bias is not None,
+                    compute_dtype=quantization.bnb_4bit_compute_dtype,
+                    compress_statistics=quantization.bnb_4bit_use_double_quant,
+                    quant_type=quantization.bnb_4bit_quant_type, device="meta",
+                )  # fmt: skip
+                setattr(parent, name, packed)
+
+
+def _fill(module: Any, prefix: str, stored: dict[str, Stored], device: str, dtype: torch.dtype) -> None:
+    """Read a module's parameters, one at a time; what is 4-bit is packed on the way."""
+    for name, empty in list(module.named_parameters()):
+        if prefix + name not in stored:
+            raise UserError(f"model.name: no file of it holds {prefix}{name}; copy or download it again")
+        value = stored[prefix + name].read().to(device, dtype)
+        owner = module.get_submodule(name.rpartition(".")[0])
+        if isinstance(empty, bitsandbytes.nn.Params4bit):
+            packed: Any = bitsandbytes.nn.Params4bit(
+                value, requires_grad=False, quant_type=empty.quant_type, compress_statistics=empty.compress_statistics,
+                module=owner,
+            )  # fmt: skip
+            owner.weight = packed.to(device)
+        else:
+            setattr(owner, name.rpartition(".")[2], torch.nn.Parameter(value, requires_grad=False))
+
+
+def _large(weight: Any) -> list[Place]:
+    """What of a weight is worth dividing: its packed bytes and the absmax of their blocks."""
+    state = getattr(weight, "quant_state", None)
+    return [(weight, "data")] if state is None else [(weight, "data"), (state, "absmax")]
+
+
+def _divide_embedding(embedding: Any, head: Any, base: ShardedBase, device: str) -> None:
+    weights = {id(module.weight): module.weight for module in (embedding, head)}  # one where they are tied
+    divided = {key: ShardedRows(weight.data, device, base.offload) for key, weight in weights.items()}
+    base.embedding, base.head = (divided[id(module.weight)] for module in (embedding, head))
+    for weight in weights.values():
+        base.parameters += weight.numel()
+        weight.data = torch.empty(0, dtype=weight.dtype, device=device)
+
+
+def sharded_base(model: Any) -> ShardedBase | None:
+    """The parts of a PEFT or base model, or None for one that is whole."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(base, "sharded_base", None)

@@ -1,0 +1,47 @@
+"""Several processes on several GPUs, as torchrun starts them, against one GPU; needs two."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+SETTINGS = (
+    "--config", "configs/tiny.yaml", "--max_length", "64", "--max_steps", "7", "--set", "training.device=cuda",
+    "--set", "training.logging_steps=1", "--set", "training.eval_steps=7", "--set", "data.max_train_samples=50",
+    "--set", "training.optim=paged_adamw_8bit", "--dropout", "0.1",
+    "--set", "performance.micro_batch=4",
+)  # fmt: skip
+
+
+def train(root, folder, processes, *more):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    visible = ",".join(os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")[:processes])
+    run = subprocess.run(
+        [sys.executable, *launcher, "train_qlora.py", *SETTINGS, "--output_dir", str(folder), *more],
+        cwd=root, capture_output=True, text=True, timeout=240, env=os.environ | {"CUDA_VISIBLE_DEVICES": visible},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    log = (folder / "training_log.txt").read_text()
+    losses = [float(line.split("loss ")[1][:6]) for line in log.splitlines() if "/7: loss" in line]
+    assert len(losses) == 7
+    return losses, log
+
+
+@pytest.fixture(scope="module")
+def alone(root, tmp_path_factory):
+    return train(root, tmp_path_factory.mktemp("alone"), 1)
+
+
+@pytest.mark.parametrize("fsdp", ["false", "true", "offload"])
+def test_two_gpus_train_what_one_does(root, tmp_path, alone, fsdp):
+    losses, log = train(root, tmp_path / "two", 2, "--set", f"performance.fsdp={fsdp}")
+    assert losses == pytest.approx(alone[0], rel=5e-3)
+    assert ("CUDA graphs: yes" in log) == (fsdp == "false")
+    assert load_file(tmp_path / "two" / "adapter_model.safetensors")
