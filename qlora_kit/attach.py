@@ -75,7 +75,8 @@ def adapter_norm(model: PeftModel) -> tuple[float, int]:
     ‖B A‖² = tr(Aᵀ Bᵀ B A) = Σ (Bᵀ B) ∘ (A Aᵀ): two products of (rank, rank) instead of one as large as the weight.
     """
     squares = [_squared_norm(A, B) * scale**2 for A, B, scale in _updates(model)]
-    return (torch.stack(squares).sum().sqrt().item() if squares else 0.0), len(squares)
+    on_one = [square.to(squares[0].device) for square in squares]  # a model may be spread over several GPUs
+    return (torch.stack(on_one).sum().sqrt().item() if squares else 0.0), len(squares)
 
 
 def _squared_norm(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:

@@ -144,3 +144,16 @@ def test_a_large_logit_in_a_late_piece_loses_nothing():
 def test_gradcheck_in_fp64():
     hidden, weight, targets = random_problem()
     assert torch.autograd.gradcheck(lambda x: ChunkedCrossEntropy.apply(x, weight, targets, 4), (hidden,))
+
+
+def test_the_loss_is_taken_where_the_head_is(other_models, monkeypatch):
+    """Of a model over several GPUs the head may be on another than the layers: here on a device that only knows shapes."""
+    from transformers import AutoModelForCausalLM
+
+    llama = AutoModelForCausalLM.from_pretrained(other_models["llama"]).requires_grad_(False)
+    llama.lm_head.to("meta")
+    ids = torch.arange(40).reshape(2, 20)
+    given = []
+    monkeypatch.setattr("qlora_kit.fast.loss.chunked_losses", lambda *tensors: (given.extend(tensors), tensors[2])[1])
+    assert token_losses(llama, ids, ids).shape == (2, 19)
+    assert [tensor.device.type for tensor in given] == ["meta"] * 3

@@ -263,6 +263,9 @@ class _Lines:
 
 def why_not_decoded(model: Any, room: int) -> str | None:
     """The reason why a model cannot go through GraphEngine with texts of up to `room` tokens, or None."""
+    places = {parameter.device for parameter in model.parameters()}
+    if len(places) > 1 or places.pop().index:
+        return "its weights do not all lie on the first GPU"
     parts = decoder_and_head(model.requires_grad_(False))  # a head that is trained would be no plain product
     config = model.config.to_dict()
     reason = why_not_written_out(config, room)

@@ -118,7 +118,7 @@ def token_losses(model: Any, ids: torch.Tensor, labels: torch.Tensor, starts: to
         starts: (B, T), where each token's record begins (attention.py); None: one record a row.
 
     Returns:
-        (B, T - 1), nats in fp32; zero where the label is -100.
+        (B, T - 1), nats in fp32, on the device of the model's head or of `ids`; zero where the label is -100.
     """
     targets = labels[:, 1:]  # (B, T - 1)
     inputs = {"input_ids": ids, "use_cache": False}
@@ -130,8 +130,9 @@ def token_losses(model: Any, ids: torch.Tensor, labels: torch.Tensor, starts: to
         rows = zip(logits, targets, strict=True)  # a row at a time: its fp32 copy is the largest tensor
         return torch.stack([F.cross_entropy(row.float(), target, reduction="none", ignore_index=IGNORED) for row, target in rows])
     decoder, head = parts
-    hidden = decoder(**inputs).last_hidden_state[:, :-1]  # (B, T - 1, H)
-    return chunked_losses(hidden.flatten(0, 1), head.weight, targets.flatten()).view_as(targets)
+    place = head.weight.device  # of a model spread over several GPUs neither that of its last layer nor that of `ids`
+    hidden = decoder(**inputs).last_hidden_state[:, :-1].to(place)  # (B, T - 1, H)
+    return chunked_losses(hidden.flatten(0, 1), head.weight, targets.to(place).flatten()).view_as(targets)
 
 
 def next_labels(labels: torch.Tensor) -> torch.Tensor:
