@@ -20,7 +20,7 @@ from qlora_kit.adapter import AdapterSource, check_base, fetch_base, load_checke
 from qlora_kit.answers import encode_prompts, run_demo, run_text
 from qlora_kit.config import UserError, override
 from qlora_kit.generation import Generator, PromptEncoder, find_stop_ids
-from qlora_kit.hub import fetch_model, fetch_tokenizer, go_offline_if_unreachable, is_local, read_context
+from qlora_kit.hub import fetch_model, fetch_tokenizer, go_offline_if_unreachable, is_local, model_folder, read_context
 from qlora_kit.merging.pairs import read_pairs
 from qlora_kit.prompts import Prompt, demo_prompts, read_prompt, read_prompt_file
 from qlora_kit.settings import Config, GenerationSettings
@@ -59,6 +59,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--perplexity", metavar="DATA", help="file or data set: perplexity with and without the adapter on it")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
+    parser.add_argument(
+        "--device_map",
+        choices=["auto", "one"],
+        default="auto",
+        help="auto: over several GPUs where the first cannot hold the base model; one: onto the first in any case",
+    )
     parser.add_argument(
         "--seed", type=int, default=42, metavar="S", help="the same prompt and seed give the same text (default: %(default)s)"
     )
@@ -182,6 +188,7 @@ def load_generator(
     from qlora_kit.attach import attach_adapter, check_vocabulary, does_nothing
     from qlora_kit.decoding import choose_engine
     from qlora_kit.device import choose_device, usable_dtype
+    from qlora_kit.placement import choose_device_map
     from quantization_utils import create_bnb_config, load_model_and_tokenizer
 
     device = choose_device(arguments.device, "--device")
@@ -193,11 +200,16 @@ def load_generator(
         from qlora_kit.merging.fold import check_memory, fold
 
         check_memory(source.model, dtype, device)
-    packing = source.quantization
+    packing, folder, device_map, note = source.quantization, model_folder(source.model), None, None
+    if folder:  # else loading will say why
+        device_map, note = choose_device_map(folder, source.model, packing, dtype, device, arguments.device_map)
+    if note:
+        print(note, file=sys.stderr)
     model, tokenizer = load_model_and_tokenizer(
         source.model.name,
         create_bnb_config(packing.quant_type, dtype, packing.use_double_quant) if packing.load_in_4bit else None,
         device=device,
+        device_map=device_map,
         dtype=dtype,
         revision=source.model.revision,
         trust_remote_code=source.model.trust_remote_code,

@@ -76,6 +76,7 @@ def load_model_and_tokenizer(
     quantization: BitsAndBytesConfig | None,
     *,
     device: str = "cuda",
+    device_map: dict[str, int | str] | None = None,
     dtype: torch.dtype = torch.bfloat16,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -83,10 +84,11 @@ def load_model_and_tokenizer(
     fsdp: bool | str = False,
     offload_embedding: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a base model onto one device, its projections packed to 4 bits on the way, and its tokenizer.
+    """Load a base model, its projections packed to 4 bits on the way, and its tokenizer.
 
     Args:
         quantization: from create_bnb_config, or None to load in 16 bits (plain LoRA).
+        device_map: the device of each module, for a model spread over several (qlora_kit/placement.py); None: all on `device`.
         dtype: of everything that is not packed: norms, embeddings, biases.
         tokenizer: the model's own, where it is loaded already.
         fsdp: divide the weights over the processes (fast/sharding.py), in host memory with "offload"; `name` is then a folder.
@@ -107,7 +109,7 @@ def load_model_and_tokenizer(
                 name,
                 quantization_config=quantization,
                 dtype=dtype,
-                device_map={"": 0 if device == "cuda" else device},
+                device_map=device_map or {"": 0 if device == "cuda" else device},
                 use_safetensors=True,  # and no pickle, where a folder holds both
                 **origin,
             )

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qlora_kit.merging.weights import Merge, Packing
+    from qlora_kit.placement import DeviceMap
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -56,6 +57,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the base model")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="for packing and for the check")
+    parser.add_argument(
+        "--device_map",
+        choices=["auto", "one"],
+        default="auto",
+        help="for the check; auto: over several GPUs where the first cannot hold a model; one: onto the first in any case",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the merge that the output folder holds")
     return parser.parse_args(argv)
 
@@ -100,10 +107,11 @@ def main(argv: list[str] | None = None) -> None:
     check_disk(output, merge.nbytes)
     tokenizer = _load_tokenizer(source, base)
     checked = None if arguments.check == "none" else check_blocks(source, arguments.check, tokenizer, read_context(base))
+    device_maps = place_models(source, base, loading, arguments.device_map) if checked else []
     say_what_is_merged(source, arguments.base, len(pairs))
     write_merge(output, merge, limit, base, source, tokenizer, arguments.base)
     if checked:
-        check_merge(output, source, base, loading, arguments.base, *checked)
+        check_merge(output, source, base, loading, arguments.base, device_maps, *checked)
 
 
 def _load_tokenizer(source: AdapterSource, base: Path) -> "PreTrainedTokenizerBase":
@@ -121,6 +129,27 @@ def how_loaded(source: AdapterSource, device: str) -> "Packing":
     device = choose_device(device, "--device")
     dtype, _ = usable_dtype(source.quantization.compute_dtype, device, insisted=False)
     return Packing(source.quantization, dtype, device)
+
+
+def place_models(source: AdapterSource, base: Path, loading: "Packing", wanted: str) -> "list[DeviceMap]":
+    """Where the check loads base + adapter, and then the merged model, which is not packed.
+
+    Raises:
+        UserError: there is no room for one of them; nothing has been written yet.
+    """
+    from qlora_kit.placement import choose_device_map
+
+    found = []
+    for packed in (source.quantization.load_in_4bit, False):
+        quantization = source.quantization.model_copy(update={"load_in_4bit": packed})
+        try:
+            device_map, note = choose_device_map(base, source.model, quantization, loading.dtype, loading.device, wanted)
+        except UserError as error:
+            raise UserError(*(f"{problem}; or do not check: --check none" for problem in error.problems)) from None
+        if note:
+            print(note, file=sys.stderr)
+        found.append(device_map)
+    return found
 
 
 def say_what_is_merged(source: AdapterSource, base: str, matrices: int) -> None:
@@ -163,8 +192,20 @@ def write_merge(
 # The check
 
 
-def check_merge(output: Path, source: AdapterSource, base: Path, loading: "Packing", onto: str, blocks: Any, what: str) -> None:
+def check_merge(
+    output: Path,
+    source: AdapterSource,
+    base: Path,
+    loading: "Packing",
+    onto: str,
+    device_maps: "list[DeviceMap]",
+    blocks: Any,
+    what: str,
+) -> None:
     """Compare the merged model with base + adapter, print both and write the result into the folder.
+
+    Args:
+        device_maps: of base + adapter, and of the merged model.
 
     Raises:
         Failed: they differ by more than they may, or the GPU is too small for the comparison.
@@ -175,8 +216,8 @@ def check_merge(output: Path, source: AdapterSource, base: Path, loading: "Packi
     name = str(base) if is_local(source.model.name) else source.model.name
     print("Checking: base + adapter, then the merged model", file=sys.stderr)
     try:
-        adapter = measure_adapter(source, name, loading, blocks)
-        merged = measure_merged(output, loading, source.model.trust_remote_code, blocks)
+        adapter = measure_adapter(source, name, loading, device_maps[0], blocks)
+        merged = measure_merged(output, loading, device_maps[1], source.model.trust_remote_code, blocks)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

@@ -388,7 +388,7 @@ def test_a_merge_that_predicts_otherwise_fails_and_is_kept(tiny_dir, merged, tmp
     blocks, what = check_blocks(source, None, AutoTokenizer.from_pretrained(tiny_dir), 64)
     assert "blocks of 64 tokens" in what and "articles.txt" in what
     with pytest.raises(Failed, match="kept") as failure:
-        merge.check_merge(kept, source, tiny_dir, loading, "original", blocks, what)
+        merge.check_merge(kept, source, tiny_dir, loading, "original", [{"": "cpu"}, {"": "cpu"}], blocks, what)
     assert str(kept) in str(failure.value) and "FAIL" in capsys.readouterr().out
     assert stored(kept) and json.loads((kept / "merge.json").read_text())["check"]["passed"] is False
 

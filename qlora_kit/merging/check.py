@@ -19,6 +19,7 @@ from qlora_kit.dataset import Blocks, load_blocks
 from qlora_kit.merging.weights import Packing
 from qlora_kit.packing import RecordBlocks
 from qlora_kit.perplexity import Perplexity, from_block_losses, library_losses, measure_perplexity
+from qlora_kit.placement import DeviceMap
 from qlora_kit.settings import Config, DataConfig
 from qlora_kit.sources import check_source, is_file_name
 
@@ -123,7 +124,7 @@ def _is_here(data: DataConfig) -> bool:
 # Models
 
 
-def measure_adapter(source: AdapterSource, base: str, packing: Packing, blocks: Any) -> Measured:
+def measure_adapter(source: AdapterSource, base: str, packing: Packing, device_map: DeviceMap, blocks: Any) -> Measured:
     """Of base + adapter, loaded as for training."""
     settings = packing.settings
     quantization = BitsAndBytesConfig(
@@ -136,7 +137,7 @@ def measure_adapter(source: AdapterSource, base: str, packing: Packing, blocks: 
     model = AutoModelForCausalLM.from_pretrained(
         base,
         dtype=packing.dtype,
-        device_map={"": packing.device},
+        device_map=device_map,
         quantization_config=quantization if settings.load_in_4bit else None,
         **origin,
     )
@@ -146,9 +147,9 @@ def measure_adapter(source: AdapterSource, base: str, packing: Packing, blocks: 
     return _measure(PeftModel.from_pretrained(model, source.folder, torch_device=packing.device), blocks)
 
 
-def measure_merged(folder: Path, packing: Packing, trust_remote_code: bool, blocks: Any) -> Measured:
+def measure_merged(folder: Path, packing: Packing, device_map: DeviceMap, trust_remote_code: bool, blocks: Any) -> Measured:
     """Of the merged model, loaded without peft and without quantization."""
-    place = {"dtype": packing.dtype, "device_map": {"": packing.device}}
+    place = {"dtype": packing.dtype, "device_map": device_map}
     return _measure(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code, **place), blocks)
 
 

@@ -127,7 +127,7 @@ def plan_merge(folder: Path, model: ModelConfig, pairs: dict[str, LoraPair], pac
         UserError: the adapter does not fit the base model: names the module and what is wrong with it.
     """
     merge = Merge(read_base(folder), packing=packing)
-    skeleton = _build_skeleton(folder, model)
+    skeleton = build_skeleton(folder, model)
     for module, pair in pairs.items():
         name, recipe = _recipe(module, pair, skeleton, merge.tensors, f"{adapter}: does not fit {folder}")
         merge.recipes[name] = recipe
@@ -136,7 +136,7 @@ def plan_merge(folder: Path, model: ModelConfig, pairs: dict[str, LoraPair], pac
     return merge
 
 
-def _build_skeleton(folder: Path, model: ModelConfig) -> PreTrainedModel:
+def build_skeleton(folder: Path, model: ModelConfig) -> PreTrainedModel:
     """The model without weights: its modules by name."""
     name = str(folder) if is_local(model.name) else model.name
     origin = {"revision": model.revision or "main", "trust_remote_code": model.trust_remote_code}
@@ -174,11 +174,16 @@ def _stored_name(module: str, model: PreTrainedModel, tensors: dict[str, Stored]
 
 
 def _add_packed(merge: Merge, model: PreTrainedModel) -> None:
-    """Mark what loading packs, which is more than the adapter's targets: the library is asked, with a model without weights."""
+    """Mark what loading packs, which is more than the adapter's targets."""
     transposed = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
-    quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_4bit=True))
-    quantizer.preprocess_model(model=model, device_map={"": "cpu"})
+    pack_skeleton(model)
     for module, kind in model.named_modules():
         if isinstance(kind, bitsandbytes.nn.Linear4bit) and (name := _stored_name(module, model, merge.tensors)):
             pair = merge.recipes[name].pair if name in merge.recipes else None
             merge.recipes[name] = Recipe(pair, packed=True, transposed=module in transposed)
+
+
+def pack_skeleton(model: PreTrainedModel) -> None:
+    """Put a Linear4bit, empty as well, wherever loading would: the library is asked."""
+    quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_4bit=True))
+    quantizer.preprocess_model(model=model, device_map={"": "cpu"})
