@@ -176,7 +176,7 @@ def estimate_memory(
         "optimizer state": 0.0 if "paged" in config.training.optim else optimizer_bytes(config.training.optim) * adapters,
         "kept activations": float(element * tokens * kept),
         "unpacked weights": float(element * all_unpacked),
-        "gathered weights": gathered,
+        **({"gathered weights": gathered} if fsdp else {}),
         "a layer at work": float(layer),
         # The loss is done with its logits before the backward pass begins: only what exceeds a layer at work counts.
         "logits beyond that": max(0.0, loss - layer - gathered),

@@ -170,7 +170,7 @@ def plan_table(plan: Plan, config: Config, shape: ModelShape, limit: float, card
     )
     title += ", weights unpacked once" if plan.keep_weights else ""
     paged = 0.0 if plan.parts["optimizer state"] else optimizer_bytes(config.training.optim) * plan.parts["adapters (fp32)"] / 4
-    rows = [(name, size) for name, size in plan.parts.items() if size or name != "gathered weights"]
+    rows = list(plan.parts.items())
     rows += [("sum: torch's allocator", plan.peak), ("paged optimizer state", paged), ("CUDA context (about)", CONTEXT_BYTES)]
     lines = [title, *(f"  {name:<24}{size / GIB:6.2f} GiB" for name, size in rows)]
     if plan.peak <= limit:

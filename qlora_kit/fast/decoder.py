@@ -108,7 +108,7 @@ class FastDecoder:
         if self.sharded and self.sharded.embedding:
             self.embedding, self.head = self.sharded.embedding, self.sharded.head
         self.dtype = self.embedding.dtype
-        self.rows = None if isinstance(self.head, torch.nn.Parameter) else HEAD_ROWS
+        self.rows = HEAD_ROWS if self.offloaded else getattr(self.head, "rows", None)
         self.recomputed, self.keep_weights = recomputed, keep_weights
         self.adapters = FlatAdapters([parameter for parameter in model.parameters() if parameter.requires_grad])
         self.layers = [self._read_layer(layer, 1.0 - dropout) for layer in self.decoder.layers]

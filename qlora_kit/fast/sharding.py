@@ -1,11 +1,13 @@
 """FSDP for a frozen base model: each process keeps a part of every layer, and has the whole of one only while it works with it.
 
-torch's fully_shard (FSDP2, after arXiv 2304.11277) divides and gathers. What is divided has no gradient: nothing is reduced, and
-the adapters, their gradients and the optimizer stay whole in every process. A layer is divided as one run of bytes, 4-bit weights
-with their absmax values; embedding and output head a run of rows at a time. While the decoder works with one run, the next one
-comes. All processes have to gather in the same order: each takes as many passes as the others.
+The idea is that of fully sharded data parallel (arXiv 2304.11277). What is divided here has no gradient and never changes, which
+leaves one collective of torch.distributed, the gathering; the adapters, their gradients and the optimizer stay whole in every
+process. A layer is divided as one run of bytes, 4-bit weights with their absmax values; embedding and output head are divided by
+rows. While the decoder works with one run, the next one comes. All processes have to gather in the same order: each takes as many
+passes as the others.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 
 import bitsandbytes
 import torch
+import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from qlora_kit.config import UserError
@@ -20,14 +23,43 @@ from qlora_kit.fast.parts import projections_of
 from qlora_kit.memory import HEAD_ROWS
 from qlora_kit.merging.files import Stored, read_base
 
-STORAGE = torch.bfloat16  # what the bytes pass for: FSDP takes no whole numbers (bitsandbytes' bnb_4bit_quant_storage)
 ALIGNMENT = 512  # bytes, of a tensor within a run: kernels read aligned memory faster
-
-
 Place = tuple[Any, str]  # an object and its attribute that holds a tensor
 
 
-class ShardedRun:
+class Gathering:
+    """The whole of a tensor of which each process has an even part, in the order of ranks, from `fetch` to `drop`.
+
+    Args:
+        part: (n, ...), on the device or in host memory.
+    """
+
+    def __init__(self, part: torch.Tensor, device: torch.device):
+        self.part, self.device = part, device
+        self.whole: torch.Tensor | None = None
+        self.work: Any = None
+
+    def fetch(self) -> None:
+        """Begin to gather, beside what the device does; nothing where it was begun."""
+        if self.whole is None:
+            part = self.part.to(self.device, non_blocking=True)
+            self.whole = part.new_empty(len(part) * dist.get_world_size(), *part.shape[1:])
+            self.work = dist.all_gather_into_tensor(self.whole, part, async_op=True)
+
+    def take(self) -> torch.Tensor:
+        """(processes · n, ...), there for what the device does from now on."""
+        self.fetch()
+        assert self.whole is not None
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+        return self.whole
+
+    def drop(self) -> None:
+        self.whole = None
+
+
+class ShardedLayer:
     """Tensors that are divided as one run of bytes; they are empty, but between `take` and `drop`.
 
     Args:
@@ -36,73 +68,70 @@ class ShardedRun:
     """
 
     def __init__(self, places: list[Place], offload: bool):
-        from torch.distributed import get_world_size  # not every build of torch has these
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
-
         tensors = [getattr(owner, name) for owner, name in places]
-        self.places, self.device = places, tensors[0].device
-        self.like = [(tensor.dtype, tensor.shape) for tensor in tensors]
-        self.sizes = [tensor.nbytes for tensor in tensors]
-        self.room = [-(-size // ALIGNMENT) * ALIGNMENT for size in self.sizes]
-        parts = ALIGNMENT * get_world_size()
-        self.room.append(-sum(self.room) % parts)  # to divide evenly
-        run = torch.zeros(sum(self.room), dtype=torch.uint8, device=self.device)
+        self.places, device = places, tensors[0].device
+        self.like = [(tensor.dtype, tensor.shape, tensor.nbytes) for tensor in tensors]
+        self.room = [ALIGNMENT * math.ceil(tensor.nbytes / ALIGNMENT) for tensor in tensors]
+        self.room.append(-sum(self.room) % (ALIGNMENT * dist.get_world_size()))  # to divide evenly
+        run = torch.zeros(sum(self.room), dtype=torch.uint8, device=device)
         for piece, tensor in zip(run.split(self.room), tensors, strict=False):
             piece[: tensor.nbytes] = tensor.detach().contiguous().view(-1).view(torch.uint8)
-        holder: Any = torch.nn.Module()
-        holder.run = torch.nn.Parameter(run.view(STORAGE), requires_grad=False)
-        mesh = init_device_mesh(run.device.type, (get_world_size(),))
-        del tensors
-        self.holder = fully_shard(holder, mesh=mesh, offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy())
-        self.drop()
+        part = run.chunk(dist.get_world_size())[dist.get_rank()]
+        self.run = Gathering(part.cpu().pin_memory() if offload else part.clone(), device)
+        self._empty()
 
     def fetch(self) -> None:
-        """Begin to gather, beside what the device does; nothing where it was begun."""
-        self.holder.unshard(async_op=True)
+        self.run.fetch()
 
     def take(self) -> None:
         """Have the tensors whole."""
-        self.holder.unshard()
-        whole = self.holder.run.data.view(torch.uint8).split(self.room)
-        for (owner, name), piece, size, (dtype, shape) in zip(self.places, whole, self.sizes, self.like, strict=False):
+        pieces = self.run.take().split(self.room)
+        for (owner, name), (dtype, shape, size), piece in zip(self.places, self.like, pieces, strict=False):
             setattr(owner, name, piece[:size].view(dtype).view(shape))
 
     def drop(self) -> None:
-        for (owner, name), (dtype, _) in zip(self.places, self.like, strict=True):
-            setattr(owner, name, torch.empty(0, dtype=dtype, device=self.device))
-        self.holder.reshard()
+        self._empty()
+        self.run.drop()
+
+    def _empty(self) -> None:
+        for (owner, name), (dtype, _, _) in zip(self.places, self.like, strict=True):
+            setattr(owner, name, torch.empty(0, dtype=dtype, device=self.run.device))
 
 
 class ShardedRows:
-    """A frozen matrix (rows, columns), divided a run of HEAD_ROWS rows at a time; read in such runs, one after the other."""
+    """A frozen matrix (rows, columns), read a run of `rows` at a time; of each run every process has `own` rows."""
 
-    def __init__(self, matrix: torch.Tensor, device: str, offload: bool):
-        self.length, self.dtype = len(matrix), matrix.dtype
-        self.pieces = [torch.nn.Parameter(rows.to(device, copy=True), requires_grad=False) for rows in matrix.split(HEAD_ROWS)]
-        self.runs = [ShardedRun([(rows, "data")], offload) for rows in self.pieces]
+    def __init__(self, matrix: torch.Tensor, device: torch.device, offload: bool):
+        processes = dist.get_world_size()
+        self.length, self.dtype, self.device = len(matrix), matrix.dtype, device
+        self.own = math.ceil(HEAD_ROWS / processes)
+        self.rows = self.own * processes
+        filled = torch.nn.functional.pad(matrix, (0, 0, 0, -len(matrix) % self.rows))
+        runs = filled.view(-1, processes, self.own, filled.shape[1])[:, dist.get_rank()]  # (runs, own, columns)
+        self.part = runs.cpu().pin_memory() if offload else runs.to(device, copy=True)
+        self.runs = [Gathering(run, device) for run in self.part]
 
     def __len__(self) -> int:
         return self.length
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         for number, run in enumerate(self.runs):
-            run.take()
+            rows = run.take()
             if number + 1 < len(self.runs):
                 self.runs[number + 1].fetch()
-            yield self.pieces[number]
+            yield rows[: self.length - number * self.rows]
             run.drop()
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows of the matrix: ids of any shape -> (*, columns)."""
-        found = None
-        for number, rows in enumerate(self):
-            local = ids - number * HEAD_ROWS
-            mine = ((local >= 0) & (local < len(rows)))[..., None]
-            here = rows[local.clamp(0, len(rows) - 1)]
-            found = here if found is None else torch.where(mine, here, found)
-        assert found is not None
-        return found
+        """Rows of the matrix: ids, (B, T) in every process -> (B, T, columns). Each looks up for all what it has."""
+        asked = ids.new_empty(dist.get_world_size(), *ids.shape)
+        dist.all_gather_into_tensor(asked, ids[None].contiguous())
+        run, place = asked // self.rows, asked % self.rows
+        mine = place // self.own == dist.get_rank()
+        found = self.part.flatten(0, 1)[(run * self.own + place % self.own).to(self.part.device)].to(self.device)
+        found = torch.where(mine[..., None], found, 0.0)
+        dist.all_reduce(found)  # one process has the row, the others zeros
+        return found[dist.get_rank()]
 
 
 class ShardedBase:
@@ -110,7 +139,7 @@ class ShardedBase:
 
     def __init__(self, offload: bool):
         self.offload = offload
-        self.layers: list[ShardedRun] = []
+        self.layers: list[ShardedLayer] = []
         self.embedding: ShardedRows | None = None
         self.head: ShardedRows | None = None
         self.parameters = 0  # weights that are divided, a packed byte counted as two
@@ -150,7 +179,7 @@ def load_sharded(
         _fill(layer, f"model.layers.{number}.", stored, device, dtype)
         bases = [module for group in projections_of(layer) for module in group]
         base.parameters += sum(module.in_features * module.out_features for module in bases)
-        base.layers.append(ShardedRun([place for module in bases for place in _large(module.weight)], offload))
+        base.layers.append(ShardedLayer([place for module in bases for place in _large(module.weight)], offload))
     _fill(decoder.norm, "model.norm.", stored, device, dtype)
     head, place = model.get_output_embeddings(), "cpu" if embedding else device
     _fill(decoder.embed_tokens, "model.embed_tokens.", stored, place, dtype)
@@ -204,7 +233,7 @@ def _large(weight: Any) -> list[Place]:
 
 def _divide_embedding(embedding: Any, head: Any, base: ShardedBase, device: str) -> None:
     weights = {id(module.weight): module.weight for module in (embedding, head)}  # one where they are tied
-    divided = {key: ShardedRows(weight.data, device, base.offload) for key, weight in weights.items()}
+    divided = {key: ShardedRows(weight.data, torch.device(device), base.offload) for key, weight in weights.items()}
     base.embedding, base.head = (divided[id(module.weight)] for module in (embedding, head))
     for weight in weights.values():
         base.parameters += weight.numel()
