@@ -20,7 +20,7 @@ BYTES_4BIT_DOUBLE = 0.5 + 1 / 64 + 4 / (64 * 256)
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 NEEDED = ("num_attention_heads", "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
 
-# The default model's shape as its config.json states it, so that the estimate needs no download.
+# The shapes of the models that configs name, as their config.json state them, so that the estimate needs no download.
 KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-3B-Instruct": {
         "model_type": "qwen2",
@@ -31,7 +31,17 @@ KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
         "intermediate_size": 11008,
         "vocab_size": 151936,
         "tie_word_embeddings": True,
-    }
+    },
+    "Qwen/Qwen2.5-32B-Instruct": {
+        "model_type": "qwen2",
+        "num_hidden_layers": 64,
+        "hidden_size": 5120,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "intermediate_size": 27648,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    },
 }
 
 

@@ -148,9 +148,10 @@ def cheapest_change(config: Config, shape: ModelShape, limit: float, processes: 
     paged = free | {"training.optim": PAGED.get(optim, optim)}
     divided = {"performance.fsdp": True} if processes > 1 and not config.performance.fsdp else {}
     offloaded = paged | divided | {"performance.offload_embedding": True}
+    hosted = paged | {"performance.fsdp": "offload"} if processes > 1 else offloaded
     narrow = {"quantization.load_in_4bit": True, "quantization.compute_dtype": "auto" if dtype == "float32" else dtype}
-    least = offloaded | narrow | {"quantization.use_double_quant": True}
-    changes: list[dict[str, Any]] = [free, paged, paged | divided, offloaded, free | narrow, least]
+    least = hosted | narrow | {"quantization.use_double_quant": True}
+    changes: list[dict[str, Any]] = [free, paged, paged | divided, offloaded, hosted, free | narrow, least]
     for halvings in (1, 2, 3):
         shorter = {"data.max_length": min(length, max(length >> halvings, 128))}
         smaller = {"lora.rank": min(rank, max(rank >> halvings, 4))}

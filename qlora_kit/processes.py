@@ -120,8 +120,10 @@ def connected(team: Team) -> Iterator[None]:
 
     Raises:
         SystemExit: quietly, in a process whose failure follows from another's.
+        UserError: as check_launcher.
     """
     if team.count == 1:
+        check_launcher()
         yield
         return
     import torch
@@ -137,6 +139,7 @@ def connected(team: Team) -> Iterator[None]:
     watch = threading.Thread(target=_end_with_the_others, args=(store.clone(), over), daemon=True)
     watch.start()
     try:
+        check_launcher()
         yield
         team.gather(None)  # none leaves while another may still ask it something
     except BaseException as error:
@@ -185,6 +188,19 @@ def _is_lost(error: BaseException) -> bool:
 
 def _first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+def check_launcher() -> None:
+    """
+    Raises:
+        UserError: accelerate was told to divide the model in a way of its own, which it does around the Trainer's and not here.
+    """
+    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(variable, "false").lower() in ("1", "true"):
+            raise UserError(
+                f"accelerate launch: {name}: is not used here; leave it out of the command or its config file, and set "
+                "performance.fsdp=true to divide the base model over the processes"
+            )
 
 
 def check_alike(team: Team, found: dict[str, str]) -> None:
