@@ -89,6 +89,9 @@ class QLoraTrainer(ResumableTrainer):
             sampler.num_processes, sampler.process_index, sampler.even_batches = 1, 0, False
         return loader
 
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        """Not at all: it lies where it was loaded. From cpu to cpu:0, as one of several processes would, adapters are copied."""
+
     def _prepare_for_training(self, *arguments: Any) -> Any:
         # No wrapper around the model: gradients are summed once a step, in `_share`.
         if self.team.count > 1:

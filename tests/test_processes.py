@@ -61,25 +61,19 @@ def difference(one, other):
     return max((a[name] - b[name]).abs().max().item() for name in a), max(value.abs().max().item() for value in a.values())
 
 
-@pytest.fixture(scope="module")
-def alone(root, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("one") / "alone"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        train_qlora.main([*SETTINGS, "--output_dir", str(folder)])
-    return folder
-
-
-@pytest.mark.parametrize("fsdp", ["false", "true"])
-def test_two_processes_train_what_one_does_also_when_one_of_them_is_killed(root, tmp_path, alone, fsdp):
+def test_two_processes_train_what_one_does_also_when_one_is_killed_and_when_they_then_divide_the_base(
+    root, tmp_path, monkeypatch
+):
     """50 blocks in steps of 8: in the epoch's last, the seventh, one process has two sequences and the other none."""
-    output, divided = tmp_path / "two", ("--set", f"performance.fsdp={fsdp}")
+    alone, output = tmp_path / "alone", tmp_path / "two"
+    monkeypatch.chdir(root)
+    train_qlora.main([*SETTINGS, "--output_dir", str(alone)])
     started = time.perf_counter()
-    status, said = together(root, tmp_path, output, *divided, what="os.kill(os.getpid(), 9)")
+    status, said = together(root, tmp_path, output, what="os.kill(os.getpid(), 9)")
     assert status and time.perf_counter() - started < 60
     assert lines(said, "error:") == ["error: rank 0: another process of the run has ended without a word; go on with --resume"]
     assert len(lines(said, "step 5/7")) == 1  # the first process alone speaks
-    status, said = together(root, tmp_path, output, *divided, "--resume")
+    status, said = together(root, tmp_path, output, "--resume", "--set", "performance.fsdp=true")
     assert status == 0 and not lines(said, "error:")
     apart, size = difference(alone, output)
     assert apart < 0.005 * size
