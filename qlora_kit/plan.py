@@ -190,10 +190,18 @@ def other_strategy(config: Config, shape: ModelShape, limit: float, processes: i
 
 
 def read_written_out_shape(config: Config) -> tuple[ModelShape | None, str | None]:
-    """The model's shape if it is built like Llama, and why it will not go through the fast path, if it will not."""
+    """The model's shape if it is built like Llama, and why it will not go through the fast path, if it will not.
+
+    Raises:
+        UserError: it cannot be divided as performance.fsdp asks.
+    """
     model_config = read_model_config(config.model)
     reason = why_not_written_out(model_config, config.data.max_length)
-    return read_shape(model_config), reason if config.performance.fused_lora else "performance.fused_lora is false"
+    if not config.performance.fused_lora:
+        reason = "performance.fused_lora is false"
+    if config.performance.fsdp and reason:
+        raise UserError(f"performance.fsdp: cannot work here ({reason}); use false")
+    return read_shape(model_config), reason
 
 
 def describe_plan(config: Config, processes: int) -> str:

@@ -1,6 +1,7 @@
 """A base model divided over processes (performance.fsdp): what each holds and finds, in three processes of a real group."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -8,9 +9,9 @@ import pytest
 
 from qlora_kit.config import UserError
 from qlora_kit.memory import GIB, KNOWN_CONFIGS, estimate_memory, read_shape
-from qlora_kit.plan import cheapest_change, make_plan
+from qlora_kit.plan import cheapest_change, make_plan, read_written_out_shape
 from qlora_kit.processes import check_division, check_launcher
-from qlora_kit.settings import Config, PerformanceConfig
+from qlora_kit.settings import Config, ModelConfig, PerformanceConfig
 
 PROCESSES = 3
 LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}")
@@ -100,6 +101,20 @@ def test_dividing_is_offered_where_several_processes_cannot_hold_the_whole():
         assert (change or {}).get("performance.fsdp") is expected
     plan = make_plan(settings(fsdp=True), shape, 80 * GIB, 2)
     assert not plan.keep_weights and plan.peak < make_plan(settings(), shape, 80 * GIB, 2).peak
+
+
+@pytest.mark.parametrize(
+    ("model", "performance", "reason"),
+    [
+        ({"model_type": "gpt2"}, {}, "gpt2 is not built like Llama"),
+        (QWEN_32B, {"fused_lora": False}, "performance.fused_lora is false"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused_before_anything_is_read(tmp_path, model, performance, reason):
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    config = Config(model=ModelConfig(name=str(tmp_path)), performance=PerformanceConfig(fsdp=True, **performance))
+    with pytest.raises(UserError, match=re.escape(f"performance.fsdp: cannot work here ({reason}); use false")):
+        read_written_out_shape(config)
 
 
 @pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])

@@ -60,7 +60,7 @@ def read_base(folder: Path) -> dict[str, Stored]:
         UserError: the files are missing, damaged, or already quantized.
     """
     if "quantization_config" in read_json(folder / "config.json", "model.name"):
-        raise UserError(f"model.name: {folder}: its weights are quantized; merge onto the 16-bit model that they were made from")
+        raise UserError(f"model.name: {folder}: its weights are quantized; name the 16-bit model that they were made from")
     tensors = {}
     for path in _weight_files(folder):
         with open_weights(path) as file:
