@@ -110,6 +110,22 @@ def test_the_engine_of_graphs_takes_a_folded_model(adapter, root, monkeypatch):
     assert list(GraphEngine(generator.engine.model, captured=False).steps(ids, greedy, 1, [])) == expected
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_a_folded_model_answers_by_graphs_what_the_library_answers(adapter, root, monkeypatch):
+    from qlora_kit.adapter import read_adapter
+    from qlora_kit.decoding import LibraryEngine
+    from qlora_kit.settings import GenerationSettings
+
+    monkeypatch.chdir(root)
+    parsed = inference_example.parse_arguments(["--adapter", str(adapter), "--device", "cuda", "--merged"])
+    greedy = GenerationSettings(temperature=0, max_new_tokens=12, repetition_penalty=1)
+    generator = inference_example.load_generator(read_adapter(str(adapter)), greedy, parsed)
+    assert isinstance(generator.engine, GraphEngine)
+    ids = [generator.encode("The river"), generator.encode("A lighthouse is a tower that")]
+    expected = list(LibraryEngine(generator.engine.model, None).steps(ids, greedy, 1, []))
+    assert list(generator.engine.steps(ids, greedy, 1, [])) == expected
+
+
 # Room
 
 
