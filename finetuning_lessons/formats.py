@@ -1,5 +1,7 @@
 """The same conversation as Alpaca, ShareGPT, messages and instruction text, and what the loss covers in each.
 
+    python -m finetuning_lessons.formats
+
 Alpaca, ShareGPT and messages name the turns; the tokenizer's chat template makes one text of them. Instruction text is ready
 made. Trained is the answer with the token that ends its turn: from it the model learns to stop. All other tokens are context,
 with label -100. On a terminal trained tokens are coloured, elsewhere they stand between [[ and ]].
@@ -99,7 +101,7 @@ def print_records(tokenizer: Any) -> None:
     console = Console(width=PRINTED_WIDTH)
     for kind, record in RECORDS.items():
         console.print(f"{kind}:", style="bold")
-        console.print(json.dumps(record), highlight=False, markup=False)
+        console.print(json.dumps(record, indent=2), highlight=False, markup=False, soft_wrap=True)  # no break inside a string
         console.print(marked(encode_record(record, tokenizer), tokenizer, console.is_terminal), soft_wrap=True)
         console.print()
 

@@ -100,8 +100,9 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def print_text(text: str) -> None:
-    """Print a paragraph, its lines filled to one width."""
-    print(textwrap.fill(" ".join(text.split()), PRINTED_WIDTH) + "\n")
+    """Print a paragraph, its lines filled to one width; a number and its % stay on one line."""
+    joined = " ".join(text.split()).replace(" %", "\N{NO-BREAK SPACE}%")
+    print(textwrap.fill(joined, PRINTED_WIDTH).replace("\N{NO-BREAK SPACE}", " ") + "\n")
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 """The lesson of formats: which tokens are trained, counted by hand, and the same for the same turns."""
 
+import json
+
 import pytest
 
 from finetuning_lessons import formats
-from finetuning_lessons.formats import RECORDS, TWO_ROUNDS, encode_everything, encode_record, learns_to_stop
+from finetuning_lessons.formats import RECORDS, TWO_ROUNDS, encode_everything, encode_record, learns_to_stop, print_records
 from finetuning_lessons.lesson import load_tokenizer
 
 
@@ -45,6 +47,13 @@ def test_copied_labels_train_the_prompt_and_no_end(tokenizer):
     assert tokenizer.decode(encoded.ids) == text
     assert (encoded.labels()[1:] >= 0).all() and encoded.labels()[0] == -100
     assert not learns_to_stop(encoded, tokenizer.convert_tokens_to_ids("<|im_end|>"))
+
+
+def test_records_are_printed_as_json_that_can_be_copied(tokenizer, capsys):
+    print_records(tokenizer)
+    printed = capsys.readouterr().out
+    for kind, record in RECORDS.items():
+        assert json.JSONDecoder().raw_decode(printed.partition(f"{kind}:\n")[2])[0] == record
 
 
 def test_each_sample_file_has_a_row_with_all_its_records(tokenizer, root):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from finetuning_lessons.lesson import create_parser, open_folder, print_table
+from finetuning_lessons.lesson import PRINTED_WIDTH, create_parser, open_folder, print_table, print_text
 from qlora_kit.config import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,3 +87,8 @@ def test_table_is_plain_columns_when_piped(capsys):
     print_table("Sizes", ["rank", "parameters"], [["8", "1,024"], ["all", "[bold]"]])
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert lines == ["Sizes", "rank  parameters", "8          1,024", "all       [bold]", ""]
+
+
+def test_a_number_and_its_percent_sign_stay_on_one_line(capsys):
+    print_text("a" * (PRINTED_WIDTH - len(" 10 to 20")) + " 10 to 20 %")
+    assert capsys.readouterr().out.splitlines()[1] == "20 %"
