@@ -154,7 +154,11 @@ def draw(path: Path, base: float, results: dict[str, tuple[int, list[float]]]) -
         names = ["pad", "pad", *map(str, range(1, 9))]
         left.set_xticks(range(10), names)
         left.set_yticks(range(10), names)
-        left.set(title="Causal attention after padding", xlabel="key: token that is looked at", ylabel="query: token that looks")
+        left.set(
+            title="Causal attention after padding (random weights)",
+            xlabel="key: token that is looked at",
+            ylabel="query: token that looks",
+        )
         left.grid(visible=False)
         gains = [[base - loss for loss in losses] for _, losses in results.values()]
         bars = right.bar(list(results), [sum(gain) / len(gain) for gain in gains], 0.6, color=SKY, label="mean")
@@ -163,7 +167,7 @@ def draw(path: Path, base: float, results: dict[str, tuple[int, list[float]]]) -
             right.plot([place] * len(gain), gain, "_", color="black", markersize=18, label="" if place else "each seed")
         trained = next(iter(results.values()))[0]
         title = f"{trained:,} parameters, spent on different projections"
-        right.set(title=title, xlabel="projections with LoRA", ylabel="lower held-out loss (nats a token)")
+        right.set(title=title, xlabel="projections with LoRA", ylabel="fall of the held-out loss (nats a token)")
         right.grid(axis="x", visible=False)
         right.legend(loc="upper left")
 
@@ -186,8 +190,9 @@ def main(argv: list[str] | None = None) -> None:
     print_table(f"{STEPS} steps of the embedded model; before them {base:.3f} nats a token", header, rows)
     gain = {name: base - sum(losses) / len(losses) for name, (_, losses) in results.items()}
     print_text(f"""Often advised: q and v first. Here they gain {gain["q, v"]:.2f} nats; with as many parameters v alone gains
-        {gain["v"]:.2f}, o alone {gain["o"]:.2f}, q alone {gain["q"]:.2f}. In the paper q alone and k alone were clearly worse
-        as well, and q with v did best (section 7.1). The order may differ between models and tasks: measure yours.""")
+        {gain["v"]:.2f}, o alone {gain["o"]:.2f}, q alone {gain["q"]:.2f}. In the paper q alone and k alone were worse as well,
+        and q with v, or all four, did best (section 7.1, table 5). The order may differ between models and tasks: measure
+        yours.""")
     draw(folder / "attention.png", base, results)
 
 

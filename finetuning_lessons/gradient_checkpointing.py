@@ -1,5 +1,7 @@
 """What gradient checkpointing saves and costs, measured here: bytes kept for the backward pass, peak, and time of a step.
 
+    python -m finetuning_lessons.gradient_checkpointing
+
 The backward pass needs what the forward pass computed: activations. With checkpointing (arXiv 1604.06174) each layer keeps its
 input only, and its backward pass computes the rest again. It is often quoted to save 30 to 50 % of memory and to cost 10 to 20 %
 of time.
@@ -185,9 +187,9 @@ def print_findings(steps: dict[int, dict[bool, Step]], fixed: int) -> None:
     extra = percent(shape.training_flops_per_token(recompute=True), shape.training_flops_per_token(recompute=False))
     print_text(
         f"For Qwen2.5-3B in 4 bits at 1 x 512 tokens qlora_kit.memory predicts {again / GIB:.2f} GiB instead of "
-        f"{kept / GIB:.2f}, {-percent(again, kept):.0f} % less, for {extra:.0f} % more work in products. Full fine-tuning pays a "
-        "smaller share: its backward pass takes two products for each of the forward pass, that of frozen weights only one, and "
-        "checkpointing adds a forward pass to either."
+        f"{kept / GIB:.2f} in torch's allocator, {-percent(again, kept):.0f} % less, for {extra:.0f} % more work in products. "
+        "Full fine-tuning pays a smaller share: its backward pass takes two products for each of the forward pass, that of "
+        "frozen weights only one, and checkpointing adds a forward pass to either."
     )
 
 

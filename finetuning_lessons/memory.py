@@ -1,5 +1,7 @@
 """What full fine-tuning, LoRA and QLoRA take for models of 1B to 70B parameters, and the smallest GPU that holds each.
 
+    python -m finetuning_lessons.memory
+
 A rule of thumb counts bytes a parameter: 12 for full fine-tuning (weights 2, gradients 2, Adam's two moments 8), 2 for LoRA,
 0.5 for QLoRA. The account of qlora_kit.memory also counts what the rule leaves out: absmax values of the 4-bit blocks, the
 embedding, which stays in 16 bits, the adapters with their gradients and moments, activations, logits, and CUDA's own context.
@@ -139,13 +141,13 @@ def print_findings(length: int) -> None:
         f"7B: the rule says {gib(rule_bytes('full', seven))}, {gib(rule_bytes('LoRA', seven))} and "
         f"{gib(rule_bytes('QLoRA', seven))} GiB; the account {gib(sums['full'])}, {gib(sums['LoRA'])} and {gib(sums['QLoRA'])}. "
         f"For full fine-tuning the rule is nearly everything; of QLoRA it misses "
-        f"{100 * (1 - rule_bytes('QLoRA', seven) / sums['QLoRA']):.0f} %. QLoRA of a 7B model is often said to need 16 GiB: "
+        f"{100 * (1 - rule_bytes('QLoRA', seven) / sums['QLoRA']):.0f} %. QLoRA of a 7B model is often said to fit 16 GB: "
         f"at 1 x {length} tokens the smallest card that holds it is one of {smallest_card(sums['QLoRA'])}."
     )
     kept, saved = (sum(account_bytes("QLoRA", three, length, layers).values()) for layers in (0, three.layers))
     print_text(
-        f"3B in 4 bits: computing all activations again takes {gib(saved)} instead of {gib(kept)} GiB, "
-        f"{100 * (1 - saved / kept):.0f} % less; 5.5 and 3.5 GB, 36 % less, are often quoted."
+        f"3B in 4 bits: computing all activations again takes {gib(saved)} instead of {gib(kept)} GiB with "
+        f"CUDA's context, {100 * (1 - saved / kept):.0f} % less; 5.5 and 3.5 GB, 36 % less, are often quoted."
     )
 
 

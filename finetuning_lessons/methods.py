@@ -1,5 +1,7 @@
 """The families of parameter-efficient fine-tuning side by side, computed with peft on the embedded model.
 
+    python -m finetuning_lessons.methods
+
     full      every weight is trained; no peft
     LoRA      W + alpha/rank · B A beside every projection (arXiv 2106.09685, section 4.1)
     adapter   a small network behind attention and MLP: h + up(relu(down(h))) (arXiv 1902.00751, section 2.1). peft has no such
@@ -113,7 +115,7 @@ METHODS = {
 class Result:
     trainable: int
     share: float  # of the base model's parameters, in percent
-    loss: float  # held out, nats per token
+    loss: float  # held out, nats a token
     merges: str  # "yes", or why not
     milliseconds: float = 0.0  # of a forward pass
     merged_milliseconds: float | None = None
@@ -221,7 +223,7 @@ def draw(path: Path, results: dict[str, Result], base_loss: float) -> None:
         left.set_xticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
         left.margins(0.12, 0.18)
         left.set(title="Loss after the same tokens", xlabel="trainable parameters (% of the model, logarithmic)")
-        left.set(ylabel="held-out loss (nats per token)")
+        left.set(ylabel="held-out loss (nats a token)")
         left.legend()
         bars = right.bar(names, [result.milliseconds for result in results.values()], color=BLUE)
         right.bar_label(bars, [f"{result.milliseconds:.1f}" for result in results.values()], padding=2)

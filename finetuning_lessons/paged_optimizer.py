@@ -1,5 +1,7 @@
 """Adam's state in 32 and in 8 bits, and what paging it means: bytes and time measured here, and the loss with either.
 
+    python -m finetuning_lessons.paged_optimizer
+
 Adam keeps two moments for each trained parameter. In 32 bits they take 8 bytes; in 8 bits (arXiv 2110.02861) 2 bytes, and an fp32
 absmax for every 256 values of each. bitsandbytes leaves tensors of less than 4,096 elements in 32 bits.
 
@@ -187,9 +189,10 @@ def print_findings(states: dict[tuple[str, str], State], held_out: dict[str, flo
         "with all in 8, those of small tensors too."
     )
     print_text(
-        f"Of LoRA's parameters on Qwen2.5-3B at rank 16, {100 * paged_share(shape, 16):.0f} % are in tensors of {PAGED_FROM:,} "
-        f"elements or more, at rank 8 {100 * paged_share(shape, 8):.0f} %. The state of the others stays on the GPU, whatever "
-        "the optimizer is called, unless all are kept in one tensor, as this toolkit's fast path does."
+        f"Of LoRA's parameters on Qwen2.5-3B, {100 * paged_share(shape, 16):.0f} % at rank 16 and "
+        f"{100 * paged_share(shape, 8):.0f} % at rank 8 are in tensors of {PAGED_FROM:,} elements or more. The state of the "
+        "others stays on the GPU, whatever the optimizer is called, unless all are kept in one tensor, as this toolkit's fast "
+        "path does."
     )
     if not torch.cuda.is_available():
         print_text("There is no GPU here, so nothing was paged: the paged optimizer was the plain 8-bit one.")
@@ -207,7 +210,7 @@ def draw(path: Path, states: dict[tuple[str, str], State], losses: dict[str, lis
         memory.legend(loc="upper right", ncols=3, fontsize=9)
         for (name, values), width, style in zip(losses.items(), (5, 2.5, 1.5), ("-", "-", "--"), strict=True):
             curves.plot(range(1, len(values) + 1), values, style, color=COLOURS[name], linewidth=width, label=name)
-        curves.set(title="The same run with each", xlabel="optimizer step", ylabel="training loss (nats per token)")
+        curves.set(title="The same run with each", xlabel="optimizer step", ylabel="training loss (nats a token)")
         curves.legend()
 
 

@@ -216,8 +216,8 @@ def print_stored(stored: dict[str, dict[str, float]]) -> None:
     assert shape is not None
     packed, rest = shape.projection_parameters() * BYTES_4BIT_DOUBLE / GIB, 2 * shape.embedding_parameters() / GIB
     print_text(f"""Only projections are packed. Often quoted: a 7B model takes about 4 GB in NF4. By its shape Llama-2-7B takes
-        {packed:.2f} GiB for projections and {rest:.2f} for embedding and head, {packed + rest:.2f} GiB; the rule of half a byte a
-        parameter says {shape.parameters() / 2 / GIB:.2f}.""")
+        {packed:.2f} GiB for projections and {rest:.2f} for embedding and head, together {packed + rest:.2f} GiB, which
+        are {(packed + rest) * GIB / 1e9:.2f} GB; half a byte a parameter would be {shape.parameters() / 2 / GIB:.2f} GiB.""")
 
 
 def print_merged(model: nn.Module, held_out: Tensor) -> None:

@@ -1,5 +1,7 @@
 """What a LoRA rank costs and what it buys: parameters, time, how well it can copy a full update, and the loss after training.
 
+    python -m finetuning_lessons.rank_study
+
 A matrix of rank r closest to a full update ΔW keeps its r largest singular values (Eckart and Young, 1936). Its error,
 sqrt(Σ σᵢ² beyond r / Σ σᵢ²), is the least that LoRA can have at rank r: 0 % is a copy, 100 % nothing. Copied are what full
 fine-tuning adds to the embedded model's projections, and random numbers of the same shapes, which have no structure.
@@ -192,6 +194,7 @@ def print_costs(times: dict[int, float], copies: Copies) -> None:
     print_text(
         f"Rank 16 can keep {real:.0f} % of the squares of the real updates, and {noise:.0f} % of random numbers: what training "
         f"adds is nearer to low rank, which is what LoRA bets on. Training A and B ends within {apart:.1f} points of the least. "
+        "Those matrices have at most 192 singular values, so that a copy of rank 256 is exact. "
         f"Above rank {WIDTH // 2}, A and B of a layer of {WIDTH} x {WIDTH} have more parameters than W."
     )
     print_text(
@@ -218,8 +221,8 @@ def print_findings(outcomes: dict[str, Outcome], base_loss: float, full_loss: fl
     )
     nf4, fp4 = (gain["rank 16"] - gain[name] for name in ("NF4 base", "FP4 base"))
     print_text(
-        f"Against 16-bit weights, an NF4 base ends {nf4:+.3f} nats a token higher, an FP4 base {fp4:+.3f}, to be held against "
-        f"the {noise:.3f} of another seed."
+        f"An NF4 base instead of 16-bit weights changes the final loss by {nf4:+.3f} nats a token, an FP4 base by {fp4:+.3f}, to "
+        f"be held against the {noise:.3f} of another seed."
     )
 
 
@@ -241,7 +244,7 @@ def draw(path: Path, times: dict[int, float], copies: Copies, outcomes: dict[str
         timed.legend()
         ranked.plot(TRAINED_RANKS, [outcomes[f"rank {rank}"].loss for rank in TRAINED_RANKS], "o-", color=BLUE, label="seed 0")
         ranked.plot(16, outcomes["rank 16, another seed"].loss, "x", color=ORANGE, markersize=9, label="another seed")
-        ranked.set(title="Loss after the same tokens", xlabel="rank", ylabel="held-out loss (nats per token)")
+        ranked.set(title="Loss after the same tokens", xlabel="rank", ylabel="held-out loss (nats a token)")
         ranked.legend()
         for axes, ticks in ((copied, RANKS), (timed, RANKS), (ranked, TRAINED_RANKS)):
             axes.set_xscale("log", base=2)
@@ -252,7 +255,7 @@ def draw(path: Path, times: dict[int, float], copies: Copies, outcomes: dict[str
         variants.invert_yaxis()
         variants.margins(x=0.15)
         variants.grid(visible=False)
-        variants.set(title="What is trained, and on which base (rank 16)", xlabel="fall of the held-out loss (nats per token)")
+        variants.set(title="What is trained, and on which base (rank 16)", xlabel="fall of the held-out loss (nats a token)")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,5 +1,7 @@
 """LoRA on GPT-2 with a loop in plain PyTorch, and the same run through train_qlora.py: the same losses.
 
+    python -m finetuning_lessons.training_loop
+
 GPT-2 keeps its projections as Conv1D, weights (in, out), and joins q, k and v in `c_attn`; `c_proj` names the output of the
 attention and of the MLP. The Hub's gpt2 is trained where it can be reached, else a small one of random weights; it says which.
 
@@ -209,7 +211,7 @@ def draw(path: Path, plain: list[float], script: list[float]) -> None:
         axes.plot(steps, script, color=ORANGE, linewidth=1.5, label="train_qlora.py")
         for epoch in range(1, EPOCHS):
             axes.axvline(epoch * len(plain) / EPOCHS + 0.5, color="black", linestyle=":", linewidth=1, label="a new epoch begins")
-        axes.set(title="LoRA on GPT-2, twice the same run", xlabel="optimizer step", ylabel="training loss (nats per token)")
+        axes.set(title="LoRA on GPT-2, twice the same run", xlabel="optimizer step", ylabel="training loss (nats a token)")
         axes.legend()
 
 
@@ -226,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
         trainable, total = count_parameters(adapted)
         plain = train_plainly(adapted, dataset)
         script = train_with_script(Path(temporary), base.threads)
-    print_table("Loss in nats per token", ["step", "plain loop", "train_qlora.py", "apart"], rows(plain, script), words=0)
+    print_table("Loss in nats a token", ["step", "plain loop", "train_qlora.py", "apart"], rows(plain, script), words=0)
     masks = torch.stack([item["attention_mask"] for item in map(dataset.__getitem__, range(len(dataset)))])
     print_text(
         f"{trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %). Padded to {LENGTH} tokens, "

@@ -187,5 +187,6 @@ def test_nf4_errs_least_on_normal_numbers_and_less_than_often_quoted():
     nf4, fp4, int4 = (error(normal, kind) for kind in ("nf4", "fp4", "int4"))
     assert nf4 < int4 < fp4
     assert int4 / nf4 == pytest.approx(1.17, abs=0.02)  # 1.8 is what one reads
+    assert (fp4 / nf4) ** 2 == pytest.approx(1.8, abs=0.1)  # near it, as the lesson says
     back = bnb.dequantize_4bit(*bnb.quantize_4bit(normal[0], blocksize=64, quant_type="nf4"))
     assert nf4 == pytest.approx(((back - normal[0]).norm() / normal[0].norm()).item())

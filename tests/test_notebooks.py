@@ -71,6 +71,10 @@ def test_is_small_and_names_no_place_of_the_machine_it_ran_on(path):
     assert platform.node() not in text
 
 
+def test_both_show_the_same_run():
+    assert outputs(ENGLISH) == outputs(NOTEBOOKS[1])
+
+
 def test_runs_every_lesson():
     started = set(re.findall(r"^run\((\w+)\)$", "\n".join(sources(ENGLISH, "code")), re.MULTILINE))
     assert started == {path.stem for path in LESSONS.glob("*.py")} - NO_LESSONS
