@@ -145,8 +145,21 @@ class ResumableTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         with _taken_from(checkpoint, "optimizer.pt or scheduler.pt"):
             super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint:
+            self._follow_schedule()
         if checkpoint and self.args.device.type == "cuda":
             page_again(getattr(self.optimizer, "optimizer", self.optimizer))  # accelerate wraps it
+
+    def _follow_schedule(self) -> None:
+        """Take the next step's learning rate from the schedule as it is now.
+
+        The loaded one is that of the schedule before: 0 at the end of a cosine, so that the first of more steps would be lost.
+        """
+        schedule: Any = self.lr_scheduler
+        rates = [base * at(schedule.last_epoch) for base, at in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        schedule._last_lr = rates  # what is logged
 
     def _load_scaler(self, checkpoint) -> None:
         with _taken_from(checkpoint, "scaler.pt"):

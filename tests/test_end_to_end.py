@@ -1,6 +1,7 @@
 """The training command as a user runs it: real processes where status, streams and signals matter, main() elsewhere."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -428,6 +429,19 @@ def test_more_epochs_on_a_finished_run(tmp_path):
     after = metrics(tmp_path / "out")
     assert after[: len(before)] == before and [line["step"] for line in after if "loss" in line] == list(range(1, 9))
     assert "Changed since: training.num_epochs: 2.0, was 1.0" in (tmp_path / "out" / "training_log.txt").read_text()
+
+
+def test_more_steps_follow_the_schedule_of_all_of_them(tmp_path):
+    """A cosine ends at 0. After 2 steps of 2 come 4 more, with the rates of steps 3 to 6 of 6: none of them is lost."""
+    arguments = ["--set", "data.eval_split=null", "--set", "training.warmup_ratio=0", "--learning_rate", "1e-3",
+                 "--set", "training.save_steps=1", "--output_dir", str(tmp_path / "out")]  # fmt: skip
+    train(*arguments, "--max_steps", "2")
+    train(*arguments, "--max_steps", "6", "--set", "training.save_total_limit=null", "--resume")
+    rates = [line["learning_rate"] for line in metrics(tmp_path / "out") if "loss" in line]
+    cosine = [1e-3 * (1 + math.cos(math.pi * done / 6)) / 2 for done in range(2, 6)]
+    assert rates == pytest.approx([1e-3, 0.5e-3, *cosine])
+    third, second = (weights(tmp_path / "out" / "checkpoints" / f"checkpoint-{step}") for step in (3, 2))
+    assert third != second
 
 
 def test_resuming_refuses_a_setting_that_would_make_it_another_run(trained):
