@@ -32,13 +32,7 @@ from qlora_kit.checkpoints import Checkpoint
 from qlora_kit.config import UserError, load_config, override, parse_set
 from qlora_kit.dataset import Blocks, load_blocks
 from qlora_kit.fingerprint import weights_fingerprint
-from qlora_kit.hub import (
-    fetch_model,
-    fetch_tokenizer,
-    go_offline_if_unreachable,
-    is_local,
-    model_folder,
-)
+from qlora_kit.hub import fetch_model, fetch_tokenizer, go_offline_if_unreachable, is_local, model_folder
 from qlora_kit.lock import OutputLock
 from qlora_kit.packing import RecordBlocks
 from qlora_kit.plan import asked, check_fit, describe_plan, go_on_as_planned, make_plan, read_written_out_shape
@@ -182,6 +176,10 @@ def train_adapter(
         checkpoint,
         {"train_sha256": report.data["train_sha256"], "tokenizer_sha256": tokenizer_fingerprint(tokenizer)},
     )
+    from qlora_kit.training import build_trainer, check_end
+
+    if checkpoint:
+        check_end(checkpoint, config, len(train))
     with team.first_on_each_node():
         recognise(report, checkpoint, {"base_sha256": weights_fingerprint(fetch_model(config.model)) or ""})
     check_alike(team, report.material)
@@ -189,7 +187,6 @@ def train_adapter(
         model, tokenizer = load_adapted_model(config, report, tokenizer)
 
         from qlora_kit.perplexity import recorded_base
-        from qlora_kit.training import build_trainer
 
         trainer = build_trainer(model, train, evaluation, report)
         if lock:

@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from qlora_kit.checkpoint import CHECKPOINTS
+from qlora_kit.checkpoints import Checkpoint
 from qlora_kit.config import UserError, cannot_work
 from qlora_kit.dataset import Blocks
 from qlora_kit.device import Machine
@@ -115,6 +116,20 @@ class OwnRows:
 def total_steps(config: Config, blocks: int) -> int:
     """Optimizer steps of the run."""
     return config.training.max_steps or math.ceil(config.training.num_epochs * config.steps_per_epoch(blocks))
+
+
+def check_end(checkpoint: Checkpoint, config: Config, blocks: int) -> None:
+    """Refuse to resume behind the end: adapter, settings and passport would speak of different runs.
+
+    Raises:
+        UserError: the checkpoint has more steps than the settings ask for.
+    """
+    if checkpoint.step > (steps := total_steps(config, blocks)):
+        key = "max_steps" if config.training.max_steps else "num_epochs"
+        raise UserError(
+            f"training.{key}: {getattr(config.training, key)}: ends the run at step {steps}, and {checkpoint.folder} is of step "
+            f"{checkpoint.step}; raise it, name an earlier checkpoint behind --resume, or start anew in another --output_dir"
+        )
 
 
 def training_arguments(config: Config, machine: Machine, steps: int, evaluate: bool, together: int) -> TrainingArguments:

@@ -444,6 +444,13 @@ def test_more_steps_follow_the_schedule_of_all_of_them(tmp_path):
     assert third != second
 
 
+def test_a_run_that_went_further_than_it_is_asked_to_is_left_as_it_is(trained):
+    files = {path: path.read_bytes() for path in trained[0].rglob("*") if path.is_file() and path.name != ".lock"}
+    with pytest.raises(UserError, match=r"training\.max_steps: 1: ends the run at step 1, and .* is of step \d+; raise it"):
+        train_qlora.main([*TRAINED, "--output_dir", str(trained[0]), "--max_steps", "1", "--resume"])
+    assert {path: path.read_bytes() for path in trained[0].rglob("*") if path.is_file() and path.name != ".lock"} == files
+
+
 def test_resuming_refuses_a_setting_that_would_make_it_another_run(trained):
     before = weights(trained[0])
     with pytest.raises(UserError, match=r"lora\.rank: 8: .* has 16"):
