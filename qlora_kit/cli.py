@@ -13,13 +13,20 @@ import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
-from qlora_kit.config import UserError
-from qlora_kit.redaction import redact
 
-if TYPE_CHECKING:
+def _not_installed(package: str) -> str:
+    return f"error: {package}: not installed in {sys.prefix}; activate its environment, or pip install -r requirements.txt"
+
+
+try:
     from rich.console import Console
+
+    from qlora_kit.config import UserError
+    from qlora_kit.redaction import redact
+except ModuleNotFoundError as missing:  # the first import of every command: nobody is there yet to catch it
+    sys.exit(_not_installed(str(missing.name)))
 
 DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # a full, read-only or broken disk
 
@@ -106,9 +113,8 @@ def _into_nothing(stream: TextIO) -> None:
     os.close(nothing)
 
 
-def results_console(**options: Any) -> "Console":
+def results_console(**options: Any) -> Console:
     """Standard output through rich, whose own answer to a reader that has left is status 1: here `run` answers."""
-    from rich.console import Console
 
     class Results(Console):
         def on_broken_pipe(self) -> None:
@@ -147,6 +153,11 @@ def _run(main: Callable[[], None]) -> NoReturn:
     except BrokenPipeError:  # the reader of our results left, as `| head` does
         _into_nothing(sys.stdout)
         sys.exit(0)
+    except ModuleNotFoundError as error:
+        if (package := _missing_package(error)) is None:
+            raise
+        print(_not_installed(package), file=sys.stderr)
+        sys.exit(1)
     except OSError as error:
         if error.errno not in DISK_REFUSES:
             raise
@@ -155,6 +166,14 @@ def _run(main: Callable[[], None]) -> NoReturn:
             file=sys.stderr,
         )
         sys.exit(1)
+
+
+def _missing_package(error: BaseException) -> str | None:
+    """None where it is not a package, but a part of this project. transformers says only beneath which one it misses."""
+    while isinstance(error.__cause__, ModuleNotFoundError):
+        error = error.__cause__
+    name = getattr(error, "name", None)
+    return None if name is None or name.startswith("qlora_kit") else name
 
 
 def prepare_libraries() -> None:

@@ -15,12 +15,9 @@ from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
-try:
-    from qlora_kit import cli
-    from qlora_kit.examination import Check, Problem, Result, examine
-    from qlora_kit.settings import Config
-except ModuleNotFoundError as error:  # without these nothing can be looked at
-    sys.exit(f"error: {error.name}: not installed; pip install -r requirements.txt")
+from qlora_kit import cli
+from qlora_kit.examination import Check, Problem, Result, examine
+from qlora_kit.settings import Config
 
 SECONDS = 120.0  # that a check may take: the first one that imports torch from a slow disk needs them
 COMPILE_SECONDS = 300.0

@@ -1,4 +1,4 @@
-"""A reader that leaves, as `| head` does: real pipes, real processes."""
+"""How commands end: a reader that leaves, as `| head` does (real pipes, real processes), and a package that is missing."""
 
 import os
 import subprocess
@@ -66,3 +66,37 @@ def test_results_that_nobody_reads_end_the_command_quietly(left, say, capsys):
     with pytest.raises(SystemExit) as end:
         cli.run(lambda: [say() for _ in range(3)])
     assert end.value.code == 0 and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("command, package", [
+    (["train_qlora.py"], "pydantic"),
+    (["inference_example.py", "--prompt", "x"], "rich"),
+    (["-m", "qlora_kit.doctor"], "yaml"),
+    (["-m", "qlora_kit.merge", "--adapter", "x", "--output", "y"], "pydantic"),
+    (["train_qlora.py", "--config", "configs/tiny.yaml", "--plan"], "torch"),  # imported when it is needed
+])  # fmt: skip
+def test_a_package_that_is_not_there_is_one_line(root, tmp_path, command, package):
+    """As in a new shell, where the environment is not active."""
+    (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('No module named {package}', name='{package}')\n")
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=root, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+    assert done.stderr.startswith(f"error: {package}: not installed in {sys.prefix}; ") and "requirements.txt" in done.stderr
+
+
+def test_a_missing_part_of_a_library_is_named_and_one_of_ours_is_our_mistake(capsys):
+    """transformers raises an error without a name, for one with a name."""
+
+    def fail(name):
+        try:
+            raise ModuleNotFoundError(name=name)
+        except ModuleNotFoundError as cause:
+            raise ModuleNotFoundError("Could not import module") from cause
+
+    with pytest.raises(SystemExit) as ending:
+        cli.run(lambda: fail("accelerate"))
+    assert ending.value.code == 1 and capsys.readouterr().err.startswith("error: accelerate: not installed")
+    with pytest.raises(ModuleNotFoundError):
+        cli.run(lambda: fail("qlora_kit.gone"))
