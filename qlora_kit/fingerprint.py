@@ -27,10 +27,14 @@ def tensor_shapes(path: Path) -> dict[str, list[int]]:
     """Name -> shape of each tensor in a safetensors file, from its header.
 
     Raises:
-        OSError, ValueError: it cannot be read, or is no such file.
+        OSError, ValueError: it cannot be read, is no such file, or ends before its last tensor does.
     """
     with path.open("rb") as file:
-        return {name: entry["shape"] for name, entry in _header(file).items()}
+        header = _header(file)
+        whole = file.tell() + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if (size := path.stat().st_size) < whole:
+        raise ValueError(f"{size:,} bytes of {whole:,}")
+    return {name: entry["shape"] for name, entry in header.items()}
 
 
 def _tensors(path: Path) -> dict[str, tuple[Any, ...]]:

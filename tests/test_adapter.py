@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -104,6 +105,14 @@ def test_a_file_without_tensors_is_refused_before_the_base_model_is_loaded(folde
 def test_a_damaged_adapter_config_is_refused(folder, text):
     (folder / "adapter_config.json").write_text(text)
     with pytest.raises(UserError, match=r"adapter_config\.json"):
+        read_adapter(str(folder))
+
+
+def test_a_file_that_was_cut_is_refused_before_the_base_model_is_loaded(folder):
+    path = folder / "adapter_model.safetensors"
+    whole = path.stat().st_size
+    os.truncate(path, whole - 1)
+    with pytest.raises(UserError, match=rf"adapter_model\.safetensors is damaged \({whole - 1:,} bytes of {whole:,}\); copy it"):
         read_adapter(str(folder))
 
 
