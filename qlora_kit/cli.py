@@ -72,6 +72,19 @@ class OneLineParser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def name(text: str) -> str:
+    """For a flag that takes a file, folder or data set.
+
+    Empty, as a shell variable that is not set, it would be the working folder.
+
+    Raises:
+        ArgumentTypeError: it is empty.
+    """
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name is empty; give one")
+    return text
+
+
 def _underscored(word: str) -> str:
     flag, equals, value = word.partition("=")
     return flag[:2] + flag[2:].replace("-", "_") + equals + value if flag.startswith("--") else word

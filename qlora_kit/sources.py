@@ -159,7 +159,7 @@ def open_source(data: DataConfig, names: list[str], split: str, key: str) -> Sou
         text, other = (next(part for part in parts if (part.format == "text") == is_text) for is_text in (True, False))
         raise UserError(
             f"{text.where} is running text, and {other.where.removeprefix(key + ': ')} holds {other.format} records; "
-            "train on one kind at a time"
+            "name one kind at a time"
         )
     return source
 

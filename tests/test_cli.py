@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from qlora_kit import cli
+import inference_example
+from qlora_kit import cli, merge
 
 SHORT = [
     "--config", "configs/tiny.yaml", "--max_length", "16", "--batch_size", "1", "--max_steps", "6", "--rank", "4",
@@ -100,3 +101,18 @@ def test_a_missing_part_of_a_library_is_named_and_one_of_ours_is_our_mistake(cap
     assert ending.value.code == 1 and capsys.readouterr().err.startswith("error: accelerate: not installed")
     with pytest.raises(ModuleNotFoundError):
         cli.run(lambda: fail("qlora_kit.gone"))
+
+
+@pytest.mark.parametrize("parse, flags", [
+    (inference_example.parse_arguments, ["--adapter", ""]),
+    (inference_example.parse_arguments, ["--perplexity", " "]),
+    (merge.parse_arguments, ["--output", "y", "--adapter", ""]),
+    (merge.parse_arguments, ["--adapter", "x", "--output", ""]),
+    (merge.parse_arguments, ["--adapter", "x", "--output", "y", "--check", ""]),
+])  # fmt: skip
+def test_an_empty_name_is_not_the_working_folder(parse, flags, capsys):
+    """As of a shell variable that was not set."""
+    with pytest.raises(SystemExit) as ending:
+        parse(flags)
+    flag = flags[-2]
+    assert (ending.value.code, capsys.readouterr().err) == (2, f"error: argument {flag}: the name is empty; give one\n")

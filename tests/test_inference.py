@@ -513,6 +513,7 @@ def test_an_adapter_of_another_model(adapter, tmp_path):
     (["--prompt", "x", "--max_new_tokens", "1024"], ["--prompt", "1024", "--max_new_tokens"]),
     (["--prompt", "x", "--prompt_file", "y"], ["--prompt", "--prompt_file"]),
     (["--prompt_file", "no-such-file.txt"], ["--prompt_file no-such-file.txt", "no such file"]),
+    (["--prompt", "x", "--perplexity", "samples"], ["--perplexity", "name one kind at a time"]),
     (["--prompt_file", "samples"], ["--prompt_file samples", "directory"]),
     (["--prompt_file", "/dev/null"], ["--prompt_file /dev/null", "no prompt"]),
     (["--prompt_file", "assets/training_curves_tiny.png"], ["--prompt_file", "UTF-8"]),
