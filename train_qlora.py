@@ -80,7 +80,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="?",
         const="",
         metavar="CHECKPOINT",
-        help="go on from the newest checkpoint in output_dir, or from this one",
+        help="go on from the newest checkpoint in output_dir, or from this one, or the newest of this folder",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the run that output_dir holds")
     parser.add_argument("--plan", action="store_true", help="show what the run will take and whether it fits, then stop")

@@ -86,7 +86,7 @@ def check_output_dir(name: str, overwrite: bool, resume: bool) -> Path:
 
 
 def find_checkpoint(folder: Path, config: Config, wanted: str) -> tuple[Checkpoint, list[str]]:
-    """The checkpoint to go on from: the one named, or the newest valid one of the output folder.
+    """The checkpoint to go on from: the one named, or the newest valid one of the folder named, or of the output folder.
 
     Returns:
         It, and lines for the log: the checkpoints passed over and why, the settings that changed and may.
@@ -94,7 +94,8 @@ def find_checkpoint(folder: Path, config: Config, wanted: str) -> tuple[Checkpoi
     Raises:
         UserError: there is none, or the settings are not those of the run that wrote it.
     """
-    found = [Path(wanted).expanduser()] if wanted else candidates(folder / CHECKPOINTS)
+    named = Path(wanted).expanduser() if wanted else folder / CHECKPOINTS
+    found = candidates(named) or candidates(named / CHECKPOINTS) or [named] * bool(wanted)
     checkpoint, passed_over = newest_valid([path for path in found if path.is_dir()])
     lines = [f"Passed over, not valid: {line}" for line in passed_over]
     if checkpoint is None:

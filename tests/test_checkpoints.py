@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import train_qlora
 from qlora_kit import checkpoints, cli
-from qlora_kit.checkpoint import check_disk, check_output_dir
+from qlora_kit.checkpoint import check_disk, check_output_dir, find_checkpoint
 from qlora_kit.checkpoints import candidates, clean, newest_valid, rotate, saving
 from qlora_kit.cli import Failed
 from qlora_kit.config import UserError, load_config
@@ -490,6 +490,13 @@ def test_without_a_valid_checkpoint_each_is_named_and_nothing_is_touched(go_on):
         go_on()
     assert len(error.value.problems) == 2 and all("has no manifest.json" in problem for problem in error.value.problems)
     assert sorted(go_on.out.rglob("*")) == before
+
+
+@pytest.mark.parametrize("wanted, number", [("", 2), (".", 2), ("checkpoints", 2), ("checkpoints/checkpoint-1", 1)])
+def test_a_checkpoint_or_any_folder_that_holds_them_can_be_named(begun, wanted, number):
+    folder, config = begun[0], load_config(begun[0] / "config.yaml")
+    checkpoint, _ = find_checkpoint(folder, config, wanted and str(folder / wanted))
+    assert checkpoint.folder.name == f"checkpoint-{number}"
 
 
 def test_what_may_change_is_noted_in_the_log(go_on):
