@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from qlora_kit import cli
 from qlora_kit.adapter import AdapterSource, check_base, fetch_base, load_checked_tokenizer, read_adapter
 from qlora_kit.answers import encode_prompts, run_demo, run_text
-from qlora_kit.config import UserError, override
-from qlora_kit.generation import Generator, PromptEncoder, find_stop_ids
+from qlora_kit.config import UserError
+from qlora_kit.generation import Generator, PromptEncoder, find_stop_ids, replace_settings
 from qlora_kit.hub import fetch_model, fetch_tokenizer, go_offline_if_unreachable, is_local, model_folder, read_context
 from qlora_kit.merging.pairs import read_pairs
 from qlora_kit.prompts import Prompt, demo_prompts, read_prompt, read_prompt_file
@@ -162,11 +162,8 @@ def sampling_settings(arguments: argparse.Namespace, config: Config) -> Generati
     Raises:
         UserError: values that cannot be: one problem for each.
     """
-    given = {f"generation.{flag}": getattr(arguments, flag) for flag in SAMPLING_FLAGS if getattr(arguments, flag) is not None}
-    try:
-        return override(Config(generation=config.generation), given).generation
-    except UserError as error:
-        raise UserError(*(problem.replace("command line: generation.", "--", 1) for problem in error.problems)) from None
+    given = {flag: getattr(arguments, flag) for flag in SAMPLING_FLAGS if getattr(arguments, flag) is not None}
+    return replace_settings(config.generation, given, "--", "the adapter's own is")
 
 
 def read_prompts(arguments: argparse.Namespace, style: str) -> list[Prompt]:

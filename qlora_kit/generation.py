@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from qlora_kit.chat import BadRecord, Message, end_of_turn
-from qlora_kit.config import UserError
+from qlora_kit.config import UserError, override
 from qlora_kit.encoding import encode
 from qlora_kit.formats import TrainOn, prompt_pieces
-from qlora_kit.settings import GenerationSettings
+from qlora_kit.settings import Config, GenerationSettings
 from qlora_kit.tokenizer import token_id
 
 if TYPE_CHECKING:
@@ -45,6 +45,26 @@ class Generated:
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds
+
+
+def replace_settings(settings: GenerationSettings, given: dict[str, str], called: str, otherwise: str) -> GenerationSettings:
+    """Settings with some values replaced by what was typed.
+
+    Args:
+        called: what stands before a key in messages.
+        otherwise: what its value without the mistake is introduced by; the general default is none here.
+
+    Raises:
+        UserError: values that cannot be: one problem for each.
+    """
+    try:
+        return override(Config(generation=settings), {f"generation.{key}": value for key, value in given.items()}).generation
+    except UserError as error:
+        told = []
+        for problem in error.problems:
+            key, _, what = problem.removeprefix("command line: generation.").partition(": ")
+            told.append(f"{called}{key}: {what.rpartition('; ')[0]}; {otherwise} {getattr(settings, key)}")
+        raise UserError(*told) from None
 
 
 def find_stop_ids(tokenizer: "PreTrainedTokenizerBase", style: str) -> list[int]:

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from qlora_kit.chat import BadRecord
-from qlora_kit.config import UserError, override
+from qlora_kit.config import UserError
 from qlora_kit.formats import checked_text
-from qlora_kit.generation import Generated, Generator
+from qlora_kit.generation import Generated, Generator, replace_settings
 from qlora_kit.rounds import Round, messages, worded
-from qlora_kit.settings import Config, GenerationSettings
+from qlora_kit.settings import GenerationSettings
 from qlora_kit.terminal import Terminal
 
 FIRST_LINES = {
@@ -216,15 +216,8 @@ class Conversation:
                 raise UserError(
                     f"/set {key}: expected a value behind it, such as /set {key} {getattr(GenerationSettings(), key)}"
                 )
-            self.generator.settings = self._checked(f"generation.{key}", value)
+            self.generator.settings = replace_settings(self.generator.settings, {key: value}, "/set ", "it stays")
         self.terminal.whisper(", ".join(f"{key} {value}" for key, value in self.generator.settings))
-
-    def _checked(self, key: str, value: str) -> GenerationSettings:
-        try:
-            return override(Config(generation=self.generator.settings), {key: value}).generation
-        except UserError as error:
-            (problem,) = error.problems
-            raise UserError(problem.replace("command line: generation.", "/set ")) from None
 
     def _last(self, command: str) -> Round:
         if not self.rounds:

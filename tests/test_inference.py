@@ -503,7 +503,7 @@ def test_an_adapter_of_another_model(adapter, tmp_path):
 @pytest.mark.parametrize("arguments, words", [
     (["--prompt", ""], ["--prompt", "empty"]),
     ([], ["--prompt", "--mode text"]),
-    (["--prompt", "x", "--temperature", "-1"], ["--temperature: '-1'", "the default is 0.7"]),
+    (["--prompt", "x", "--temperature", "-1"], ["--temperature: '-1'", "; the adapter's own is 0.5"]),
     (["--prompt", "x", "--temperature", "warm"], ["--temperature: 'warm'"]),
     (["--prompt", "x", "--top_p", "0"], ["--top_p: '0'", "greater than 0"]),
     (["--prompt", "x", "--top_p", "2"], ["--top_p: '2'", "less than or equal to 1"]),

@@ -217,6 +217,11 @@ def test_set_changes_the_next_answer(converse):
     assert err.count("max_new_tokens 7, temperature 0.25, top_p 0.9, top_k 3, repetition_penalty 1.1") == 2
 
 
+def test_a_refused_setting_stays_what_it_was_set_to(converse):
+    _, err, _ = converse(["/set temperature 0.25", "/set temperature -1"])
+    assert "greater than or equal to 0; it stays 0.25" in err
+
+
 def test_compare_asks_the_base_model_the_same_and_keeps_the_adapters_answer(converse):
     lines = ["Hi", "/set temperature 0.1", "/compare", "And?", "/compare"]
     out, err, engine = converse(lines, "Hello!", "Base", "Yes.", "Yes.", top_k=9)
@@ -286,7 +291,7 @@ def test_rounds_that_were_sent_alone_are_saved_alone(converse, tmp_path):
     ("/set temperature", ["/set temperature", "value"]),
     ("/set temprature 1", ["/set temprature", "did you mean temperature?"]),
     ("/set lora.rank 1", ["/set lora.rank", "top_k"]),
-    ("/set temperature -1", ["/set temperature", "-1", "the default is 0.7"]),
+    ("/set temperature -1", ["/set temperature", "-1", "; it stays 0.7"]),
     ("/set temperature warm", ["/set temperature", "warm"]),
     ("/set temperature nan", ["/set temperature", "nan"]),
     ("/set temperature 1e-30", ["/set temperature", "should be 0, for the likeliest token"]),  # logits / 1e-30 overflow
