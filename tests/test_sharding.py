@@ -1,4 +1,4 @@
-"""A base model divided over processes (performance.fsdp): what each holds and finds, in three processes of a real group."""
+"""A base model divided over processes (performance.fsdp): what each holds and finds, in two processes of a real group."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from qlora_kit.plan import cheapest_change, make_plan, read_written_out_shape
 from qlora_kit.processes import check_division, check_launcher
 from qlora_kit.settings import Config, ModelConfig, PerformanceConfig
 
-PROCESSES = 3
+PROCESSES = 2
 LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}")
 SCRIPT = """
 import json, sys
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from qlora_kit.fast import sharding
 from quantization_utils import create_bnb_config, load_model_and_tokenizer
 dist.init_process_group("gloo")
-sharding.HEAD_ROWS = 1000  # of 6,144: seven runs, the last one short; and 3 processes divide none evenly
+sharding.HEAD_ROWS = 1001  # of 6,144: seven runs, the last one short, and none that two processes divide evenly
 options = dict(device="cpu", dtype=torch.float32)
 packing = create_bnb_config(compute_dtype=torch.float32)
 whole, _ = load_model_and_tokenizer({model!r}, packing, **options)
