@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
 SEQUENCES = 16  # of an optimizer step, however they are divided; config.yaml's own number
-KNOWN = "Qwen/Qwen2.5-3B-Instruct"  # its shape is qlora_kit's
+KNOWN = "Qwen/Qwen2.5-3B-Instruct"  # its shape is qlora_kit's; the others are told by what differs
 SHAPES: dict[str, dict[str, Any]] = {
     "3B": {},
     "0.5B": {"num_hidden_layers": 24, "hidden_size": 896, "num_attention_heads": 14, "intermediate_size": 4864},
@@ -30,11 +30,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 28, "hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4,
         "intermediate_size": 18944, "vocab_size": 152064, "tie_word_embeddings": False,
     },
-    "32B": {
-        "num_hidden_layers": 64, "hidden_size": 5120, "num_attention_heads": 40, "num_key_value_heads": 8,
-        "intermediate_size": 27648, "vocab_size": 152064, "tie_word_embeddings": False,
-    },
 }  # fmt: skip
+LARGE = {"32B": "Qwen/Qwen2.5-32B-Instruct"}  # more than one GPU's work; shapes of qlora_kit, too
 T = TypeVar("T")
 
 
@@ -178,7 +175,7 @@ def make_checkpoint(model: str, tokenizer: Path, folder: Path) -> None:
     sys.path.insert(0, str(ROOT))
     from qlora_kit.memory import KNOWN_CONFIGS, read_shape
 
-    config = KNOWN_CONFIGS[KNOWN] | SHAPES[model]
+    config = KNOWN_CONFIGS[LARGE[model]] if model in LARGE else KNOWN_CONFIGS[KNOWN] | SHAPES[model]
     shape = read_shape(config)
     assert shape is not None
     roomy = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 2.5 * shape.parameters()

@@ -16,7 +16,18 @@ import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from runs import SEQUENCES, SHAPES, Job, NoMeasurement, input_parser, random_checkpoint, require_gpu, run_toolkit, versions_of
+from runs import (
+    LARGE,
+    SEQUENCES,
+    SHAPES,
+    Job,
+    NoMeasurement,
+    input_parser,
+    random_checkpoint,
+    require_gpu,
+    run_toolkit,
+    versions_of,
+)
 from train_speed import PACKAGES, PLANNED, WARM_UP, steady
 
 ONE_AT_A_TIME = ("performance.micro_batch=1", "training.gradient_checkpointing=true")
@@ -55,7 +66,7 @@ def main() -> None:
     parser = input_parser(__doc__)
     parser.add_argument("--gpus", type=int, default=2, help="how many to use (default: 2)")
     parser.add_argument("--steps", type=int, default=12, help=f"optimizer steps of a run, more than {WARM_UP} (default: 12)")
-    parser.add_argument("--fsdp", choices=SHAPES, help="divide a random model of this size")
+    parser.add_argument("--fsdp", choices=[*SHAPES, *LARGE], help="divide a random model of this size")
     arguments = parser.parse_args()
     if arguments.steps <= WARM_UP or SEQUENCES % arguments.gpus:
         parser.error(f"--steps must be more than {WARM_UP}, and --gpus divide {SEQUENCES}")

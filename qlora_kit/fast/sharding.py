@@ -71,6 +71,7 @@ class ShardedLayer:
         tensors = [getattr(owner, name) for owner, name in places]
         self.places, device = places, tensors[0].device
         self.like = [(tensor.dtype, tensor.shape, tensor.nbytes) for tensor in tensors]
+        self.nothing = [torch.empty(0, dtype=tensor.dtype, device=device) for tensor in tensors]
         self.room = [ALIGNMENT * math.ceil(tensor.nbytes / ALIGNMENT) for tensor in tensors]
         self.room.append(-sum(self.room) % (ALIGNMENT * dist.get_world_size()))  # to divide evenly
         run = torch.zeros(sum(self.room), dtype=torch.uint8, device=device)
@@ -94,8 +95,8 @@ class ShardedLayer:
         self.run.drop()
 
     def _empty(self) -> None:
-        for (owner, name), (dtype, _, _) in zip(self.places, self.like, strict=True):
-            setattr(owner, name, torch.empty(0, dtype=dtype, device=self.run.device))
+        for (owner, name), nothing in zip(self.places, self.nothing, strict=True):
+            setattr(owner, name, nothing)
 
 
 class ShardedRows:
