@@ -175,8 +175,11 @@ def estimate_memory(
     layer = element * (tokens * _working_elements(shape, compiled, recomputed == shape.layers) + unpacked)
     weights = (weight_bytes if quantization.load_in_4bit else element) * shape.projection_parameters()
     part = 0.0 if fsdp == "offload" else 1 / processes if fsdp else 1.0  # of what is frozen, in this process
-    gathered = 2 * weights / shape.layers if fsdp else 0.0  # the layer at work, and the next one
-    loss = _loss_bytes(shape, tokens, element, compiled, offloaded or bool(fsdp))
+    rows = min(HEAD_ROWS, shape.vocabulary) if offloaded or fsdp else vocabulary_piece(tokens, shape.vocabulary)
+    head_piece = element * rows * shape.hidden
+    loss = _loss_bytes(shape, tokens, element, compiled, rows) + offloaded * head_piece
+    # Two places in turn, for a layer or a piece of the head at work and for the next one.
+    gathered = 2 * max(weights / shape.layers, 0 if offloaded else head_piece) if fsdp else 0.0
     return {
         "projection weights": part * weights,
         "embedding and norms": element
@@ -189,7 +192,7 @@ def estimate_memory(
         **({"gathered weights": gathered} if fsdp else {}),
         "a layer at work": float(layer),
         # The loss is done with its logits before the backward pass begins: only what exceeds a layer at work counts.
-        "logits beyond that": max(0.0, loss - layer - gathered),
+        "logits beyond that": max(0.0, loss - layer),
         "libraries": LIBRARIES_BYTES,
     }
 
@@ -224,11 +227,7 @@ def _unpacked_elements(shape: ModelShape, rank: int, names: tuple[str, ...]) -> 
     return sum((sizes[name][0] + together.get(name, 1) * rank) * sizes[name][1] for name in names)
 
 
-def _loss_bytes(shape: ModelShape, tokens: int, element: int, compiled: bool, elsewhere: bool) -> float:
-    """Logits of one piece, their exponentials, the hidden states' gradient in fp32 before and after.
-
-    And a piece of the head, where it is `elsewhere`, in host memory or divided over processes.
-    """
+def _loss_bytes(shape: ModelShape, tokens: int, element: int, compiled: bool, rows: int) -> float:
+    """Logits of one piece, their exponentials, the hidden states' gradient in fp32 before and after."""
     per_logit = 2 * element if compiled else 12  # without fusion both in fp32 as well
-    rows = min(HEAD_ROWS, shape.vocabulary) if elsewhere else vocabulary_piece(tokens, shape.vocabulary)
-    return 1.0 * per_logit * tokens * rows + 12.0 * tokens * shape.hidden + elsewhere * element * rows * shape.hidden
+    return 1.0 * per_logit * tokens * rows + 12.0 * tokens * shape.hidden

@@ -72,9 +72,8 @@ def build_micro_step(model: Any, report: RunReport, packed: bool) -> MicroStep |
     reason = why_not_fast(model, config.data.max_length) if config.performance.fused_lora else "performance.fused_lora is false"
     settings = config.performance
     not_compiled = why_not_used("performance.compile", settings.compile, reason or why_not_compiled(device))
-    sharded = bool(settings.fsdp)
-    not_captured = why_not_used("performance.cuda_graphs", settings.cuda_graphs, reason or why_not_graphed(device, sharded))
-    if sharded and reason:
+    not_captured = why_not_used("performance.cuda_graphs", settings.cuda_graphs, reason or why_not_graphed(device))
+    if settings.fsdp and reason:
         raise UserError(cannot_work("performance.fsdp", reason, "false"))
     if config.performance.offload_embedding and (reason or device != "cuda"):
         raise UserError(cannot_work("performance.offload_embedding", reason or "needs a CUDA GPU", "false"))

@@ -36,15 +36,34 @@ empty = [module.weight.numel() + module.weight.quant_state.absmax.numel() for mo
 with base.whole(1, then=2):
     found["same"] = all(torch.equal(a.weight, b.weight) and torch.equal(a.weight.quant_state.absmax, b.weight.quant_state.absmax)
                         for a, b in zip(projections, others, strict=True))
-    found["next begun"] = base.layers[2].run.whole is not None and base.layers[3].run.whole is None
+    found["next begun"] = base.runs[2].work is not None and base.runs[3].work is None
 found["empty"] = sum(empty) + sum(module.weight.numel() for module in others)
-found["gone"] = base.layers[1].run.whole is None
+places = set(run.whole.data_ptr() for run in [*base.runs, *base.head.runs])
+found["two places"] = len(places) == 2 and base.runs[1].whole.data_ptr() != base.runs[2].whole.data_ptr()
 packed = sum(module.weight.nbytes + module.weight.quant_state.absmax.nbytes for module in projections)
 found["share"] = base.layers[1].run.part.nbytes / packed
 found["rest"] = [name for name, value in model.named_parameters() if value.is_meta]
 found["biases"] = all(torch.equal(a.bias, b.bias) for a, b in zip(projections, others, strict=True) if a.bias is not None)
+steps, last = [], len(base.runs) - 1
+def step(action):  # as a captured pass steps out, and later does the same again
+    action()
+    steps.append((action, action.args[0][action.args[1]]))
+with base.gathering(step):
+    for number in range(last + 1):
+        with base.whole(number, number + 1):
+            pass
+    list(base.head)
+    for number in reversed(range(last + 1)):
+        with base.whole(number, number - 1):
+            pass
+first = [(action(), run.whole.clone())[1] for action, run in steps]
+again = [(action(), run.whole.clone())[1] for action, run in steps]
+found["steps"] = len(steps) == 2 * (last + 1) + len(base.head.runs)
+found["replayed"] = all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+found["there and back"] = all(torch.equal(first[number], first[-1 - number]) for number in range(last + 1))
+found["none under way"] = all(run.work is None for run in [*base.runs, *base.head.runs])
 matrix = whole.get_input_embeddings().weight
-found["head"] = torch.equal(torch.cat(list(base.head)), matrix) and len(base.head) == len(matrix)
+found["head"] = torch.equal(torch.cat([rows.clone() for rows in base.head]), matrix) and len(base.head) == len(matrix)
 ids = torch.randint(len(matrix), (2, 50), generator=torch.Generator().manual_seed(dist.get_rank()))
 found["lookup"] = torch.equal(base.embedding.lookup(ids), matrix[ids])
 found["tied"] = base.embedding is base.head

@@ -103,12 +103,13 @@ class FastDecoder:
         self.embedding, self.head = (
             getattr(module, HOST_COPY, module.weight) for module in (self.decoder.embed_tokens, parts[1])
         )
-        self.offloaded = hasattr(parts[1], HOST_COPY)  # then the embedding of a batch is looked up there
         self.sharded = sharded_base(model)
         if self.sharded and self.sharded.embedding:
             self.embedding, self.head = self.sharded.embedding, self.sharded.head
-        self.dtype = self.embedding.dtype
-        self.rows = HEAD_ROWS if self.offloaded else getattr(self.head, "rows", None)
+        offloaded = hasattr(parts[1], HOST_COPY)
+        self.embedded_before = offloaded or not isinstance(self.embedding, torch.Tensor)  # no captured pass can look up there
+        self.dtype, self.hidden = self.embedding.dtype, len(self.decoder.norm.weight)
+        self.rows = HEAD_ROWS if offloaded else getattr(self.head, "rows", None)
         self.recomputed, self.keep_weights = recomputed, keep_weights
         self.adapters = FlatAdapters([parameter for parameter in model.parameters() if parameter.requires_grad])
         self.layers = [self._read_layer(layer, 1.0 - dropout) for layer in self.decoder.layers]
@@ -185,6 +186,10 @@ class FastDecoder:
     def _whole(self, number: int, then: int) -> AbstractContextManager:
         return self.sharded.whole(number, then) if self.sharded else nullcontext()
 
+    def gathering(self, between: Callable[[Callable[[], None]], None]) -> AbstractContextManager:
+        """While it lasts, what processes gather within a pass goes through `between`."""
+        return self.sharded.gathering(between) if self.sharded else nullcontext()
+
     def _start(self, inputs: torch.Tensor, starts: torch.Tensor | None) -> tuple[torch.Tensor, Places]:
         h = inputs if inputs.is_floating_point() else self.embed(inputs)
         return h.flatten(0, 1), places(len(inputs), self._rotary(inputs.shape[1], h.device), starts)
@@ -254,7 +259,7 @@ class FastDecoder:
         return _compiled(function) if self.compiled else function
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """(B, T) -> (B, T, hidden); of an offloaded embedding in host memory."""
+        """(B, T) -> (B, T, hidden); of an offloaded embedding in host memory. All processes at once where it is divided."""
         if not isinstance(self.embedding, torch.Tensor):
             return self.embedding.lookup(ids)
         return F.embedding(ids.to(self.embedding.device), self.embedding)

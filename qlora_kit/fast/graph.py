@@ -5,10 +5,13 @@ wait for the GPU and every tensor keeps its place, so inputs are copied into buf
 the shape (the last of an epoch) is filled up with rows that count for nothing: there is one shape only.
 """
 
+import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from qlora_kit.config import UserError, cannot_work
 from qlora_kit.device import is_out_of_memory
@@ -46,8 +49,8 @@ class MicroStep:
         self.turn = turn
         device = decoder.adapters.flat.device
         ids = torch.zeros(batch, length, dtype=torch.long, device=device)
-        # Offloaded embeddings are looked up in host memory and come over with the batch.
-        self.inputs = decoder.embed(ids).to(device) if decoder.offloaded else ids
+        embeddings = torch.zeros(batch, length, decoder.hidden, dtype=decoder.dtype, device=device)
+        self.inputs = embeddings if decoder.embedded_before else ids
         self.labels = torch.full_like(ids, IGNORED)
         self.starts = torch.zeros_like(ids) if packed else None
         self.share = torch.zeros((), device=device)
@@ -88,8 +91,11 @@ class MicroStep:
 
     def _fill(self, ids: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor | None) -> None:
         rows = len(ids)
-        inputs = self.decoder.embed(ids).pin_memory() if self.decoder.offloaded else ids
-        self.inputs[:rows].copy_(inputs, non_blocking=True)
+        if self.decoder.embedded_before:
+            every = self.decoder.embed(F.pad(ids, (0, 0, 0, len(self.labels) - rows)))  # as many rows in each process
+            self.inputs.copy_(every.pin_memory() if every.is_cpu and self.inputs.is_cuda else every, non_blocking=True)
+        else:
+            self.inputs[:rows].copy_(ids, non_blocking=True)
         self.labels[:rows].copy_(labels, non_blocking=True)
         if self.starts is not None:
             self.starts[:rows].copy_(starts, non_blocking=True) if starts is not None else self.starts.zero_()
@@ -122,22 +128,53 @@ class MicroStep:
     def _capture(self, function: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         torch.cuda.empty_cache()  # a pool of its own cannot use what others hold back
         self.stream.wait_stream(torch.cuda.current_stream())
-        graph = torch.cuda.CUDAGraph()
+        recording = Recording(self.pool, self.stream)
         # One pool and one stream for warm-up and capture, training and evaluation: each reuses what the others left. (The warm-up
         # of the attention's backward pass runs in autograd's own thread, which does not see the pool.)
         with torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(self.pool):
             for _ in range(WARM_UP_RUNS):
                 function()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph, pool=self.pool.id, stream=self.stream):
-            result = function()
+        with self.decoder.gathering(recording.step_out):
+            result = recording.record(function)
         torch.cuda.current_stream().wait_stream(self.stream)
 
         def replay() -> torch.Tensor:
-            graph.replay()
+            for piece in recording.pieces:
+                piece()
             return result
 
         return replay
+
+
+class Recording:
+    """A pass captured as CUDA graphs, and in their order what no graph holds: the gathering of a divided base (sharding.py)."""
+
+    def __init__(self, pool: Any, stream: Any):
+        self.pool, self.stream = pool, stream
+        self.pieces: list[Callable[[], None]] = []
+        self.capture = ExitStack()
+
+    def record(self, function: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What `function` returns; it has its values after each run of `pieces`."""
+        with warnings.catch_warnings(), self.capture:
+            warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # before the first gathering
+            self._begin()
+            return function()
+
+    def step_out(self, action: Callable[[], None]) -> None:
+        """Run it at once, between two graphs, and then at every replay."""
+        self.capture.close()
+        action()
+        self.pieces.append(action)
+        self._begin()
+
+    def _begin(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: NCCL's own thread goes on asking about what was gathered before.
+        capture = torch.cuda.graph(graph, self.pool.id, self.stream, capture_error_mode="thread_local")
+        self.capture.enter_context(capture)
+        self.pieces.append(graph.replay)
 
 
 def why_not_compiled(device: str) -> str | None:
@@ -145,10 +182,8 @@ def why_not_compiled(device: str) -> str | None:
     return why_no_triton() if device == "cuda" else "needs a CUDA GPU"
 
 
-def why_not_graphed(device: str, sharded: bool = False) -> str | None:
+def why_not_graphed(device: str) -> str | None:
     """The reason why CUDA graphs cannot serve here, or None."""
-    if sharded:
-        return "performance.fsdp gathers weights between the kernels"
     return None if device == "cuda" else "needs a CUDA GPU"
 
 

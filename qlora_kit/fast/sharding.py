@@ -8,8 +8,9 @@ passes as the others.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,39 +29,62 @@ Place = tuple[Any, str]  # an object and its attribute that holds a tensor
 
 
 class Gathering:
-    """The whole of a tensor of which each process has an even part, in the order of ranks, from `fetch` to `drop`.
+    """Gathers a tensor of which each process has an even part, in the order of ranks.
 
     Args:
         part: (n, ...), on the device or in host memory.
+        device: where the whole is wanted, once `land` said in which memory.
     """
 
     def __init__(self, part: torch.Tensor, device: torch.device):
         self.part, self.device = part, device
-        self.whole: torch.Tensor | None = None
-        self.work: Any = None
+        self.size = part.nbytes * dist.get_world_size()
+        self.whole = part.new_empty(0)  # (processes · n, ...), in memory that others use in between
+        self.work: Any = None  # what is under way
+
+    def land(self, place: torch.Tensor) -> None:
+        """Bytes on the device, at the beginning of which it is gathered from now on."""
+        self.whole = place[: self.size].view(self.part.dtype).view(-1, *self.part.shape[1:])
 
     def fetch(self) -> None:
-        """Begin to gather, beside what the device does; nothing where it was begun."""
-        if self.whole is None:
-            part = self.part.to(self.device, non_blocking=True)
-            self.whole = part.new_empty(len(part) * dist.get_world_size(), *part.shape[1:])
-            self.work = dist.all_gather_into_tensor(self.whole, part, async_op=True)
+        """Begin, beside what the device does; nothing where it was begun."""
+        if self.work is None:
+            with self._copying():
+                self.work = dist.all_gather_into_tensor(self.whole, self._part_here(), async_op=True)
 
-    def take(self) -> torch.Tensor:
-        """(processes · n, ...), there for what the device does from now on."""
+    def take(self) -> None:
+        """What the device does from now on finds the whole, until the next `fetch` of one that has the same place."""
         self.fetch()
-        assert self.whole is not None
-        if self.work is not None:
-            self.work.wait()
-            self.work = None
-        return self.whole
+        self.work.wait()
+        self.work = None
 
-    def drop(self) -> None:
-        self.whole = None
+    def _part_here(self) -> torch.Tensor:
+        if self.part.device == self.device:
+            return self.part
+        return self.whole.chunk(dist.get_world_size())[dist.get_rank()].copy_(self.part, non_blocking=True)
+
+    def _copying(self) -> Any:
+        """Copies from host memory have a stream of their own, beside what the device computes."""
+        if self.part.device == self.device:
+            return nullcontext()
+        stream = _copy_stream()
+        stream.wait_stream(torch.cuda.current_stream())  # then what had the place before is done with
+        return torch.cuda.stream(stream)
+
+
+@cache
+def _copy_stream() -> Any:
+    return torch.cuda.Stream()
+
+
+def _take_and_fetch(runs: list[Gathering], number: int, then: int) -> None:
+    runs[number].take()
+    if 0 <= then < len(runs):
+        runs[then].fetch()
 
 
 class ShardedLayer:
-    """Tensors that are divided as one run of bytes; they are empty, but between `take` and `drop`.
+    """Tensors that are divided as one run of bytes; they are empty, but between `fill` and `clear`.
 
     Args:
         places: where they are, all on one device.
@@ -79,22 +103,15 @@ class ShardedLayer:
             piece[: tensor.nbytes] = tensor.detach().contiguous().view(-1).view(torch.uint8)
         part = run.chunk(dist.get_world_size())[dist.get_rank()]
         self.run = Gathering(part.cpu().pin_memory() if offload else part.clone(), device)
-        self._empty()
+        self.clear()
 
-    def fetch(self) -> None:
-        self.run.fetch()
-
-    def take(self) -> None:
-        """Have the tensors whole."""
-        pieces = self.run.take().split(self.room)
+    def fill(self) -> None:
+        """Have the tensors where their run was gathered."""
+        pieces = self.run.whole.split(self.room)
         for (owner, name), (dtype, shape, size), piece in zip(self.places, self.like, pieces, strict=False):
             setattr(owner, name, piece[:size].view(dtype).view(shape))
 
-    def drop(self) -> None:
-        self._empty()
-        self.run.drop()
-
-    def _empty(self) -> None:
+    def clear(self) -> None:
         for (owner, name), nothing in zip(self.places, self.nothing, strict=True):
             setattr(owner, name, nothing)
 
@@ -102,31 +119,29 @@ class ShardedLayer:
 class ShardedRows:
     """A frozen matrix (rows, columns), read a run of `rows` at a time; of each run every process has `own` rows."""
 
-    def __init__(self, matrix: torch.Tensor, device: torch.device, offload: bool):
+    def __init__(self, matrix: torch.Tensor, device: torch.device, base: "ShardedBase"):
         processes = dist.get_world_size()
-        self.length, self.dtype, self.device = len(matrix), matrix.dtype, device
+        self.length, self.dtype, self.device, self.base = len(matrix), matrix.dtype, device, base
         self.own = math.ceil(HEAD_ROWS / processes)
         self.rows = self.own * processes
         filled = torch.nn.functional.pad(matrix, (0, 0, 0, -len(matrix) % self.rows))
         runs = filled.view(-1, processes, self.own, filled.shape[1])[:, dist.get_rank()]  # (runs, own, columns)
-        self.part = runs.cpu().pin_memory() if offload else runs.to(device, copy=True)
+        self.part = runs.cpu().pin_memory() if base.offload else runs.to(device, copy=True)
         self.runs = [Gathering(run, device) for run in self.part]
 
     def __len__(self) -> int:
         return self.length
 
     def __iter__(self) -> Iterator[torch.Tensor]:
+        """Each run of rows, to be used before the next is asked for."""
         for number, run in enumerate(self.runs):
-            rows = run.take()
-            if number + 1 < len(self.runs):
-                self.runs[number + 1].fetch()
-            yield rows[: self.length - number * self.rows]
-            run.drop()
+            self.base.between(partial(_take_and_fetch, self.runs, number, number + 1))
+            yield run.whole[: self.length - number * self.rows]
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows of the matrix: ids, (B, T) in every process -> (B, T, columns). Each looks up for all what it has."""
-        asked = ids.new_empty(dist.get_world_size(), *ids.shape)
-        dist.all_gather_into_tensor(asked, ids[None].contiguous())
+        asked = torch.empty(dist.get_world_size(), *ids.shape, dtype=ids.dtype, device=self.device)
+        dist.all_gather_into_tensor(asked, ids[None].to(self.device).contiguous())
         run, place = asked // self.rows, asked % self.rows
         mine = place // self.own == dist.get_rank()
         found = self.part.flatten(0, 1)[(run * self.own + place % self.own).to(self.part.device)].to(self.device)
@@ -144,17 +159,40 @@ class ShardedBase:
         self.embedding: ShardedRows | None = None
         self.head: ShardedRows | None = None
         self.parameters = 0  # weights that are divided, a packed byte counted as two
+        self.between: Callable[[Callable[[], None]], None] = _at_once  # how to gather within a pass
+
+    def settle(self, device: torch.device) -> None:
+        """Once all is divided: two places in turn, so that a run comes while the one before it is in use."""
+        self.runs = [layer.run for layer in self.layers]
+        rows = {id(matrix): matrix.runs for matrix in (self.embedding, self.head) if matrix}
+        size = max(run.size for runs in (self.runs, *rows.values()) for run in runs)
+        places = torch.empty(2, ALIGNMENT * math.ceil(size / ALIGNMENT), dtype=torch.uint8, device=device)
+        for runs in (self.runs, *rows.values()):
+            for number, run in enumerate(runs):
+                run.land(places[number % 2])
 
     @contextmanager
-    def whole(self, number: int, then: int) -> Iterator[None]:
-        """A layer is there while the context lasts, and the one that comes then is on its way."""
-        self.layers[number].take()
-        if 0 <= then < len(self.layers):
-            self.layers[then].fetch()
+    def gathering(self, between: Callable[[Callable[[], None]], None]) -> Iterator[None]:
+        """While it lasts, `between` is given what gathers, each time a pass comes to it."""
+        self.between = between
         try:
             yield
         finally:
-            self.layers[number].drop()
+            self.between = _at_once
+
+    @contextmanager
+    def whole(self, number: int, then: int) -> Iterator[None]:
+        """A layer is there while the context lasts, and its neighbour that comes then is on its way."""
+        self.between(partial(_take_and_fetch, self.runs, number, then))
+        self.layers[number].fill()
+        try:
+            yield
+        finally:
+            self.layers[number].clear()
+
+
+def _at_once(action: Callable[[], None]) -> None:
+    action()
 
 
 def load_sharded(
@@ -190,6 +228,7 @@ def load_sharded(
         _fill(head, "lm_head.", stored, place, dtype)
     if embedding:
         _divide_embedding(decoder.embed_tokens, head, base, device)
+    base.settle(torch.device(device))
     if quantization:
         model.is_loaded_in_4bit = True  # as from_pretrained: peft goes by it
     model.sharded_base = base
@@ -234,7 +273,7 @@ def _large(weight: Any) -> list[Place]:
 
 def _divide_embedding(embedding: Any, head: Any, base: ShardedBase, device: str) -> None:
     weights = {id(module.weight): module.weight for module in (embedding, head)}  # one where they are tied
-    divided = {key: ShardedRows(weight.data, torch.device(device), base.offload) for key, weight in weights.items()}
+    divided = {key: ShardedRows(weight.data, torch.device(device), base) for key, weight in weights.items()}
     base.embedding, base.head = (divided[id(module.weight)] for module in (embedding, head))
     for weight in weights.values():
         base.parameters += weight.numel()
