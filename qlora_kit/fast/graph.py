@@ -1,4 +1,4 @@
-"""Micro-steps of one fixed shape, each captured once as a CUDA graph and then replayed.
+"""Micro-steps of one fixed shape, each captured once as a CUDA graph (of a divided base: as several) and then replayed.
 
 At micro-batch 1 the kernels of a step take longer to launch than to run; a replay launches them as one. Under capture nothing may
 wait for the GPU and every tensor keeps its place, so inputs are copied into buffers of this module. A batch that is smaller than
