@@ -129,6 +129,10 @@ def connected(team: Team) -> Iterator[None]:
     import torch
     import torch.distributed as dist
 
+    # Its functions keep the group that they find as a default argument. Imported later, as the Trainer does, they would keep
+    # gloo's threads beyond destroy_process_group, and one that frees a tensor while Python exits aborts the process.
+    import torch.distributed.nn
+
     store, rank, count = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
     store.set(f"{HAS_GPU}/{rank}", str(torch.cuda.is_available()))
     all_have = all(store.get(f"{HAS_GPU}/{other}") == b"True" for other in range(count))

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,6 +121,29 @@ def test_what_fails_in_one_process_ends_all_in_one_line(root, tmp_path, error, s
 
 
 # In one process
+
+
+LEAVING = """
+import sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from qlora_kit.processes import connected, find_team
+def threads():
+    return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+with connected(find_team()):
+    import torch.distributed.fsdp  # as the Trainer does, which train_qlora.py imports when all are connected
+    assert "pt_gloo_runloop" in threads()
+assert not [name for name in threads() if "gloo" in name], threads()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads the names of threads from /proc")
+def test_no_thread_of_the_group_outlives_it(root, tmp_path):
+    """One that frees a tensor while Python exits takes the process with it: an abort after all is saved, once in ten runs."""
+    script = tmp_path / "script.py"
+    script.write_text(LEAVING.format(root=str(root)))
+    run = subprocess.run([*LAUNCH, str(script)], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 def config(root, **keys):
