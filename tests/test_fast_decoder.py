@@ -193,7 +193,10 @@ def test_dropout_follows_from_seed_step_and_micro_step(tiny_dir):
     assert len({*losses(1, 4), *losses(1, 5), *losses(2, 4)}) == 6
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.02)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype, tolerance",
+    [pytest.param(torch.float32, 1e-4, id="fp32"), pytest.param(torch.bfloat16, 0.02, id="bf16", marks=pytest.mark.slow)],
+)
 def test_learning_is_unchanged_over_200_steps(tiny_dir, root, dtype, tolerance):
     """The loss curve of the fast path beside that of transformers, peft and autograd: same start, data and order."""
     from transformers import AutoTokenizer
