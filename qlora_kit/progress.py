@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from transformers import TrainerCallback
 
 from qlora_kit.report import RunReport
@@ -25,9 +26,12 @@ class ProgressCallback(TrainerCallback):
         self.speed = SpeedMeter()
         self.total = state.max_steps
         if self.console.is_terminal and self.log.speaks:
+            # In a narrow window the loss is cut at its end, and step and time stay.
+            narrow, wide = Column(ratio=1, min_width=4), Column(ratio=8, no_wrap=True, overflow="ellipsis")
             self.bar = Progress(
-                TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
-                TextColumn("{task.fields[info]}"), TimeRemainingColumn(), console=self.console, speed_estimate_period=600,
+                TextColumn("{task.description}"), BarColumn(None, table_column=narrow), MofNCompleteColumn(),
+                TimeRemainingColumn(compact=True), TextColumn("{task.fields[info]}", table_column=wide),
+                console=self.console, speed_estimate_period=600, expand=True,
             )  # fmt: skip
             self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, info="")
             self.bar.start()

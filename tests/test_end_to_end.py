@@ -1,5 +1,7 @@
 """The training command as a user runs it: real processes where status, streams and signals matter, main() elsewhere."""
 
+import functools
+import io
 import json
 import math
 import os
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -556,6 +559,17 @@ def refuses(tmp_path):
         assert {path for path in tmp_path.rglob("*")} == before
 
     return check
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_a_terminal_shows_step_time_and_loss_on_one_line(tmp_path, monkeypatch, width):
+    shown = io.StringIO()
+    terminal = functools.partial(Console, file=shown, force_terminal=True, width=width, color_system=None)
+    monkeypatch.setattr("qlora_kit.progress.Console", lambda stderr, quiet: terminal(quiet=quiet))
+    train("--max_steps", "3", "--set", "data.eval_split=null", "--output_dir", str(tmp_path / "out"))
+    lines = [line for line in shown.getvalue().splitlines() if "3/3" in line and "loss" in line]
+    assert lines and all(re.search(r"training \S+ +3/3 \d\d:\d\d loss \d\.", line) for line in lines)
+    assert ("tokens/s" in lines[-1]) == (width == 80)
 
 
 @pytest.mark.parametrize("text, word", [
