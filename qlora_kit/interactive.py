@@ -163,6 +163,7 @@ class Conversation:
 
     def _command(self, line: str) -> bool:
         name, given = [*line.split(maxsplit=1), ""][:2]
+        name = name.lower()
         given = checked_text(given.strip(), name)
         if name not in COMMANDS:
             raise UserError(f"{name}: unknown command; {_closest(name, list(COMMANDS))}")

@@ -212,7 +212,7 @@ def test_the_system_turn_is_set_kept_by_reset_and_left_out_again(converse):
 
 
 def test_set_changes_the_next_answer(converse):
-    _, err, engine = converse(["/set temperature 0.25", "/set  max_new_tokens 7", "Hi", "/set"], "Hello!", top_k=3)
+    _, err, engine = converse(["/SET temperature 0.25", "/set  max_new_tokens 7", "Hi", "/set"], "Hello!", top_k=3)
     assert engine.asked[0][1] == GenerationSettings(temperature=0.25, max_new_tokens=7, top_k=3)
     assert err.count("max_new_tokens 7, temperature 0.25, top_p 0.9, top_k 3, repetition_penalty 1.1") == 2
 
