@@ -37,7 +37,7 @@ class Gathering:
     """
 
     def __init__(self, part: torch.Tensor, device: torch.device):
-        self.part, self.device = part, device
+        self.part, self.hosted = part, part.device.type != device.type
         self.size = part.nbytes * dist.get_world_size()
         self.whole = part.new_empty(0)  # (processes · n, ...), in memory that others use in between
         self.work: Any = None  # what is under way
@@ -59,13 +59,13 @@ class Gathering:
         self.work = None
 
     def _part_here(self) -> torch.Tensor:
-        if self.part.device == self.device:
+        if not self.hosted:
             return self.part
         return self.whole.chunk(dist.get_world_size())[dist.get_rank()].copy_(self.part, non_blocking=True)
 
     def _copying(self) -> Any:
         """Copies from host memory have a stream of their own, beside what the device computes."""
-        if self.part.device == self.device:
+        if not self.hosted:
             return nullcontext()
         stream = _copy_stream()
         stream.wait_stream(torch.cuda.current_stream())  # then what had the place before is done with
