@@ -61,7 +61,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--perplexity", type=cli.name, metavar="DATA", help="file or data set: perplexity with and without the adapter on it"
     )
-    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
+    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: the GPU where there is one")
     parser.add_argument(
         "--device_map",
         choices=["auto", "one"],
