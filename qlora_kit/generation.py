@@ -39,7 +39,6 @@ class Generated:
     text: str  # the answer alone
     tokens: int
     seconds: float
-    first_token_seconds: float
     stop: Literal["end", "length", "interrupted"]  # it ended itself, took all of max_new_tokens, or nobody listened any more
 
     @property
@@ -204,14 +203,12 @@ class _Answer:
         self.ids: list[int] = []
         self.text = ""
         self.shown = self.context = 0  # ids whose text was given; where the ids begin by which it is seen
-        self.started = self.first = self.latest = time.perf_counter()
+        self.started = self.latest = time.perf_counter()
         self.ended = False
 
     def add(self, token: int) -> str:
         """The text that can be shown now."""
         self.latest = time.perf_counter()
-        if not self.ids:
-            self.first = self.latest
         self.ids.append(token)
         self.ended = token in self.stop_ids
         return self._gained(final=False)
@@ -235,4 +232,4 @@ class _Answer:
     def result(self, most: int) -> Generated:
         stop: Any = "end" if self.ended else "length" if len(self.ids) >= most else "interrupted"
         self.rest()
-        return Generated(self.text, len(self.ids), self.latest - self.started, self.first - self.started, stop)
+        return Generated(self.text, len(self.ids), self.latest - self.started, stop)

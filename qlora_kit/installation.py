@@ -30,7 +30,6 @@ FREE_GIB = 1.0  # the adapter, its three checkpoints and their optimizer states:
 MEMORY_GIB = 1.0  # what the laptop model takes
 
 INSTALL = "pip install -r requirements.txt"
-INSTALL_TORCH = "pip install --force-reinstall '{torch}' (on Windows name the index of pytorch.org/get-started/locally)"
 
 
 # Python and packages

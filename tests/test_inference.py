@@ -258,8 +258,8 @@ def test_what_a_terminal_would_obey_reaches_pipes_and_no_terminal(greedy, capsys
 
 
 def test_columns_stand_beside_each_other_and_hold_no_escape_sequence():
-    base = Generated("plain \x1b[31mred", 3, 1.0, 0.1, "length")
-    answered = Answered("prompt [bold]", 1, Generated("[dim]adapter", 4, 2.0, 0.1, "end"), base)
+    base = Generated("plain \x1b[31mred", 3, 1.0, "length")
+    answered = Answered("prompt [bold]", 1, Generated("[dim]adapter", 4, 2.0, "end"), base)
     console = Console(file=io.StringIO(), width=60, force_terminal=False)
     console.print(columns(answered))
     printed = console.file.getvalue()
