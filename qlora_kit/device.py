@@ -220,7 +220,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def out_of_memory_is_one_line(config: Config, planned: bool) -> Iterator[None]:
-    """Turn CUDA's out-of-memory traceback, with one sequence at a time, into one line with the remedies in order of cost.
+    """Turn CUDA's out-of-memory traceback, where no smaller micro-batch is tried, into one line: remedies in order of cost.
 
     Args:
         planned: whether the run takes the fast path.

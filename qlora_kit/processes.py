@@ -1,8 +1,9 @@
 """Several processes as one run, as torchrun or `accelerate launch` starts them: who this one is, and what they tell each other.
 
-Each process holds the whole base model on its own GPU and computes its share of every optimizer step; what they exchange is the
-gradient of the adapters, once a step, and a few numbers. The first process (rank 0) alone prints, logs and writes. A process that
-fails says so where the others look, so that none waits for it in vain. Imports torch only when there are several.
+Each process holds the whole base model on its own GPU, or its part of it (fast/sharding.py), and computes its share of every
+optimizer step; what they exchange is the gradient of the adapters, once a step, and a few numbers. The first process (rank 0)
+alone prints, logs and writes. A process that fails says so where the others look, so that none waits for it in vain. Imports
+torch only when there are several.
 """
 
 import os

@@ -51,7 +51,7 @@ class Kept(NamedTuple):
     """What a layer's backward pass finds."""
 
     h: torch.Tensor
-    down_xa: Reduced  # small, and what it is made of is the largest
+    down_xa: Reduced  # of recomputed layers too: it is small, and making it again would take the activation, the widest tensor
     inner: "Inner | None"  # None: computed again
     parts: tuple[Part, ...] | None  # in the order of GROUPS; None: unpacked again
 

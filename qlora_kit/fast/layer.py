@@ -54,7 +54,7 @@ class Norms(NamedTuple):
 
 
 class Rotary(NamedTuple):
-    """Of each position's angles: cos, and sin with the sign that the other half comes with (`_rotate`).
+    """Of each position's angles: cos, and sin with the sign that the other half comes with (`rotate`).
 
     (length, head size), or (batch, 1, length, head size) where rows have positions of their own.
 
@@ -176,7 +176,7 @@ def rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
 
 
 def _unrotate(dy: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-    """The transpose of `_rotate`."""
+    """The transpose of `rotate`."""
     return dy * rotary.cos + _swap_halves(dy * rotary.sin)
 
 

@@ -60,7 +60,7 @@ def cross_entropy(
 
     Args:
         hidden: (N, H), after the last norm.
-        head: (V, H), frozen; in pinned host memory it is copied over piece by piece, from ShardedRows (sharding.py) gathered.
+        head: (V, H), frozen; a tensor, in pinned host memory copied over piece by piece, or ShardedRows (sharding.py).
         targets: (N,); -100 counts as no loss and no gradient.
         rows: of the head in one piece; None chooses by memory.vocabulary_piece.
         scale: of the gradient, applied before it is rounded.

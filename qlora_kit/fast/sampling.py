@@ -6,7 +6,7 @@ import torch
 
 
 class Sampling(NamedTuple):
-    """What of the settings a graph is made for, and what it reads from memory."""
+    """What of the settings a graph is made for; the other settings it reads from memory at each step."""
 
     greedy: bool
     top_k: int

@@ -1,10 +1,10 @@
 """FSDP for a frozen base model: each process keeps a part of every layer, and has the whole of one only while it works with it.
 
 The idea is that of fully sharded data parallel (arXiv 2304.11277). What is divided here has no gradient and never changes, which
-leaves one collective of torch.distributed, the gathering; the adapters, their gradients and the optimizer stay whole in every
+leaves the gathering of its parts and nothing to scatter back; the adapters, their gradients and the optimizer stay whole in every
 process. A layer is divided as one run of bytes, 4-bit weights with their absmax values; embedding and output head are divided by
-rows. While the decoder works with one run, the next one comes. All processes have to gather in the same order: each takes as many
-passes as the others.
+rows. While the decoder works with one run, the next one comes. No CUDA graph holds a gathering: a captured pass stops at each
+(`ShardedBase.gathering`, graph.py). All processes have to gather in the same order: each takes as many passes as the others.
 """
 
 import math
@@ -33,7 +33,7 @@ class Gathering:
 
     Args:
         part: (n, ...), on the device or in host memory.
-        device: where the whole is wanted, once `land` said in which memory.
+        device: where the whole is wanted; `land` says at which place.
     """
 
     def __init__(self, part: torch.Tensor, device: torch.device):
@@ -43,7 +43,7 @@ class Gathering:
         self.work: Any = None  # what is under way
 
     def land(self, place: torch.Tensor) -> None:
-        """Bytes on the device, at the beginning of which it is gathered from now on."""
+        """From now on the whole comes to the beginning of `place`, bytes on the device."""
         self.whole = place[: self.size].view(self.part.dtype).view(-1, *self.part.shape[1:])
 
     def fetch(self) -> None:
@@ -84,7 +84,7 @@ def _take_and_fetch(runs: list[Gathering], number: int, then: int) -> None:
 
 
 class ShardedLayer:
-    """Tensors that are divided as one run of bytes; they are empty, but between `fill` and `clear`.
+    """Tensors that are divided as one run of bytes; they are empty except between `fill` and `clear`.
 
     Args:
         places: where they are, all on one device.
@@ -198,7 +198,7 @@ def _at_once(action: Callable[[], None]) -> None:
 def load_sharded(
     folder: Path, quantization: BitsAndBytesConfig | None, device: str, dtype: torch.dtype, offload: bool, embedding: bool
 ) -> PreTrainedModel:
-    """A Llama-like model of which no process ever holds more than a layer and its own part; `sharded_base` finds the parts.
+    """A Llama-like model, read a layer at a time, of which each process keeps its part; `sharded_base` finds the parts.
 
     Args:
         folder: with config.json and *.safetensors.
@@ -214,7 +214,7 @@ def load_sharded(
     decoder.rotary_emb = type(decoder.rotary_emb)(config=model.config).to(device)  # its angles are in no file
     for number, layer in enumerate(decoder.layers):
         if quantization:
-            _make_4bit(layer, quantization, dtype)
+            _make_4bit(layer, quantization)
         _fill(layer, f"model.layers.{number}.", stored, device, dtype)
         bases = [module for group in projections_of(layer) for module in group]
         base.parameters += sum(module.in_features * module.out_features for module in bases)
@@ -235,7 +235,7 @@ def load_sharded(
     return model.eval()
 
 
-def _make_4bit(layer: Any, quantization: BitsAndBytesConfig, dtype: torch.dtype) -> None:
+def _make_4bit(layer: Any, quantization: BitsAndBytesConfig) -> None:
     for parent in (layer.self_attn, layer.mlp):
         for name, linear in list(parent.named_children()):
             if isinstance(linear, torch.nn.Linear):

@@ -1,8 +1,9 @@
 """A layer's work on a handful of tokens, as when an answer is written one token at a time: reading the weights is all of it.
 
-The product of one token with 4-bit weights unpacks them in registers and writes nothing back. On a GPU with Triton each function
-here is one kernel; the torch form beside it serves CPUs, other dtypes, several answers at once and the many tokens of a prompt,
-and computes the same.
+The product of one token with 4-bit weights unpacks them in registers and writes nothing back: a kernel for each weight, on a GPU
+with Triton; several answers at once and the many tokens of a prompt take torch's product. The other functions are one kernel each
+for any number of tokens. The torch form beside a kernel (of `rotate_and_store` in decode.py) serves CPUs and other dtypes, and
+computes the same.
 
 Rows are tokens: x is (N, in).
 """
