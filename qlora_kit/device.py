@@ -232,6 +232,8 @@ def out_of_memory_is_one_line(config: Config, planned: bool) -> Iterator[None]:
             raise
         length, rank, same = config.data.max_length, config.lora.rank, "(same result, slower)"
         remedies = {
+            # Others were halved down to one sequence already.
+            f"--set performance.micro_batch=1 {same}": config.performance.fsdp and config.performance.micro_batch != 1,
             f"--set training.gradient_checkpointing=true {same}": config.training.gradient_checkpointing is not True,
             f"--set performance.offload_embedding=true {same}": planned and not config.performance.offload_embedding,
             f"--max_length {length // 2}": length >= 16,

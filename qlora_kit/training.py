@@ -15,6 +15,7 @@ from transformers import (
 
 from qlora_kit.checkpoint import CHECKPOINTS
 from qlora_kit.checkpoints import Checkpoint
+from qlora_kit.cli import Failed
 from qlora_kit.config import UserError, cannot_work
 from qlora_kit.dataset import Blocks
 from qlora_kit.device import Machine
@@ -84,10 +85,22 @@ def build_micro_step(model: Any, report: RunReport, packed: bool) -> MicroStep |
         return None
     decoder = FastDecoder(model, config.lora.dropout, report.plan.recomputed, not_compiled is None, report.plan.keep_weights)
     insisted = True in (settings.compile, settings.cuda_graphs)
-    give_up = None if insisted or device == "cpu" else report.plain_path
+    give_up = None if insisted or device == "cpu" else end_all if settings.fsdp else report.plain_path
     micro_batch, length = report.plan.micro_batch, config.data.max_length
     turn = (report.team.rank, report.team.count)
     return MicroStep(decoder, micro_batch, length, config.training.seed, not_captured is None, give_up, packed, turn)
+
+
+def end_all(reason: str) -> None:
+    """What gives compiling and capturing up in processes that share each pass: alone in it, one would meet the others nowhere.
+
+    Raises:
+        Failed: always.
+    """
+    raise Failed(
+        f"compiling or capturing failed ({reason}); do without it: --set performance.compile=false --set "
+        "performance.cuda_graphs=false"
+    )
 
 
 class OwnRows:

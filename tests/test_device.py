@@ -146,6 +146,10 @@ def test_a_cap_above_the_card_is_refused(monkeypatch):
             ["--max_length 256", "--rank 8", "smaller"],
         ),
         ({"performance": {"fused_lora": False}}, ["gradient_checkpointing=true", "--max_length 256", "--rank 8", "smaller"]),
+        (  # whose micro-batch is not halved
+            {"performance": {"fsdp": True, "offload_embedding": True}},
+            ["micro_batch=1", "gradient_checkpointing=true", "--max_length 256", "--rank 8", "smaller"],
+        ),
         (  # nothing below the least that is accepted
             {"data": {"max_length": 8}, "lora": {"rank": 1}, "training": {"gradient_checkpointing": True}},
             ["offload_embedding=true", "smaller"],

@@ -6,10 +6,12 @@ import pytest
 import torch
 from bitsandbytes import functional as bnb
 
+from qlora_kit.cli import Failed
 from qlora_kit.config import UserError
 from qlora_kit.fast import nf4
 from qlora_kit.fast.decoder import FastDecoder, offload_embedding
 from qlora_kit.fast.graph import MicroStep, why_not_compiled, why_not_graphed, why_not_used
+from qlora_kit.training import end_all
 from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
 
 
@@ -70,6 +72,9 @@ def test_where_compiling_fails_the_plain_functions_take_over_and_lose_nothing(de
     insisted = MicroStep(decoder(True), 2, 20, seed=1, captured=False, give_up=None)
     with pytest.raises(RuntimeError, match="no kernel"):
         insisted.losses(ids, ids)
+    divided = MicroStep(decoder(True), 2, 20, seed=1, captured=False, give_up=end_all)
+    with pytest.raises(Failed, match=r"no kernel .*performance\.compile=false"):
+        divided.losses(ids, ids)
 
 
 def test_out_of_memory_is_no_reason_to_give_compiling_up(decoder, monkeypatch):
