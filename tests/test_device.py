@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import bitsandbytes  # noqa: F401 - asks for the GPU when it is imported, and here one is only played
 import pytest
 import torch
 
