@@ -107,17 +107,18 @@ def prepare_dataset(
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parse_arguments(argv)
     team = find_team()
     choose_own_gpu(team.local_rank)
     with connected(team):
+        arguments = parse_arguments(argv)
         config = load_config(arguments.config, overrides(arguments))
         if arguments.processes is not None and (arguments.processes < 1 or not arguments.plan):
             raise UserError(
                 f"--processes: {arguments.processes}: says how many, 1 or more, --plan is for; torchrun or accelerate starts them"
             )
         if team.count > 1:  # one alone need not read all of the code to agree with itself
-            check_alike(team, what_runs(config))
+            flags = {"--plan": str(arguments.plan), "--preview": str(arguments.preview)}
+            check_alike(team, flags | what_runs(config))
         check_division(config, arguments.processes or team.count)
         cli.prepare_libraries()
         if team.count > 1 and config.training.device != "cpu":
@@ -197,8 +198,8 @@ def train_adapter(
         trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
         if team.leads:
             plot_training_curves(read_metrics(folder), folder / CURVES)
-        if trainer.stopping.signal:
-            raise cli.Stopped(128 + trainer.stopping.signal, how_to_resume(arguments, trainer.state.global_step, team))
+        if number := team.highest(trainer.stopping.signal or 0):  # all together: one may have been asked after the last step
+            raise cli.Stopped(128 + number, how_to_resume(arguments, trainer.state.global_step, team))
         after = trainer.measure_final()
         if team.leads:
             save_adapter(model, tokenizer, folder)

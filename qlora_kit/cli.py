@@ -67,8 +67,11 @@ class OneLineParser(argparse.ArgumentParser):
             close = difflib.get_close_matches(flag, flags, n=1)
             message = f"{flag}: unknown flag; " + (f"did you mean {close[0]}?" if close else "--help lists them")
         (problem,) = UserError(message).problems
-        if os.environ.get("RANK", "0") == "0":  # of several processes with one command line, one says what is wrong with it
-            print(f"error: {redact(problem)}", file=sys.stderr)
+        if os.environ.get("RANK", "0") != "0":
+            raise UserError(
+                problem
+            )  # processes.py says it where the first process, with another command line, has nothing to say
+        print(f"error: {redact(problem)}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -112,7 +112,8 @@ class EveryNth:
 def find_team() -> Team:
     """From the variables that torchrun and accelerate set; alone without them."""
     names = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
-    return Team(*(int(os.environ.get(name, default)) for name, default in names))
+    rank, count, local_rank, local_count = (int(os.environ.get(name, default)) for name, default in names)
+    return Team(rank, count, local_rank, local_count) if count > 1 else Team()  # a rank left over would write nothing
 
 
 @contextmanager
@@ -121,7 +122,7 @@ def connected(team: Team) -> Iterator[None]:
 
     Raises:
         SystemExit: quietly, in a process whose failure follows from another's.
-        UserError: as check_launcher.
+        UserError: as check_launcher, or variables of a launcher are set and no launcher has set them.
     """
     if team.count == 1:
         check_launcher()
@@ -134,7 +135,14 @@ def connected(team: Team) -> Iterator[None]:
     # gloo's threads beyond destroy_process_group, and one that frees a tensor while Python exits aborts the process.
     import torch.distributed.nn
 
-    store, rank, count = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
+    try:
+        store, rank, count = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
+    except ValueError as error:  # not all of them, or no numbers
+        missing = next((name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)), "MASTER_PORT")
+        raise UserError(
+            f"WORLD_SIZE: {team.count}: is set in the environment, and {missing} is not as torchrun sets it; start with "
+            f"torchrun --nproc_per_node={team.count}, or unset WORLD_SIZE for one process"
+        ) from error
     store.set(f"{HAS_GPU}/{rank}", str(torch.cuda.is_available()))
     all_have = all(store.get(f"{HAS_GPU}/{other}") == b"True" for other in range(count))
     backend = "cpu:gloo,cuda:nccl" if all_have else "gloo"
@@ -166,7 +174,8 @@ def _end_with_the_others(store: Any, over: threading.Event) -> None:
 
 def _as_one(team: Team, error: BaseException) -> BaseException:
     """What this process is to end with: the error, where it is the first of all, else a quiet exit."""
-    status = {UserError: 2, Stopped: getattr(error, "status", 1), KeyboardInterrupt: 130}.get(type(error), 1)
+    own = {Stopped: getattr(error, "status", 1), SystemExit: getattr(error, "code", 1)}  # the second, of --help and wrong flags
+    status = (own | {UserError: 2, KeyboardInterrupt: 130}).get(type(error), 1)
     if not team.leads:
         time.sleep(1)  # what all have found, the first one says
     with suppress(Exception):

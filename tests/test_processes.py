@@ -1,6 +1,7 @@
 """Several processes as one run: on two CPU processes, as torchrun starts them, against one."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,10 +12,10 @@ from safetensors.torch import load_file
 
 import train_qlora
 from qlora_kit import processes
-from qlora_kit.cli import Failed
+from qlora_kit.cli import Failed, Stopped
 from qlora_kit.config import UserError, load_config
 from qlora_kit.plan import make_plan
-from qlora_kit.processes import EveryNth, Team, check_alike, check_division, choose_own_gpu, find_team
+from qlora_kit.processes import EveryNth, Team, check_alike, check_division, choose_own_gpu, connected, find_team
 from qlora_kit.training import IGNORED, OwnRows
 
 # Fails at a step of choice in the second process; else it is train_qlora.py.
@@ -115,6 +116,20 @@ def test_what_fails_in_one_process_ends_all_in_one_line(root, tmp_path):
 # In one process
 
 
+def test_all_stop_together_and_only_when_the_first_has_drawn_the_curves(root, tmp_path, monkeypatch):
+    """Another process was asked to stop in the evaluation of the last step. One that leaves early would name itself as failed."""
+
+    def highest(team, own):
+        return signal.SIGTERM if (tmp_path / "training_curves.png").exists() else own
+
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(Team, "highest", highest)
+    short = ("--max_steps", "1", "--set", "data.max_train_samples=8", "--set", "data.max_eval_samples=1")
+    with pytest.raises(Stopped, match="Stopped after step 1; everything is saved") as stop:
+        train_qlora.main([*SETTINGS, *short, "--output_dir", str(tmp_path)])
+    assert stop.value.status == 143 and not (tmp_path / "run.json").exists()
+
+
 @pytest.mark.parametrize(
     "error, said",
     [
@@ -168,6 +183,39 @@ def test_who_a_process_is_stands_in_its_environment(monkeypatch):
     for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
     assert find_team() == Team(5, 8, 1, 4) and not find_team().leads
+
+
+def test_a_rank_without_a_group_is_a_process_alone(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert find_team() == Team()
+
+
+def test_a_wrong_flag_of_one_process_alone_is_not_lost(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(UserError, match="--bogus: unknown flag"):
+        train_qlora.parse_arguments(["--bogus"])
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    store = torch.distributed.HashStore()
+    assert str(processes._as_one(Team(1, 2, store=store), UserError("--bogus: unknown flag"))) == "rank 1: --bogus: unknown flag"
+    follows = processes._as_one(Team(0, 2, store=store), SystemExit(2))
+    assert type(follows) is SystemExit and follows.code == 2 and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("port, named", [(None, "MASTER_PORT"), ("99999", "MASTER_PORT"), ("29500", "MASTER_ADDR")])
+def test_a_group_size_that_no_launcher_has_set_is_one_error(monkeypatch, port, named):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    if named != "MASTER_ADDR":
+        monkeypatch.setenv("MASTER_ADDR", "localhost")
+    if port:
+        monkeypatch.setenv("MASTER_PORT", port)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=f"WORLD_SIZE: 2: .* {named} is not as torchrun sets it; start with torchrun"):
+        with connected(find_team()):
+            pass
 
 
 def test_shares_hold_every_item_once_and_join_to_the_whole(monkeypatch):
