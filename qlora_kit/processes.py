@@ -148,26 +148,33 @@ def connected(team: Team) -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if all_have else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
     team.store = store.clone()
-    over = threading.Event()
-    watch = threading.Thread(target=_end_with_the_others, args=(store.clone(), over), daemon=True)
+    over, outside = threading.Event(), threading.Event()
+    watch = threading.Thread(target=_end_with_the_others, args=(store.clone(), over, outside), daemon=True)
     watch.start()
     try:
         check_launcher()
         yield
         team.gather(None)  # none leaves while another may still ask it something
     except BaseException as error:
-        raise _as_one(team, error) from error
+        ending = _as_one(team, error)
+        outside.wait(2 * LOOKS_EVERY)  # else an abort hides the exit status: see below
+        raise ending from error
     over.set()
     watch.join()  # Python ends threads as it exits, and one inside the store's C++ would take the process with it
     dist.destroy_process_group()
 
 
-def _end_with_the_others(store: Any, over: threading.Event) -> None:
-    """A process may wait for one that has failed inside a library, where no exception reaches it."""
+def _end_with_the_others(store: Any, over: threading.Event, outside: threading.Event) -> None:
+    """A process may wait for one that has failed inside a library, where no exception reaches it.
+
+    Args:
+        outside: set when one has failed, and the store is asked no more.
+    """
     with suppress(Exception):  # the store goes with the process that holds it, which has then failed as well
         while not store.check([FAILURE]):
             if over.wait(LOOKS_EVERY):
                 return
+    outside.set()
     time.sleep(GRACE)
     os._exit(1)
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -111,6 +112,17 @@ def test_what_fails_in_one_process_ends_all_in_one_line(root, tmp_path):
     run = subprocess.run([*LAUNCH, str(script)], capture_output=True, text=True, timeout=60)
     assert run.returncode and time.perf_counter() - started < 30
     assert lines(run.stderr, "error:") == ["error: rank 1: ZeroDivisionError: by zero"]
+    assert not lines(run.stderr, "terminate called", "SIGABRT")  # Python's end met the watching thread inside the store
+
+
+def test_who_watches_says_when_it_has_left_the_store(monkeypatch):
+    order, outside = [], threading.Event()
+    monkeypatch.setattr("time.sleep", lambda seconds: order.append(outside.is_set()))
+    monkeypatch.setattr("os._exit", order.append)
+    store = torch.distributed.HashStore()
+    store.set(processes.FAILURE, "1")
+    processes._end_with_the_others(store, threading.Event(), outside)
+    assert order == [True, 1]
 
 
 # In one process
