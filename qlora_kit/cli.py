@@ -67,10 +67,8 @@ class OneLineParser(argparse.ArgumentParser):
             close = difflib.get_close_matches(flag, flags, n=1)
             message = f"{flag}: unknown flag; " + (f"did you mean {close[0]}?" if close else "--help lists them")
         (problem,) = UserError(message).problems
-        if os.environ.get("RANK", "0") != "0":
-            raise UserError(
-                problem
-            )  # processes.py says it where the first process, with another command line, has nothing to say
+        if os.environ.get("RANK", "0") != "0":  # processes.py says it, where the first process has not said the same
+            raise UserError(problem)
         print(f"error: {redact(problem)}", file=sys.stderr)
         sys.exit(2)
 

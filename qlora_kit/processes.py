@@ -157,10 +157,10 @@ def connected(team: Team) -> Iterator[None]:
         team.gather(None)  # none leaves while another may still ask it something
     except BaseException as error:
         ending = _as_one(team, error)
-        outside.wait(2 * LOOKS_EVERY)  # else an abort hides the exit status: see below
+        outside.wait(2 * LOOKS_EVERY)  # for the reason below
         raise ending from error
     over.set()
-    watch.join()  # Python ends threads as it exits, and one inside the store's C++ would take the process with it
+    watch.join()  # Python ends threads as it exits, and one inside the store's C++ would take the process and its status with it
     dist.destroy_process_group()
 
 
@@ -181,8 +181,8 @@ def _end_with_the_others(store: Any, over: threading.Event, outside: threading.E
 
 def _as_one(team: Team, error: BaseException) -> BaseException:
     """What this process is to end with: the error, where it is the first of all, else a quiet exit."""
-    own = {Stopped: getattr(error, "status", 1), SystemExit: getattr(error, "code", 1)}  # the second, of --help and wrong flags
-    status = (own | {UserError: 2, KeyboardInterrupt: 130}).get(type(error), 1)
+    own = getattr(error, "status", getattr(error, "code", 1))  # Stopped, or SystemExit: of --help and wrong flags
+    status = {UserError: 2, KeyboardInterrupt: 130, Stopped: own, SystemExit: own}.get(type(error), 1)
     if not team.leads:
         time.sleep(1)  # what all have found, the first one says
     with suppress(Exception):
