@@ -18,6 +18,7 @@ from qlora_kit.perplexity import (
     library_losses,
     loss_difference,
     measure_block_losses,
+    plus_minus,
 )
 from qlora_kit.report import finite
 from qlora_kit.settings import Config
@@ -51,8 +52,8 @@ class Comparison:
             loss, error = self.difference
             found.append(f"  adapter     {self.adapter}")
             found.append(
-                f"  difference  {loss:+.4f} ± {error:.4f} nats per token (adapter - base, standard error of the blocks' own "
-                f"differences): {self.verdict()}"
+                f"  difference  {plus_minus(loss, error, '+.4f')} nats per token (adapter - base, standard error "
+                f"of the blocks' own differences): {self.verdict()}"
             )
         return [*found, f"  {self.definition}"]
 

@@ -25,14 +25,21 @@ class Perplexity:
     blocks: int
 
     def __str__(self) -> str:
-        return f"{self.perplexity:.3f} ± {self.standard_error:.3f}"
+        return plus_minus(self.perplexity, self.standard_error, ".3f")
 
     def definition(self, block_length: int, join_rule: str) -> str:
         """What it means, so that it can be compared with others."""
+        blocks = "1 block" if self.blocks == 1 else f"{self.blocks} blocks"
+        error = "one block has no standard error" if self.blocks == 1 else "± one standard error over blocks"
         return (
-            f"exp of the mean loss over {self.tokens:,} predicted tokens, {self.blocks} blocks of {block_length} tokens "
-            f"without overlap ({join_rule}); ± one standard error over blocks"
+            f"exp of the mean loss over {self.tokens:,} predicted tokens, {blocks} of {block_length} tokens "
+            f"without overlap ({join_rule}); {error}"
         )
+
+
+def plus_minus(value: float, error: float, form: str) -> str:
+    """A value with its standard error, where it has one: that of a single block is NaN."""
+    return f"{value:{form}}" if math.isnan(error) else f"{value:{form}} ± {error:{form.lstrip('+')}}"
 
 
 class Difference(NamedTuple):

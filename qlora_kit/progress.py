@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 from transformers import TrainerCallback
 
+from qlora_kit.perplexity import plus_minus
 from qlora_kit.report import RunReport
 
 
@@ -70,7 +71,7 @@ class ProgressCallback(TrainerCallback):
 
     def _show(self, values: dict[str, Any]) -> None:
         if "eval_loss" in values:
-            perplexity = f"{values['eval_perplexity']:.3f} ± {values['eval_standard_error']:.3f}"
+            perplexity = plus_minus(values["eval_perplexity"], values["eval_standard_error"], ".3f")
             info = f"step {values['step']}: eval loss {values['eval_loss']:.4f}, perplexity {perplexity}"
         else:
             memory = f", {values['memory_gib']:.2f} GiB" if self.device == "cuda" else ""

@@ -9,7 +9,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qlora_kit.perplexity import as_metrics, from_block_losses, library_losses, loss_difference, measure_perplexity, recorded_base
+from qlora_kit.perplexity import (
+    as_metrics,
+    from_block_losses,
+    library_losses,
+    loss_difference,
+    measure_perplexity,
+    plus_minus,
+    recorded_base,
+)
 
 # From block totals
 
@@ -43,7 +51,10 @@ def test_standard_error_agrees_with_the_jackknife():
 
 
 def test_one_block_has_no_standard_error():
-    assert math.isnan(from_block_losses([3.0], [3]).standard_error)
+    result = from_block_losses([3.0], [3])
+    assert math.isnan(result.standard_error) and str(result) == "2.718"
+    assert "1 block of 4 tokens" in (said := result.definition(4, "rows joined")) and "±" not in said
+    assert plus_minus(-0.5, math.nan, "+.4f") == "-0.5000" and plus_minus(0.5, 0.25, "+.4f") == "+0.5000 ± 0.2500"
 
 
 def test_a_diverged_loss_does_not_overflow():

@@ -18,7 +18,7 @@ from qlora_kit.config import UserError
 from qlora_kit.dataset import Blocks, load_blocks
 from qlora_kit.merging.weights import Packing
 from qlora_kit.packing import RecordBlocks
-from qlora_kit.perplexity import Perplexity, from_block_losses, library_losses, measure_perplexity
+from qlora_kit.perplexity import Perplexity, from_block_losses, library_losses, measure_perplexity, plus_minus
 from qlora_kit.placement import DeviceMap
 from qlora_kit.settings import Config, DataConfig
 from qlora_kit.sources import check_source, is_file_name
@@ -67,7 +67,7 @@ class Comparison:
         return [
             f"  base + adapter   {self.adapter}",
             f"  merged           {self.merged}",
-            f"  difference       {self.difference:+.4f} ± {self.standard_error:.4f} nats a token",
+            f"  difference       {plus_minus(self.difference, self.standard_error, '+.4f')} nats a token",
             f"  {'pass' if self.passed else 'FAIL'}             {self.rule}",
         ]
 
