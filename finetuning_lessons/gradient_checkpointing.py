@@ -181,6 +181,12 @@ def print_findings(steps: dict[int, dict[bool, Step]], fixed: int) -> None:
         "mostly logits, which belong to no layer. Weights, gradients and Adam's moments stay as they are: of the whole memory it "
         f"saves {whole:.0f} %."
     )
+    more, longer = LENGTHS[-1] // LENGTHS[0], without.milliseconds / steps[LENGTHS[0]][False].milliseconds
+    if longer < 2:
+        print_text(
+            f"{more} times the tokens take {longer:.1f} times as long: a GPU waits for the kernels of so small a model to be "
+            "launched, and what is computed again is launched again."
+        )
     shape = read_shape(KNOWN_CONFIGS["Qwen/Qwen2.5-3B-Instruct"])
     assert shape is not None
     kept, again = (sum(estimate_memory(shape, Config(), 1, layers).values()) for layers in (0, shape.layers))

@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from finetuning_lessons.gradient_checkpointing import LiveBytes, Step, adapted_model, backward, count_bytes, fixed_bytes, rows
+from finetuning_lessons.gradient_checkpointing import (
+    LENGTHS,
+    LiveBytes,
+    Step,
+    adapted_model,
+    backward,
+    count_bytes,
+    fixed_bytes,
+    print_findings,
+    rows,
+)
 
 
 def test_bytes_by_hand():
@@ -74,3 +84,11 @@ def test_fixed_bytes_by_hand():
 def test_rows_show_changes_in_percent():
     steps = {64: {False: Step(4 * 2**20, 8 * 2**20, 10.0), True: Step(2**20, 6 * 2**20, 13.0)}}
     assert rows(steps) == [["2 x 64", "4.0", "1.0", "-75 %", "8.0", "6.0", "-25 %", "10.0", "13.0", "+30 %"]]
+
+
+@pytest.mark.parametrize("longest, said", [(11.6, True), (40.0, False)])
+def test_a_time_that_hardly_grows_with_the_tokens_is_explained(capsys, longest, said):
+    times = dict.fromkeys(LENGTHS, 10.0) | {LENGTHS[-1]: longest}
+    steps = {length: dict.fromkeys((False, True), Step(2**20, 2**20, time)) for length, time in times.items()}
+    print_findings(steps, 0)
+    assert ("8 times the tokens take 1.2 times as long: a GPU waits" in capsys.readouterr().out) == said
