@@ -18,7 +18,7 @@ from qlora_kit.config import UserError
 from qlora_kit.dataset import Blocks, load_blocks
 from qlora_kit.merging.weights import Packing
 from qlora_kit.packing import RecordBlocks
-from qlora_kit.perplexity import Perplexity, from_block_losses, library_losses, measure_perplexity, plus_minus
+from qlora_kit.perplexity import Perplexity, from_block_losses, library_losses, loss_difference, measure_perplexity, plus_minus
 from qlora_kit.placement import DeviceMap
 from qlora_kit.settings import Config, DataConfig
 from qlora_kit.sources import check_source, is_file_name
@@ -74,10 +74,8 @@ class Comparison:
 
 def compare(adapter: Measured, merged: Measured, same_weights: bool) -> Comparison:
     """The same blocks in the same order; their differences have a far smaller error than either mean."""
-    pairs = zip(merged.sums, adapter.sums, strict=True)
-    paired = from_block_losses([after - before for after, before in pairs], adapter.counts)
-    error = paired.standard_error / paired.perplexity  # of the loss: the delta method taken back
-    return Comparison(adapter.perplexity, merged.perplexity, paired.loss, error, same_weights)
+    difference = loss_difference(adapter.sums, merged.sums, adapter.counts)
+    return Comparison(adapter.perplexity, merged.perplexity, *difference, same_weights)
 
 
 # On what
