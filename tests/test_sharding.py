@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -95,8 +96,8 @@ def test_each_process_keeps_its_part_and_finds_the_whole(root, tmp_path, tiny_di
         assert found.pop("share") == pytest.approx(1 / PROCESSES, rel=0.02)
         assert found.pop("parameters") == found.pop("expected")
         assert (found.pop("empty"), found.pop("rest")) == (0, [])
-        # One that frees a tensor while Python exits takes the process with it: an abort after all is saved, once in ten runs.
-        assert found.pop("threads") == [1, 0]
+        # One that frees a tensor while Python exits takes the process with it: an abort after all is saved, in 2 of 25 runs.
+        assert found.pop("threads") == [int(Path("/proc/self/task").is_dir()), 0]
         assert all(found.values()), (rank, found)
 
 

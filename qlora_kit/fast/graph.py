@@ -49,8 +49,9 @@ class MicroStep:
         self.turn = turn
         device = decoder.adapters.flat.device
         ids = torch.zeros(batch, length, dtype=torch.long, device=device)
-        embeddings = torch.zeros(batch, length, decoder.hidden, dtype=decoder.dtype, device=device)
-        self.inputs = embeddings if decoder.embedded_before else ids
+        self.inputs = ids
+        if decoder.embedded_before:
+            self.inputs = torch.zeros(batch, length, decoder.hidden, dtype=decoder.dtype, device=device)
         self.labels = torch.full_like(ids, IGNORED)
         self.starts = torch.zeros_like(ids) if packed else None
         self.share = torch.zeros((), device=device)

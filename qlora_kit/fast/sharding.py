@@ -156,6 +156,7 @@ class ShardedBase:
     def __init__(self, offload: bool):
         self.offload = offload
         self.layers: list[ShardedLayer] = []
+        self.runs: list[Gathering] = []  # the layers'
         self.embedding: ShardedRows | None = None
         self.head: ShardedRows | None = None
         self.parameters = 0  # weights that are divided, a packed byte counted as two
@@ -164,10 +165,10 @@ class ShardedBase:
     def settle(self, device: torch.device) -> None:
         """Once all is divided: two places in turn, so that a run comes while the one before it is in use."""
         self.runs = [layer.run for layer in self.layers]
-        rows = {id(matrix): matrix.runs for matrix in (self.embedding, self.head) if matrix}
-        size = max(run.size for runs in (self.runs, *rows.values()) for run in runs)
+        sequences = [self.runs, *(matrix.runs for matrix in (self.embedding, self.head) if matrix)]
+        size = max(run.size for runs in sequences for run in runs)
         places = torch.empty(2, ALIGNMENT * math.ceil(size / ALIGNMENT), dtype=torch.uint8, device=device)
-        for runs in (self.runs, *rows.values()):
+        for runs in sequences:
             for number, run in enumerate(runs):
                 run.land(places[number % 2])
 
