@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from qlora_kit import cli
 from qlora_kit.adapter import AdapterSource, check_base, fetch_base, load_checked_tokenizer, read_adapter
 from qlora_kit.answers import encode_prompts, run_demo, run_text
-from qlora_kit.config import UserError
+from qlora_kit.errors import UserError
 from qlora_kit.generation import Generator, PromptEncoder, find_stop_ids, replace_settings
 from qlora_kit.hub import fetch_model, fetch_tokenizer, go_offline_if_unreachable, is_local, model_folder, read_context
 from qlora_kit.merging.pairs import read_pairs

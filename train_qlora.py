@@ -29,8 +29,9 @@ from qlora_kit.checkpoint import (
     write_passport,
 )
 from qlora_kit.checkpoints import Checkpoint
-from qlora_kit.config import UserError, load_config, override, parse_set
+from qlora_kit.config import load_config, override, parse_set
 from qlora_kit.dataset import Blocks, load_blocks
+from qlora_kit.errors import UserError
 from qlora_kit.fingerprint import weights_fingerprint
 from qlora_kit.hub import fetch_model, fetch_tokenizer, go_offline_if_unreachable, is_local, model_folder
 from qlora_kit.lock import OutputLock

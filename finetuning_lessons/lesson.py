@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_kit import cli
-from qlora_kit.config import UserError
+from qlora_kit.errors import UserError
 
 if TYPE_CHECKING:
     import torch

@@ -37,7 +37,7 @@ from finetuning_lessons.lesson import (
     print_text,
 )
 from qlora_kit import cli
-from qlora_kit.cli import Failed
+from qlora_kit.errors import Failed
 from qlora_kit.formats import alpaca_to_text
 from qlora_kit.hub import go_offline_if_unreachable
 

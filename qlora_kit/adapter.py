@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.checkpoint import ADAPTER_FILES, CHECKPOINTS, CONFIG, PASSPORT
-from qlora_kit.config import UserError, load_config
+from qlora_kit.config import load_config
+from qlora_kit.errors import UserError
 from qlora_kit.fingerprint import tensor_shapes, weights_fingerprint
 from qlora_kit.hub import TOKENIZER_FILES, is_local, model_folder, read_json
 from qlora_kit.report import remote_code_warning

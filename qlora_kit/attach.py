@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from qlora_kit.adapter import AdapterSource
 from qlora_kit.checkpoint import ADAPTER_FILES
-from qlora_kit.config import UserError
+from qlora_kit.errors import UserError
 from qlora_kit.fingerprint import tensor_shapes
 
 if TYPE_CHECKING:

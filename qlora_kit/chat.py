@@ -10,12 +10,10 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+from qlora_kit.errors import BadRecord
+
 Message = dict[str, Any]  # role: system, user or assistant; content; weight: 0 where an answer is context only
 Span = tuple[int, int]  # characters of a rendering: from, up to
-
-
-class BadRecord(ValueError):
-    """What is wrong with a record and what was expected; the reader of the file adds its place."""
 
 
 def apply_chat_template(messages: list[Message], tokenizer: Any, add_generation_prompt: bool = False) -> str:

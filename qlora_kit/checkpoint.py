@@ -28,8 +28,8 @@ from qlora_kit.checkpoints import (
     refused_by_the_disk,
     replace_text,
 )
-from qlora_kit.cli import Failed
-from qlora_kit.config import UserError, load_config
+from qlora_kit.config import load_config
+from qlora_kit.errors import Failed, UserError
 from qlora_kit.fingerprint import weights_fingerprint
 from qlora_kit.generation import find_stop_ids
 from qlora_kit.hub import is_local, model_folder

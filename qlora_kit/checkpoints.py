@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.cli import Failed
+from qlora_kit.errors import Failed
 from qlora_kit.memory import optimizer_bytes
 
 MANIFEST = "manifest.json"

@@ -21,26 +21,16 @@ def _not_installed(package: str) -> str:
 
 
 try:
+    import pydantic  # noqa: F401  (what every command's settings need: asked for here, where a missing one is reported)
+    import yaml  # noqa: F401
     from rich.console import Console
 
-    from qlora_kit.config import UserError
+    from qlora_kit.errors import Failed, Stopped, UserError
     from qlora_kit.redaction import redact
 except ModuleNotFoundError as missing:  # the first import of every command: nobody is there yet to catch it
     sys.exit(_not_installed(str(missing.name)))
 
 DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # a full, read-only or broken disk
-
-
-class Stopped(Exception):
-    """The run was asked to stop and has saved what it had; `status` is the exit status."""
-
-    def __init__(self, status: int, message: str):
-        super().__init__(message)
-        self.status = status
-
-
-class Failed(Exception):
-    """Ended by what is neither the user's mistake nor ours, such as a full GPU: one line, exit status 1."""
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.answers import as_line
-from qlora_kit.config import UserError
 from qlora_kit.dataset import Blocks, load_blocks, source_blocks
+from qlora_kit.errors import UserError
 from qlora_kit.generation import Generator
 from qlora_kit.hub import is_local
 from qlora_kit.packing import RecordBlocks

@@ -8,7 +8,6 @@ data set and the GPU exist is not checked here.
 """
 
 import difflib
-import re
 import reprlib
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from qlora_kit.errors import UserError
 from qlora_kit.redaction import is_secret, refusal
 from qlora_kit.settings import Config
 
@@ -26,18 +26,6 @@ OTHER_NAMES = {
     "epochs": "training.num_epochs",
     "per_device_train_batch_size": "training.batch_size",
 }
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-
-
-class UserError(Exception):
-    """A mistake that the user can mend: each problem is one sentence with the key or path, the value and the remedy.
-
-    It is one line, and nothing that a terminal obeys, whatever a file, a name or a value in it holds.
-    """
-
-    def __init__(self, *problems: str):
-        self.problems = [CONTROL.sub(lambda match: repr(match.group())[1:-1], problem) for problem in problems]
-        super().__init__("\n".join(self.problems))
 
 
 def all_keys() -> list[str]:
@@ -78,11 +66,6 @@ def _check(values: dict[str, Any], places: dict[str, str], overrides: dict[str, 
     if problems:
         raise UserError(*problems)
     return config
-
-
-def cannot_work(key: str, reason: str, instead: str) -> str:
-    """The line for a switch that was set to true where it cannot work."""
-    return f"{key}: true: cannot work here ({reason}); use {instead}"
 
 
 def parse_set(assignments: list[str]) -> dict[str, Any]:

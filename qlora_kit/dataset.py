@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-from qlora_kit.config import UserError
 from qlora_kit.documents import Fragments, draw, hold_out, placed
 from qlora_kit.encoding import CHARACTERS_AT_ONCE, check, encode, encode_text, end_id, record_pieces
+from qlora_kit.errors import UserError
 from qlora_kit.formats import Piece
 from qlora_kit.packing import RecordBlocks, build_record_blocks
 from qlora_kit.settings import Config, DataConfig

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qlora_kit.cli import Failed
-from qlora_kit.config import UserError, cannot_work
+from qlora_kit.errors import Failed, UserError, cannot_work
 from qlora_kit.memory import GIB, ModelShape
 from qlora_kit.settings import Config
 from qlora_kit.sources import estimate_tokens

@@ -15,9 +15,8 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.chat import BadRecord
-from qlora_kit.config import UserError
 from qlora_kit.encoding import LONGEST_WORD, Fragment, check_words
+from qlora_kit.errors import BadRecord, UserError
 from qlora_kit.formats import checked_text, recognise
 from qlora_kit.readers import Row, read_text, read_text_lines
 

@@ -10,9 +10,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from qlora_kit.chat import BadRecord, Message, end_of_turn
-from qlora_kit.config import UserError, override
+from qlora_kit.chat import Message, end_of_turn
+from qlora_kit.config import override
 from qlora_kit.encoding import encode
+from qlora_kit.errors import BadRecord, UserError
 from qlora_kit.formats import TrainOn, prompt_pieces
 from qlora_kit.settings import Config, GenerationSettings
 from qlora_kit.tokenizer import token_id

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from qlora_kit.cli import Failed
+from qlora_kit.errors import Failed
 from qlora_kit.report import RunReport
 
 # A jump of the loss: above the median of the last WINDOW steps by ten robust standard deviations, and by a nat, which is e times

@@ -11,7 +11,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.config import UserError
+from qlora_kit.errors import UserError
 from qlora_kit.memory import KNOWN_CONFIGS
 from qlora_kit.settings import ModelConfig
 

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from qlora_kit.chat import BadRecord
-from qlora_kit.config import UserError
+from qlora_kit.errors import BadRecord, UserError
 from qlora_kit.formats import checked_text
 from qlora_kit.generation import Generated, Generator, replace_settings
 from qlora_kit.rounds import Round, messages, worded

@@ -9,7 +9,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from qlora_kit.config import UserError
+from qlora_kit.errors import UserError
 
 LOCK = ".lock"
 

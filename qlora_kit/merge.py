@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit import cli
 from qlora_kit.adapter import AdapterSource, fetch_base, read_adapter
-from qlora_kit.config import UserError
+from qlora_kit.errors import UserError
 from qlora_kit.hub import TOKENIZER_FILES, fetch_model, go_offline_if_unreachable, is_local, read_context
 from qlora_kit.memory import GIB
 from qlora_kit.merging.folder import check_disk, check_output, copy_small_files, record_check, staged, write_mark

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from qlora_kit.config import UserError
+from qlora_kit.errors import UserError
 from qlora_kit.hub import read_json
 from qlora_kit.memory import BYTES_4BIT, BYTES_4BIT_DOUBLE, GIB, ModelShape, read_shape
 from qlora_kit.settings import ModelConfig, QuantizationConfig

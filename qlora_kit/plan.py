@@ -7,7 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_kit.config import UserError, override
+from qlora_kit.config import override
+from qlora_kit.errors import UserError
 from qlora_kit.hub import go_offline_if_unreachable, is_local, read_model_config
 from qlora_kit.memory import (
     CONTEXT_BYTES,

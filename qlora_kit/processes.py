@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.cli import Failed, Stopped
-from qlora_kit.config import UserError
+from qlora_kit.errors import Failed, Stopped, UserError
 from qlora_kit.settings import Config
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from qlora_kit.config import UserError
+from qlora_kit.errors import UserError
 
 # Beginnings for an adapter of running text, the first two in Wikitext's form; requests for one of chats or instructions.
 DEMO_TEXTS = [

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qlora_kit.config import UserError
+from qlora_kit.errors import UserError
 
 Row = tuple[str, dict[str, Any]]  # the place in its file, such as `line 3`, and the record
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.config import UserError
 from qlora_kit.documents import Part, check_format, join_rule, placed, read_documents, recognise_format
 from qlora_kit.encoding import Fragment
+from qlora_kit.errors import UserError
 from qlora_kit.hub import FILE_SUFFIXES, is_local
 from qlora_kit.readers import Row, read_records
 from qlora_kit.settings import DataConfig

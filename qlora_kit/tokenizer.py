@@ -4,7 +4,7 @@ import hashlib
 import re
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.config import UserError
+from qlora_kit.errors import UserError
 from qlora_kit.settings import ModelConfig
 
 if TYPE_CHECKING:

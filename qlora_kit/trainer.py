@@ -16,9 +16,9 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from qlora_kit.callbacks import StopCallback
 from qlora_kit.checkpoints import what_stands
-from qlora_kit.cli import Failed
 from qlora_kit.dataset import Blocks
 from qlora_kit.device import is_out_of_memory
+from qlora_kit.errors import Failed
 from qlora_kit.fast.graph import MicroStep
 from qlora_kit.fast.loss import IGNORED, token_losses
 from qlora_kit.guard import StepGuard, numbered

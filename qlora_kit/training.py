@@ -15,10 +15,9 @@ from transformers import (
 
 from qlora_kit.checkpoint import CHECKPOINTS
 from qlora_kit.checkpoints import Checkpoint
-from qlora_kit.cli import Failed
-from qlora_kit.config import UserError, cannot_work
 from qlora_kit.dataset import Blocks
 from qlora_kit.device import Machine
+from qlora_kit.errors import Failed, UserError, cannot_work
 from qlora_kit.fast.decoder import FastDecoder, why_not_fast
 from qlora_kit.fast.graph import MicroStep, why_not_compiled, why_not_graphed, why_not_used
 from qlora_kit.fast.lora import fuse

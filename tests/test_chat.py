@@ -6,7 +6,8 @@ import time
 import pytest
 from transformers import AutoTokenizer
 
-from qlora_kit.chat import BadRecord, end_of_turn
+from qlora_kit.chat import end_of_turn
+from qlora_kit.errors import BadRecord
 from qlora_kit.formats import Piece, chat_pieces
 from tests.written_out import DEFAULT_SYSTEM
 

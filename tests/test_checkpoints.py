@@ -20,8 +20,8 @@ import train_qlora
 from qlora_kit import checkpoints, cli
 from qlora_kit.checkpoint import check_disk, check_output_dir, find_checkpoint
 from qlora_kit.checkpoints import candidates, clean, newest_valid, rotate, saving
-from qlora_kit.cli import Failed
-from qlora_kit.config import UserError, load_config
+from qlora_kit.config import load_config
+from qlora_kit.errors import Failed, UserError
 from qlora_kit.fast.graph import MicroStep
 from qlora_kit.lock import LOCK, OutputLock
 from qlora_kit.memory import ModelShape

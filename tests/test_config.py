@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 import train_qlora
-from qlora_kit.config import UserError, all_keys, load_config, override, parse_set
+from qlora_kit.config import all_keys, load_config, override, parse_set
+from qlora_kit.errors import UserError
 from qlora_kit.settings import Config
 
 

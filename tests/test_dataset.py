@@ -13,9 +13,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from qlora_kit.config import UserError, load_config
+from qlora_kit.config import load_config
 from qlora_kit.dataset import Blocks, cut_into_blocks, load_blocks, tokenize
 from qlora_kit.documents import hold_out
+from qlora_kit.errors import UserError
 from qlora_kit.settings import DataConfig
 from qlora_kit.sources import open_source
 from qlora_kit.tokenizer import separator_id

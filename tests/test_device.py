@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from qlora_kit import device
-from qlora_kit.cli import Failed
-from qlora_kit.config import UserError
+from qlora_kit.errors import Failed, UserError
 from qlora_kit.memory import GIB, KNOWN_CONFIGS, read_shape
 from qlora_kit.settings import Config
 

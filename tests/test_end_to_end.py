@@ -28,8 +28,8 @@ import inference_example
 import train_qlora
 from qlora_kit import cli
 from qlora_kit.adapter import read_adapter
-from qlora_kit.cli import Failed
-from qlora_kit.config import UserError, load_config
+from qlora_kit.config import load_config
+from qlora_kit.errors import Failed, UserError
 from qlora_kit.settings import GenerationSettings
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")

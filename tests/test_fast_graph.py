@@ -6,8 +6,7 @@ import pytest
 import torch
 from bitsandbytes import functional as bnb
 
-from qlora_kit.cli import Failed
-from qlora_kit.config import UserError
+from qlora_kit.errors import Failed, UserError
 from qlora_kit.fast import nf4
 from qlora_kit.fast.decoder import FastDecoder, offload_embedding
 from qlora_kit.fast.graph import MicroStep, why_not_compiled, why_not_graphed, why_not_used

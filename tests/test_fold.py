@@ -13,7 +13,7 @@ from peft.tuners.lora.layer import LoraLayer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import inference_example
-from qlora_kit.config import UserError
+from qlora_kit.errors import UserError
 from qlora_kit.fast.decode import GraphEngine
 from qlora_kit.memory import GIB
 from qlora_kit.merging.fold import ANSWER_BYTES, check_memory, fold

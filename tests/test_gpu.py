@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import train_qlora
-from qlora_kit.config import UserError, load_config
+from qlora_kit.config import load_config
 from qlora_kit.device import look_at_machine
+from qlora_kit.errors import UserError
 from qlora_kit.paging import page_again
 from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
 

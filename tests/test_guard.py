@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_kit.cli import Failed
+from qlora_kit.errors import Failed
 from qlora_kit.guard import StepGuard, numbered
 from qlora_kit.settings import Config, TrainingConfig
 

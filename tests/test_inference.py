@@ -21,9 +21,10 @@ from qlora_kit import cli, comparison
 from qlora_kit.adapter import read_adapter
 from qlora_kit.answers import Answered, columns, run_text
 from qlora_kit.comparison import Comparison, evaluation_blocks
-from qlora_kit.config import UserError, load_config, override
+from qlora_kit.config import load_config, override
 from qlora_kit.dataset import load_blocks
 from qlora_kit.decoding import LibraryEngine
+from qlora_kit.errors import UserError
 from qlora_kit.generation import Generated, Generator
 from qlora_kit.perplexity import Difference, Perplexity
 from qlora_kit.prompts import DEMO_TEXTS, Prompt, demo_prompts

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from finetuning_lessons.lesson import PRINTED_WIDTH, create_parser, open_folder, print_table, print_text
-from qlora_kit.config import UserError
+from qlora_kit.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = {"__init__", "lesson", "short_run"}

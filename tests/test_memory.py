@@ -21,7 +21,8 @@ from transformers import (
 
 from qlora_kit import memory
 from qlora_kit import plan as planner
-from qlora_kit.config import UserError, override, parse_set
+from qlora_kit.config import override, parse_set
+from qlora_kit.errors import UserError
 from qlora_kit.fast.decoder import FastDecoder
 from qlora_kit.memory import GIB, KNOWN_CONFIGS, ModelShape, estimate_memory, read_shape
 from qlora_kit.plan import Plan, make_plan, plan_table

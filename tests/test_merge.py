@@ -19,8 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 import train_qlora
 from qlora_kit import merge
 from qlora_kit.adapter import read_adapter
-from qlora_kit.cli import Failed
-from qlora_kit.config import UserError
+from qlora_kit.errors import Failed, UserError
 from qlora_kit.merging.check import MARGIN, ROUNDING, Comparison, Measured, check_blocks, compare
 from qlora_kit.merging.folder import check_disk, stop_ids
 from quantization_utils import create_bnb_config, load_model_and_tokenizer

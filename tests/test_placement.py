@@ -9,8 +9,8 @@ import torch
 import inference_example
 from qlora_kit import merge
 from qlora_kit.adapter import read_adapter
-from qlora_kit.config import UserError
 from qlora_kit.decoding import LibraryEngine
+from qlora_kit.errors import UserError
 from qlora_kit.fast.loss import token_losses
 from qlora_kit.memory import BYTES_4BIT_DOUBLE, GIB, KNOWN_CONFIGS, read_shape
 from qlora_kit.merging.weights import Packing

@@ -11,7 +11,7 @@ from rich.console import Console
 
 import train_qlora
 from qlora_kit import cli
-from qlora_kit.config import UserError
+from qlora_kit.errors import UserError
 from qlora_kit.preview import histogram
 
 RECORDS = [

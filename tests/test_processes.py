@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 import train_qlora
 from qlora_kit import processes
-from qlora_kit.cli import Failed, Stopped
-from qlora_kit.config import UserError, load_config
+from qlora_kit.config import load_config
+from qlora_kit.errors import Failed, Stopped, UserError
 from qlora_kit.plan import make_plan
 from qlora_kit.processes import EveryNth, Team, check_alike, check_division, choose_own_gpu, connected, find_team
 from qlora_kit.training import IGNORED, OwnRows

@@ -12,7 +12,8 @@ import inference_example
 import train_qlora
 from finetuning_lessons.lesson import create_parser
 from qlora_kit import doctor, merge
-from qlora_kit.config import UserError, load_config, override
+from qlora_kit.config import load_config, override
+from qlora_kit.errors import UserError
 from qlora_kit.formats import READERS, recognise
 from qlora_kit.memory import GIB, KNOWN_CONFIGS, estimate_memory, read_shape
 from qlora_kit.plan import check_fit, make_plan

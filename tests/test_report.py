@@ -9,8 +9,9 @@ import torch
 
 from qlora_kit.checkpoint import check_output_dir, find_checkpoint, open_output, write_passport
 from qlora_kit.checkpoints import saving
-from qlora_kit.config import UserError, load_config, override
+from qlora_kit.config import load_config, override
 from qlora_kit.device import Machine
+from qlora_kit.errors import UserError
 from qlora_kit.memory import GIB
 from qlora_kit.perplexity import as_metrics, from_block_losses, recorded_base
 from qlora_kit.plan import Plan

@@ -19,7 +19,8 @@ import yaml
 import train_qlora
 from qlora_kit import cli
 from qlora_kit.adapter import read_adapter
-from qlora_kit.config import UserError, all_keys, load_config, override, parse_set
+from qlora_kit.config import all_keys, load_config, override, parse_set
+from qlora_kit.errors import UserError
 from qlora_kit.redaction import is_secret, redact
 from qlora_kit.report import RunLog, command_line, remote_code_warning
 from qlora_kit.settings import Config, ModelConfig

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_kit.config import UserError
+from qlora_kit.errors import UserError
 from qlora_kit.memory import GIB, KNOWN_CONFIGS, estimate_memory, read_shape
 from qlora_kit.plan import cheapest_change, make_plan, read_written_out_shape
 from qlora_kit.processes import check_division, check_launcher

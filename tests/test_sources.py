@@ -10,8 +10,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from qlora_kit.config import UserError
 from qlora_kit.documents import join_lines
+from qlora_kit.errors import UserError
 from qlora_kit.settings import DataConfig
 from qlora_kit.sources import check_source, estimate_tokens, open_source, source_files
 from tests.written_out import joined

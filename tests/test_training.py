@@ -20,10 +20,10 @@ import train_qlora
 from qlora_kit import progress
 from qlora_kit.callbacks import StopCallback
 from qlora_kit.checkpoint import save_adapter
-from qlora_kit.cli import Failed
 from qlora_kit.config import load_config
 from qlora_kit.dataset import Blocks
 from qlora_kit.device import Machine, look_at_machine
+from qlora_kit.errors import Failed
 from qlora_kit.fast.decoder import FastDecoder
 from qlora_kit.fast.loss import token_losses
 from qlora_kit.perplexity import Perplexity, as_metrics, recorded_base

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from qlora_kit.config import UserError, cannot_work
 from qlora_kit.device import is_out_of_memory
+from qlora_kit.errors import UserError, cannot_work
 from qlora_kit.fast.decoder import GROUPS, FastDecoder
 from qlora_kit.fast.loss import IGNORED
 from qlora_kit.fast.nf4 import why_no_triton

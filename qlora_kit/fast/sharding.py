@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from qlora_kit.config import UserError
+from qlora_kit.errors import UserError
 from qlora_kit.fast.parts import projections_of
 from qlora_kit.memory import HEAD_ROWS
 from qlora_kit.merging.files import Stored, read_base

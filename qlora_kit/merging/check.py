@@ -14,8 +14,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_kit.adapter import AdapterSource
-from qlora_kit.config import UserError
 from qlora_kit.dataset import Blocks, load_blocks
+from qlora_kit.errors import UserError
 from qlora_kit.merging.weights import Packing
 from qlora_kit.packing import RecordBlocks
 from qlora_kit.perplexity import Perplexity, from_block_losses, library_losses, loss_difference, measure_perplexity, plus_minus

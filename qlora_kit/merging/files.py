@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
-from qlora_kit.config import UserError
+from qlora_kit.errors import UserError
 from qlora_kit.hub import read_json
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -15,7 +15,7 @@ from peft.tuners.lora.layer import LoraLayer
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qlora_kit.config import UserError
+from qlora_kit.errors import UserError
 from qlora_kit.hub import model_folder, read_json
 from qlora_kit.memory import GIB
 from qlora_kit.merging.files import read_base

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.adapter import AdapterSource
-from qlora_kit.cli import Failed
-from qlora_kit.config import UserError
+from qlora_kit.errors import Failed, UserError
 from qlora_kit.generation import find_stop_ids
 from qlora_kit.hub import read_json
 from qlora_kit.memory import GIB

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.checkpoint import ADAPTER_FILES
-from qlora_kit.config import UserError
+from qlora_kit.errors import UserError
 from qlora_kit.hub import read_json
 
 if TYPE_CHECKING:

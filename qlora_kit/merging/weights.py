@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 
-from qlora_kit.config import UserError
+from qlora_kit.errors import UserError
 from qlora_kit.hub import is_local
 from qlora_kit.merging.files import Stored, read_base
 from qlora_kit.merging.pairs import LoraPair
