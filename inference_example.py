@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, TextIO
 from qlora_kit import cli
 from qlora_kit.adapter import AdapterSource, check_base, fetch_base, load_checked_tokenizer, read_adapter
 from qlora_kit.answers import encode_prompts, run_demo, run_text
+from qlora_kit.config import Config, GenerationSettings
 from qlora_kit.errors import UserError
 from qlora_kit.generation import Generator, PromptEncoder, find_stop_ids, replace_settings
-from qlora_kit.hub import fetch_model, fetch_tokenizer, go_offline_if_unreachable, is_local, model_folder, read_context
 from qlora_kit.merging.pairs import read_pairs
+from qlora_kit.model.hub import fetch_model, fetch_tokenizer, go_offline_if_unreachable, is_local, model_folder, read_context
 from qlora_kit.prompts import Prompt, demo_prompts, read_prompt, read_prompt_file
-from qlora_kit.settings import Config, GenerationSettings
 from qlora_kit.sources import source_files
 
 if TYPE_CHECKING:
@@ -187,8 +187,8 @@ def load_generator(
     """
     from qlora_kit.attach import attach_adapter, check_vocabulary, does_nothing
     from qlora_kit.decoding import choose_engine
-    from qlora_kit.device import choose_device, usable_dtype
-    from qlora_kit.placement import choose_device_map
+    from qlora_kit.model.device import choose_device, usable_dtype
+    from qlora_kit.model.gpu_placement import choose_device_map
     from quantization_utils import create_bnb_config, load_model_and_tokenizer
 
     device = choose_device(arguments.device, "--device")

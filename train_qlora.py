@@ -29,19 +29,27 @@ from qlora_kit.checkpoint import (
     write_passport,
 )
 from qlora_kit.checkpoints import Checkpoint
-from qlora_kit.config import load_config, override, parse_set
+from qlora_kit.config import Config
+from qlora_kit.config_file import load_config, override, parse_set
 from qlora_kit.dataset import Blocks, load_blocks
 from qlora_kit.errors import UserError
-from qlora_kit.fingerprint import weights_fingerprint
-from qlora_kit.hub import fetch_model, fetch_tokenizer, go_offline_if_unreachable, is_local, model_folder
 from qlora_kit.lock import OutputLock
+from qlora_kit.model.fingerprint import weights_fingerprint
+from qlora_kit.model.hub import (
+    fetch_model,
+    fetch_tokenizer,
+    go_offline_if_unreachable,
+    is_local,
+    model_folder,
+    remote_code_warning,
+)
+from qlora_kit.model.tokenizer import load_tokenizer, tokenizer_fingerprint
 from qlora_kit.packing import RecordBlocks
-from qlora_kit.plan import asked, check_fit, describe_plan, go_on_as_planned, make_plan, read_written_out_shape
-from qlora_kit.processes import ALONE, Team, check_alike, check_division, check_gpus, choose_own_gpu, connected, find_team
-from qlora_kit.report import CURVES, RunReport, plot_training_curves, read_metrics, remote_code_warning, what_runs
-from qlora_kit.settings import Config
+from qlora_kit.planning.fit import check_fit
+from qlora_kit.planning.plan import asked, check_division, go_on_as_planned, make_plan
+from qlora_kit.processes import ALONE, Team, check_alike, check_gpus, choose_own_gpu, connected, find_team
+from qlora_kit.report import CURVES, RunReport, plot_training_curves, read_metrics, what_runs
 from qlora_kit.sources import check_source
-from qlora_kit.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -125,6 +133,8 @@ def main(argv: list[str] | None = None) -> None:
         if team.count > 1 and config.training.device != "cpu":
             check_gpus(team)
         if arguments.plan:
+            from qlora_kit.training.machine import describe_plan
+
             return print(describe_plan(config, arguments.processes or team.count)) if team.leads else None
         check_source(config.data)
         if arguments.preview:
@@ -146,11 +156,13 @@ def train_adapter(
     checkpoint, lines = find_common_checkpoint(folder, config, arguments.resume, team)
     if not (is_local(config.model.name) and all(map(is_local, config.data.names))):
         go_offline_if_unreachable()
+    from qlora_kit.training.machine import read_written_out_shape
+
     shape, reason = read_written_out_shape(config)
     if shape and team.leads:
         check_disk(folder, shape.lora_parameters(config.lora.rank, config.lora.target_modules), config.training.optim)
 
-    from qlora_kit.device import look_at_machine, out_of_memory_is_one_line
+    from qlora_kit.training.machine import look_at_machine, out_of_memory_is_one_line
 
     machine = look_at_machine(config, shape)
     check_alike(team, {"training.device": machine.device, "quantization.compute_dtype": machine.dtype_name})
@@ -178,7 +190,7 @@ def train_adapter(
         checkpoint,
         {"train_sha256": report.data["train_sha256"], "tokenizer_sha256": tokenizer_fingerprint(tokenizer)},
     )
-    from qlora_kit.training import build_trainer, check_end
+    from qlora_kit.training.build import build_trainer, check_end
 
     if checkpoint:
         check_end(checkpoint, config, len(train))
@@ -188,7 +200,7 @@ def train_adapter(
     with report.telling_how_it_ends(), out_of_memory_is_one_line(config, planned=bool(plan.parts)):
         model, tokenizer = load_adapted_model(config, report, tokenizer)
 
-        from qlora_kit.perplexity import recorded_base
+        from qlora_kit.model.perplexity import recorded_base
 
         trainer = build_trainer(model, train, evaluation, report)
         if lock:

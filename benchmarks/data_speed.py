@@ -114,8 +114,8 @@ def toolkit(tokenizer: Any, file: Path) -> float:
     sys.path.insert(0, str(ROOT))
     import datasets  # noqa: F401  not needed, but the others' clocks do not count it either
 
+    from qlora_kit.config import Config, DataConfig
     from qlora_kit.dataset import load_blocks
-    from qlora_kit.settings import Config, DataConfig
 
     data = DataConfig(dataset=str(file), subset=None, eval_split=None, max_length=BLOCK_TOKENS)
     start = time.perf_counter()

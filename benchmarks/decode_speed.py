@@ -157,7 +157,7 @@ def toolkit(checkpoint: Path, adapter: Path, system: str) -> Callable[[list[list
     import inference_example
     from qlora_kit import cli
     from qlora_kit.adapter import read_adapter
-    from qlora_kit.settings import GenerationSettings
+    from qlora_kit.config import GenerationSettings
 
     cli.prepare_libraries()
     arguments = inference_example.parse_arguments(["--adapter", str(adapter)])

@@ -82,7 +82,7 @@ def toolkit(checkpoint: str, adapter: str) -> None:
     import inference_example
     from qlora_kit import cli
     from qlora_kit.adapter import read_adapter
-    from qlora_kit.settings import GenerationSettings
+    from qlora_kit.config import GenerationSettings
 
     cli.prepare_libraries()
     arguments = inference_example.parse_arguments(["--adapter", adapter, "--device", "cpu"])

@@ -172,7 +172,13 @@ def main() -> None:
     arguments = parser.parse_args()
     os.chdir(ROOT)
     cli.prepare_libraries()
-    for name in ("train_qlora", "quantization_utils", "qlora_kit.device", "qlora_kit.perplexity", "qlora_kit.training"):
+    for name in (
+        "train_qlora",
+        "quantization_utils",
+        "qlora_kit.model.device",
+        "qlora_kit.model.perplexity",
+        "qlora_kit.training.build",
+    ):
         importlib.import_module(name)  # everything that a fork would import
 
     place = Path(tempfile.mkdtemp(prefix="reliability-"))

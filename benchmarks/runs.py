@@ -173,7 +173,7 @@ def make_checkpoint(model: str, tokenizer: Path, folder: Path) -> None:
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
     sys.path.insert(0, str(ROOT))
-    from qlora_kit.memory import KNOWN_CONFIGS, read_shape
+    from qlora_kit.planning.shape import KNOWN_CONFIGS, read_shape
 
     config = KNOWN_CONFIGS[LARGE[model]] if model in LARGE else KNOWN_CONFIGS[KNOWN] | SHAPES[model]
     shape = read_shape(config)

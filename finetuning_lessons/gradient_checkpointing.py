@@ -37,8 +37,9 @@ from finetuning_lessons.lesson import (
 )
 from finetuning_lessons.short_run import use_one_thread
 from qlora_kit import cli
-from qlora_kit.memory import GIB, KNOWN_CONFIGS, estimate_memory, read_shape
-from qlora_kit.settings import Config
+from qlora_kit.config import Config
+from qlora_kit.planning.memory import estimate_memory
+from qlora_kit.planning.shape import GIB, KNOWN_CONFIGS, read_shape
 
 BATCH = 2  # sequences
 LENGTHS = (64, 128, 256, 512)  # tokens
@@ -192,7 +193,7 @@ def print_findings(steps: dict[int, dict[bool, Step]], fixed: int) -> None:
     kept, again = (sum(estimate_memory(shape, Config(), 1, layers).values()) for layers in (0, shape.layers))
     extra = percent(shape.training_flops_per_token(recompute=True), shape.training_flops_per_token(recompute=False))
     print_text(
-        f"For Qwen2.5-3B in 4 bits at 1 x 512 tokens qlora_kit.memory predicts {again / GIB:.2f} GiB instead of "
+        f"For Qwen2.5-3B in 4 bits at 1 x 512 tokens qlora_kit.planning.memory predicts {again / GIB:.2f} GiB instead of "
         f"{kept / GIB:.2f} in torch's allocator, {-percent(again, kept):.0f} % less, for {extra:.0f} % more work in products. "
         "Full fine-tuning pays a smaller share: its backward pass takes two products for each of the forward pass, that of "
         "frozen weights only one, and checkpointing adds a forward pass to either."

@@ -42,7 +42,7 @@ from finetuning_lessons.lesson import (
 )
 from finetuning_lessons.short_run import load_split, use_one_thread
 from qlora_kit import cli
-from qlora_kit.memory import KNOWN_CONFIGS, read_shape
+from qlora_kit.planning.shape import KNOWN_CONFIGS, read_shape
 
 STEPS = 16  # of 4 x 128 tokens
 LORA_RANK = 16

@@ -39,7 +39,7 @@ from finetuning_lessons.lesson import (
 from qlora_kit import cli
 from qlora_kit.errors import Failed
 from qlora_kit.formats import alpaca_to_text
-from qlora_kit.hub import go_offline_if_unreachable
+from qlora_kit.model.hub import go_offline_if_unreachable
 
 RECORDS = ROOT / "samples" / "alpaca.jsonl"
 BATCH = 4

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.checkpoint import ADAPTER_FILES, CHECKPOINTS, CONFIG, PASSPORT
-from qlora_kit.config import load_config
+from qlora_kit.config import Config, DataConfig, ModelConfig, QuantizationConfig
+from qlora_kit.config_file import load_config
 from qlora_kit.errors import UserError
-from qlora_kit.fingerprint import tensor_shapes, weights_fingerprint
-from qlora_kit.hub import TOKENIZER_FILES, is_local, model_folder, read_json
-from qlora_kit.report import remote_code_warning
-from qlora_kit.settings import Config, DataConfig, ModelConfig, QuantizationConfig
+from qlora_kit.model.fingerprint import tensor_shapes, weights_fingerprint
+from qlora_kit.model.hub import TOKENIZER_FILES, is_local, model_folder, read_json, remote_code_warning
+from qlora_kit.model.tokenizer import load_tokenizer, tokenizer_fingerprint, vocabulary_fingerprint
 from qlora_kit.sources import open_source
-from qlora_kit.tokenizer import load_tokenizer, tokenizer_fingerprint, vocabulary_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from qlora_kit.device import choose_device, usable_dtype
 from qlora_kit.examination import Problem, Skipped
 from qlora_kit.installation import reinstall
+from qlora_kit.model.device import choose_device, usable_dtype
 
 # QLoRA (arXiv 2305.14314), appendix E.
 NF4_LEVELS = (

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from qlora_kit.adapter import AdapterSource
 from qlora_kit.checkpoint import ADAPTER_FILES
 from qlora_kit.errors import UserError
-from qlora_kit.fingerprint import tensor_shapes
+from qlora_kit.model.fingerprint import tensor_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -28,21 +28,21 @@ from qlora_kit.checkpoints import (
     refused_by_the_disk,
     replace_text,
 )
-from qlora_kit.config import load_config
+from qlora_kit.config import Config
+from qlora_kit.config_file import load_config
 from qlora_kit.errors import Failed, UserError
-from qlora_kit.fingerprint import weights_fingerprint
 from qlora_kit.generation import find_stop_ids
-from qlora_kit.hub import is_local, model_folder
+from qlora_kit.model.fingerprint import weights_fingerprint
+from qlora_kit.model.hub import is_local, model_folder
+from qlora_kit.model.tokenizer import separator_id, tokenizer_fingerprint, vocabulary_fingerprint
 from qlora_kit.processes import Team
 from qlora_kit.report import CURVES, LOG, METRICS, RunReport, command_line, finite, now, versions
-from qlora_kit.settings import Config
-from qlora_kit.tokenizer import separator_id, tokenizer_fingerprint, vocabulary_fingerprint
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-    from qlora_kit.perplexity import Perplexity
+    from qlora_kit.model.perplexity import Perplexity
 
 CONFIG, PASSPORT, CHECKPOINTS = "config.yaml", "run.json", "checkpoints"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")

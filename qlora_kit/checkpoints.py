@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.errors import Failed
-from qlora_kit.memory import optimizer_bytes
+from qlora_kit.planning.memory import optimizer_bytes
 
 MANIFEST = "manifest.json"
 PREFIX, SAVING, REPLACED, REMOVED = "checkpoint-", ".saving-", ".replaced-", ".removed-"

@@ -26,7 +26,7 @@ try:
     from rich.console import Console
 
     from qlora_kit.errors import Failed, Stopped, UserError
-    from qlora_kit.redaction import redact
+    from qlora_kit.secrets import redact
 except ModuleNotFoundError as missing:  # the first import of every command: nobody is there yet to catch it
     sys.exit(_not_installed(str(missing.name)))
 

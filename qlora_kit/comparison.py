@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.answers import as_line
+from qlora_kit.config import Config
 from qlora_kit.dataset import Blocks, load_blocks, source_blocks
 from qlora_kit.errors import UserError
 from qlora_kit.generation import Generator
-from qlora_kit.hub import is_local
-from qlora_kit.packing import RecordBlocks
-from qlora_kit.perplexity import (
+from qlora_kit.model.hub import is_local
+from qlora_kit.model.perplexity import (
     Difference,
     Perplexity,
     from_block_losses,
@@ -20,8 +20,8 @@ from qlora_kit.perplexity import (
     measure_block_losses,
     plus_minus,
 )
+from qlora_kit.packing import RecordBlocks
 from qlora_kit.report import finite
-from qlora_kit.settings import Config
 from qlora_kit.sources import TABLE_SUFFIXES, open_source
 
 if TYPE_CHECKING:

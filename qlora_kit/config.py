@@ -1,235 +1,208 @@
-"""config.yaml as typed settings: file + overrides -> Config, with every mistake named at once.
+"""The settings of a run as pydantic models: sections, keys, types, ranges, defaults. config.yaml explains each key.
 
-    config = load_config(Path("config.yaml"), {"lora.rank": "8"})
-
-Precedence: model default < YAML < overrides in their order. Dotted keys (`lora.rank`) are the one vocabulary of the YAML
-file, the command line and the messages. Imports no torch, so that a mistake is answered at once. Whether the model, the
-data set and the GPU exist is not checked here.
+These defaults are the only ones; a test holds config.yaml equal to them. Reading files and wording mistakes: config.py.
 """
 
-import difflib
-import reprlib
-from pathlib import Path
-from typing import Any
+import math
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ValidationError
-
-from qlora_kit.errors import UserError
-from qlora_kit.redaction import is_secret, refusal
-from qlora_kit.settings import Config
-
-# What peft, transformers and other tools call our keys.
-OTHER_NAMES = {
-    "r": "lora.rank",
-    "lr": "training.learning_rate",
-    "epochs": "training.num_epochs",
-    "per_device_train_batch_size": "training.batch_size",
-}
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
-def all_keys() -> list[str]:
-    return [f"{section}.{key}" for section, values in Config().model_dump().items() for key in values]
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, bool):  # YAML's `on` and `yes` are booleans, and Python would count them as 1
+        raise ValueError("should be a number, not true or false")
+    return value
 
 
-def load_config(path: Path, overrides: dict[str, Any] | None = None) -> Config:
-    """Read a YAML file, lay the overrides (dotted key -> value) over it and check the whole.
-
-    Raises:
-        UserError: the file cannot be used, or keys or values are wrong: one problem for each mistake.
-    """
-    values, places, problems = _read_yaml(path)
-    return _check(values, places, overrides or {}, problems)
-
-
-def override(config: Config, overrides: dict[str, Any]) -> Config:
-    """The same config with some keys changed; raises UserError as load_config does."""
-    values = {f"{section}.{key}": value for section, keys in config.model_dump().items() for key, value in keys.items()}
-    return _check(values, {}, overrides, [])
+def _target_modules(value: Any) -> Any:
+    if value == "all-linear":
+        return value
+    if not isinstance(value, list) or not value or not all(isinstance(name, str) and name for name in value):
+        raise ValueError("should be a list of module names, such as [q_proj, v_proj], or all-linear")
+    if len(set(value)) < len(value):
+        raise ValueError("names a module twice")
+    return value
 
 
-def _check(values: dict[str, Any], places: dict[str, str], overrides: dict[str, Any], problems: list[str]) -> Config:
-    values = values | overrides
-    places = places | dict.fromkeys(overrides, "command line")
-    known_keys = all_keys()
-    # A known key may be called as a secret is: its value alone counts.
-    secret = [key for key, value in values.items() if is_secret("" if key in known_keys else key, value)]
-    problems += [refusal(places.get(key, "settings"), key) for key in secret]
-    values = {key: value for key, value in values.items() if key not in secret}
-    known = {key: value for key, value in values.items() if key in known_keys}
-    problems += [_unknown(key, value, places[key]) for key, value in values.items() if key not in known]
-    config, wrong = _validate(known, places)
-    if wrong:  # what is left is still checked for contradictions, so that everything is said at once
-        config, _ = _validate({key: value for key, value in known.items() if key not in wrong}, places)
-    problems += wrong.values()
-    problems += [text for keys, text in _contradictions(config) if not wrong.keys() & keys]
-    if problems:
-        raise UserError(*problems)
-    return config
+def _switch(value: Any) -> Any:
+    if value not in (True, False, "auto"):
+        raise ValueError("should be true, false or auto")
+    return value
 
 
-def parse_set(assignments: list[str]) -> dict[str, Any]:
-    """`section.key=value` strings -> {dotted key: value}; the value is read as YAML, so lists and null work."""
-    overrides = {}
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals:
-            raise UserError(f"--set {assignment}: should be KEY=VALUE, such as --set lora.rank=8")
-        try:
-            overrides[key.strip()] = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that does not exist
-            raise UserError(f"--set {assignment}: the value is not valid YAML; quote it") from None
-    return overrides
+def _fsdp(value: Any) -> Any:
+    if value not in (True, False, "offload"):
+        raise ValueError("should be true, false or offload")
+    return value
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    """The file as dotted keys, the place of each (`config.yaml:12`), and what is wrong with its form."""
+def _micro_batch(value: Any) -> Any:
+    if value == "auto":
+        return value
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        loaded = yaml.safe_load(text)
-    except FileNotFoundError:
-        raise UserError(f"--config {path}: no such file; start from config.yaml or configs/tiny.yaml") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: cannot be read as text ({error.__class__.__name__}); name a YAML file") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or "unreadable"
-        raise UserError(f"{path}{line}: not valid YAML ({reason}); compare it with config.yaml") from None
-    except RecursionError:
-        raise UserError(f"{path}: not valid YAML (nested too deeply); compare it with config.yaml") from None
-    except ValueError as error:  # a date that does not exist
-        raise UserError(f"{path}: not valid YAML ({error}); quote the value") from None
-    if not isinstance(root, yaml.MappingNode):
-        what = "empty" if root is None else "not a mapping of sections"
-        raise UserError(f"--config {path}: the file is {what}; start from config.yaml or configs/tiny.yaml")
-    return _flatten(path, root, loaded)
+        count = int(_not_bool(value))
+        if count != float(value):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        count = 0
+    if count < 1:
+        raise ValueError("should be auto or a whole number of at least 1")
+    return count
 
 
-def _flatten(path: Path, root: yaml.MappingNode, loaded: dict) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    values: dict[str, Any] = {}
-    places: dict[str, str] = {}
-    problems = []
-    names = [node.value for node, _ in root.value]
-    for number, (section_node, body) in enumerate(root.value, 1):
-        section, place = section_node.value, f"{path}:{section_node.start_mark.line + 1}"
-        if section in names[number:]:  # the last one is in `loaded`
-            problems.append(f"{place}: {section}: stands twice; put all its keys under one")
-        elif section not in Config.model_fields and is_secret(section, loaded.get(section)):
-            problems.append(refusal(place, section))
-        elif section not in Config.model_fields:
-            problems.append(f"{place}: {section}: unknown section; {_closest(section, list(Config.model_fields))}")
-        elif not isinstance(body, yaml.MappingNode) and is_secret("", loaded[section]):
-            problems.append(refusal(place, section))
-        elif not isinstance(body, yaml.MappingNode) and loaded[section] is not None:
-            problems.append(f"{place}: {section}: {_shown(loaded[section])}: should hold keys, such as {_example(section)}")
-        elif isinstance(body, yaml.MappingNode):
-            for key_node, _ in body.value:
-                key, line = f"{section}.{key_node.value}", key_node.start_mark.line + 1
-                if key in values:
-                    problems.append(f"{path}:{line}: {key}: stands twice; keep one")
-                values[key] = loaded[section].get(key_node.value)
-                places[key] = f"{path}:{line}"
-    return values, places, problems
+def _eval_split(value: Any) -> Any:
+    if value is None or (isinstance(value, str) and value and not _is_number(value)):
+        return value
+    if isinstance(value, bool) or not _is_number(value) or not 0 < float(value) < 1:
+        raise ValueError("should be a split's name, a file, a fraction between 0 and 1, or null")
+    return float(value)
 
 
-def _example(section: str) -> str:
-    return next(key for key in all_keys() if key.startswith(section + "."))
+def _dataset(value: Any) -> Any:
+    names = value if isinstance(value, list) else [value]
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError("should be a Hub name, a file, a folder, or a list of them")
+    return value
 
 
-def _unknown(key: str, value: Any, place: str) -> str:
-    return f"{place}: {key}: {_shown(value)}: unknown key; {_closest(key, all_keys())}"
+def _temperature(value: float) -> float:
+    if value != 0 and not 0.001 <= value <= 100:  # divided by less, logits overflow
+        raise ValueError("should be 0, for the likeliest token each time, or from 0.001 to 100")
+    return value
 
 
-def _closest(name: str, known: list[str]) -> str:
-    """The key that was probably meant: another tool's name for it, the same name in another section, or one spelt alike."""
-    section, _, tail = name.rpartition(".")
-    if tail in OTHER_NAMES:
-        return f"did you mean {OTHER_NAMES[tail]}?"
-    same_name = [key for key in known if key.rpartition(".")[2] == tail]
-    tails = {key.rpartition(".")[2]: key for key in sorted(known, key=lambda key: key.startswith(section + "."))}
-    alike = [tails[match] for match in difflib.get_close_matches(tail, tails, n=1, cutoff=0.6)]
-    return f"did you mean {(same_name or alike)[0]}?" if same_name or alike else "config.yaml lists every key"
-
-
-def _validate(values: dict[str, Any], places: dict[str, str]) -> tuple[Config, dict[str, str]]:
-    """The checked config and, per wrong key, its problem (then the config returned is the default one)."""
-    nested: dict[str, dict[str, Any]] = {}
-    for dotted, value in values.items():
-        section, _, key = dotted.partition(".")
-        nested.setdefault(section, {})[key] = value
+def _is_number(value: Any) -> bool:
     try:
-        return Config.model_validate(nested), {}
-    except ValidationError as error:
-        wrong: dict[str, str] = {}
-        for detail in error.errors():
-            key = ".".join(str(part) for part in detail["loc"][:2])
-            wrong.setdefault(key, f"{places[key]}: {key}: {_shown(values[key])}: {_reason(detail)}; {_remedy(key)}")
-        return Config(), wrong
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
-def _shown(value: Any) -> str:
-    """A value as Python writes it, the middle of a long one left out: aliases let a YAML file of a few lines hold a billion."""
-    short = reprlib.Repr()
-    short.maxlevel, short.maxlist, short.maxdict, short.maxstring, short.maxother, short.maxlong = 2, 20, 20, 200, 200, 40
-    return short.repr(value)
+Count = Annotated[int, BeforeValidator(_not_bool), Field(ge=1)]
+Integer = Annotated[int, BeforeValidator(_not_bool), Field(ge=0)]
+Positive = Annotated[float, BeforeValidator(_not_bool), Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, BeforeValidator(_not_bool), Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, BeforeValidator(_not_bool), Field(ge=0, lt=1)]
+Name = Annotated[str, Field(min_length=1)]
+Switch = Annotated[bool | str, BeforeValidator(_switch)]  # true, false or auto
 
 
-def _reason(detail: Any) -> str:
-    message = detail["msg"].removeprefix("Value error, ").replace("Input should", "should")
-    return message[0].lower() + message[1:].partition(", unable to")[0]
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def _remedy(key: str) -> str:
-    section, name = key.split(".")
-    default = Config().model_dump()[section][name]
-    shown = yaml.safe_dump(default, default_flow_style=True, width=1000).removesuffix("...\n").strip()
-    return f"the default is {shown}"
+class ModelConfig(Section):
+    name: Name = "Qwen/Qwen2.5-3B-Instruct"
+    revision: Name | None = None
+    trust_remote_code: bool = False
 
 
-def _contradictions(config: Config) -> list[tuple[set[str], str]]:
-    """Values that are fine alone and cannot hold together: the keys that take part, and the problem."""
-    training, limit, patience = config.training, config.performance.vram_limit_gib, config.training.early_stopping_patience
-    found = []
-    micro_batch = config.performance.micro_batch
-    if micro_batch != "auto" and config.effective_batch % int(micro_batch):
-        found.append(
-            (
-                {"performance.micro_batch", "training.batch_size", "training.gradient_accumulation_steps"},
-                f"performance.micro_batch: {micro_batch}: does not divide the effective batch of {config.effective_batch} "
-                "(batch_size x gradient_accumulation_steps); use a divisor, or auto",
-            )
-        )
-    if training.device == "cpu" and limit is not None:
-        found.append(
-            (
-                {"performance.vram_limit_gib", "training.device"},
-                f"performance.vram_limit_gib: {limit}: contradicts training.device cpu; set it to null, or the device to auto",
-            )
-        )
-    if patience is not None and config.data.eval_split is None:
-        found.append(
-            (
-                {"training.early_stopping_patience", "data.eval_split"},
-                f"training.early_stopping_patience: {patience}: needs evaluations, but data.eval_split is "
-                "null; name a split, or a fraction such as 0.1",
-            )
-        )
-    if training.keep_best and config.data.eval_split is None:
-        found.append(
-            (
-                {"training.keep_best", "data.eval_split"},
-                "training.keep_best: true: needs evaluations, but data.eval_split is null; "
-                "name a split, or a fraction such as 0.1",
-            )
-        )
-    if training.goes_back and training.save_steps % training.eval_steps:
-        found.append(
-            (
-                {"training.keep_best", "training.early_stopping_patience", "training.save_steps", "training.eval_steps"},
-                f"training.save_steps: {training.save_steps}: the run is to go back to the best evaluated checkpoint, "
-                f"so this must be a multiple of training.eval_steps ({training.eval_steps})",
-            )
-        )
-    return found
+class QuantizationConfig(Section):
+    load_in_4bit: bool = True
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    use_double_quant: bool = True
+
+
+class LoraSettings(Section):
+    rank: Count = 16
+    alpha: Positive = 32.0
+    dropout: Fraction = 0.05
+    target_modules: Annotated[list[str] | str, BeforeValidator(_target_modules)] = [
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    ]  # fmt: skip
+
+
+class DataConfig(Section):
+    dataset: Annotated[list[str] | str, BeforeValidator(_dataset)] = "Salesforce/wikitext"
+    subset: Name | None = "wikitext-2-raw-v1"
+    format: Literal["auto", "text", "alpaca", "sharegpt", "messages", "completion", "instruction"] = "auto"
+    text_field: Name = "text"
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    max_length: Annotated[int, BeforeValidator(_not_bool), Field(ge=8)] = 512
+    too_long: Literal["cut", "drop"] = "cut"
+    packing: bool = True
+    train_split: Name = "train"
+    eval_split: Annotated[str | float | None, BeforeValidator(_eval_split)] = "validation"
+    max_train_samples: Count | None = None
+    max_eval_samples: Count | None = 256
+
+    @property
+    def names(self) -> list[str]:
+        """`dataset` as a list."""
+        return self.dataset if isinstance(self.dataset, list) else [self.dataset]
+
+
+class TrainingConfig(Section):
+    output_dir: Name = "./output_qlora_qwen_3b"
+    num_epochs: Positive = 3.0
+    max_steps: Count | None = None
+    batch_size: Count = 1
+    gradient_accumulation_steps: Count = 16
+    learning_rate: Positive = 2.0e-4
+    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup_ratio: Fraction = 0.03
+    weight_decay: NonNegative = 0.0
+    max_grad_norm: NonNegative = 0.3
+    max_skipped_steps: Integer = 0
+    gradient_checkpointing: Switch = "auto"
+    optim: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch"] = "paged_adamw_8bit"
+    logging_steps: Count = 10
+    eval_steps: Count = 100
+    save_steps: Count = 100
+    save_total_limit: Count | None = 2
+    keep_best: bool = False
+    early_stopping_patience: Count | None = None
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    seed: Annotated[int, BeforeValidator(_not_bool), Field(ge=0, lt=2**32)] = 42  # numpy takes no larger one
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether the adapter is in the end that of the best evaluation."""
+        return self.keep_best or self.early_stopping_patience is not None
+
+
+class PerformanceConfig(Section):
+    micro_batch: Annotated[int | str, BeforeValidator(_micro_batch)] = "auto"
+    fused_lora: bool = True
+    compile: Switch = "auto"
+    cuda_graphs: Switch = "auto"
+    offload_embedding: bool = False
+    fsdp: Annotated[bool | str, BeforeValidator(_fsdp)] = False
+    vram_limit_gib: Positive | None = None
+
+
+class GenerationSettings(Section):
+    max_new_tokens: Count = 128
+    temperature: Annotated[NonNegative, AfterValidator(_temperature)] = 0.7
+    top_p: Annotated[float, BeforeValidator(_not_bool), Field(gt=0, le=1)] = 0.9
+    top_k: Integer = 50
+    repetition_penalty: Annotated[Positive, Field(ge=0.01, le=100)] = 1.1
+
+
+class Config(Section):
+    """Every setting of a run."""
+
+    model: ModelConfig = ModelConfig()
+    quantization: QuantizationConfig = QuantizationConfig()
+    lora: LoraSettings = LoraSettings()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    performance: PerformanceConfig = PerformanceConfig()
+    generation: GenerationSettings = GenerationSettings()
+
+    @property
+    def effective_batch(self) -> int:
+        """Sequences per optimizer step."""
+        return self.training.batch_size * self.training.gradient_accumulation_steps
+
+    def steps_per_epoch(self, blocks: int) -> int:
+        """Optimizer steps in one pass over `blocks` sequences; the last one may hold fewer."""
+        return math.ceil(blocks / self.effective_batch)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)

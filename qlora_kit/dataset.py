@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
+from qlora_kit.config import Config, DataConfig
 from qlora_kit.documents import Fragments, draw, hold_out, placed
 from qlora_kit.encoding import CHARACTERS_AT_ONCE, check, encode, encode_text, end_id, record_pieces
 from qlora_kit.errors import UserError
 from qlora_kit.formats import Piece
+from qlora_kit.model.tokenizer import padding_id, separator_id, tokenizer_fingerprint
 from qlora_kit.packing import RecordBlocks, build_record_blocks
-from qlora_kit.settings import Config, DataConfig
 from qlora_kit.sources import Source, is_file_name, open_source
 from qlora_kit.storage import Tokens, TokenWriter, cache_folder, read_tokens, writing
-from qlora_kit.tokenizer import padding_id, separator_id, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,8 +10,8 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from qlora_kit.config import GenerationSettings
 from qlora_kit.fast.sampling import penalise
-from qlora_kit.settings import GenerationSettings
 
 LONGEST_TEXT = 8192  # tokens that an attention window must reach over, where the model's context is longer
 Step = list[int | None]  # a prompt's next token; None once it has ended

@@ -16,8 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from qlora_kit import cli
+from qlora_kit.config import Config
 from qlora_kit.examination import Check, Problem, Result, examine
-from qlora_kit.settings import Config
 
 SECONDS = 120.0  # that a check may take: the first one that imports torch from a slow disk needs them
 COMPILE_SECONDS = 300.0

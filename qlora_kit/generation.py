@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from qlora_kit.chat import Message, end_of_turn
-from qlora_kit.config import override
+from qlora_kit.config import Config, GenerationSettings
+from qlora_kit.config_file import override
 from qlora_kit.encoding import encode
 from qlora_kit.errors import BadRecord, UserError
 from qlora_kit.formats import TrainOn, prompt_pieces
-from qlora_kit.settings import Config, GenerationSettings
-from qlora_kit.tokenizer import token_id
+from qlora_kit.model.tokenizer import token_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,10 +16,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from qlora_kit.config import Config
 from qlora_kit.examination import Problem, Skipped
-from qlora_kit.hub import MODEL_FILES, go_offline_if_unreachable
-from qlora_kit.memory import GIB, KNOWN_CONFIGS, read_shape
-from qlora_kit.settings import Config
+from qlora_kit.model.hub import MODEL_FILES, go_offline_if_unreachable
+from qlora_kit.planning.shape import GIB, KNOWN_CONFIGS, read_shape
 
 REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
 OLDEST_PYTHON = (3, 11)

@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit import cli
 from qlora_kit.adapter import AdapterSource, fetch_base, read_adapter
+from qlora_kit.config import ModelConfig
 from qlora_kit.errors import UserError
-from qlora_kit.hub import TOKENIZER_FILES, fetch_model, go_offline_if_unreachable, is_local, read_context
-from qlora_kit.memory import GIB
 from qlora_kit.merging.folder import check_disk, check_output, copy_small_files, record_check, staged, write_mark
 from qlora_kit.merging.pairs import read_pairs
-from qlora_kit.settings import ModelConfig
-from qlora_kit.tokenizer import load_tokenizer
+from qlora_kit.model.hub import TOKENIZER_FILES, fetch_model, go_offline_if_unreachable, is_local, read_context
+from qlora_kit.model.tokenizer import load_tokenizer
+from qlora_kit.planning.shape import GIB
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qlora_kit.merging.weights import Merge, Packing
-    from qlora_kit.placement import DeviceMap
+    from qlora_kit.model.gpu_placement import DeviceMap
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -126,8 +126,8 @@ def _load_tokenizer(source: AdapterSource, base: Path) -> "PreTrainedTokenizerBa
 
 def how_loaded(source: AdapterSource, device: str) -> "Packing":
     """How the base model was loaded for training, on the device that is here."""
-    from qlora_kit.device import choose_device, usable_dtype
     from qlora_kit.merging.weights import Packing
+    from qlora_kit.model.device import choose_device, usable_dtype
 
     device = choose_device(device, "--device")
     dtype, _ = usable_dtype(source.quantization.compute_dtype, device, insisted=False)
@@ -140,7 +140,7 @@ def place_models(source: AdapterSource, base: Path, loading: "Packing", wanted: 
     Raises:
         UserError: there is no room for one of them; nothing has been written yet.
     """
-    from qlora_kit.placement import choose_device_map
+    from qlora_kit.model.gpu_placement import choose_device_map
 
     found = []
     for packed in (source.quantization.load_in_4bit, False):
@@ -213,8 +213,8 @@ def check_merge(
     Raises:
         Failed: they differ by more than they may, or the GPU is too small for the comparison.
     """
-    from qlora_kit.device import is_out_of_memory
     from qlora_kit.merging.check import compare, measure_adapter, measure_merged
+    from qlora_kit.model.device import is_out_of_memory
 
     name = str(base) if is_local(source.model.name) else source.model.name
     print("Checking: base + adapter, then the merged model", file=sys.stderr)

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit.config import DataConfig
 from qlora_kit.encoding import IGNORED, Encoded, shorten
 from qlora_kit.errors import UserError
-from qlora_kit.settings import DataConfig
 from qlora_kit.storage import Tokens
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
+from qlora_kit.config import Config
 from qlora_kit.dataset import Blocks
 from qlora_kit.encoding import Encoded
+from qlora_kit.model.tokenizer import separator_id
 from qlora_kit.packing import RecordBlocks, count_labels
-from qlora_kit.settings import Config
-from qlora_kit.tokenizer import separator_id
 
 if TYPE_CHECKING:
     import numpy as np

@@ -17,7 +17,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.errors import Failed, Stopped, UserError
-from qlora_kit.settings import Config
 
 if TYPE_CHECKING:
     import torch
@@ -236,31 +235,6 @@ def check_alike(team: Team, found: dict[str, str]) -> None:
                 raise UserError(
                     f"{name}: rank {rank} has {other[name]}, rank 0 has {value}; start all with the same, on like machines"
                 )
-
-
-def check_division(config: Config, count: int) -> None:
-    """An optimizer step sees the same sequences however many processes share it.
-
-    Raises:
-        UserError: they cannot share it evenly, or there is one alone where several are needed.
-    """
-    effective, micro_batch = config.effective_batch, config.performance.micro_batch
-    step = f"{effective} sequences of an optimizer step (training.batch_size x training.gradient_accumulation_steps)"
-    if config.performance.fsdp and count == 1:
-        fsdp = str(config.performance.fsdp).lower()
-        raise UserError(
-            f"performance.fsdp: {fsdp}: needs several processes; start them with torchrun --nproc_per_node=2 train_qlora.py, "
-            "or use false"
-        )
-    if effective % count:
-        raise UserError(
-            f"{count} processes: do not divide the {step}; use a divisor of it, or set training.batch_size={count} or a multiple"
-        )
-    if micro_batch != "auto" and effective // count % int(micro_batch):
-        raise UserError(
-            f"performance.micro_batch: {micro_batch}: does not divide the {effective // count} sequences of each process, "
-            f"of the {step}; use a divisor, or auto"
-        )
 
 
 def choose_own_gpu(local_rank: int) -> None:

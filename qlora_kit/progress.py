@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 from transformers import TrainerCallback
 
-from qlora_kit.perplexity import plus_minus
+from qlora_kit.model.perplexity import plus_minus
 from qlora_kit.report import RunReport
 
 

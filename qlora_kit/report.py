@@ -18,18 +18,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.hub import is_local
-from qlora_kit.memory import GIB
-from qlora_kit.plan import Plan
+from qlora_kit.config import Config
+from qlora_kit.model.hub import remote_code_warning
+from qlora_kit.planning.plan import Plan
+from qlora_kit.planning.shape import GIB
 from qlora_kit.processes import ALONE, Team
-from qlora_kit.redaction import redact
-from qlora_kit.settings import Config, ModelConfig
+from qlora_kit.secrets import redact
 
 if TYPE_CHECKING:
     from qlora_kit.dataset import Blocks
-    from qlora_kit.device import Machine
+    from qlora_kit.model.perplexity import Perplexity
     from qlora_kit.packing import RecordBlocks
-    from qlora_kit.perplexity import Perplexity
+    from qlora_kit.training.machine import Machine
 
 LOG, METRICS, CURVES = "training_log.txt", "metrics.jsonl", "training_curves.png"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
@@ -227,12 +227,6 @@ class RunReport:
         self.log.line(f"  curves       {folder / CURVES}")
         self.log.line(f"  log          {folder / LOG}")
         self.log.line(f"  talk to it   python inference_example.py --mode interactive --adapter {shlex.quote(str(folder))}")
-
-
-def remote_code_warning(model: ModelConfig) -> str:
-    """The line for model.trust_remote_code."""
-    pin = "" if model.revision or is_local(model.name) else "; name the commit that you have read in model.revision"
-    return f"warning: model.trust_remote_code: Python code that comes with {model.name} runs here with all your rights{pin}"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

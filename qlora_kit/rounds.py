@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from qlora_kit.chat import Message
-from qlora_kit.settings import GenerationSettings
+from qlora_kit.config import GenerationSettings
 
 
 @dataclass(frozen=True)

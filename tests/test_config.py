@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 import train_qlora
-from qlora_kit.config import all_keys, load_config, override, parse_set
+from qlora_kit.config import Config
+from qlora_kit.config_file import all_keys, load_config, override, parse_set
 from qlora_kit.errors import UserError
-from qlora_kit.settings import Config
 
 
 @pytest.fixture
@@ -313,7 +313,7 @@ def test_the_command_answers_a_mistake_with_one_line_and_status_2(root):
 def test_a_mistake_is_answered_before_torch_is_imported(root):
     code = """
 import sys, train_qlora
-from qlora_kit.config import UserError
+from qlora_kit.config_file import UserError
 try:
     train_qlora.main(["--rank", "0"])
 except UserError:

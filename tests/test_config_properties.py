@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import train_qlora
 from qlora_kit import cli
-from qlora_kit.config import all_keys, load_config
+from qlora_kit.config_file import all_keys, load_config
 from qlora_kit.errors import CONTROL
 
 ROOT = Path(__file__).resolve().parent.parent

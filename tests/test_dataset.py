@@ -13,13 +13,13 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from qlora_kit.config import load_config
+from qlora_kit.config import DataConfig
+from qlora_kit.config_file import load_config
 from qlora_kit.dataset import Blocks, cut_into_blocks, load_blocks, tokenize
 from qlora_kit.documents import hold_out
 from qlora_kit.errors import UserError
-from qlora_kit.settings import DataConfig
+from qlora_kit.model.tokenizer import separator_id
 from qlora_kit.sources import open_source
-from qlora_kit.tokenizer import separator_id
 from tests.written_out import joined
 
 
@@ -146,8 +146,8 @@ def test_a_large_file_takes_no_more_memory_than_a_small_one(root, tmp_path):
     path = tmp_path / "large.txt"
     path.write_text("".join(f"{number}\n" + f"{'x' * 119}\n" * 500 for number in range(250)))
     code = (
-        "import resource, sys; from pathlib import Path; from qlora_kit.config import load_config; "
-        "from qlora_kit.dataset import load_blocks; from qlora_kit.tokenizer import load_tokenizer; "
+        "import resource, sys; from pathlib import Path; from qlora_kit.config_file import load_config; "
+        "from qlora_kit.dataset import load_blocks; from qlora_kit.model.tokenizer import load_tokenizer; "
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024; "
         "config = load_config(Path('configs/tiny.yaml'), {'data.dataset': sys.argv[1], 'data.eval_split': None}); "
         "tokenizer = load_tokenizer(config.model); before = peak(); blocks, _ = load_blocks(config, tokenizer); "

@@ -6,10 +6,10 @@ import bitsandbytes  # noqa: F401 - asks for the GPU when it is imported, and he
 import pytest
 import torch
 
-from qlora_kit import device
+from qlora_kit.config import Config
 from qlora_kit.errors import Failed, UserError
-from qlora_kit.memory import GIB, KNOWN_CONFIGS, read_shape
-from qlora_kit.settings import Config
+from qlora_kit.model import device
+from qlora_kit.planning.shape import GIB, KNOWN_CONFIGS, read_shape
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 
 from qlora_kit import doctor, installation
 from qlora_kit.examination import Check, Problem, Result, Skipped, examine, outcome
-from qlora_kit.memory import GIB
+from qlora_kit.planning.shape import GIB
 
 # Checks that end in other ways; a process beside this one finds them here by name.
 

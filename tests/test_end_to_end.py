@@ -28,9 +28,9 @@ import inference_example
 import train_qlora
 from qlora_kit import cli
 from qlora_kit.adapter import read_adapter
-from qlora_kit.config import load_config
+from qlora_kit.config import GenerationSettings
+from qlora_kit.config_file import load_config
 from qlora_kit.errors import Failed, UserError
-from qlora_kit.settings import GenerationSettings
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 # The embedded model and a few short blocks; an in-process run takes about a second.
@@ -687,7 +687,7 @@ def test_a_mistake_that_only_the_loaded_model_shows_costs_no_earlier_run(tmp_pat
     def cannot(*_):
         raise UserError("performance.compile: true: cannot work here (needs a C compiler); use auto or false")
 
-    monkeypatch.setattr("qlora_kit.training.build_micro_step", cannot)
+    monkeypatch.setattr("qlora_kit.training.build.build_micro_step", cannot)
     for arguments in (["--overwrite", "--seed", "1"], ["--max_steps", "2", "--resume"]):
         with pytest.raises(UserError, match=r"performance\.compile"):
             train("--max_steps", "1", "--output_dir", str(tmp_path / "out"), *arguments)

@@ -7,11 +7,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from qlora_kit import decoding
+from qlora_kit.config import GenerationSettings
 from qlora_kit.decoding import LibraryEngine
 from qlora_kit.fast import decode, thin
 from qlora_kit.fast.decode import GraphEngine, why_not_decoded
 from qlora_kit.fast.sampling import Sampling, choose
-from qlora_kit.settings import GenerationSettings
 from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
 
 PROMPTS = [[100, 200, 300, 400, 500], [7], list(range(50, 90)), [1000, 2000]]

@@ -10,7 +10,7 @@ from qlora_kit.errors import Failed, UserError
 from qlora_kit.fast import nf4
 from qlora_kit.fast.decoder import FastDecoder, offload_embedding
 from qlora_kit.fast.graph import MicroStep, why_not_compiled, why_not_graphed, why_not_used
-from qlora_kit.training import end_all
+from qlora_kit.training.build import end_all
 from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qlora_kit.fast.loss import ChunkedCrossEntropy, chunked_losses, decoder_and_head, token_losses
-from qlora_kit.memory import vocabulary_piece
+from qlora_kit.model.loss import ChunkedCrossEntropy, chunked_losses, decoder_and_head, token_losses
+from qlora_kit.planning.shape import vocabulary_piece
 from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
 
 
@@ -101,7 +101,7 @@ def test_the_full_logits_are_never_made(adapted, monkeypatch):
                 largest = max(largest, out.numel())
             return out
 
-    monkeypatch.setattr("qlora_kit.memory.PIECE_LOGITS", 2**20)
+    monkeypatch.setattr("qlora_kit.planning.shape.PIECE_LOGITS", 2**20)
     ids = torch.randint(6000, (4, 200), generator=torch.Generator().manual_seed(2))  # 796 predicted tokens
     with Largest():
         token_losses(adapted, ids, ids)
@@ -154,6 +154,6 @@ def test_the_loss_is_taken_where_the_head_is(other_models, monkeypatch):
     llama.lm_head.to("meta")
     ids = torch.arange(40).reshape(2, 20)
     given = []
-    monkeypatch.setattr("qlora_kit.fast.loss.chunked_losses", lambda *tensors: (given.extend(tensors), tensors[2])[1])
+    monkeypatch.setattr("qlora_kit.model.loss.chunked_losses", lambda *tensors: (given.extend(tensors), tensors[2])[1])
     assert token_losses(llama, ids, ids).shape == (2, 19)
     assert [tensor.device.type for tensor in given] == ["meta"] * 3

@@ -13,11 +13,11 @@ from peft.tuners.lora.layer import LoraLayer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import inference_example
+from qlora_kit.config import ModelConfig
 from qlora_kit.errors import UserError
 from qlora_kit.fast.decode import GraphEngine
-from qlora_kit.memory import GIB
 from qlora_kit.merging.fold import ANSWER_BYTES, check_memory, fold
-from qlora_kit.settings import ModelConfig
+from qlora_kit.planning.shape import GIB
 
 IDS = torch.randint(0, 6000, (2, 48), generator=torch.Generator().manual_seed(0))
 
@@ -99,7 +99,7 @@ def test_the_command_answers_as_without_the_flag(adapter, root, monkeypatch, cap
 
 def test_the_engine_of_graphs_takes_a_folded_model(adapter, root, monkeypatch):
     from qlora_kit.adapter import read_adapter
-    from qlora_kit.settings import GenerationSettings
+    from qlora_kit.config import GenerationSettings
 
     monkeypatch.chdir(root)
     parsed = inference_example.parse_arguments(["--adapter", str(adapter), "--device", "cpu", "--merged"])
@@ -113,8 +113,8 @@ def test_the_engine_of_graphs_takes_a_folded_model(adapter, root, monkeypatch):
 @pytest.mark.gpu
 def test_on_a_gpu_a_folded_model_answers_by_graphs_what_the_library_answers(adapter, root, monkeypatch):
     from qlora_kit.adapter import read_adapter
+    from qlora_kit.config import GenerationSettings
     from qlora_kit.decoding import LibraryEngine
-    from qlora_kit.settings import GenerationSettings
 
     monkeypatch.chdir(root)
     parsed = inference_example.parse_arguments(["--adapter", str(adapter), "--device", "cuda", "--merged"])

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from qlora_kit.config import GenerationSettings
 from qlora_kit.encoding import encode
 from qlora_kit.formats import chat_pieces, instruction_pieces
 from qlora_kit.generation import Generator
-from qlora_kit.settings import GenerationSettings
 
 REAL = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "qwen2.5-tokenizer"
 THREE_ROUNDS = [

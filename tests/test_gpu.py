@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import train_qlora
-from qlora_kit.config import load_config
-from qlora_kit.device import look_at_machine
+from qlora_kit.config_file import load_config
 from qlora_kit.errors import UserError
 from qlora_kit.paging import page_again
+from qlora_kit.training.machine import look_at_machine
 from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
 
 pytestmark = [

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from qlora_kit.config import Config, TrainingConfig
 from qlora_kit.errors import Failed
 from qlora_kit.guard import StepGuard, numbered
-from qlora_kit.settings import Config, TrainingConfig
 
 
 class Lines(list):

@@ -21,14 +21,14 @@ from qlora_kit import cli, comparison
 from qlora_kit.adapter import read_adapter
 from qlora_kit.answers import Answered, columns, run_text
 from qlora_kit.comparison import Comparison, evaluation_blocks
-from qlora_kit.config import load_config, override
+from qlora_kit.config import GenerationSettings
+from qlora_kit.config_file import load_config, override
 from qlora_kit.dataset import load_blocks
 from qlora_kit.decoding import LibraryEngine
 from qlora_kit.errors import UserError
 from qlora_kit.generation import Generated, Generator
-from qlora_kit.perplexity import Difference, Perplexity
+from qlora_kit.model.perplexity import Difference, Perplexity
 from qlora_kit.prompts import DEMO_TEXTS, Prompt, demo_prompts
-from qlora_kit.settings import GenerationSettings
 
 PROMPT = "The river"
 
@@ -559,7 +559,7 @@ def test_a_line_that_is_too_long_is_named_before_any_is_answered(adapter, tmp_pa
 def test_what_can_be_known_early_is_refused_before_torch_is_imported(adapter, root, flags):
     code = (
         "import sys, inference_example\n"
-        "from qlora_kit.config import UserError\n"
+        "from qlora_kit.config_file import UserError\n"
         f"try: inference_example.main(['--adapter', {str(adapter)!r}, *{flags!r}])\n"
         "except UserError: print(sorted({'torch', 'transformers', 'peft', 'datasets'} & set(sys.modules)))\n"
     )

@@ -18,11 +18,11 @@ import torch
 from transformers import AutoTokenizer
 
 import train_qlora
-from qlora_kit.config import load_config, override
+from qlora_kit.config import GenerationSettings
+from qlora_kit.config_file import load_config, override
 from qlora_kit.formats import from_messages
 from qlora_kit.generation import Generator
 from qlora_kit.interactive import COMMANDS, run_interactive
-from qlora_kit.settings import GenerationSettings
 from qlora_kit.terminal import Terminal
 
 SPLIT = "👩‍👩‍👧‍👦 says 𓂀𓂀𓂀 and 日本語の文, then ½ ℵ and naïveté. "  # each of these signs is several tokens to the tiny tokenizer
@@ -461,7 +461,7 @@ SCRIPT = """\
 from transformers import AutoTokenizer
 from qlora_kit.generation import Generator
 from qlora_kit.interactive import run_interactive
-from qlora_kit.settings import GenerationSettings
+from qlora_kit.config import GenerationSettings
 from tests.test_interactive import SPLIT, Scripted
 tokenizer = AutoTokenizer.from_pretrained("assets/tiny-qwen2")
 engine = Scripted(tokenizer, SPLIT * 3, pause=0.003)

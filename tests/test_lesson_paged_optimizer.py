@@ -16,7 +16,8 @@ from finetuning_lessons.paged_optimizer import (
     trainable,
 )
 from finetuning_lessons.short_run import load_split
-from qlora_kit.memory import KNOWN_CONFIGS, optimizer_bytes, read_shape
+from qlora_kit.planning.memory import optimizer_bytes
+from qlora_kit.planning.shape import KNOWN_CONFIGS, read_shape
 
 QWEN = read_shape(KNOWN_CONFIGS["Qwen/Qwen2.5-3B-Instruct"])
 WIDE, NARROW, PAGED = OPTIMIZERS

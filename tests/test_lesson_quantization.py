@@ -23,7 +23,7 @@ from finetuning_lessons.quantization import (
     scale_blocks,
     unpack,
 )
-from qlora_kit.memory import BYTES_4BIT, BYTES_4BIT_DOUBLE
+from qlora_kit.planning.shape import BYTES_4BIT, BYTES_4BIT_DOUBLE
 
 
 @pytest.fixture(scope="module")

@@ -19,14 +19,16 @@ from transformers import (
     Qwen3Config,
 )
 
-from qlora_kit import memory
-from qlora_kit import plan as planner
-from qlora_kit.config import override, parse_set
+from qlora_kit.config import Config
+from qlora_kit.config_file import override, parse_set
 from qlora_kit.errors import UserError
 from qlora_kit.fast.decoder import FastDecoder
-from qlora_kit.memory import GIB, KNOWN_CONFIGS, ModelShape, estimate_memory, read_shape
-from qlora_kit.plan import Plan, make_plan, plan_table
-from qlora_kit.settings import Config
+from qlora_kit.planning import memory
+from qlora_kit.planning import plan as planner
+from qlora_kit.planning.fit import plan_table
+from qlora_kit.planning.memory import estimate_memory
+from qlora_kit.planning.plan import Plan, make_plan
+from qlora_kit.planning.shape import GIB, KNOWN_CONFIGS, ModelShape, read_shape
 from quantization_utils import create_lora_config, prepare_model_for_training
 
 ALL_SEVEN = Config().lora.target_modules

@@ -220,7 +220,7 @@ from pathlib import Path
 from qlora_kit.merging.files import write_weights
 from qlora_kit.merging.pairs import read_pairs
 from qlora_kit.merging.weights import Packing, plan_merge
-from qlora_kit.settings import ModelConfig, QuantizationConfig
+from qlora_kit.config import ModelConfig, QuantizationConfig
 import torch
 base, folder, output = map(Path, sys.argv[1:4])
 pairs, model = read_pairs(folder, ""), ModelConfig(name=str(base))

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from qlora_kit.config import DataConfig
 from qlora_kit.errors import UserError
 from qlora_kit.packing import build_record_blocks, count_labels, pack
-from qlora_kit.settings import DataConfig
 from qlora_kit.storage import Tokens
 
 PAD = 9

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qlora_kit.perplexity import (
+from qlora_kit.model.perplexity import (
     as_metrics,
     from_block_losses,
     library_losses,

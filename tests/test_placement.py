@@ -9,13 +9,22 @@ import torch
 import inference_example
 from qlora_kit import merge
 from qlora_kit.adapter import read_adapter
+from qlora_kit.config import GenerationSettings, ModelConfig, QuantizationConfig
 from qlora_kit.decoding import LibraryEngine
 from qlora_kit.errors import UserError
-from qlora_kit.fast.loss import token_losses
-from qlora_kit.memory import BYTES_4BIT_DOUBLE, GIB, KNOWN_CONFIGS, read_shape
 from qlora_kit.merging.weights import Packing
-from qlora_kit.placement import TEXT_TOKENS, WORK_BYTES, build_empty, choose_device_map, fits, missing_bytes, needed_bytes, spread
-from qlora_kit.settings import GenerationSettings, ModelConfig, QuantizationConfig
+from qlora_kit.model.gpu_placement import (
+    TEXT_TOKENS,
+    WORK_BYTES,
+    build_empty,
+    choose_device_map,
+    fits,
+    missing_bytes,
+    needed_bytes,
+    spread,
+)
+from qlora_kit.model.loss import token_losses
+from qlora_kit.planning.shape import BYTES_4BIT_DOUBLE, GIB, KNOWN_CONFIGS, read_shape
 from quantization_utils import load_model_and_tokenizer
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")

@@ -13,10 +13,10 @@ from qlora_kit import merge
 from qlora_kit.adapter import read_adapter
 from qlora_kit.attach import adapter_norm
 from qlora_kit.comparison import compare_perplexity, evaluation_blocks
+from qlora_kit.config import GenerationSettings
 from qlora_kit.decoding import LibraryEngine
-from qlora_kit.memory import read_shape
-from qlora_kit.placement import needed_bytes
-from qlora_kit.settings import GenerationSettings
+from qlora_kit.model.gpu_placement import needed_bytes
+from qlora_kit.planning.shape import read_shape
 
 pytestmark = pytest.mark.gpu
 FIRST = ["model.embed_tokens", "lm_head", "model.layers.0", "model.layers.1", "model.layers.2"]
@@ -53,7 +53,7 @@ def load(adapter, monkeypatch):
 
     def load(device_map=None, *flags):
         if device_map:
-            monkeypatch.setattr("qlora_kit.placement.choose_device_map", lambda *rest: (device_map, None))
+            monkeypatch.setattr("qlora_kit.model.gpu_placement.choose_device_map", lambda *rest: (device_map, None))
         arguments = inference_example.parse_arguments(["--adapter", str(adapter), "--device", "cuda", *flags])
         greedy = GenerationSettings(temperature=0, max_new_tokens=16, repetition_penalty=1)
         return inference_example.load_generator(read_adapter(str(adapter)), greedy, arguments)
@@ -102,7 +102,7 @@ def test_perplexity_is_that_of_one_gpu(load, adapter, text, device_map):
 
 
 def test_a_head_of_its_own_on_the_second_gpu_loses_the_same(other_models):
-    from qlora_kit.perplexity import library_losses
+    from qlora_kit.model.perplexity import library_losses
     from quantization_utils import load_model_and_tokenizer
 
     over_two = {"model.embed_tokens": 0, "model.layers": 0, "model.norm": 0, "model.rotary_emb": 0, "lm_head": 1}
@@ -126,7 +126,8 @@ def test_the_command_spreads_what_the_first_gpu_cannot_hold(adapter, tiny_dir, t
     inference_example.main([*flags, "--device_map", "one"])
     one = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     monkeypatch.setattr(
-        "qlora_kit.placement._free_memory", free_beside(tiny_dir, read_adapter(str(adapter)).quantization, 5_600_000, 5_600_000)
+        "qlora_kit.model.gpu_placement._free_memory",
+        free_beside(tiny_dir, read_adapter(str(adapter)).quantization, 5_600_000, 5_600_000),
     )
     inference_example.main(flags)
     printed = capsys.readouterr()
@@ -141,7 +142,7 @@ def test_the_command_spreads_what_the_first_gpu_cannot_hold(adapter, tiny_dir, t
 def test_the_check_of_a_merge_takes_both_models_in_parts(adapter, tmp_path, monkeypatch, capsys, device_map):
     losses = []
     for name, where in (("one", {"": 0}), ("two", device_map)):
-        monkeypatch.setattr("qlora_kit.placement.choose_device_map", lambda *rest, where=where: (where, None))
+        monkeypatch.setattr("qlora_kit.model.gpu_placement.choose_device_map", lambda *rest, where=where: (where, None))
         flags = ["--adapter", str(adapter), "--output", str(tmp_path / name), "--base", "dequantized", "--device", "cuda"]
         merge.main(flags)
         losses.append(json.loads((tmp_path / name / "merge.json").read_text())["check"])

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 
 import train_qlora
 from qlora_kit import processes
-from qlora_kit.config import load_config
+from qlora_kit.config_file import load_config
 from qlora_kit.errors import Failed, Stopped, UserError
-from qlora_kit.plan import make_plan
-from qlora_kit.processes import EveryNth, Team, check_alike, check_division, choose_own_gpu, connected, find_team
-from qlora_kit.training import IGNORED, OwnRows
+from qlora_kit.planning.plan import check_division, make_plan
+from qlora_kit.processes import EveryNth, Team, check_alike, choose_own_gpu, connected, find_team
+from qlora_kit.training.build import IGNORED, OwnRows
 
 # Fails at a step of choice in the second process; else it is train_qlora.py.
 SCRIPT = """

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import quantization_utils
 from qlora_kit.errors import UserError
-from qlora_kit.memory import read_shape
 from qlora_kit.merging.weights import unpack
+from qlora_kit.planning.shape import read_shape
 from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

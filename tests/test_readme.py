@@ -12,12 +12,14 @@ import inference_example
 import train_qlora
 from finetuning_lessons.lesson import create_parser
 from qlora_kit import doctor, merge
-from qlora_kit.config import load_config, override
+from qlora_kit.config import Config
+from qlora_kit.config_file import load_config, override
 from qlora_kit.errors import UserError
 from qlora_kit.formats import READERS, recognise
-from qlora_kit.memory import GIB, KNOWN_CONFIGS, estimate_memory, read_shape
-from qlora_kit.plan import check_fit, make_plan
-from qlora_kit.settings import Config
+from qlora_kit.planning.fit import check_fit
+from qlora_kit.planning.memory import estimate_memory
+from qlora_kit.planning.plan import make_plan
+from qlora_kit.planning.shape import GIB, KNOWN_CONFIGS, read_shape
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -9,14 +9,14 @@ import torch
 
 from qlora_kit.checkpoint import check_output_dir, find_checkpoint, open_output, write_passport
 from qlora_kit.checkpoints import saving
-from qlora_kit.config import load_config, override
-from qlora_kit.device import Machine
+from qlora_kit.config import Config
+from qlora_kit.config_file import load_config, override
 from qlora_kit.errors import UserError
-from qlora_kit.memory import GIB
-from qlora_kit.perplexity import as_metrics, from_block_losses, recorded_base
-from qlora_kit.plan import Plan
+from qlora_kit.model.perplexity import as_metrics, from_block_losses, recorded_base
+from qlora_kit.planning.plan import Plan
+from qlora_kit.planning.shape import GIB
 from qlora_kit.report import CURVES, LOG, METRICS, RunLog, RunReport, plot_training_curves, read_metrics
-from qlora_kit.settings import Config
+from qlora_kit.training.machine import Machine
 
 CPU = Machine("cpu", torch.float32, ["Device: cpu"])
 ON_CPU = Plan(1, 0, {})

@@ -19,11 +19,12 @@ import yaml
 import train_qlora
 from qlora_kit import cli
 from qlora_kit.adapter import read_adapter
-from qlora_kit.config import all_keys, load_config, override, parse_set
+from qlora_kit.config import Config, ModelConfig
+from qlora_kit.config_file import all_keys, load_config, override, parse_set
 from qlora_kit.errors import UserError
-from qlora_kit.redaction import is_secret, redact
-from qlora_kit.report import RunLog, command_line, remote_code_warning
-from qlora_kit.settings import Config, ModelConfig
+from qlora_kit.model.hub import remote_code_warning
+from qlora_kit.report import RunLog, command_line
+from qlora_kit.secrets import is_secret, redact
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = [path for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".") and path.name != "tests"]

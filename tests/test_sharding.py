@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from qlora_kit.config import Config, ModelConfig, PerformanceConfig
 from qlora_kit.errors import UserError
-from qlora_kit.memory import GIB, KNOWN_CONFIGS, estimate_memory, read_shape
-from qlora_kit.plan import cheapest_change, make_plan, read_written_out_shape
-from qlora_kit.processes import check_division, check_launcher
-from qlora_kit.settings import Config, ModelConfig, PerformanceConfig
+from qlora_kit.planning.fit import cheapest_change
+from qlora_kit.planning.memory import estimate_memory
+from qlora_kit.planning.plan import check_division, make_plan
+from qlora_kit.planning.shape import GIB, KNOWN_CONFIGS, read_shape
+from qlora_kit.processes import check_launcher
+from qlora_kit.training.machine import read_written_out_shape
 
 PROCESSES = 2
 LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}")

@@ -10,9 +10,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from qlora_kit.config import DataConfig
 from qlora_kit.documents import join_lines
 from qlora_kit.errors import UserError
-from qlora_kit.settings import DataConfig
 from qlora_kit.sources import check_source, estimate_tokens, open_source, source_files
 from tests.written_out import joined
 
@@ -460,7 +460,7 @@ def test_hub_data_set_is_read_from_the_cache_without_a_network(tmp_path, root):
     files = "".join(f"  - split: {split}\n    path: wikitext-2-raw-v1/{split}-*\n" for split in splits)
     (data.parent / "README.md").write_text(f"---\nconfigs:\n- config_name: wikitext-2-raw-v1\n  data_files:\n{files}---\n")
     code = (
-        "from qlora_kit.settings import DataConfig; from qlora_kit.sources import open_source; "
+        "from qlora_kit.config import DataConfig; from qlora_kit.sources import open_source; "
         "source = open_source(DataConfig(), ['Salesforce/wikitext'], 'validation', 'data.eval_split'); "
         "print(([text for text, _ in source.documents()], source.join_rule()))"
     )

@@ -20,17 +20,17 @@ import train_qlora
 from qlora_kit import progress
 from qlora_kit.callbacks import StopCallback
 from qlora_kit.checkpoint import save_adapter
-from qlora_kit.config import load_config
+from qlora_kit.config_file import load_config
 from qlora_kit.dataset import Blocks
-from qlora_kit.device import Machine, look_at_machine
 from qlora_kit.errors import Failed
 from qlora_kit.fast.decoder import FastDecoder
-from qlora_kit.fast.loss import token_losses
-from qlora_kit.perplexity import Perplexity, as_metrics, recorded_base
-from qlora_kit.plan import make_plan
+from qlora_kit.model.loss import token_losses
+from qlora_kit.model.perplexity import Perplexity, as_metrics, recorded_base
+from qlora_kit.planning.plan import make_plan
 from qlora_kit.progress import SpeedMeter
 from qlora_kit.report import RunReport, read_metrics
-from qlora_kit.training import build_trainer, total_steps, training_arguments
+from qlora_kit.training.build import build_trainer, total_steps, training_arguments
+from qlora_kit.training.machine import Machine, look_at_machine
 
 T = 16  # block length
 

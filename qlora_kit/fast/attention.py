@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from qlora_kit.fast.layer import Heads, Rotary
+from qlora_kit.model.loss import positions, record_mask
 
 
 class Places(NamedTuple):
@@ -27,18 +28,6 @@ def places(batch: int, rotary: Rotary, starts: torch.Tensor | None) -> Places:
         return Places(batch, rotary, None)
     at = positions(starts)
     return Places(batch, Rotary(rotary.cos[at][:, None], rotary.sin[at][:, None]), record_mask(starts, rotary.cos.dtype))
-
-
-def positions(starts: torch.Tensor) -> torch.Tensor:
-    """Each token's place in its own record, (B, T)."""
-    return torch.arange(starts.shape[1], device=starts.device) - starts
-
-
-def record_mask(starts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(B, 1, T, T): 0 where row i may look at column j, else minus infinity."""
-    index = torch.arange(starts.shape[1], device=starts.device)
-    visible = (index <= index[:, None]) & (index >= starts[:, :, None])
-    return torch.where(visible, 0.0, -torch.inf).to(dtype)[:, None]
 
 
 def attend(heads: Heads, mask: torch.Tensor | None, differentiable: bool) -> torch.Tensor:

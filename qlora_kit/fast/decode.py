@@ -16,15 +16,16 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import LoraLayer
 
+from qlora_kit.config import GenerationSettings
 from qlora_kit.fast import thin
 from qlora_kit.fast.attention import attend_cached, store, visible_to
 from qlora_kit.fast.layer import Norms, Rotary, rms_norm, rotate
 from qlora_kit.fast.lora import is_plain
-from qlora_kit.fast.loss import decoder_and_head
-from qlora_kit.fast.parts import norms_of, projections_of, rotary_table
+from qlora_kit.fast.parts import norms_of, rotary_table
 from qlora_kit.fast.sampling import Sampling, choose
-from qlora_kit.memory import why_not_written_out
-from qlora_kit.settings import GenerationSettings
+from qlora_kit.model.llama_modules import projections_of
+from qlora_kit.model.loss import decoder_and_head
+from qlora_kit.planning.shape import why_not_written_out
 
 CHUNK_TOKENS = 512  # of prompts at a time
 ROOM = 256  # the cache grows in steps of so many tokens: one graph each

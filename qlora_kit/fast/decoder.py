@@ -19,12 +19,13 @@ from qlora_kit.fast.adapters import FlatAdapters, lora_tensors
 from qlora_kit.fast.attention import Places, attend, places
 from qlora_kit.fast.layer import Heads, Norms, Part, Reduced, Rotary
 from qlora_kit.fast.lora import is_plain
-from qlora_kit.fast.loss import accumulate_piece, cross_entropy, decoder_and_head, next_labels
 from qlora_kit.fast.nf4 import unpack_stacked
-from qlora_kit.fast.parts import norms_of, projections_of, rotary_table, stacked_bias
+from qlora_kit.fast.parts import norms_of, rotary_table
 from qlora_kit.fast.projection import Lora
 from qlora_kit.fast.sharding import sharded_base
-from qlora_kit.memory import HEAD_ROWS, why_not_written_out
+from qlora_kit.model.llama_modules import projections_of, stacked_bias
+from qlora_kit.model.loss import accumulate_piece, cross_entropy, decoder_and_head, next_labels
+from qlora_kit.planning.shape import HEAD_ROWS, why_not_written_out
 
 GROUPS = ("qkv", "o", "gate_up", "down")  # projections that share an input
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from qlora_kit.device import is_out_of_memory
 from qlora_kit.errors import UserError, cannot_work
 from qlora_kit.fast.decoder import GROUPS, FastDecoder
-from qlora_kit.fast.loss import IGNORED
 from qlora_kit.fast.nf4 import why_no_triton
 from qlora_kit.fast.projection import draw_keys
+from qlora_kit.model.device import is_out_of_memory
+from qlora_kit.model.loss import IGNORED
 
 WARM_UP_RUNS = 2  # outside the graph: libraries choose algorithms and allocate workspaces at their first call
 

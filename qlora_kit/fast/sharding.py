@@ -20,9 +20,9 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from qlora_kit.errors import UserError
-from qlora_kit.fast.parts import projections_of
-from qlora_kit.memory import HEAD_ROWS
-from qlora_kit.merging.files import Stored, read_base
+from qlora_kit.model.llama_modules import projections_of
+from qlora_kit.model.weight_files import Stored, read_base
+from qlora_kit.planning.shape import HEAD_ROWS
 
 ALIGNMENT = 512  # bytes, of a tensor within a run: kernels read aligned memory faster
 Place = tuple[Any, str]  # an object and its attribute that holds a tensor

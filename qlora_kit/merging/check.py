@@ -14,13 +14,20 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_kit.adapter import AdapterSource
+from qlora_kit.config import Config, DataConfig
 from qlora_kit.dataset import Blocks, load_blocks
 from qlora_kit.errors import UserError
 from qlora_kit.merging.weights import Packing
+from qlora_kit.model.gpu_placement import DeviceMap
+from qlora_kit.model.perplexity import (
+    Perplexity,
+    from_block_losses,
+    library_losses,
+    loss_difference,
+    measure_perplexity,
+    plus_minus,
+)
 from qlora_kit.packing import RecordBlocks
-from qlora_kit.perplexity import Perplexity, from_block_losses, library_losses, loss_difference, measure_perplexity, plus_minus
-from qlora_kit.placement import DeviceMap
-from qlora_kit.settings import Config, DataConfig
 from qlora_kit.sources import check_source, is_file_name
 
 ARTICLES = Path(__file__).resolve().parents[2] / "samples" / "articles.txt"

@@ -15,12 +15,12 @@ from peft.tuners.lora.layer import LoraLayer
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from qlora_kit.config import ModelConfig
 from qlora_kit.errors import UserError
-from qlora_kit.hub import model_folder, read_json
-from qlora_kit.memory import GIB
-from qlora_kit.merging.files import read_base
 from qlora_kit.merging.weights import rounded, unpack
-from qlora_kit.settings import ModelConfig
+from qlora_kit.model.hub import model_folder, read_json
+from qlora_kit.model.weight_files import read_base
+from qlora_kit.planning.shape import GIB
 
 ANSWER_BYTES = GIB // 2  # keys, values and logits: a text of 4,000 tokens takes 0.14 GiB of keys and values at Qwen2.5-3B
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.adapter import AdapterSource
 from qlora_kit.errors import Failed, UserError
 from qlora_kit.generation import find_stop_ids
-from qlora_kit.hub import read_json
-from qlora_kit.memory import GIB
+from qlora_kit.model.hub import read_json
+from qlora_kit.planning.shape import GIB
 from qlora_kit.report import now, versions
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.checkpoint import ADAPTER_FILES
 from qlora_kit.errors import UserError
-from qlora_kit.hub import read_json
+from qlora_kit.model.hub import read_json
 
 if TYPE_CHECKING:
     import torch

@@ -11,15 +11,14 @@ from typing import Any
 
 import bitsandbytes
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import AutoHfQuantizer
 
+from qlora_kit.config import ModelConfig, QuantizationConfig
 from qlora_kit.errors import UserError
-from qlora_kit.hub import is_local
-from qlora_kit.merging.files import Stored, read_base
 from qlora_kit.merging.pairs import LoraPair
-from qlora_kit.settings import ModelConfig, QuantizationConfig
+from qlora_kit.model.load import build_skeleton, pack_skeleton
+from qlora_kit.model.weight_files import Stored, read_base
 
 MERGEABLE = ("F32", "F16", "BF16")
 
@@ -136,19 +135,6 @@ def plan_merge(folder: Path, model: ModelConfig, pairs: dict[str, LoraPair], pac
     return merge
 
 
-def build_skeleton(folder: Path, model: ModelConfig) -> PreTrainedModel:
-    """The model without weights: its modules by name."""
-    name = str(folder) if is_local(model.name) else model.name
-    origin = {"revision": model.revision or "main", "trust_remote_code": model.trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(name, **origin)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"model.name: {model.name}: cannot be read ({reason}); name a causal language model") from error
-
-
 def _recipe(module: str, pair: LoraPair, model: PreTrainedModel, tensors: dict[str, Stored], misfit: str) -> tuple[str, Recipe]:
     """Which tensor an adapter's pair belongs to, and how it lies there."""
     kind, remedy = dict(model.named_modules()).get(module), "use the base model it was trained on"
@@ -181,9 +167,3 @@ def _add_packed(merge: Merge, model: PreTrainedModel) -> None:
         if isinstance(kind, bitsandbytes.nn.Linear4bit) and (name := _stored_name(module, model, merge.tensors)):
             pair = merge.recipes[name].pair if name in merge.recipes else None
             merge.recipes[name] = Recipe(pair, packed=True, transposed=module in transposed)
-
-
-def pack_skeleton(model: PreTrainedModel) -> None:
-    """Put a Linear4bit, empty as well, wherever loading would: the library is asked."""
-    quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_4bit=True))
-    quantizer.preprocess_model(model=model, device_map={"": "cpu"})

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qlora_kit.fast.loss import IGNORED, token_losses
+from qlora_kit.model.loss import IGNORED, token_losses
 
 
 @dataclass(frozen=True)

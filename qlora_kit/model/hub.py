@@ -11,9 +11,9 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from qlora_kit.config import ModelConfig
 from qlora_kit.errors import UserError
-from qlora_kit.memory import KNOWN_CONFIGS
-from qlora_kit.settings import ModelConfig
+from qlora_kit.planning.shape import KNOWN_CONFIGS
 
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # config and tokenizer
 MODEL_FILES = [*SMALL_FILES, "*.safetensors"]  # no pickles, no code
@@ -140,3 +140,9 @@ def _download(model: ModelConfig, patterns: list[str]) -> Path:
             f"{key}: not on this machine, and the Hub cannot be reached; download it where there is a network "
             f"(hf download {model.name}), or name a local folder"
         ) from None
+
+
+def remote_code_warning(model: ModelConfig) -> str:
+    """The line for model.trust_remote_code."""
+    pin = "" if model.revision or is_local(model.name) else "; name the commit that you have read in model.revision"
+    return f"warning: model.trust_remote_code: Python code that comes with {model.name} runs here with all your rights{pin}"

@@ -4,8 +4,8 @@ import hashlib
 import re
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit.config import ModelConfig
 from qlora_kit.errors import UserError
-from qlora_kit.settings import ModelConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

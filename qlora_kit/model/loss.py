@@ -13,8 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from qlora_kit.fast.attention import positions, record_mask
-from qlora_kit.memory import LLAMA_LIKE, vocabulary_piece
+from qlora_kit.planning.shape import LLAMA_LIKE, vocabulary_piece
 
 IGNORED = -100
 
@@ -151,3 +150,15 @@ def decoder_and_head(model: Any) -> tuple[Any, torch.nn.Linear] | None:
     if type(head) is not torch.nn.Linear or head.bias is not None or head.weight.requires_grad:
         return None
     return base.get_decoder(), head
+
+
+def positions(starts: torch.Tensor) -> torch.Tensor:
+    """Each token's place in its own record, (B, T)."""
+    return torch.arange(starts.shape[1], device=starts.device) - starts
+
+
+def record_mask(starts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(B, 1, T, T): 0 where row i may look at column j, else minus infinity."""
+    index = torch.arange(starts.shape[1], device=starts.device)
+    visible = (index <= index[:, None]) & (index >= starts[:, :, None])
+    return torch.where(visible, 0.0, -torch.inf).to(dtype)[:, None]

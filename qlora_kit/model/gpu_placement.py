@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import torch
 
+from qlora_kit.config import ModelConfig, QuantizationConfig
 from qlora_kit.errors import UserError
-from qlora_kit.hub import read_json
-from qlora_kit.memory import BYTES_4BIT, BYTES_4BIT_DOUBLE, GIB, ModelShape, read_shape
-from qlora_kit.settings import ModelConfig, QuantizationConfig
+from qlora_kit.model.hub import read_json
+from qlora_kit.planning.shape import BYTES_4BIT, BYTES_4BIT_DOUBLE, GIB, ModelShape, read_shape
 
 TEXT_TOKENS = 4096  # of the texts under way at once, whose keys and values find room on every GPU, whichever layers it has
 WORK_BYTES = GIB // 2  # activations, logits, libraries
@@ -99,7 +99,7 @@ def _free_memory(gpus: int) -> list[float]:
 
 def build_empty(folder: Path, model: ModelConfig, dtype: torch.dtype, packed: bool) -> Any:
     """The model without weights, its projections `packed` as loading packs them."""
-    from qlora_kit.merging.weights import build_skeleton, pack_skeleton
+    from qlora_kit.model.load import build_skeleton, pack_skeleton
 
     skeleton: Any = build_skeleton(folder, model)
     skeleton.to(dtype)

@@ -1,0 +1,132 @@
+"""Sizes of a Llama-like model from its config.json."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+GIB = 2**30
+# NF4 and FP4 keep one absmax per 64 weights: fp32, or (double quantization) 8 bits plus an fp32 per 256 of them.
+# QLoRA (arXiv 2305.14314), section 3: 4.5 and 4.127 bits per parameter.
+BYTES_4BIT = 0.5 + 4 / 64
+BYTES_4BIT_DOUBLE = 0.5 + 1 / 64 + 4 / (64 * 256)
+LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
+NEEDED = ("num_attention_heads", "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
+# The shapes of the models that configs name, as their config.json state them, so that the estimate needs no download.
+KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
+    "Qwen/Qwen2.5-3B-Instruct": {
+        "model_type": "qwen2",
+        "num_hidden_layers": 36,
+        "hidden_size": 2048,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "intermediate_size": 11008,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "Qwen/Qwen2.5-32B-Instruct": {
+        "model_type": "qwen2",
+        "num_hidden_layers": 64,
+        "hidden_size": 5120,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "intermediate_size": 27648,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    },
+}
+# Logits that exist at a time (fast/loss.py): 128 MiB in bf16.
+PIECE_LOGITS = 2**26
+HEAD_ROWS = 8192  # on the GPU at a time, of a head that is not there as a whole: 32 MiB at 2,048 columns in bf16
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a Llama-like decoder; all in elements."""
+
+    model_type: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    mlp: int
+    vocabulary: int
+    tied_embedding: bool
+
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """Linear layers of one decoder layer: name -> (in_features, out_features)."""
+        query, key_value = self.heads * self.head_size, self.kv_heads * self.head_size
+        return {
+            "q_proj": (self.hidden, query),
+            "k_proj": (self.hidden, key_value),
+            "v_proj": (self.hidden, key_value),
+            "o_proj": (query, self.hidden),
+            "gate_proj": (self.hidden, self.mlp),
+            "up_proj": (self.hidden, self.mlp),
+            "down_proj": (self.mlp, self.hidden),
+        }
+
+    def projection_parameters(self) -> int:
+        """Weights that 4-bit loading packs."""
+        return self.layers * sum(fan_in * fan_out for fan_in, fan_out in self.projections().values())
+
+    def embedding_parameters(self) -> int:
+        """Token embedding, and the output head where it is not the same tensor."""
+        return self.vocabulary * self.hidden * (1 if self.tied_embedding else 2)
+
+    def other_parameters(self) -> int:
+        """Norms, and the biases of Qwen2's q, k and v projections."""
+        norms = (2 * self.layers + 1) * self.hidden
+        if self.model_type == "qwen3":  # a norm over each head of q and k
+            norms += self.layers * 2 * self.head_size
+        biases = self.layers * (self.heads + 2 * self.kv_heads) * self.head_size if self.model_type == "qwen2" else 0
+        return norms + biases
+
+    def parameters(self) -> int:
+        return self.projection_parameters() + self.embedding_parameters() + self.other_parameters()
+
+    def lora_parameters(self, rank: int, target_modules: list[str] | str) -> int:
+        """A (rank, in) and B (out, rank) for each targeted projection. LoRA (arXiv 2106.09685), section 4.1."""
+        chosen = [size for name, size in self.projections().items() if target_modules == "all-linear" or name in target_modules]
+        return self.layers * rank * sum(fan_in + fan_out for fan_in, fan_out in chosen)
+
+    def training_flops_per_token(self, recompute: bool) -> int:
+        """Products with frozen weights: forward, gradient of the input, and the forward again when recomputed."""
+        passes = 3 if recompute else 2
+        return 2 * passes * self.projection_parameters() + 2 * 2 * self.vocabulary * self.hidden
+
+
+def why_not_written_out(model_config: dict[str, Any], length: int) -> str | None:
+    """The reason in a config.json why fast/layer.py is not this model's layer for blocks of `length` tokens, or None."""
+    if model_config.get("model_type") not in LLAMA_LIKE:
+        return f"{model_config.get('model_type')} is not built like Llama"
+    window = model_config.get("sliding_window") if model_config.get("use_sliding_window", True) else None
+    if window and window < length:
+        return f"its attention reaches {window} tokens back, less than a block of {length}"
+    if model_config.get("hidden_act", "silu") != "silu":
+        return f"its activation is {model_config['hidden_act']}"
+    return "it drops out in the attention" if model_config.get("attention_dropout") else None
+
+
+def read_shape(model_config: dict[str, Any]) -> ModelShape | None:
+    """The shape that a config.json states, or None for an architecture that is not built like Llama, or sizes left out."""
+    if model_config.get("model_type") not in LLAMA_LIKE or not set(NEEDED) <= model_config.keys():
+        return None
+    heads, hidden = model_config["num_attention_heads"], model_config["hidden_size"]
+    return ModelShape(
+        model_type=model_config["model_type"],
+        layers=model_config["num_hidden_layers"],
+        hidden=hidden,
+        heads=heads,
+        kv_heads=model_config.get("num_key_value_heads") or heads,
+        head_size=model_config.get("head_dim") or hidden // heads,
+        mlp=model_config["intermediate_size"],
+        vocabulary=model_config["vocab_size"],
+        tied_embedding=model_config.get("tie_word_embeddings", False),
+    )
+
+
+def vocabulary_piece(tokens: int, vocabulary: int) -> int:
+    """Rows of the output head whose logits for `tokens` positions are taken at once, in pieces of nearly one size."""
+    pieces = math.ceil(tokens * vocabulary / PIECE_LOGITS)
+    return 64 * math.ceil(vocabulary / pieces / 64)
