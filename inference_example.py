@@ -19,12 +19,13 @@ from qlora_kit import cli
 from qlora_kit.adapter import AdapterSource, check_base, fetch_base, load_checked_tokenizer, read_adapter
 from qlora_kit.answers import encode_prompts, run_demo, run_text
 from qlora_kit.config import Config, GenerationSettings
+from qlora_kit.data.chat_template import find_stop_ids
+from qlora_kit.data.source import source_files
 from qlora_kit.errors import UserError
-from qlora_kit.generation import Generator, PromptEncoder, find_stop_ids, replace_settings
+from qlora_kit.generation import Generator, PromptEncoder, replace_settings
 from qlora_kit.merging.pairs import read_pairs
 from qlora_kit.model.hub import fetch_model, fetch_tokenizer, go_offline_if_unreachable, is_local, model_folder, read_context
 from qlora_kit.prompts import Prompt, demo_prompts, read_prompt, read_prompt_file
-from qlora_kit.sources import source_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -31,7 +31,9 @@ from qlora_kit.checkpoint import (
 from qlora_kit.checkpoints import Checkpoint
 from qlora_kit.config import Config
 from qlora_kit.config_file import load_config, override, parse_set
-from qlora_kit.dataset import Blocks, load_blocks
+from qlora_kit.data.blocks import Blocks, RecordBlocks
+from qlora_kit.data.dataset import load_blocks
+from qlora_kit.data.source import check_source
 from qlora_kit.errors import UserError
 from qlora_kit.lock import OutputLock
 from qlora_kit.model.fingerprint import weights_fingerprint
@@ -44,12 +46,10 @@ from qlora_kit.model.hub import (
     remote_code_warning,
 )
 from qlora_kit.model.tokenizer import load_tokenizer, tokenizer_fingerprint
-from qlora_kit.packing import RecordBlocks
 from qlora_kit.planning.fit import check_fit
 from qlora_kit.planning.plan import asked, check_division, go_on_as_planned, make_plan
 from qlora_kit.processes import ALONE, Team, check_alike, check_gpus, choose_own_gpu, connected, find_team
 from qlora_kit.report import CURVES, RunReport, plot_training_curves, read_metrics, what_runs
-from qlora_kit.sources import check_source
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -234,7 +234,7 @@ def recognise(report: RunReport, checkpoint: Checkpoint | None, found: dict[str,
 
 def preview(config: Config) -> None:
     """Print what a run would train on; loads the tokenizer only."""
-    from qlora_kit.preview import show_preview
+    from qlora_kit.data.preview import show_preview
 
     if not (is_local(config.model.name) and all(map(is_local, config.data.names))):
         go_offline_if_unreachable()

@@ -115,7 +115,7 @@ def toolkit(tokenizer: Any, file: Path) -> float:
     import datasets  # noqa: F401  not needed, but the others' clocks do not count it either
 
     from qlora_kit.config import Config, DataConfig
-    from qlora_kit.dataset import load_blocks
+    from qlora_kit.data.dataset import load_blocks
 
     data = DataConfig(dataset=str(file), subset=None, eval_split=None, max_length=BLOCK_TOKENS)
     start = time.perf_counter()

@@ -26,9 +26,9 @@ from finetuning_lessons.lesson import (
     print_text,
 )
 from qlora_kit import cli
-from qlora_kit.encoding import Encoded, encode, end_id, record_pieces
-from qlora_kit.formats import Piece, TrainOn, alpaca_to_text, recognise
-from qlora_kit.preview import marked
+from qlora_kit.data.formats import Piece, TrainOn, alpaca_to_text, recognise
+from qlora_kit.data.preview import marked
+from qlora_kit.data.tokenizing import Encoded, encode, end_id, record_pieces
 
 ALPACA = {"instruction": "Make it a question.", "input": "The train is late.", "output": "Is the train late?"}
 ASKED = f"{ALPACA['instruction']}\n\n{ALPACA['input']}"

@@ -37,8 +37,8 @@ from finetuning_lessons.lesson import (
     print_text,
 )
 from qlora_kit import cli
+from qlora_kit.data.formats import alpaca_to_text
 from qlora_kit.errors import Failed
-from qlora_kit.formats import alpaca_to_text
 from qlora_kit.model.hub import go_offline_if_unreachable
 
 RECORDS = ROOT / "samples" / "alpaca.jsonl"

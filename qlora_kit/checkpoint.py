@@ -30,8 +30,8 @@ from qlora_kit.checkpoints import (
 )
 from qlora_kit.config import Config
 from qlora_kit.config_file import load_config
+from qlora_kit.data.chat_template import find_stop_ids
 from qlora_kit.errors import Failed, UserError
-from qlora_kit.generation import find_stop_ids
 from qlora_kit.model.fingerprint import weights_fingerprint
 from qlora_kit.model.hub import is_local, model_folder
 from qlora_kit.model.tokenizer import separator_id, tokenizer_fingerprint, vocabulary_fingerprint

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.answers import as_line
 from qlora_kit.config import Config
-from qlora_kit.dataset import Blocks, load_blocks, source_blocks
+from qlora_kit.data.blocks import Blocks, RecordBlocks
+from qlora_kit.data.dataset import load_blocks, source_blocks
+from qlora_kit.data.source import TABLE_SUFFIXES, open_source
 from qlora_kit.errors import UserError
 from qlora_kit.generation import Generator
 from qlora_kit.model.hub import is_local
@@ -20,9 +22,7 @@ from qlora_kit.model.perplexity import (
     measure_block_losses,
     plus_minus,
 )
-from qlora_kit.packing import RecordBlocks
 from qlora_kit.report import finite
-from qlora_kit.sources import TABLE_SUFFIXES, open_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

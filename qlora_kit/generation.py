@@ -10,13 +10,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from qlora_kit.chat import Message, end_of_turn
 from qlora_kit.config import Config, GenerationSettings
 from qlora_kit.config_file import override
-from qlora_kit.encoding import encode
+from qlora_kit.data.chat_template import Message
+from qlora_kit.data.formats import TrainOn, prompt_pieces
+from qlora_kit.data.tokenizing import encode
 from qlora_kit.errors import BadRecord, UserError
-from qlora_kit.formats import TrainOn, prompt_pieces
-from qlora_kit.model.tokenizer import token_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,17 +64,6 @@ def replace_settings(settings: GenerationSettings, given: dict[str, str], called
             key, _, what = problem.removeprefix("command line: generation.").partition(": ")
             told.append(f"{called}{key}: {what.rpartition('; ')[0]}; {otherwise} {getattr(settings, key)}")
         raise UserError(*told) from None
-
-
-def find_stop_ids(tokenizer: "PreTrainedTokenizerBase", style: str) -> list[int]:
-    """Tokens that end an answer: the separator of texts, the tokenizer's own end, and what the chat template ends a turn with."""
-    found = {token_id("<|endoftext|>", tokenizer), tokenizer.eos_token_id}
-    if style == "chat":
-        try:
-            found.add(tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer)))
-        except BadRecord:
-            pass  # then turns end as the tokenizer says
-    return sorted(token for token in found if token is not None)
 
 
 def check_context(ids: Sequence[int], new_tokens: int, room: int | None, place: str) -> None:

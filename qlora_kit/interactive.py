@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from qlora_kit.config import GenerationSettings
+from qlora_kit.data.formats import checked_text
 from qlora_kit.errors import BadRecord, UserError
-from qlora_kit.formats import checked_text
 from qlora_kit.generation import Generated, Generator, replace_settings
 from qlora_kit.rounds import Round, messages, worded
 from qlora_kit.terminal import Terminal

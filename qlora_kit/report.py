@@ -26,9 +26,8 @@ from qlora_kit.processes import ALONE, Team
 from qlora_kit.secrets import redact
 
 if TYPE_CHECKING:
-    from qlora_kit.dataset import Blocks
+    from qlora_kit.data.blocks import Blocks, RecordBlocks
     from qlora_kit.model.perplexity import Perplexity
-    from qlora_kit.packing import RecordBlocks
     from qlora_kit.training.machine import Machine
 
 LOG, METRICS, CURVES = "training_log.txt", "metrics.jsonl", "training_curves.png"

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from qlora_kit.chat import Message
 from qlora_kit.config import GenerationSettings
+from qlora_kit.data.chat_template import Message
 
 
 @dataclass(frozen=True)

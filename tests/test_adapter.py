@@ -15,8 +15,9 @@ import inference_example
 from qlora_kit.adapter import read_adapter
 from qlora_kit.attach import adapter_norm
 from qlora_kit.config import GenerationSettings
+from qlora_kit.data.chat_template import find_stop_ids
 from qlora_kit.errors import UserError
-from qlora_kit.generation import Generator, find_stop_ids
+from qlora_kit.generation import Generator
 from qlora_kit.model.fingerprint import weights_fingerprint
 
 GREEDY = GenerationSettings(max_new_tokens=8, temperature=0.0, repetition_penalty=1.0)

@@ -6,9 +6,9 @@ import time
 import pytest
 from transformers import AutoTokenizer
 
-from qlora_kit.chat import end_of_turn
+from qlora_kit.data.chat_template import end_of_turn
+from qlora_kit.data.formats import Piece, chat_pieces
 from qlora_kit.errors import BadRecord
-from qlora_kit.formats import Piece, chat_pieces
 from tests.written_out import DEFAULT_SYSTEM
 
 ONE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]

@@ -15,11 +15,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qlora_kit.config import DataConfig
 from qlora_kit.config_file import load_config
-from qlora_kit.dataset import Blocks, cut_into_blocks, load_blocks, tokenize
-from qlora_kit.documents import hold_out
+from qlora_kit.data.blocks import Blocks, cut_into_blocks
+from qlora_kit.data.dataset import load_blocks, tokenize
+from qlora_kit.data.documents import hold_out
+from qlora_kit.data.source import open_source
 from qlora_kit.errors import UserError
 from qlora_kit.model.tokenizer import separator_id
-from qlora_kit.sources import open_source
 from tests.written_out import joined
 
 
@@ -114,7 +115,7 @@ def test_a_long_document_has_the_tokens_of_the_whole(tokenizer, tokenized, docum
 
 def test_the_second_time_tokens_come_from_the_cache(tokenized, monkeypatch):
     stream = tokenized(["a text that no other test has"])
-    monkeypatch.setattr("qlora_kit.dataset.encode_text", None)  # would fail when called
+    monkeypatch.setattr("qlora_kit.data.dataset.encode_text", None)  # would fail when called
     assert tokenized(["a text that no other test has"]).tolist() == stream.tolist()
 
 
@@ -124,7 +125,7 @@ def test_a_run_that_fails_leaves_nothing_in_the_cache(tokenized, monkeypatch):
         raise RuntimeError
 
     with monkeypatch.context() as patched:
-        patched.setattr("qlora_kit.dataset.encode_text", failing)
+        patched.setattr("qlora_kit.data.dataset.encode_text", failing)
         with pytest.raises(RuntimeError):
             tokenized(["a text that was interrupted"])
     assert tokenized(["a text that was interrupted"]).tolist() != [0, 1, 2]
@@ -147,7 +148,7 @@ def test_a_large_file_takes_no_more_memory_than_a_small_one(root, tmp_path):
     path.write_text("".join(f"{number}\n" + f"{'x' * 119}\n" * 500 for number in range(250)))
     code = (
         "import resource, sys; from pathlib import Path; from qlora_kit.config_file import load_config; "
-        "from qlora_kit.dataset import load_blocks; from qlora_kit.model.tokenizer import load_tokenizer; "
+        "from qlora_kit.data.dataset import load_blocks; from qlora_kit.model.tokenizer import load_tokenizer; "
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024; "
         "config = load_config(Path('configs/tiny.yaml'), {'data.dataset': sys.argv[1], 'data.eval_split': None}); "
         "tokenizer = load_tokenizer(config.model); before = peak(); blocks, _ = load_blocks(config, tokenizer); "
@@ -229,7 +230,7 @@ def test_evaluation_may_be_a_file_of_its_own(blocks_of_file, root):
 
 def test_the_second_time_records_come_from_the_cache_and_another_setting_does_not(blocks_of_file, monkeypatch):
     first, _ = blocks_of_file(RECORDS)
-    monkeypatch.setattr("qlora_kit.dataset.encode", None)  # would fail when called
+    monkeypatch.setattr("qlora_kit.data.dataset.encode", None)  # would fail when called
     assert blocks_of_file(RECORDS)[0].fingerprint() == first.fingerprint()
     assert blocks_of_file(RECORDS, max_length=64, packing=False)[0].documents == 20  # of the same tokens
     for changed in ({"train_on": "all"}, {"format": "alpaca"}):

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from qlora_kit.encoding import STRETCH, Encoded, check, encode, end_id, find_seam, record_pieces, shorten, token_ids
+from qlora_kit.data.formats import Piece
+from qlora_kit.data.tokenizing import STRETCH, Encoded, check, encode, end_id, find_seam, record_pieces, shorten, token_ids
 from qlora_kit.errors import BadRecord
-from qlora_kit.formats import Piece
 
 END, START, NEWLINE = 6143, 6142, 198  # <|im_end|>, <|im_start|> and \n of the embedded tokenizer
 

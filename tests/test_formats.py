@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoTokenizer
 
-from qlora_kit import formats
-from qlora_kit.formats import BadRecord, Piece, chat_pieces, instruction_pieces, recognise
+from qlora_kit.data import formats
+from qlora_kit.data.formats import BadRecord, Piece, chat_pieces, instruction_pieces, recognise
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
 SYSTEM, FOUR = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "4"}

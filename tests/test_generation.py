@@ -7,8 +7,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from qlora_kit.config import GenerationSettings
-from qlora_kit.encoding import encode
-from qlora_kit.formats import chat_pieces, instruction_pieces
+from qlora_kit.data.formats import chat_pieces, instruction_pieces
+from qlora_kit.data.tokenizing import encode
 from qlora_kit.generation import Generator
 
 REAL = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "qwen2.5-tokenizer"

@@ -23,7 +23,7 @@ from qlora_kit.answers import Answered, columns, run_text
 from qlora_kit.comparison import Comparison, evaluation_blocks
 from qlora_kit.config import GenerationSettings
 from qlora_kit.config_file import load_config, override
-from qlora_kit.dataset import load_blocks
+from qlora_kit.data.dataset import load_blocks
 from qlora_kit.decoding import LibraryEngine
 from qlora_kit.errors import UserError
 from qlora_kit.generation import Generated, Generator

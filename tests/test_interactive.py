@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 import train_qlora
 from qlora_kit.config import GenerationSettings
 from qlora_kit.config_file import load_config, override
-from qlora_kit.formats import from_messages
+from qlora_kit.data.formats import from_messages
 from qlora_kit.generation import Generator
 from qlora_kit.interactive import COMMANDS, run_interactive
 from qlora_kit.terminal import Terminal

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from qlora_kit.config import DataConfig
+from qlora_kit.data.packing import build_record_blocks, count_labels, pack
+from qlora_kit.data.token_cache import Tokens
 from qlora_kit.errors import UserError
-from qlora_kit.packing import build_record_blocks, count_labels, pack
-from qlora_kit.storage import Tokens
 
 PAD = 9
 

@@ -11,8 +11,8 @@ from rich.console import Console
 
 import train_qlora
 from qlora_kit import cli
+from qlora_kit.data.preview import histogram
 from qlora_kit.errors import UserError
-from qlora_kit.preview import histogram
 
 RECORDS = [
     {"instruction": "Say hi", "input": "", "output": "Hi"},

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from qlora_kit.formats import READERS, BadRecord, chat_pieces, from_messages, instruction_pieces, recognise
+from qlora_kit.data.formats import READERS, BadRecord, chat_pieces, from_messages, instruction_pieces, recognise
 from tests.written_out import DEFAULT_SYSTEM
 
 STRIPPING = """\

@@ -14,8 +14,8 @@ from finetuning_lessons.lesson import create_parser
 from qlora_kit import doctor, merge
 from qlora_kit.config import Config
 from qlora_kit.config_file import load_config, override
+from qlora_kit.data.formats import READERS, recognise
 from qlora_kit.errors import UserError
-from qlora_kit.formats import READERS, recognise
 from qlora_kit.planning.fit import check_fit
 from qlora_kit.planning.memory import estimate_memory
 from qlora_kit.planning.plan import make_plan

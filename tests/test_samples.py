@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from qlora_kit.formats import READERS, chat_pieces, instruction_pieces, recognise
+from qlora_kit.data.formats import READERS, chat_pieces, instruction_pieces, recognise
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "samples"

@@ -11,9 +11,9 @@ import pyarrow.parquet
 import pytest
 
 from qlora_kit.config import DataConfig
-from qlora_kit.documents import join_lines
+from qlora_kit.data.documents import join_lines
+from qlora_kit.data.source import check_source, estimate_tokens, open_source, source_files
 from qlora_kit.errors import UserError
-from qlora_kit.sources import check_source, estimate_tokens, open_source, source_files
 from tests.written_out import joined
 
 
@@ -311,7 +311,7 @@ def test_line_ends_within_a_field_are_equal_too(write):
 def test_an_array_is_read_over_the_borders_of_what_is_read_at_once(write, monkeypatch):
     records = [{"text": f"{number} \u00e9 {'x' * (number % 40)}", "n": [number, {"a": None}]} for number in range(200)]
     for chunk in (16, 17, 61):
-        monkeypatch.setattr("qlora_kit.readers.CHUNK", chunk)
+        monkeypatch.setattr("qlora_kit.data.files.CHUNK", chunk)
         path = write("a.json", json.dumps(records, indent=chunk % 2 or None))
         assert [record for _, _, record in records_of(path)] == records
 
@@ -460,7 +460,7 @@ def test_hub_data_set_is_read_from_the_cache_without_a_network(tmp_path, root):
     files = "".join(f"  - split: {split}\n    path: wikitext-2-raw-v1/{split}-*\n" for split in splits)
     (data.parent / "README.md").write_text(f"---\nconfigs:\n- config_name: wikitext-2-raw-v1\n  data_files:\n{files}---\n")
     code = (
-        "from qlora_kit.config import DataConfig; from qlora_kit.sources import open_source; "
+        "from qlora_kit.config import DataConfig; from qlora_kit.data.source import open_source; "
         "source = open_source(DataConfig(), ['Salesforce/wikitext'], 'validation', 'data.eval_split'); "
         "print(([text for text, _ in source.documents()], source.join_rule()))"
     )

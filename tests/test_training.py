@@ -21,7 +21,7 @@ from qlora_kit import progress
 from qlora_kit.callbacks import StopCallback
 from qlora_kit.checkpoint import save_adapter
 from qlora_kit.config_file import load_config
-from qlora_kit.dataset import Blocks
+from qlora_kit.data.blocks import Blocks
 from qlora_kit.errors import Failed
 from qlora_kit.fast.decoder import FastDecoder
 from qlora_kit.model.loss import token_losses

@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_kit.adapter import AdapterSource
 from qlora_kit.config import Config, DataConfig
-from qlora_kit.dataset import Blocks, load_blocks
+from qlora_kit.data.blocks import Blocks, RecordBlocks
+from qlora_kit.data.dataset import load_blocks
+from qlora_kit.data.source import check_source, is_file_name
 from qlora_kit.errors import UserError
 from qlora_kit.merging.weights import Packing
 from qlora_kit.model.gpu_placement import DeviceMap
@@ -27,8 +29,6 @@ from qlora_kit.model.perplexity import (
     measure_perplexity,
     plus_minus,
 )
-from qlora_kit.packing import RecordBlocks
-from qlora_kit.sources import check_source, is_file_name
 
 ARTICLES = Path(__file__).resolve().parents[2] / "samples" / "articles.txt"
 BLOCKS, LENGTH = 16, 512  # at most: 8,192 tokens

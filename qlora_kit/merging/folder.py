@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.adapter import AdapterSource
+from qlora_kit.data.chat_template import find_stop_ids
 from qlora_kit.errors import Failed, UserError
-from qlora_kit.generation import find_stop_ids
 from qlora_kit.model.hub import read_json
 from qlora_kit.planning.shape import GIB
 from qlora_kit.report import now, versions

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from qlora_kit.config import Config
+from qlora_kit.data.source import estimate_tokens
 from qlora_kit.errors import Failed, UserError, cannot_work
 from qlora_kit.model.device import cap_memory, choose_device, describe_device, is_out_of_memory, memory_gib, usable_dtype
 from qlora_kit.model.hub import go_offline_if_unreachable, is_local, read_model_config
@@ -16,7 +17,6 @@ from qlora_kit.planning.fit import other_strategy, plan_table
 from qlora_kit.planning.memory import CONTEXT_BYTES
 from qlora_kit.planning.plan import check_division, make_plan
 from qlora_kit.planning.shape import GIB, KNOWN_CONFIGS, ModelShape, read_shape, why_not_written_out
-from qlora_kit.sources import estimate_tokens
 
 PATIENCE_SECONDS = 2 * 3600  # a CPU run that would take longer than this is asked about first
 

@@ -1,21 +1,16 @@
-"""Records -> blocks of one length, several records each, as few blocks as can be.
-
-Best-fit decreasing: the longest record first, each into the block with the least room that still holds it. Which records share
-a block says nothing about them, so the model is told where each begins (`starts`) and lets it see itself only.
-"""
+"""TextBlocks and RecordBlocks: what the Trainer iterates over."""
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.config import DataConfig
-from qlora_kit.encoding import IGNORED, Encoded, shorten
+from qlora_kit.data.token_cache import Tokens
+from qlora_kit.data.tokenizing import IGNORED, Encoded
 from qlora_kit.errors import UserError
-from qlora_kit.storage import Tokens
 
 if TYPE_CHECKING:
     import numpy as np
+
 
 TRAINED = {"assistant": "answers trained", "last": "last answers trained", "all": "prompts and answers trained"}
 
@@ -147,95 +142,83 @@ class RecordBlocks:
         return "; ".join(filter(None, said))
 
 
-def build_record_blocks(stored: Tokens, numbers: Sequence[int], data: DataConfig, pad_id: int, key: str) -> RecordBlocks:
-    """The records of these numbers, cut or dropped where they are too long, in blocks.
+@dataclass(frozen=True)
+class Blocks:
+    """Token blocks of equal length, as a map-style data set for the Trainer."""
+
+    ids: "np.ndarray"  # (blocks, block length), int32
+    documents: int
+    join_rule: str  # how rows became documents
+    tail_tokens: int  # tokens at the end of the stream that filled no block
+    full_lengths: Any = ()  # (documents,) int64, tokens of each with its separator
+    unit = "training document"  # what `sources` counts
+    prompt_style = "text"  # prompts are continued, no chat template is applied
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        import torch
+
+        block = torch.from_numpy(self.ids[index].astype("int64"))
+        # The model shifts: position t is predicted from the ones before it.
+        return {"input_ids": block, "labels": block, "block": index}
+
+    @property
+    def tokens(self) -> int:
+        return int(self.ids.size)
+
+    def take(self, count: int | None) -> "Blocks":
+        return replace(self, ids=self.ids[:count])
+
+    def sources(self, block: int) -> list[int]:
+        """Numbers of the documents that a block holds, from 1, in the order of this data set; empty where they are not known."""
+        import numpy as np
+
+        length = self.ids.shape[1]
+        ends = [block * length, (block + 1) * length - 1]  # first and last token
+        first, last = np.searchsorted(np.cumsum(self.full_lengths), ends, side="right").tolist()
+        return list(range(first + 1, last + 2)) if len(self.full_lengths) else []
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the token ids: the same data, tokenizer and block length give the same value."""
+        digest = hashlib.sha256()
+        for at in range(0, len(self), 1024):  # a copy of all would be as large as the data
+            digest.update(self.ids[at : at + 1024].tobytes())
+        return digest.hexdigest()
+
+    def summary(self) -> str:
+        return f"{self.documents:,} documents"
+
+    def description(self) -> str:
+        """What the log says of training data."""
+        blocks = f"{len(self):,} blocks of {self.ids.shape[1]} tokens, tail of {self.tail_tokens} tokens left out"
+        return f"{self.summary()} ({self.join_rule}), {blocks}"
+
+
+def text_blocks(stored: Tokens, length: int, key: str) -> Blocks:
+    """The stream of all documents as blocks.
 
     Raises:
-        UserError: every record is too long.
+        UserError: no text, or not even one block of it.
     """
+    if not len(stored):
+        raise UserError(f"{key}: holds no text; name another source")
     import numpy as np
 
-    chosen = np.asarray(numbers, dtype=np.int64)
-    begins = np.concatenate([np.zeros(1, np.int64), stored.ends])[chosen]
-    ends = stored.ends[chosen]
-    full = ends - begins
-    lengths = full.copy()
-    for number in np.flatnonzero(full > data.max_length):
-        where = slice(begins[number], ends[number])
-        record = Encoded(stored.ids[where], stored.trained[where])
-        lengths[number] = len(shorten(record, data.max_length, data.too_long, data.train_on) or ())
-    kept = np.flatnonzero(lengths)
-    if not len(kept):
-        raise UserError(
-            f"{key}: none of {len(full):,} records fits into data.max_length {data.max_length}; "
-            f"the shortest has {full.min():,} tokens, the longest {full.max():,}"
-        )
-    begins = ends - lengths  # what is cut stands to the left
-    order, bounds = pack(lengths[kept], data.max_length) if data.packing else (np.arange(len(kept)), np.arange(len(kept) + 1))
-    counts = Counts(
-        records=len(full),
-        tokens=int(full.sum()),
-        trained=int(count_labels(stored.trained, begins[kept], ends[kept]).sum()),
-        longest=int(full.max()),
-        cut=int(((lengths < full) & (lengths > 0)).sum()),
-        cut_tokens=int((full - lengths)[kept].sum()),
-        dropped=int((lengths == 0).sum()),
-        dropped_tokens=int(full[lengths == 0].sum()),
-    )
-    return RecordBlocks(
-        stored=stored,
-        numbers=chosen,
-        begins=begins,
-        lengths=lengths,
-        order=kept[order],
-        bounds=bounds,
-        length=data.max_length,
-        pad_id=pad_id,
-        packed=data.packing,
-        full_lengths=full,
-        counts=counts,
-        formats=stored.about["formats"],
-        train_on=data.train_on,
-        recognised=data.format == "auto",
-    )
+    blocks = cut_into_blocks(stored.ids, length, len(stored), stored.about["join_rule"], key)
+    return replace(blocks, full_lengths=np.diff(stored.ends, prepend=0))
 
 
-def count_labels(flags: "np.ndarray", begins: "np.ndarray", ends: "np.ndarray") -> "np.ndarray":
-    """How many flags (tokens,) are set in each record, (records,) int64; a record's first token is never a label."""
-    import numpy as np
+def cut_into_blocks(stream: "np.ndarray", length: int, documents: int, join_rule: str, key: str) -> Blocks:
+    """Cut a stream of ids into rows of `length`; what fills no row at the end is counted and left out.
 
-    borders = np.stack([begins + 1, ends], axis=1).ravel()
-    if borders[-1] == len(flags):  # reduceat takes no border at the very end
-        borders = borders[:-1]
-    return np.add.reduceat(flags, borders, dtype=np.int64)[::2]
-
-
-def pack(lengths: "np.ndarray", capacity: int) -> tuple["np.ndarray", "np.ndarray"]:
-    """Lengths (records,), each from 1 to `capacity` -> which records share a block.
-
-    Returns:
-        order (records,) int64: numbers of the records, block after block; bounds (blocks + 1,) int64: where in it each begins.
-        Blocks stand in the order of their earliest record, so that the first blocks are not those of the longest records.
+    Raises:
+        UserError: not even one block.
     """
-    import numpy as np
-
-    blocks: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # blocks by the tokens they have room for
-    rooms = 0  # bit n is set when a block has room for exactly n tokens: the least sufficient one is found without a search
-    for number in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[number])
-        sufficient = rooms >> length
-        if sufficient:
-            room = length + (sufficient & -sufficient).bit_length() - 1
-            block = with_room[room].pop()
-            rooms &= ~(1 << room) if not with_room[room] else -1
-        else:
-            room, block = capacity, len(blocks)
-            blocks.append([])
-        blocks[block].append(number)
-        if left := room - length:
-            with_room[left].append(block)
-            rooms |= 1 << left
-    blocks = sorted(map(sorted, blocks))
-    bounds = np.cumsum([0, *map(len, blocks)], dtype=np.int64)
-    return np.fromiter((number for block in blocks for number in block), dtype=np.int64, count=len(lengths)), bounds
+    count = len(stream) // length
+    if count == 0:
+        shorter = f", or --max_length {len(stream)}" if len(stream) >= 8 else ""
+        raise UserError(f"{key}: {len(stream)} tokens do not fill one block of data.max_length {length}; use more text{shorter}")
+    ids = stream[: count * length].reshape(count, length)
+    return Blocks(ids, documents, join_rule, tail_tokens=len(stream) - count * length)

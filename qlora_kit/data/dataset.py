@@ -9,7 +9,6 @@ cache, so that the second run with the same data begins at once. Reading: source
 import errno
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,75 +16,21 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from qlora_kit.config import Config, DataConfig
-from qlora_kit.documents import Fragments, draw, hold_out, placed
-from qlora_kit.encoding import CHARACTERS_AT_ONCE, check, encode, encode_text, end_id, record_pieces
+from qlora_kit.data.blocks import Blocks, RecordBlocks, text_blocks
+from qlora_kit.data.documents import Fragments, draw, hold_out, placed
+from qlora_kit.data.formats import Piece
+from qlora_kit.data.packing import build_record_blocks
+from qlora_kit.data.source import Source, is_file_name, open_source
+from qlora_kit.data.token_cache import Tokens, TokenWriter, cache_folder, read_tokens, writing
+from qlora_kit.data.tokenizing import CHARACTERS_AT_ONCE, check, encode, encode_text, end_id, record_pieces
 from qlora_kit.errors import UserError
-from qlora_kit.formats import Piece
 from qlora_kit.model.tokenizer import padding_id, separator_id, tokenizer_fingerprint
-from qlora_kit.packing import RecordBlocks, build_record_blocks
-from qlora_kit.sources import Source, is_file_name, open_source
-from qlora_kit.storage import Tokens, TokenWriter, cache_folder, read_tokens, writing
 
 if TYPE_CHECKING:
-    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
 RECORDS_AT_ONCE = 1024
 LAYOUT = 1  # of the cache; counted up when the same source is to be tokenized otherwise
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Token blocks of equal length, as a map-style data set for the Trainer."""
-
-    ids: "np.ndarray"  # (blocks, block length), int32
-    documents: int
-    join_rule: str  # how rows became documents
-    tail_tokens: int  # tokens at the end of the stream that filled no block
-    full_lengths: Any = ()  # (documents,) int64, tokens of each with its separator
-    unit = "training document"  # what `sources` counts
-    prompt_style = "text"  # prompts are continued, no chat template is applied
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        import torch
-
-        block = torch.from_numpy(self.ids[index].astype("int64"))
-        # The model shifts: position t is predicted from the ones before it.
-        return {"input_ids": block, "labels": block, "block": index}
-
-    @property
-    def tokens(self) -> int:
-        return int(self.ids.size)
-
-    def take(self, count: int | None) -> "Blocks":
-        return replace(self, ids=self.ids[:count])
-
-    def sources(self, block: int) -> list[int]:
-        """Numbers of the documents that a block holds, from 1, in the order of this data set; empty where they are not known."""
-        import numpy as np
-
-        length = self.ids.shape[1]
-        ends = [block * length, (block + 1) * length - 1]  # first and last token
-        first, last = np.searchsorted(np.cumsum(self.full_lengths), ends, side="right").tolist()
-        return list(range(first + 1, last + 2)) if len(self.full_lengths) else []
-
-    def fingerprint(self) -> str:
-        """SHA-256 of the token ids: the same data, tokenizer and block length give the same value."""
-        digest = hashlib.sha256()
-        for at in range(0, len(self), 1024):  # a copy of all would be as large as the data
-            digest.update(self.ids[at : at + 1024].tobytes())
-        return digest.hexdigest()
-
-    def summary(self) -> str:
-        return f"{self.documents:,} documents"
-
-    def description(self) -> str:
-        """What the log says of training data."""
-        blocks = f"{len(self):,} blocks of {self.ids.shape[1]} tokens, tail of {self.tail_tokens} tokens left out"
-        return f"{self.summary()} ({self.join_rule}), {blocks}"
 
 
 # A source as tokens
@@ -242,31 +187,3 @@ def _progress(writer: TokenWriter) -> Progress:
 def _key(source: Source, tokenizer: "PreTrainedTokenizerBase", *settings: Any) -> str:
     said = (LAYOUT, source.fingerprint, tokenizer_fingerprint(tokenizer), settings)
     return hashlib.sha256(repr(said).encode()).hexdigest()[:32]
-
-
-def text_blocks(stored: Tokens, length: int, key: str) -> Blocks:
-    """The stream of all documents as blocks.
-
-    Raises:
-        UserError: no text, or not even one block of it.
-    """
-    if not len(stored):
-        raise UserError(f"{key}: holds no text; name another source")
-    import numpy as np
-
-    blocks = cut_into_blocks(stored.ids, length, len(stored), stored.about["join_rule"], key)
-    return replace(blocks, full_lengths=np.diff(stored.ends, prepend=0))
-
-
-def cut_into_blocks(stream: "np.ndarray", length: int, documents: int, join_rule: str, key: str) -> Blocks:
-    """Cut a stream of ids into rows of `length`; what fills no row at the end is counted and left out.
-
-    Raises:
-        UserError: not even one block.
-    """
-    count = len(stream) // length
-    if count == 0:
-        shorter = f", or --max_length {len(stream)}" if len(stream) >= 8 else ""
-        raise UserError(f"{key}: {len(stream)} tokens do not fill one block of data.max_length {length}; use more text{shorter}")
-    ids = stream[: count * length].reshape(count, length)
-    return Blocks(ids, documents, join_rule, tail_tokens=len(stream) - count * length)

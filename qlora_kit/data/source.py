@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.config import DataConfig
-from qlora_kit.documents import Part, check_format, join_rule, placed, read_documents, recognise_format
-from qlora_kit.encoding import Fragment
+from qlora_kit.data.documents import Part, check_format, join_rule, placed, read_documents, recognise_format
+from qlora_kit.data.files import Row, read_records
+from qlora_kit.data.tokenizing import Fragment
 from qlora_kit.errors import UserError
 from qlora_kit.model.hub import FILE_SUFFIXES, is_local
-from qlora_kit.readers import Row, read_records
 
 TABLE_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")  # the other kinds are text
 WIKITEXT_2_TOKENS = 2_400_000  # training split, Qwen2.5 tokenizer, rounded: used to estimate a run's length only

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from qlora_kit.chat import end_of_turn
+from qlora_kit.data.chat_template import end_of_turn
+from qlora_kit.data.formats import READERS, Piece, TrainOn, chat_pieces, checked_text, instruction_pieces
 from qlora_kit.errors import BadRecord
-from qlora_kit.formats import READERS, Piece, TrainOn, chat_pieces, checked_text, instruction_pieces
 
 if TYPE_CHECKING:
     import numpy as np

@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-from qlora_kit.chat import Message, Span, answer_spans, apply_chat_template, control_tokens
+from qlora_kit.data.chat_template import Message, Span, answer_spans, apply_chat_template, control_tokens
 from qlora_kit.errors import BadRecord
 
 TrainOn = Literal["assistant", "last", "all"]

@@ -15,10 +15,10 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.encoding import LONGEST_WORD, Fragment, check_words
+from qlora_kit.data.files import Row, read_text, read_text_lines
+from qlora_kit.data.formats import checked_text, recognise
+from qlora_kit.data.tokenizing import LONGEST_WORD, Fragment, check_words
 from qlora_kit.errors import BadRecord, UserError
-from qlora_kit.formats import checked_text, recognise
-from qlora_kit.readers import Row, read_text, read_text_lines
 
 Fragments = Callable[[], Iterator[Fragment]]  # from the beginning at each call
 

@@ -8,9 +8,14 @@ import re
 from collections.abc import Iterable
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qlora_kit.errors import BadRecord
+from qlora_kit.model.tokenizer import token_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 Message = dict[str, Any]  # role: system, user or assistant; content; weight: 0 where an answer is context only
 Span = tuple[int, int]  # characters of a rendering: from, up to
@@ -153,3 +158,14 @@ def _by_outline(turns: list[Message], whole: str, tokenizer: Any) -> dict[int, S
 def _placeholders(roles: list[str]) -> list[Message]:
     """Turns to try a template with. Their words are of Unicode's private use, so that the template does not hold them too."""
     return [{"role": role, "content": f"\ue000{number}\ue000"} for number, role in enumerate(roles)]
+
+
+def find_stop_ids(tokenizer: "PreTrainedTokenizerBase", style: str) -> list[int]:
+    """Tokens that end an answer: the separator of texts, the tokenizer's own end, and what the chat template ends a turn with."""
+    found = {token_id("<|endoftext|>", tokenizer), tokenizer.eos_token_id}
+    if style == "chat":
+        try:
+            found.add(tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer)))
+        except BadRecord:
+            pass  # then turns end as the tokenizer says
+    return sorted(token for token in found if token is not None)

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.text import Text
 
 from qlora_kit.config import Config
-from qlora_kit.dataset import Blocks
-from qlora_kit.encoding import Encoded
+from qlora_kit.data.blocks import Blocks, RecordBlocks
+from qlora_kit.data.packing import count_labels
+from qlora_kit.data.tokenizing import Encoded
 from qlora_kit.model.tokenizer import separator_id
-from qlora_kit.packing import RecordBlocks, count_labels
 
 if TYPE_CHECKING:
     import numpy as np
