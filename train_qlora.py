@@ -18,24 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit import cli
-from qlora_kit.checkpoint import (
-    build_passport,
-    check_disk,
-    check_output_dir,
-    check_same_material,
-    find_common_checkpoint,
-    open_output,
-    save_adapter,
-    write_passport,
-)
-from qlora_kit.checkpoints import Checkpoint
+from qlora_kit.checkpoint import check_disk, check_output_dir, check_same_material, find_common_checkpoint, save_adapter
 from qlora_kit.config import Config
 from qlora_kit.config_file import load_config, override, parse_set
 from qlora_kit.data.blocks import Blocks, RecordBlocks
 from qlora_kit.data.dataset import load_blocks
 from qlora_kit.data.source import check_source
 from qlora_kit.errors import UserError
-from qlora_kit.lock import OutputLock
 from qlora_kit.model.fingerprint import weights_fingerprint
 from qlora_kit.model.hub import (
     fetch_model,
@@ -46,10 +35,15 @@ from qlora_kit.model.hub import (
     remote_code_warning,
 )
 from qlora_kit.model.tokenizer import load_tokenizer, tokenizer_fingerprint
+from qlora_kit.output.checkpoints import Checkpoint
+from qlora_kit.output.curves import plot_training_curves, read_metrics
+from qlora_kit.output.lock import OutputLock
+from qlora_kit.output.log import CURVES, what_runs
+from qlora_kit.output.provenance import write_passport
 from qlora_kit.planning.fit import check_fit
 from qlora_kit.planning.plan import asked, check_division, go_on_as_planned, make_plan
 from qlora_kit.processes import ALONE, Team, check_alike, check_gpus, choose_own_gpu, connected, find_team
-from qlora_kit.report import CURVES, RunReport, plot_training_curves, read_metrics, what_runs
+from qlora_kit.training.report import RunReport, build_passport, open_output
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from tiny_runs import STEPS, Child, outcome, start
 
-from qlora_kit.checkpoints import candidates, newest_valid
+from qlora_kit.output.checkpoints import candidates, newest_valid
 
 
 class Fault(NamedTuple):

@@ -34,7 +34,7 @@ from faults import FAULTS, Fault, Skipped
 from tiny_runs import ROOT, STEPS, Child, outcome, start
 
 from qlora_kit import cli
-from qlora_kit.checkpoints import candidates, newest_valid
+from qlora_kit.output.checkpoints import candidates, newest_valid
 
 OWN_PROCESS = 10  # every tenth
 SHARE_IN_TRAINING = 0.75  # of the stops

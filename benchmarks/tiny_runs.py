@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}  # forks inherit no threads
 
 from qlora_kit import cli  # noqa: E402
-from qlora_kit.checkpoints import candidates  # noqa: E402
+from qlora_kit.output.checkpoints import candidates  # noqa: E402
 
 STEPS = 6
 SETTINGS = [

@@ -3,16 +3,16 @@
 A file that marks a run as finished (the adapter's weights) is moved into place last, so that it is whole or absent.
 """
 
-import hashlib
-import json
 import os
 import shutil
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.checkpoints import (
+from qlora_kit.config import Config
+from qlora_kit.config_file import load_config
+from qlora_kit.errors import Failed, UserError
+from qlora_kit.output.checkpoints import (
     MANIFEST,
     MIB,
     PREFIX,
@@ -26,23 +26,15 @@ from qlora_kit.checkpoints import (
     missing_bytes,
     newest_valid,
     refused_by_the_disk,
-    replace_text,
 )
-from qlora_kit.config import Config
-from qlora_kit.config_file import load_config
-from qlora_kit.data.chat_template import find_stop_ids
-from qlora_kit.errors import Failed, UserError
-from qlora_kit.model.fingerprint import weights_fingerprint
-from qlora_kit.model.hub import is_local, model_folder
-from qlora_kit.model.tokenizer import separator_id, tokenizer_fingerprint, vocabulary_fingerprint
+from qlora_kit.output.log import CURVES, LOG, METRICS
 from qlora_kit.processes import Team
-from qlora_kit.report import CURVES, LOG, METRICS, RunReport, command_line, finite, now, versions
+from qlora_kit.training.report import RunReport
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-    from qlora_kit.model.perplexity import Perplexity
 
 CONFIG, PASSPORT, CHECKPOINTS = "config.yaml", "run.json", "checkpoints"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
@@ -195,19 +187,6 @@ def check_disk(folder: Path, parameters: int, optim: str) -> None:
         )
 
 
-def open_output(folder: Path, report: RunReport, checkpoint: Checkpoint | None, overwrite: bool) -> None:
-    """Begin writing: the resolved config and the log. Only now, with model and data ready, does --overwrite remove anything."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if overwrite and checkpoint is None:
-        for name in OUTPUT_FILES:  # so that no file of the earlier run can be taken for one of the new run
-            (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    for left in folder.glob(f"{SAVING}*"):  # of a run that was killed while it wrote the adapter
-        shutil.rmtree(left, ignore_errors=True)
-    replace_text(folder / CONFIG, report.config.to_yaml())
-    report.log.open(folder, checkpoint.folder if checkpoint else None)
-
-
 def write_run_files(report: RunReport, checkpoint: Path) -> None:
     """What a resumed run has to find as it was at this step: the settings, and the log with its numbers."""
     (checkpoint / CONFIG).write_text(report.config.to_yaml(), encoding="utf-8")
@@ -249,52 +228,3 @@ def write_adapter(model: "PeftModel", folder: Path) -> None:
         raise Failed("the adapter holds values that are no numbers, so it was not written: try a lower --learning_rate")
     model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's model card is a form to fill in
-
-
-def write_passport(folder: Path, passport: dict[str, Any]) -> None:
-    """Write run.json in one step, so that a reader never meets half of it."""
-    replace_text(folder / PASSPORT, json.dumps(passport, indent=2, ensure_ascii=False) + "\n")
-
-
-def build_passport(
-    report: RunReport, tokenizer: "PreTrainedTokenizerBase", before: "Perplexity | None", after: "Perplexity | None", **how: Any
-) -> dict[str, Any]:
-    """Where an adapter comes from and how to load it: inference_example.py goes by this.
-
-    Args:
-        how: the run went, as QLoraTrainer.how_it_went says.
-    """
-    config, name = report.config, report.config.model.name
-    template, base = tokenizer.chat_template, model_folder(config.model)
-    return {
-        "base_model": {
-            "name": name,
-            "revision": config.model.revision,
-            "folder": str(Path(name).resolve()) if is_local(name) else None,
-        },
-        "base_commit": base.name if base and not is_local(name) else None,
-        "base_weights_sha256": weights_fingerprint(base) if base else None,
-        "trust_remote_code": config.model.trust_remote_code,
-        "quantization": config.quantization.model_dump() | {"compute_dtype": report.machine.dtype_name},
-        "prompt_style": report.data["prompt_style"],
-        "separator_id": separator_id(tokenizer),
-        "stop_ids": find_stop_ids(tokenizer, report.data["prompt_style"]),
-        "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
-        "vocabulary_sha256": vocabulary_fingerprint(tokenizer),
-        "chat_template_sha256": hashlib.sha256(str(template).encode()).hexdigest() if template else None,
-        "data": report.data,
-        "seed": config.training.seed,
-        "config": config.model_dump(),
-        **how,
-        "perplexity": {"base": finite(asdict(before)), "adapter": finite(asdict(after)), "definition": report.definition(after)}
-        if before and after
-        else None,
-        "micro_batch": report.micro_batch,
-        "memory_gib": {"predicted_peak": report.predicted_gib, **report.machine.memory_gib()},
-        "versions": versions(),
-        "hardware": report.machine.description,
-        "command": command_line(),
-        "started": report.started,
-        "finished": now(),
-        "seconds": round(report.seconds(), 1),
-    }

@@ -22,7 +22,7 @@ from qlora_kit.model.perplexity import (
     measure_block_losses,
     plus_minus,
 )
-from qlora_kit.report import finite
+from qlora_kit.output.log import finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from qlora_kit.errors import Failed
-from qlora_kit.report import RunReport
+from qlora_kit.training.report import RunReport
 
 # A jump of the loss: above the median of the last WINDOW steps by ten robust standard deviations, and by a nat, which is e times
 # the perplexity. 1.4826 times the median absolute deviation is one standard deviation of normally distributed values.

@@ -10,7 +10,7 @@ from rich.table import Column
 from transformers import TrainerCallback
 
 from qlora_kit.model.perplexity import plus_minus
-from qlora_kit.report import RunReport
+from qlora_kit.training.report import RunReport
 
 
 class ProgressCallback(TrainerCallback):

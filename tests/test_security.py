@@ -23,7 +23,8 @@ from qlora_kit.config import Config, ModelConfig
 from qlora_kit.config_file import all_keys, load_config, override, parse_set
 from qlora_kit.errors import UserError
 from qlora_kit.model.hub import remote_code_warning
-from qlora_kit.report import RunLog, command_line
+from qlora_kit.output.log import RunLog
+from qlora_kit.output.provenance import command_line
 from qlora_kit.secrets import is_secret, redact
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -26,11 +26,12 @@ from qlora_kit.errors import Failed
 from qlora_kit.fast.decoder import FastDecoder
 from qlora_kit.model.loss import token_losses
 from qlora_kit.model.perplexity import Perplexity, as_metrics, recorded_base
+from qlora_kit.output.curves import read_metrics
 from qlora_kit.planning.plan import make_plan
 from qlora_kit.progress import SpeedMeter
-from qlora_kit.report import RunReport, read_metrics
 from qlora_kit.training.build import build_trainer, total_steps, training_arguments
 from qlora_kit.training.machine import Machine, look_at_machine
+from qlora_kit.training.report import RunReport
 
 T = 16  # block length
 

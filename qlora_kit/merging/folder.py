@@ -15,8 +15,8 @@ from qlora_kit.adapter import AdapterSource
 from qlora_kit.data.chat_template import find_stop_ids
 from qlora_kit.errors import Failed, UserError
 from qlora_kit.model.hub import read_json
+from qlora_kit.output.provenance import now, versions
 from qlora_kit.planning.shape import GIB
-from qlora_kit.report import now, versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,7 +14,6 @@ from transformers import (
 )
 
 from qlora_kit.checkpoint import CHECKPOINTS
-from qlora_kit.checkpoints import Checkpoint
 from qlora_kit.config import Config
 from qlora_kit.data.blocks import Blocks, RecordBlocks
 from qlora_kit.errors import Failed, UserError, cannot_work
@@ -22,11 +21,12 @@ from qlora_kit.fast.decoder import FastDecoder, why_not_fast
 from qlora_kit.fast.graph import MicroStep, why_not_compiled, why_not_graphed, why_not_used
 from qlora_kit.fast.lora import fuse
 from qlora_kit.model.loss import IGNORED
+from qlora_kit.output.checkpoints import Checkpoint
 from qlora_kit.processes import Team
 from qlora_kit.progress import ProgressCallback
-from qlora_kit.report import RunReport
 from qlora_kit.trainer import QLoraTrainer
 from qlora_kit.training.machine import Machine
+from qlora_kit.training.report import RunReport
 
 
 def build_trainer(

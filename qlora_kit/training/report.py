@@ -1,103 +1,36 @@
-"""What a run leaves to read: training_log.txt, metrics.jsonl, training_curves.png, run.json.
-
-metrics.jsonl holds one object a logged step and is the source of the picture. Imports no torch.
-"""
+"""What a run tells its user; what goes into run.json."""
 
 import hashlib
-import json
-import math
-import platform
 import shlex
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
-from importlib.metadata import version
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit.checkpoint import CHECKPOINTS, CONFIG, OUTPUT_FILES
 from qlora_kit.config import Config
-from qlora_kit.model.hub import remote_code_warning
+from qlora_kit.data.chat_template import find_stop_ids
+from qlora_kit.model.fingerprint import weights_fingerprint
+from qlora_kit.model.hub import is_local, model_folder, remote_code_warning
+from qlora_kit.model.tokenizer import separator_id, tokenizer_fingerprint, vocabulary_fingerprint
+from qlora_kit.output.checkpoints import SAVING, Checkpoint, replace_text
+from qlora_kit.output.log import CURVES, LOG, RunLog, finite
+from qlora_kit.output.provenance import command_line, now, versions
 from qlora_kit.planning.plan import Plan
 from qlora_kit.planning.shape import GIB
 from qlora_kit.processes import ALONE, Team
-from qlora_kit.secrets import redact
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 if TYPE_CHECKING:
     from qlora_kit.data.blocks import Blocks, RecordBlocks
     from qlora_kit.model.perplexity import Perplexity
     from qlora_kit.training.machine import Machine
-
-LOG, METRICS, CURVES = "training_log.txt", "metrics.jsonl", "training_curves.png"
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
-
-
-class RunLog:
-    """Lines for the reader, on standard error and in training_log.txt; numbers for programs, in metrics.jsonl.
-
-    Nothing is written to disk before `open`: a run that fails while it gets ready leaves an earlier run's files alone.
-
-    Args:
-        speaks: False in a process that leaves this to another: it says and writes nothing.
-    """
-
-    def __init__(self, speaks: bool = True) -> None:
-        self.speaks = speaks
-        self._waiting: list[str] = []
-        self._folder: Path | None = None
-
-    def open(self, folder: Path, checkpoint: Path | None) -> None:
-        """Start the files in `folder` afresh, or go on from those that a checkpoint holds: no step is missing, none twice."""
-        self._folder = folder
-        for name in (LOG, METRICS):
-            (folder / name).unlink(missing_ok=True)  # a run that failed before its first checkpoint may have left both
-            if checkpoint:
-                shutil.copyfile(checkpoint / name, folder / name)
-            (folder / name).touch()  # a short run may have nothing to log
-        waiting, self._waiting = self._waiting, []
-        for text in waiting:
-            self.file_only(text)
-
-    def copy_to(self, checkpoint: Path) -> None:
-        """Both files as they are now."""
-        assert self._folder is not None, "a checkpoint before the log was opened"
-        for name in (LOG, METRICS):
-            if (self._folder / name).exists():
-                shutil.copyfile(self._folder / name, checkpoint / name)
-            else:
-                (checkpoint / name).touch()
-
-    def line(self, text: str = "") -> None:
-        if self.speaks:
-            print(redact(text), file=sys.stderr)
-        self.file_only(text)
-
-    def file_only(self, text: str) -> None:
-        text = redact(text)
-        if not self.speaks:
-            return
-        if self._folder is None:
-            self._waiting.append(text)
-        else:
-            _append(self._folder / LOG, text)
-
-    def metrics(self, values: dict[str, Any]) -> None:
-        if not self.speaks:
-            return
-        assert self._folder is not None, "metrics before the log was opened"
-        _append(self._folder / METRICS, json.dumps(finite(values)))
-
-
-def finite(values: dict[str, Any]) -> dict[str, Any]:
-    """With null for what JSON has no word for, such as the standard error of a single block."""
-    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()}
-
-
-def _append(path: Path, text: str) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text + "\n")
 
 
 class RunReport:
@@ -228,57 +161,58 @@ class RunReport:
         self.log.line(f"  talk to it   python inference_example.py --mode interactive --adapter {shlex.quote(str(folder))}")
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    with (folder / METRICS).open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+def open_output(folder: Path, report: RunReport, checkpoint: Checkpoint | None, overwrite: bool) -> None:
+    """Begin writing: the resolved config and the log. Only now, with model and data ready, does --overwrite remove anything."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if overwrite and checkpoint is None:
+        for name in OUTPUT_FILES:  # so that no file of the earlier run can be taken for one of the new run
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    for left in folder.glob(f"{SAVING}*"):  # of a run that was killed while it wrote the adapter
+        shutil.rmtree(left, ignore_errors=True)
+    replace_text(folder / CONFIG, report.config.to_yaml())
+    report.log.open(folder, checkpoint.folder if checkpoint else None)
 
 
-def plot_training_curves(metrics: list[dict[str, Any]], path: Path) -> None:
-    """Draw the losses (left) and the learning rate (right) of `metrics` to a PNG file.
+def build_passport(
+    report: RunReport, tokenizer: "PreTrainedTokenizerBase", before: "Perplexity | None", after: "Perplexity | None", **how: Any
+) -> dict[str, Any]:
+    """Where an adapter comes from and how to load it: inference_example.py goes by this.
 
     Args:
-        metrics: objects of metrics.jsonl: `step` with `loss` and `learning_rate`, or with `eval_loss`.
+        how: the run went, as QLoraTrainer.how_it_went says.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")  # no screen needed
-    import matplotlib.pyplot as plt
-
-    train = [entry for entry in metrics if "loss" in entry]
-    evaluation = [entry for entry in metrics if "eval_loss" in entry]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    left.plot([e["step"] for e in train], [e["loss"] for e in train], color="tab:blue", linewidth=1.2, label="training")
-    if evaluation:
-        left.plot(
-            [e["step"] for e in evaluation], [e["eval_loss"] for e in evaluation], "o-", color="tab:orange", label="evaluation"
-        )
-    left.set(title="Loss", xlabel="optimizer step", ylabel="mean loss (nats per token)")
-    left.legend()
-    right.plot([e["step"] for e in train], [e["learning_rate"] for e in train], color="tab:green")
-    right.set(title="Learning rate", xlabel="optimizer step", ylabel="learning rate")
-    right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-
-
-def command_line() -> str:
-    return redact(shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]))
-
-
-def what_runs(config: Config) -> dict[str, str]:
-    """What all processes of a run have to have in common, by the words of a message."""
-    home = Path(__file__).parent.parent
-    code = sorted([*home.glob("*.py"), *home.glob("qlora_kit/**/*.py")])
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()[:12]
-    settings = {f"{section}.{key}": repr(value) for section, keys in config.model_dump().items() for key, value in keys.items()}
-    return settings | {"the code": digest, "the packages": ", ".join(" ".join(pair) for pair in versions().items())}
+    config, name = report.config, report.config.model.name
+    template, base = tokenizer.chat_template, model_folder(config.model)
+    return {
+        "base_model": {
+            "name": name,
+            "revision": config.model.revision,
+            "folder": str(Path(name).resolve()) if is_local(name) else None,
+        },
+        "base_commit": base.name if base and not is_local(name) else None,
+        "base_weights_sha256": weights_fingerprint(base) if base else None,
+        "trust_remote_code": config.model.trust_remote_code,
+        "quantization": config.quantization.model_dump() | {"compute_dtype": report.machine.dtype_name},
+        "prompt_style": report.data["prompt_style"],
+        "separator_id": separator_id(tokenizer),
+        "stop_ids": find_stop_ids(tokenizer, report.data["prompt_style"]),
+        "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
+        "vocabulary_sha256": vocabulary_fingerprint(tokenizer),
+        "chat_template_sha256": hashlib.sha256(str(template).encode()).hexdigest() if template else None,
+        "data": report.data,
+        "seed": config.training.seed,
+        "config": config.model_dump(),
+        **how,
+        "perplexity": {"base": finite(asdict(before)), "adapter": finite(asdict(after)), "definition": report.definition(after)}
+        if before and after
+        else None,
+        "micro_batch": report.micro_batch,
+        "memory_gib": {"predicted_peak": report.predicted_gib, **report.machine.memory_gib()},
+        "versions": versions(),
+        "hardware": report.machine.description,
+        "command": command_line(),
+        "started": report.started,
+        "finished": now(),
+        "seconds": round(report.seconds(), 1),
+    }

@@ -1,0 +1,42 @@
+"""Training_curves.png."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qlora_kit.output.log import METRICS
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    with (folder / METRICS).open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def plot_training_curves(metrics: list[dict[str, Any]], path: Path) -> None:
+    """Draw the losses (left) and the learning rate (right) of `metrics` to a PNG file.
+
+    Args:
+        metrics: objects of metrics.jsonl: `step` with `loss` and `learning_rate`, or with `eval_loss`.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")  # no screen needed
+    import matplotlib.pyplot as plt
+
+    train = [entry for entry in metrics if "loss" in entry]
+    evaluation = [entry for entry in metrics if "eval_loss" in entry]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    left.plot([e["step"] for e in train], [e["loss"] for e in train], color="tab:blue", linewidth=1.2, label="training")
+    if evaluation:
+        left.plot(
+            [e["step"] for e in evaluation], [e["eval_loss"] for e in evaluation], "o-", color="tab:orange", label="evaluation"
+        )
+    left.set(title="Loss", xlabel="optimizer step", ylabel="mean loss (nats per token)")
+    left.legend()
+    right.plot([e["step"] for e in train], [e["learning_rate"] for e in train], color="tab:green")
+    right.set(title="Learning rate", xlabel="optimizer step", ylabel="learning rate")
+    right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

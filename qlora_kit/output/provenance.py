@@ -1,0 +1,33 @@
+"""Run.json: versions, command, time."""
+
+import json
+import platform
+import shlex
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from qlora_kit.checkpoint import PASSPORT
+from qlora_kit.output.checkpoints import replace_text
+from qlora_kit.secrets import redact
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def command_line() -> str:
+    return redact(shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]))
+
+
+def write_passport(folder: Path, passport: dict[str, Any]) -> None:
+    """Write run.json in one step, so that a reader never meets half of it."""
+    replace_text(folder / PASSPORT, json.dumps(passport, indent=2, ensure_ascii=False) + "\n")
