@@ -16,14 +16,14 @@ import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
 from qlora_kit import cli
-from qlora_kit.adapter import AdapterSource, check_base, fetch_base, load_checked_tokenizer, read_adapter
+from qlora_kit.adapter.folder import AdapterSource, check_base, fetch_base, load_checked_tokenizer, read_adapter
+from qlora_kit.adapter.lora_pairs import read_pairs
 from qlora_kit.answers import encode_prompts, run_demo, run_text
 from qlora_kit.config import Config, GenerationSettings
 from qlora_kit.data.chat_template import find_stop_ids
 from qlora_kit.data.source import source_files
 from qlora_kit.errors import UserError
 from qlora_kit.generation import Generator, PromptEncoder, replace_settings
-from qlora_kit.merging.pairs import read_pairs
 from qlora_kit.model.hub import fetch_model, fetch_tokenizer, go_offline_if_unreachable, is_local, model_folder, read_context
 from qlora_kit.prompts import Prompt, demo_prompts, read_prompt, read_prompt_file
 
@@ -186,7 +186,7 @@ def load_generator(
     Args:
         tokenizer: that of `source`, where it is loaded already.
     """
-    from qlora_kit.attach import attach_adapter, check_vocabulary, does_nothing
+    from qlora_kit.adapter.attach import attach_adapter, check_vocabulary, does_nothing
     from qlora_kit.decoding import choose_engine
     from qlora_kit.model.device import choose_device, usable_dtype
     from qlora_kit.model.gpu_placement import choose_device_map
@@ -198,7 +198,7 @@ def load_generator(
         print(note, file=sys.stderr)
     check_base(source)
     if arguments.merged:
-        from qlora_kit.merging.fold import check_memory, fold
+        from qlora_kit.adapter.fold import check_memory, fold
 
         check_memory(source.model, dtype, device)
     packing, folder, device_map, note = source.quantization, model_folder(source.model), None, None
@@ -232,7 +232,7 @@ def load_generator(
 
 
 def print_norm(generator: Generator, file: TextIO) -> None:
-    from qlora_kit.attach import adapter_norm
+    from qlora_kit.adapter.attach import adapter_norm
 
     norm, projections = adapter_norm(generator.engine.model)
     print(f"adapter norm {norm:.4g}: root of the sum of ‖alpha/rank · B A‖² over {projections} projections", file=file)

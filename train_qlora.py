@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit import cli
-from qlora_kit.checkpoint import check_disk, check_output_dir, check_same_material, find_common_checkpoint, save_adapter
+from qlora_kit.adapter.save import save_adapter
 from qlora_kit.config import Config
 from qlora_kit.config_file import load_config, override, parse_set
 from qlora_kit.data.blocks import Blocks, RecordBlocks
@@ -37,6 +37,7 @@ from qlora_kit.model.hub import (
 from qlora_kit.model.tokenizer import load_tokenizer, tokenizer_fingerprint
 from qlora_kit.output.checkpoints import Checkpoint
 from qlora_kit.output.curves import plot_training_curves, read_metrics
+from qlora_kit.output.folder import check_disk, check_output_dir
 from qlora_kit.output.lock import OutputLock
 from qlora_kit.output.log import CURVES, what_runs
 from qlora_kit.output.provenance import write_passport
@@ -44,6 +45,7 @@ from qlora_kit.planning.fit import check_fit
 from qlora_kit.planning.plan import asked, check_division, go_on_as_planned, make_plan
 from qlora_kit.processes import ALONE, Team, check_alike, check_gpus, choose_own_gpu, connected, find_team
 from qlora_kit.training.report import RunReport, build_passport, open_output
+from qlora_kit.training.resume import check_same_material, find_common_checkpoint
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -184,7 +186,8 @@ def train_adapter(
         checkpoint,
         {"train_sha256": report.data["train_sha256"], "tokenizer_sha256": tokenizer_fingerprint(tokenizer)},
     )
-    from qlora_kit.training.build import build_trainer, check_end
+    from qlora_kit.training.build import build_trainer
+    from qlora_kit.training.resume import check_end
 
     if checkpoint:
         check_end(checkpoint, config, len(train))

@@ -156,7 +156,7 @@ def toolkit(checkpoint: Path, adapter: Path, system: str) -> Callable[[list[list
     sys.path.insert(0, str(ROOT))
     import inference_example
     from qlora_kit import cli
-    from qlora_kit.adapter import read_adapter
+    from qlora_kit.adapter.folder import read_adapter
     from qlora_kit.config import GenerationSettings
 
     cli.prepare_libraries()

@@ -81,7 +81,7 @@ def toolkit(checkpoint: str, adapter: str) -> None:
     sys.path.insert(0, str(ROOT))
     import inference_example
     from qlora_kit import cli
-    from qlora_kit.adapter import read_adapter
+    from qlora_kit.adapter.folder import read_adapter
     from qlora_kit.config import GenerationSettings
 
     cli.prepare_libraries()

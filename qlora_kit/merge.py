@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit import cli
-from qlora_kit.adapter import AdapterSource, fetch_base, read_adapter
+from qlora_kit.adapter.folder import AdapterSource, fetch_base, read_adapter
+from qlora_kit.adapter.lora_pairs import read_pairs
 from qlora_kit.config import ModelConfig
 from qlora_kit.errors import UserError
 from qlora_kit.merging.folder import check_disk, check_output, copy_small_files, record_check, staged, write_mark
-from qlora_kit.merging.pairs import read_pairs
 from qlora_kit.model.hub import TOKENIZER_FILES, fetch_model, go_offline_if_unreachable, is_local, read_context
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.planning.shape import GIB

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import inference_example
-from qlora_kit.adapter import read_adapter
-from qlora_kit.attach import adapter_norm
+from qlora_kit.adapter.attach import adapter_norm
+from qlora_kit.adapter.folder import read_adapter
 from qlora_kit.config import GenerationSettings
 from qlora_kit.data.chat_template import find_stop_ids
 from qlora_kit.errors import UserError

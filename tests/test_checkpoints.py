@@ -18,17 +18,18 @@ from safetensors.torch import load_file, save_file
 
 import train_qlora
 from qlora_kit import cli
-from qlora_kit.checkpoint import check_disk, check_output_dir, find_checkpoint
 from qlora_kit.config_file import load_config
 from qlora_kit.errors import Failed, UserError
 from qlora_kit.fast.graph import MicroStep
 from qlora_kit.output import checkpoints
 from qlora_kit.output.checkpoints import candidates, clean, newest_valid, rotate, saving
+from qlora_kit.output.folder import check_disk, check_output_dir
 from qlora_kit.output.lock import LOCK, OutputLock
 from qlora_kit.paging import page_again
 from qlora_kit.planning.plan import Plan, asked, go_on_as_planned
 from qlora_kit.planning.shape import ModelShape
 from qlora_kit.resumable import ResumableTrainer
+from qlora_kit.training.resume import find_checkpoint
 
 FORK = multiprocessing.get_context("fork")
 SMALL = [

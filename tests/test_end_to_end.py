@@ -27,7 +27,7 @@ from transformers import (
 import inference_example
 import train_qlora
 from qlora_kit import cli
-from qlora_kit.adapter import read_adapter
+from qlora_kit.adapter.folder import read_adapter
 from qlora_kit.config import GenerationSettings
 from qlora_kit.config_file import load_config
 from qlora_kit.errors import Failed, UserError

@@ -13,10 +13,10 @@ from peft.tuners.lora.layer import LoraLayer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import inference_example
+from qlora_kit.adapter.fold import ANSWER_BYTES, check_memory, fold
 from qlora_kit.config import ModelConfig
 from qlora_kit.errors import UserError
 from qlora_kit.fast.decode import GraphEngine
-from qlora_kit.merging.fold import ANSWER_BYTES, check_memory, fold
 from qlora_kit.planning.shape import GIB
 
 IDS = torch.randint(0, 6000, (2, 48), generator=torch.Generator().manual_seed(0))
@@ -98,7 +98,7 @@ def test_the_command_answers_as_without_the_flag(adapter, root, monkeypatch, cap
 
 
 def test_the_engine_of_graphs_takes_a_folded_model(adapter, root, monkeypatch):
-    from qlora_kit.adapter import read_adapter
+    from qlora_kit.adapter.folder import read_adapter
     from qlora_kit.config import GenerationSettings
 
     monkeypatch.chdir(root)
@@ -112,7 +112,7 @@ def test_the_engine_of_graphs_takes_a_folded_model(adapter, root, monkeypatch):
 
 @pytest.mark.gpu
 def test_on_a_gpu_a_folded_model_answers_by_graphs_what_the_library_answers(adapter, root, monkeypatch):
-    from qlora_kit.adapter import read_adapter
+    from qlora_kit.adapter.folder import read_adapter
     from qlora_kit.config import GenerationSettings
     from qlora_kit.decoding import LibraryEngine
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 import inference_example
 from qlora_kit import cli, comparison
-from qlora_kit.adapter import read_adapter
+from qlora_kit.adapter.folder import read_adapter
 from qlora_kit.answers import Answered, columns, run_text
 from qlora_kit.comparison import Comparison, evaluation_blocks
 from qlora_kit.config import GenerationSettings

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 import train_qlora
 from qlora_kit import merge
-from qlora_kit.adapter import read_adapter
+from qlora_kit.adapter.folder import read_adapter
 from qlora_kit.errors import Failed, UserError
 from qlora_kit.merging.check import MARGIN, ROUNDING, Comparison, Measured, check_blocks, compare
 from qlora_kit.merging.folder import check_disk, stop_ids
@@ -218,7 +218,7 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 from qlora_kit.merging.files import write_weights
-from qlora_kit.merging.pairs import read_pairs
+from qlora_kit.adapter.lora_pairs import read_pairs
 from qlora_kit.merging.weights import Packing, plan_merge
 from qlora_kit.config import ModelConfig, QuantizationConfig
 import torch

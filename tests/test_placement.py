@@ -8,7 +8,7 @@ import torch
 
 import inference_example
 from qlora_kit import merge
-from qlora_kit.adapter import read_adapter
+from qlora_kit.adapter.folder import read_adapter
 from qlora_kit.config import GenerationSettings, ModelConfig, QuantizationConfig
 from qlora_kit.decoding import LibraryEngine
 from qlora_kit.errors import UserError

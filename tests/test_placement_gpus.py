@@ -10,8 +10,8 @@ import torch
 
 import inference_example
 from qlora_kit import merge
-from qlora_kit.adapter import read_adapter
-from qlora_kit.attach import adapter_norm
+from qlora_kit.adapter.attach import adapter_norm
+from qlora_kit.adapter.folder import read_adapter
 from qlora_kit.comparison import compare_perplexity, evaluation_blocks
 from qlora_kit.config import GenerationSettings
 from qlora_kit.decoding import LibraryEngine

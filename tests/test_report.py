@@ -7,19 +7,20 @@ import struct
 import pytest
 import torch
 
-from qlora_kit.checkpoint import check_output_dir, find_checkpoint
 from qlora_kit.config import Config
 from qlora_kit.config_file import load_config, override
 from qlora_kit.errors import UserError
 from qlora_kit.model.perplexity import as_metrics, from_block_losses, recorded_base
 from qlora_kit.output.checkpoints import saving
 from qlora_kit.output.curves import plot_training_curves, read_metrics
+from qlora_kit.output.folder import check_output_dir
 from qlora_kit.output.log import CURVES, LOG, METRICS, RunLog
 from qlora_kit.output.provenance import write_passport
 from qlora_kit.planning.plan import Plan
 from qlora_kit.planning.shape import GIB
 from qlora_kit.training.machine import Machine
 from qlora_kit.training.report import RunReport, open_output
+from qlora_kit.training.resume import find_checkpoint
 
 CPU = Machine("cpu", torch.float32, ["Device: cpu"])
 ON_CPU = Plan(1, 0, {})

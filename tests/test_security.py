@@ -18,7 +18,7 @@ import yaml
 
 import train_qlora
 from qlora_kit import cli
-from qlora_kit.adapter import read_adapter
+from qlora_kit.adapter.folder import read_adapter
 from qlora_kit.config import Config, ModelConfig
 from qlora_kit.config_file import all_keys, load_config, override, parse_set
 from qlora_kit.errors import UserError

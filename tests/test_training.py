@@ -18,8 +18,8 @@ from transformers import TrainerCallback
 
 import train_qlora
 from qlora_kit import progress
+from qlora_kit.adapter.save import save_adapter
 from qlora_kit.callbacks import StopCallback
-from qlora_kit.checkpoint import save_adapter
 from qlora_kit.config_file import load_config
 from qlora_kit.data.blocks import Blocks
 from qlora_kit.errors import Failed

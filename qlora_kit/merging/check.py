@@ -13,7 +13,7 @@ import bitsandbytes
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora_kit.adapter import AdapterSource
+from qlora_kit.adapter.folder import AdapterSource
 from qlora_kit.config import Config, DataConfig
 from qlora_kit.data.blocks import Blocks, RecordBlocks
 from qlora_kit.data.dataset import load_blocks

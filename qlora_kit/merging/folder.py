@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.adapter import AdapterSource
+from qlora_kit.adapter.folder import AdapterSource
 from qlora_kit.data.chat_template import find_stop_ids
 from qlora_kit.errors import Failed, UserError
 from qlora_kit.model.hub import read_json

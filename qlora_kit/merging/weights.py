@@ -14,9 +14,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from qlora_kit.adapter.lora_pairs import LoraPair, rounded, unpack
 from qlora_kit.config import ModelConfig, QuantizationConfig
 from qlora_kit.errors import UserError
-from qlora_kit.merging.pairs import LoraPair
 from qlora_kit.model.load import build_skeleton, pack_skeleton
 from qlora_kit.model.weight_files import Stored, read_base
 
@@ -73,21 +73,6 @@ class Merge:
         return rounded(exact, weight.dtype, stored.name)
 
 
-def rounded(exact: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    """A merged tensor, fp32, in the dtype that is kept.
-
-    Raises:
-        UserError: it holds values that are no numbers there.
-    """
-    merged = exact.to(dtype)
-    if not merged.isfinite().all():
-        raise UserError(
-            f"{name}: merged, it holds values that are no numbers in {str(dtype).removeprefix('torch.')}; "
-            "merge an adapter that was trained with a lower --learning_rate"
-        )
-    return merged
-
-
 def as_trained(weight: torch.Tensor, packing: Packing, transposed: bool) -> torch.Tensor:
     """A matrix, fp32 on the CPU, quantized as loading quantizes it and unpacked again, in fp32 and not in the compute dtype."""
     rows = weight.T if transposed else weight  # (out, in): one scale per 64 weights of a row
@@ -99,17 +84,6 @@ def as_trained(weight: torch.Tensor, packing: Packing, transposed: bool) -> torc
     )
     exact = unpack(unpacked.to(packing.device)).cpu()
     return exact.T if transposed else exact
-
-
-def unpack(packed: Any) -> torch.Tensor:
-    """A packed weight as (out, in) in fp32, where it lies; it is not to be used for products afterwards."""
-    state, shape = packed.quant_state, packed.quant_state.shape
-    state.dtype = torch.float32
-    if shape.numel() % state.blocksize == 0:  # as rows of one block: other lengths go wrong on some processors
-        state.shape = torch.Size((shape.numel() // state.blocksize, state.blocksize))
-    unpacked = bitsandbytes.functional.dequantize_4bit(packed.data, state).view(shape)
-    state.shape = shape
-    return unpacked
 
 
 # What is to be merged

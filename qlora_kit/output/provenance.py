@@ -9,8 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.checkpoint import PASSPORT
 from qlora_kit.output.checkpoints import replace_text
+from qlora_kit.output.folder import PASSPORT
 from qlora_kit.secrets import redact
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")

@@ -13,7 +13,6 @@ from transformers import (
     default_data_collator,
 )
 
-from qlora_kit.checkpoint import CHECKPOINTS
 from qlora_kit.config import Config
 from qlora_kit.data.blocks import Blocks, RecordBlocks
 from qlora_kit.errors import Failed, UserError, cannot_work
@@ -21,7 +20,7 @@ from qlora_kit.fast.decoder import FastDecoder, why_not_fast
 from qlora_kit.fast.graph import MicroStep, why_not_compiled, why_not_graphed, why_not_used
 from qlora_kit.fast.lora import fuse
 from qlora_kit.model.loss import IGNORED
-from qlora_kit.output.checkpoints import Checkpoint
+from qlora_kit.output.folder import CHECKPOINTS
 from qlora_kit.processes import Team
 from qlora_kit.progress import ProgressCallback
 from qlora_kit.trainer import QLoraTrainer
@@ -126,20 +125,6 @@ class OwnRows:
 def total_steps(config: Config, blocks: int) -> int:
     """Optimizer steps of the run."""
     return config.training.max_steps or math.ceil(config.training.num_epochs * config.steps_per_epoch(blocks))
-
-
-def check_end(checkpoint: Checkpoint, config: Config, blocks: int) -> None:
-    """Refuse to resume behind the end: adapter, settings and passport would speak of different runs.
-
-    Raises:
-        UserError: the checkpoint has more steps than the settings ask for.
-    """
-    if checkpoint.step > (steps := total_steps(config, blocks)):
-        key = "max_steps" if config.training.max_steps else "num_epochs"
-        raise UserError(
-            f"training.{key}: {getattr(config.training, key)}: ends the run at step {steps}, and {checkpoint.folder} is of step "
-            f"{checkpoint.step}; raise it, name an earlier checkpoint behind --resume, or start anew in another --output_dir"
-        )
 
 
 def training_arguments(config: Config, machine: Machine, steps: int, evaluate: bool, together: int) -> TrainingArguments:

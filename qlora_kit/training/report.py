@@ -10,13 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.checkpoint import CHECKPOINTS, CONFIG, OUTPUT_FILES
 from qlora_kit.config import Config
 from qlora_kit.data.chat_template import find_stop_ids
 from qlora_kit.model.fingerprint import weights_fingerprint
 from qlora_kit.model.hub import is_local, model_folder, remote_code_warning
 from qlora_kit.model.tokenizer import separator_id, tokenizer_fingerprint, vocabulary_fingerprint
 from qlora_kit.output.checkpoints import SAVING, Checkpoint, replace_text
+from qlora_kit.output.folder import CHECKPOINTS, CONFIG, OUTPUT_FILES
 from qlora_kit.output.log import CURVES, LOG, RunLog, finite
 from qlora_kit.output.provenance import command_line, now, versions
 from qlora_kit.planning.plan import Plan

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.checkpoint import ADAPTER_FILES, CHECKPOINTS, CONFIG, PASSPORT
 from qlora_kit.config import Config, DataConfig, ModelConfig, QuantizationConfig
 from qlora_kit.config_file import load_config
 from qlora_kit.data.source import open_source
@@ -19,6 +18,7 @@ from qlora_kit.errors import UserError
 from qlora_kit.model.fingerprint import tensor_shapes, weights_fingerprint
 from qlora_kit.model.hub import TOKENIZER_FILES, is_local, model_folder, read_json, remote_code_warning
 from qlora_kit.model.tokenizer import load_tokenizer, tokenizer_fingerprint, vocabulary_fingerprint
+from qlora_kit.output.folder import ADAPTER_FILES, CHECKPOINTS, CONFIG, PASSPORT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

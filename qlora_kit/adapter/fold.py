@@ -15,9 +15,9 @@ from peft.tuners.lora.layer import LoraLayer
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from qlora_kit.adapter.lora_pairs import rounded, unpack
 from qlora_kit.config import ModelConfig
 from qlora_kit.errors import UserError
-from qlora_kit.merging.weights import rounded, unpack
 from qlora_kit.model.hub import model_folder, read_json
 from qlora_kit.model.weight_files import read_base
 from qlora_kit.planning.shape import GIB

@@ -1,45 +1,16 @@
-"""The output folder of a run: may it be written, what does it hold, where to go on from, and how results are put into it.
+"""Which checkpoint to resume, and whether it may be."""
 
-A file that marks a run as finished (the adapter's weights) is moved into place last, so that it is whole or absent.
-"""
-
-import os
-import shutil
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qlora_kit.config import Config
 from qlora_kit.config_file import load_config
-from qlora_kit.errors import Failed, UserError
-from qlora_kit.output.checkpoints import (
-    MANIFEST,
-    MIB,
-    PREFIX,
-    REPLACED,
-    SAVING,
-    Checkpoint,
-    candidates,
-    checkpoint_bytes,
-    clean,
-    flush,
-    missing_bytes,
-    newest_valid,
-    refused_by_the_disk,
-)
-from qlora_kit.output.log import CURVES, LOG, METRICS
+from qlora_kit.errors import UserError
+from qlora_kit.output.checkpoints import MANIFEST, Checkpoint, candidates, clean, newest_valid
+from qlora_kit.output.folder import CHECKPOINTS, CONFIG
 from qlora_kit.processes import Team
-from qlora_kit.training.report import RunReport
+from qlora_kit.training.build import total_steps
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
-
-
-CONFIG, PASSPORT, CHECKPOINTS = "config.yaml", "run.json", "checkpoints"
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
-OUTPUT_FILES = (*ADAPTER_FILES, LOG, METRICS, CURVES, CONFIG, PASSPORT)  # --overwrite removes these and the checkpoints
-TOKENIZER_BYTES = 16 * MIB  # Qwen's is 11 MiB; the log and the curves are small
 MATERIAL = {
     "train_sha256": "data.dataset: the training data is",
     "tokenizer_sha256": "model.name: the tokenizer is",
@@ -52,29 +23,6 @@ MAY_CHANGE = (
     "training.save_total_limit", "training.early_stopping_patience", "training.keep_best", "training.max_skipped_steps",
     "training.report_to",
 )  # fmt: skip
-
-
-def check_output_dir(name: str, overwrite: bool, resume: bool) -> Path:
-    """The output folder, when a run may write there. Creates and removes nothing.
-
-    Raises:
-        UserError: it cannot be written, or holds a run that was neither to be resumed nor overwritten.
-    """
-    folder = Path(name).expanduser()
-    key = f"training.output_dir: {name}"
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise UserError(f"{key}: {existing} is a file, not a folder; name another --output_dir")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{key}: cannot be written; change its permissions or name another --output_dir")
-    begun = [*folder.glob(f"{CHECKPOINTS}/{PREFIX}*"), *folder.glob(f"{CHECKPOINTS}/{REPLACED}*")]
-    finished, unfinished = (folder / ADAPTER_FILES[0]).exists(), bool(begun)
-    if not resume and not overwrite and (finished or unfinished):
-        what = "a finished adapter" if finished else "an unfinished run"
-        raise UserError(
-            f"{key}: already holds {what}; continue it with --resume, replace it with --overwrite, or name another --output_dir"
-        )
-    return folder
 
 
 def find_checkpoint(folder: Path, config: Config, wanted: str) -> tuple[Checkpoint, list[str]]:
@@ -169,62 +117,15 @@ def check_same_material(checkpoint: Checkpoint, material: dict[str, Any]) -> Non
         raise UserError(*(f"{MATERIAL[name]} {remedy}" for name in changed))
 
 
-def check_disk(folder: Path, parameters: int, optim: str) -> None:
-    """Refuse a run whose first checkpoint and adapter would not fit on the disk.
-
-    Args:
-        parameters: of the adapter.
+def check_end(checkpoint: Checkpoint, config: Config, blocks: int) -> None:
+    """Refuse to resume behind the end: adapter, settings and passport would speak of different runs.
 
     Raises:
-        UserError: with what is missing.
+        UserError: the checkpoint has more steps than the settings ask for.
     """
-    needed = checkpoint_bytes(parameters, optim) + 4.0 * parameters + TOKENIZER_BYTES
-    missing = missing_bytes(folder, needed)
-    if missing > 0:
+    if checkpoint.step > (steps := total_steps(config, blocks)):
+        key = "max_steps" if config.training.max_steps else "num_epochs"
         raise UserError(
-            f"training.output_dir: {folder}: {missing / MIB:,.0f} MiB are missing on that disk of the {needed / MIB:,.0f} that a "
-            "checkpoint and the adapter take; make room, or name another --output_dir"
+            f"training.{key}: {getattr(config.training, key)}: ends the run at step {steps}, and {checkpoint.folder} is of step "
+            f"{checkpoint.step}; raise it, name an earlier checkpoint behind --resume, or start anew in another --output_dir"
         )
-
-
-def write_run_files(report: RunReport, checkpoint: Path) -> None:
-    """What a resumed run has to find as it was at this step: the settings, and the log with its numbers."""
-    (checkpoint / CONFIG).write_text(report.config.to_yaml(), encoding="utf-8")
-    report.log.copy_to(checkpoint)
-
-
-def save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-    """Write the PEFT adapter and the tokenizer beside their place, then move them in, the weights last.
-
-    Raises:
-        Failed: as write_adapter, or the disk refuses it.
-    """
-    size = 4.0 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) + TOKENIZER_BYTES
-    with (
-        refused_by_the_disk("the adapter", folder, size),
-        tempfile.TemporaryDirectory(dir=folder, prefix=SAVING) as staging,
-    ):
-        write_adapter(model, Path(staging))
-        tokenizer.save_pretrained(staging)
-        for file in sorted(Path(staging).iterdir(), key=lambda path: path.name == ADAPTER_FILES[0]):
-            flush(file)
-            if file.is_dir():  # a tokenizer with several chat templates has a folder of them, and no folder replaces another
-                shutil.rmtree(folder / file.name, ignore_errors=True)
-            os.replace(file, folder / file.name)
-        flush(folder)
-
-
-def write_adapter(model: "PeftModel", folder: Path) -> None:
-    """adapter_config.json and adapter_model.safetensors; no room on the GPU is taken for it.
-
-    peft copies tensors that share memory, as those of fast/adapters.py do, where they lie: it is given copies. Without
-    save_embedding_layers=False it asks the Hub for the base model's vocabulary.
-
-    Raises:
-        Failed: the last update made the adapter infinite or NaN.
-    """
-    weights = {name: parameter.data.cpu() for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if not all(value.isfinite().all() for value in weights.values()):
-        raise Failed("the adapter holds values that are no numbers, so it was not written: try a lower --learning_rate")
-    model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # peft's model card is a form to fill in

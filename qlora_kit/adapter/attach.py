@@ -12,10 +12,10 @@ import torch
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM
 from safetensors import SafetensorError
 
-from qlora_kit.adapter import AdapterSource
-from qlora_kit.checkpoint import ADAPTER_FILES
+from qlora_kit.adapter.folder import AdapterSource
 from qlora_kit.errors import UserError
 from qlora_kit.model.fingerprint import tensor_shapes
+from qlora_kit.output.folder import ADAPTER_FILES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

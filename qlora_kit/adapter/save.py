@@ -1,0 +1,52 @@
+"""Write a PEFT adapter atomically."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_kit.errors import Failed
+from qlora_kit.output.checkpoints import SAVING, flush, refused_by_the_disk
+from qlora_kit.output.folder import ADAPTER_FILES, TOKENIZER_BYTES
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+
+def save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Write the PEFT adapter and the tokenizer beside their place, then move them in, the weights last.
+
+    Raises:
+        Failed: as write_adapter, or the disk refuses it.
+    """
+    size = 4.0 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) + TOKENIZER_BYTES
+    with (
+        refused_by_the_disk("the adapter", folder, size),
+        tempfile.TemporaryDirectory(dir=folder, prefix=SAVING) as staging,
+    ):
+        write_adapter(model, Path(staging))
+        tokenizer.save_pretrained(staging)
+        for file in sorted(Path(staging).iterdir(), key=lambda path: path.name == ADAPTER_FILES[0]):
+            flush(file)
+            if file.is_dir():  # a tokenizer with several chat templates has a folder of them, and no folder replaces another
+                shutil.rmtree(folder / file.name, ignore_errors=True)
+            os.replace(file, folder / file.name)
+        flush(folder)
+
+
+def write_adapter(model: "PeftModel", folder: Path) -> None:
+    """adapter_config.json and adapter_model.safetensors; no room on the GPU is taken for it.
+
+    peft copies tensors that share memory, as those of fast/adapters.py do, where they lie: it is given copies. Without
+    save_embedding_layers=False it asks the Hub for the base model's vocabulary.
+
+    Raises:
+        Failed: the last update made the adapter infinite or NaN.
+    """
+    weights = {name: parameter.data.cpu() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise Failed("the adapter holds values that are no numbers, so it was not written: try a lower --learning_rate")
+    model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's model card is a form to fill in
