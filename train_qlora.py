@@ -248,8 +248,8 @@ def load_adapted_model(
     """The base model in 4 bits with fresh LoRA matrices beside its projections."""
     from transformers import set_seed
 
-    from qlora_kit.fast.decoder import offload_embedding
     from qlora_kit.fast.sharding import sharded_base
+    from qlora_kit.fast.training_pass import offload_embedding
     from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
 
     quantization, lora, machine, performance = config.quantization, config.lora, report.machine, config.performance

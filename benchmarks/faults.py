@@ -161,7 +161,7 @@ def two_at_once(place: Path, expected: tuple) -> Fault:
 
 def poison(step: int) -> Callable[[], None]:
     def inject() -> None:
-        from qlora_kit.fast.graph import MicroStep
+        from qlora_kit.fast.micro_step import MicroStep
 
         real = MicroStep.train
         MicroStep.train = lambda micro, *rest: real(micro, *rest) * (math.nan if micro.step + 1 == step else 1)  # type: ignore
@@ -185,8 +185,8 @@ def starve(step: int) -> Callable[[], None]:
     def inject() -> None:
         import torch
 
-        from qlora_kit.fast.decoder import FastDecoder
-        from qlora_kit.fast.graph import MicroStep
+        from qlora_kit.fast.micro_step import MicroStep
+        from qlora_kit.fast.training_pass import FastDecoder
 
         real, begin, now = FastDecoder.accumulate, MicroStep.begin_step, [0]
 

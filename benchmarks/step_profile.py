@@ -42,8 +42,8 @@ def profile_step(checkpoint: Path, micro_batch: int, recomputed: int) -> str:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from qlora_kit.fast.decoder import FastDecoder
-    from qlora_kit.fast.graph import MicroStep
+    from qlora_kit.fast.micro_step import MicroStep
+    from qlora_kit.fast.training_pass import FastDecoder
     from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
 
     model, _ = load_model_and_tokenizer(str(checkpoint), create_bnb_config())

@@ -62,7 +62,7 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 def joined(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-    """The same numbers in one tensor, as qlora_kit/fast/adapters.py keeps them."""
+    """The same numbers in one tensor, as qlora_kit/fast/flat_adapters.py keeps them."""
     return [nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))]
 
 

@@ -121,7 +121,7 @@ def triton_kernel(wanted: str) -> str:
 
 def compiled_function(wanted: str) -> str:
     """A function fused by torch.compile."""
-    from qlora_kit.fast.graph import why_not_compiled
+    from qlora_kit.fast.micro_step import why_not_compiled
 
     device, dtype = _device_and_dtype(wanted)
     if device == "cpu":
@@ -135,7 +135,7 @@ def compiled_function(wanted: str) -> str:
 
 def captured_graph(wanted: str) -> str:
     """A product captured in a CUDA graph, replayed with other inputs."""
-    from qlora_kit.fast.graph import why_not_graphed
+    from qlora_kit.fast.micro_step import why_not_graphed
 
     device, dtype = _device_and_dtype(wanted)
     if reason := why_not_graphed(device):

@@ -18,7 +18,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerState
 from qlora_kit.adapter.save import write_adapter
 from qlora_kit.callbacks import StopCallback
 from qlora_kit.errors import UserError
-from qlora_kit.fast.graph import MicroStep
+from qlora_kit.fast.micro_step import MicroStep
 from qlora_kit.guard import StepGuard
 from qlora_kit.model.device import is_out_of_memory
 from qlora_kit.model.perplexity import Perplexity

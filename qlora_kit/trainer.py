@@ -17,7 +17,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from qlora_kit.callbacks import StopCallback
 from qlora_kit.data.blocks import Blocks, RecordBlocks
 from qlora_kit.errors import Failed
-from qlora_kit.fast.graph import MicroStep
+from qlora_kit.fast.micro_step import MicroStep
 from qlora_kit.guard import StepGuard, numbered
 from qlora_kit.model.device import is_out_of_memory
 from qlora_kit.model.loss import IGNORED, token_losses

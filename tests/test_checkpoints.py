@@ -20,7 +20,7 @@ import train_qlora
 from qlora_kit import cli
 from qlora_kit.config_file import load_config
 from qlora_kit.errors import Failed, UserError
-from qlora_kit.fast.graph import MicroStep
+from qlora_kit.fast.micro_step import MicroStep
 from qlora_kit.output import checkpoints
 from qlora_kit.output.checkpoints import candidates, clean, newest_valid, rotate, saving
 from qlora_kit.output.folder import check_disk, check_output_dir

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from qlora_kit.fast.decoder import FastDecoder
-from qlora_kit.fast.graph import MicroStep
+from qlora_kit.fast.micro_step import MicroStep
 from qlora_kit.fast.projection import draw_keys
+from qlora_kit.fast.training_pass import FastDecoder
 from qlora_kit.model.loss import positions, record_mask, token_losses
 from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
 

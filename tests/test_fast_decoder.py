@@ -5,9 +5,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
 
-from qlora_kit.fast.decoder import FastDecoder, why_not_fast
-from qlora_kit.fast.graph import MicroStep
+from qlora_kit.fast.micro_step import MicroStep
 from qlora_kit.fast.projection import draw_keys
+from qlora_kit.fast.training_pass import FastDecoder, why_not_fast
 from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -8,8 +8,8 @@ from bitsandbytes import functional as bnb
 
 from qlora_kit.errors import Failed, UserError
 from qlora_kit.fast import nf4
-from qlora_kit.fast.decoder import FastDecoder, offload_embedding
-from qlora_kit.fast.graph import MicroStep, why_not_compiled, why_not_graphed, why_not_used
+from qlora_kit.fast.micro_step import MicroStep, why_not_compiled, why_not_graphed, why_not_used
+from qlora_kit.fast.training_pass import FastDecoder, offload_embedding
 from qlora_kit.training.build import end_all
 from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
 
@@ -59,7 +59,7 @@ def test_where_compiling_fails_the_plain_functions_take_over_and_lose_nothing(de
     def broken(*arguments):
         raise RuntimeError("no kernel\nfor this GPU")
 
-    monkeypatch.setattr("qlora_kit.fast.decoder._compiled", lambda function: broken)
+    monkeypatch.setattr("qlora_kit.fast.training_pass._compiled", lambda function: broken)
     ids, share, told, results = torch.arange(40).view(2, 20), torch.tensor(0.1), [], []
     for compiled in (False, True):
         micro = MicroStep(decoder(compiled), 2, 20, seed=1, captured=False, give_up=told.append)
@@ -80,7 +80,7 @@ def test_out_of_memory_is_no_reason_to_give_compiling_up(decoder, monkeypatch):
     def full(*arguments):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("qlora_kit.fast.decoder._compiled", lambda function: full)
+    monkeypatch.setattr("qlora_kit.fast.training_pass._compiled", lambda function: full)
     told, ids = [], torch.arange(40).view(2, 20)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         MicroStep(decoder(True), 2, 20, 1, captured=False, give_up=told.append).losses(ids, ids)

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qlora_kit.fast import layer as steps
-from qlora_kit.fast.activation import (
+from qlora_kit.fast import llama_layer as steps
+from qlora_kit.fast.llama_layer import Norms, Part, Rotary
+from qlora_kit.fast.mlp_activation import (
     activate,
     activate_backward,
     activate_backward_in_one,
@@ -13,7 +14,6 @@ from qlora_kit.fast.activation import (
     add_sums,
     has_kernels,
 )
-from qlora_kit.fast.layer import Norms, Part, Rotary
 from qlora_kit.fast.nf4 import unpack_stacked
 from qlora_kit.fast.projection import Lora
 

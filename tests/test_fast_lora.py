@@ -5,8 +5,8 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora.bnb import Linear4bit
 
-from qlora_kit.fast.lora import FusedLinear4bit, fuse
 from qlora_kit.fast.nf4 import unpack_stacked
+from qlora_kit.fast.peft_layers import FusedLinear4bit, fuse
 from qlora_kit.fast.projection import Lora, LoraProjection, draw_keys, keep_mask, project, reduced
 from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
 

@@ -22,7 +22,7 @@ from transformers import (
 from qlora_kit.config import Config
 from qlora_kit.config_file import override, parse_set
 from qlora_kit.errors import UserError
-from qlora_kit.fast.decoder import FastDecoder
+from qlora_kit.fast.training_pass import FastDecoder
 from qlora_kit.planning import memory
 from qlora_kit.planning import plan as planner
 from qlora_kit.planning.fit import plan_table

@@ -23,7 +23,7 @@ from qlora_kit.callbacks import StopCallback
 from qlora_kit.config_file import load_config
 from qlora_kit.data.blocks import Blocks
 from qlora_kit.errors import Failed
-from qlora_kit.fast.decoder import FastDecoder
+from qlora_kit.fast.training_pass import FastDecoder
 from qlora_kit.model.loss import token_losses
 from qlora_kit.model.perplexity import Perplexity, as_metrics, recorded_base
 from qlora_kit.output.curves import read_metrics
@@ -206,7 +206,7 @@ def test_accumulation_weights_every_token_alike(make_trainer):
 def out_of_memory_beyond(trainer, monkeypatch, rows, from_call):
     """From a call on, more than `rows` sequences at once do not fit: the GPU's own error, which a CPU cannot raise."""
     name = "token_losses" if trainer.micro is None else "accumulate"
-    calls, target = 0, "qlora_kit.trainer" if trainer.micro is None else "qlora_kit.fast.decoder.FastDecoder"
+    calls, target = 0, "qlora_kit.trainer" if trainer.micro is None else "qlora_kit.fast.training_pass.FastDecoder"
     real = token_losses if trainer.micro is None else FastDecoder.accumulate
 
     def limited(first, inputs, *rest):
@@ -413,7 +413,7 @@ def test_evaluation_measures_perplexity_and_leaves_training_mode_on(make_trainer
 def no_number(trainer, monkeypatch, steps, where="loss"):
     """In these steps, of four micro-batches each, the second one's loss or gradient is NaN."""
     name = "token_losses" if trainer.micro is None else "accumulate"
-    target = "qlora_kit.trainer" if trainer.micro is None else "qlora_kit.fast.decoder.FastDecoder"
+    target = "qlora_kit.trainer" if trainer.micro is None else "qlora_kit.fast.training_pass.FastDecoder"
     real, calls = (token_losses if trainer.micro is None else FastDecoder.accumulate), 0
 
     def poisoned(first, *rest):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from qlora_kit.fast.layer import Heads, Rotary
+from qlora_kit.fast.llama_layer import Heads, Rotary
 from qlora_kit.model.loss import positions, record_mask
 
 

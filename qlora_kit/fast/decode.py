@@ -19,9 +19,9 @@ from peft.tuners.lora.layer import LoraLayer
 from qlora_kit.config import GenerationSettings
 from qlora_kit.fast import thin
 from qlora_kit.fast.attention import attend_cached, store, visible_to
-from qlora_kit.fast.layer import Norms, Rotary, rms_norm, rotate
-from qlora_kit.fast.lora import is_plain
-from qlora_kit.fast.parts import norms_of, rotary_table
+from qlora_kit.fast.llama_layer import Norms, Rotary, rms_norm, rotate
+from qlora_kit.fast.llama_parts import norms_of, rotary_table
+from qlora_kit.fast.peft_layers import is_plain
 from qlora_kit.fast.sampling import Sampling, choose
 from qlora_kit.model.llama_modules import projections_of
 from qlora_kit.model.loss import decoder_and_head

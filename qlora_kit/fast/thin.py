@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from qlora_kit.fast.adapters import lora_tensors
-from qlora_kit.fast.layer import Rotary, rms_norm
+from qlora_kit.fast.flat_adapters import lora_tensors
+from qlora_kit.fast.llama_layer import Rotary, rms_norm
 from qlora_kit.fast.nf4 import has_kernel, unpack_stacked, why_no_triton
 from qlora_kit.model.llama_modules import stacked_bias
 

@@ -16,9 +16,9 @@ from transformers import (
 from qlora_kit.config import Config
 from qlora_kit.data.blocks import Blocks, RecordBlocks
 from qlora_kit.errors import Failed, UserError, cannot_work
-from qlora_kit.fast.decoder import FastDecoder, why_not_fast
-from qlora_kit.fast.graph import MicroStep, why_not_compiled, why_not_graphed, why_not_used
-from qlora_kit.fast.lora import fuse
+from qlora_kit.fast.micro_step import MicroStep, why_not_compiled, why_not_graphed, why_not_used
+from qlora_kit.fast.peft_layers import fuse
+from qlora_kit.fast.training_pass import FastDecoder, why_not_fast
 from qlora_kit.model.loss import IGNORED
 from qlora_kit.output.folder import CHECKPOINTS
 from qlora_kit.processes import Team

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from qlora_kit.errors import UserError, cannot_work
-from qlora_kit.fast.decoder import GROUPS, FastDecoder
 from qlora_kit.fast.nf4 import why_no_triton
 from qlora_kit.fast.projection import draw_keys
+from qlora_kit.fast.training_pass import GROUPS, FastDecoder
 from qlora_kit.model.device import is_out_of_memory
 from qlora_kit.model.loss import IGNORED
 

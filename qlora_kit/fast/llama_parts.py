@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from qlora_kit.fast.layer import Norms, Rotary
+from qlora_kit.fast.llama_layer import Norms, Rotary
 
 
 def norms_of(layer: Any) -> Norms:

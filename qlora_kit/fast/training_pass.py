@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import LoraLayer
 
-from qlora_kit.fast import activation
-from qlora_kit.fast import layer as steps
-from qlora_kit.fast.adapters import FlatAdapters, lora_tensors
+from qlora_kit.fast import llama_layer as steps
+from qlora_kit.fast import mlp_activation
 from qlora_kit.fast.attention import Places, attend, places
-from qlora_kit.fast.layer import Heads, Norms, Part, Reduced, Rotary
-from qlora_kit.fast.lora import is_plain
+from qlora_kit.fast.flat_adapters import FlatAdapters, lora_tensors
+from qlora_kit.fast.llama_layer import Heads, Norms, Part, Reduced, Rotary
+from qlora_kit.fast.llama_parts import norms_of, rotary_table
 from qlora_kit.fast.nf4 import unpack_stacked
-from qlora_kit.fast.parts import norms_of, rotary_table
+from qlora_kit.fast.peft_layers import is_plain
 from qlora_kit.fast.projection import Lora
 from qlora_kit.fast.sharding import sharded_base
 from qlora_kit.model.llama_modules import projections_of, stacked_bias
@@ -204,7 +204,7 @@ class FastDecoder:
         kept = (qkv, o, gate_up) if keep_all and self.keep_weights else ()
         del qkv, o, gate_up
         (down,) = self._parts(layer, keys, "down")
-        activate = self._or_kernel(activation.activate, activation.activate_in_one, inner.gates, down.lora)
+        activate = self._or_kernel(mlp_activation.activate, mlp_activation.activate_in_one, inner.gates, down.lora)
         out, down_xa = self._do(steps.mlp_output)(inner.middle, *activate(inner.gates, down.lora, down.key), down)
         return out, Kept(h, down_xa, inner if keep_all else None, (*kept, down) if kept else None)
 
@@ -237,14 +237,14 @@ class FastDecoder:
         self, dh: torch.Tensor, gates: torch.Tensor, down_xa: Reduced, gate_up_xa: Reduced, down: Part, gate_up: Part
     ) -> torch.Tensor:
         dy, u = self._do(steps.mlp_output_backward)(dh, down_xa, down)
-        in_steps, in_one = activation.activate_backward, activation.activate_backward_in_one
+        in_steps, in_one = mlp_activation.activate_backward, mlp_activation.activate_backward_in_one
         backward = self._or_kernel(in_steps, in_one, gates, down.lora, gate_up.lora)
         dgates, sums = backward(dy, u, gates, gate_up_xa, down.key, down.lora, gate_up.lora)
-        self._do(activation.add_sums)(sums, down.gradients, gate_up.gradients)
+        self._do(mlp_activation.add_sums)(sums, down.gradients, gate_up.gradients)
         return dgates
 
     def _or_kernel(self, function: Callable, in_one: Callable, gates: torch.Tensor, *adapters: Lora | None) -> Callable:
-        return in_one if self.compiled and activation.has_kernels(gates, *adapters) else self._do(function)
+        return in_one if self.compiled and mlp_activation.has_kernels(gates, *adapters) else self._do(function)
 
     def _parts(self, layer: Layer, keys: torch.Tensor, *names: str) -> list[Part]:
         """Groups of projections with their weights unpacked."""
