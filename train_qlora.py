@@ -37,13 +37,12 @@ from qlora_kit.model.hub import (
 from qlora_kit.model.tokenizer import load_tokenizer, tokenizer_fingerprint
 from qlora_kit.output.checkpoints import Checkpoint
 from qlora_kit.output.curves import plot_training_curves, read_metrics
-from qlora_kit.output.folder import check_disk, check_output_dir
+from qlora_kit.output.folder import CURVES, check_disk, check_output_dir
 from qlora_kit.output.lock import OutputLock
-from qlora_kit.output.log import CURVES, what_runs
 from qlora_kit.output.provenance import write_passport
 from qlora_kit.planning.fit import check_fit
 from qlora_kit.planning.plan import asked, check_division, go_on_as_planned, make_plan
-from qlora_kit.processes import ALONE, Team, check_alike, check_gpus, choose_own_gpu, connected, find_team
+from qlora_kit.training.processes import ALONE, Team, check_alike, check_gpus, choose_own_gpu, connected, find_team, what_runs
 from qlora_kit.training.report import RunReport, build_passport, open_output
 from qlora_kit.training.resume import check_same_material, find_common_checkpoint
 

@@ -43,10 +43,11 @@ def resume(flags: list[str]) -> tuple[int, int]:
     """Resume in this process: the moments that were paged again, and those that are paged at the run's end."""
     sys.path.insert(0, str(ROOT))
     import train_qlora
-    from qlora_kit import cli, resumable
+    from qlora_kit import cli
+    from qlora_kit.training import checkpointing
 
-    found, page = [], resumable.page_again
-    resumable.page_again = lambda optimizer: found.append((optimizer, page(optimizer)))
+    found, page = [], checkpointing.page_again
+    checkpointing.page_again = lambda optimizer: found.append((optimizer, page(optimizer)))
     cli.prepare_libraries()
     with redirect_stdout(sys.stderr):
         train_qlora.main([*flags, "--resume"])

@@ -28,7 +28,7 @@ from qlora_kit.output.lock import LOCK, OutputLock
 from qlora_kit.paging import page_again
 from qlora_kit.planning.plan import Plan, asked, go_on_as_planned
 from qlora_kit.planning.shape import ModelShape
-from qlora_kit.resumable import ResumableTrainer
+from qlora_kit.training.checkpointing import ResumableTrainer
 from qlora_kit.training.resume import find_checkpoint
 
 FORK = multiprocessing.get_context("fork")

@@ -565,7 +565,7 @@ def refuses(tmp_path):
 def test_a_terminal_shows_step_time_and_loss_on_one_line(tmp_path, monkeypatch, width):
     shown = io.StringIO()
     terminal = functools.partial(Console, file=shown, force_terminal=True, width=width, color_system=None)
-    monkeypatch.setattr("qlora_kit.progress.Console", lambda stderr, quiet: terminal(quiet=quiet))
+    monkeypatch.setattr("qlora_kit.training.progress.Console", lambda stderr, quiet: terminal(quiet=quiet))
     train("--max_steps", "3", "--set", "data.eval_split=null", "--output_dir", str(tmp_path / "out"))
     lines = [line for line in shown.getvalue().splitlines() if "3/3" in line and "loss" in line]
     assert lines and all(re.search(r"training \S+ +3/3 \d\d:\d\d loss \d\.", line) for line in lines)

@@ -198,7 +198,9 @@ def test_a_run_that_was_killed_goes_on_as_two_undisturbed_ones_differ(root, rand
         process.kill()
     assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
     loaded, page = [], page_again
-    monkeypatch.setattr("qlora_kit.resumable.page_again", lambda optimizer: (loaded.append(optimizer), page(optimizer))[1])
+    monkeypatch.setattr(
+        "qlora_kit.training.checkpointing.page_again", lambda optimizer: (loaded.append(optimizer), page(optimizer))[1]
+    )
     train_qlora.main([*flags, "--output_dir", str(killed), "--resume"])
     (optimizer,) = loaded
     moments = [state[name] for state in optimizer.state.values() for name in ("state1", "state2")]

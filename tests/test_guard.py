@@ -10,7 +10,7 @@ import torch
 
 from qlora_kit.config import Config, TrainingConfig
 from qlora_kit.errors import Failed
-from qlora_kit.guard import StepGuard, numbered
+from qlora_kit.training.step_guard import StepGuard, numbered
 
 
 class Lines(list):

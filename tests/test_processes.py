@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 import train_qlora
-from qlora_kit import processes
 from qlora_kit.config_file import load_config
 from qlora_kit.errors import Failed, Stopped, UserError
 from qlora_kit.planning.plan import check_division, make_plan
-from qlora_kit.processes import EveryNth, Team, check_alike, choose_own_gpu, connected, find_team
+from qlora_kit.training import processes
 from qlora_kit.training.build import IGNORED, OwnRows
+from qlora_kit.training.processes import EveryNth, Team, check_alike, choose_own_gpu, connected, find_team
 
 # Fails at a step of choice in the second process; else it is train_qlora.py.
 SCRIPT = """
@@ -26,7 +26,7 @@ sys.path.insert(0, {root!r})
 import train_qlora
 from qlora_kit import cli
 cli.prepare_libraries()
-from qlora_kit.trainer import QLoraTrainer
+from qlora_kit.training.trainer import QLoraTrainer
 untouched = QLoraTrainer.training_step
 def training_step(self, *arguments, **named):
     if self.team.rank == 1 and self.state.global_step == 5:
@@ -94,7 +94,7 @@ FAILS = """
 import sys
 sys.path.insert(0, {root!r})
 from qlora_kit import cli
-from qlora_kit.processes import connected, find_team
+from qlora_kit.training.processes import connected, find_team
 def main():
     team = find_team()
     with connected(team):

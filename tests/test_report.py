@@ -13,8 +13,8 @@ from qlora_kit.errors import UserError
 from qlora_kit.model.perplexity import as_metrics, from_block_losses, recorded_base
 from qlora_kit.output.checkpoints import saving
 from qlora_kit.output.curves import plot_training_curves, read_metrics
-from qlora_kit.output.folder import check_output_dir
-from qlora_kit.output.log import CURVES, LOG, METRICS, RunLog
+from qlora_kit.output.folder import CURVES, LOG, METRICS, check_output_dir
+from qlora_kit.output.log import RunLog
 from qlora_kit.output.provenance import write_passport
 from qlora_kit.planning.plan import Plan
 from qlora_kit.planning.shape import GIB

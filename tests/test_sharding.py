@@ -14,8 +14,8 @@ from qlora_kit.planning.fit import cheapest_change
 from qlora_kit.planning.memory import estimate_memory
 from qlora_kit.planning.plan import check_division, make_plan
 from qlora_kit.planning.shape import GIB, KNOWN_CONFIGS, read_shape
-from qlora_kit.processes import check_launcher
 from qlora_kit.training.machine import read_written_out_shape
+from qlora_kit.training.processes import check_launcher
 
 PROCESSES = 2
 LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}")
@@ -23,7 +23,7 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from qlora_kit.processes import connected, find_team
+from qlora_kit.training.processes import connected, find_team
 together = connected(find_team())
 together.__enter__()
 import torch  # and the libraries when all are connected, as train_qlora.py does

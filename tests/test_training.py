@@ -17,9 +17,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import train_qlora
-from qlora_kit import progress
 from qlora_kit.adapter.save import save_adapter
-from qlora_kit.callbacks import StopCallback
 from qlora_kit.config_file import load_config
 from qlora_kit.data.blocks import Blocks
 from qlora_kit.errors import Failed
@@ -28,10 +26,12 @@ from qlora_kit.model.loss import token_losses
 from qlora_kit.model.perplexity import Perplexity, as_metrics, recorded_base
 from qlora_kit.output.curves import read_metrics
 from qlora_kit.planning.plan import make_plan
-from qlora_kit.progress import SpeedMeter
+from qlora_kit.training import progress
 from qlora_kit.training.build import build_trainer, total_steps, training_arguments
 from qlora_kit.training.machine import Machine, look_at_machine
+from qlora_kit.training.progress import SpeedMeter
 from qlora_kit.training.report import RunReport
+from qlora_kit.training.stop import StopCallback
 
 T = 16  # block length
 
@@ -206,7 +206,7 @@ def test_accumulation_weights_every_token_alike(make_trainer):
 def out_of_memory_beyond(trainer, monkeypatch, rows, from_call):
     """From a call on, more than `rows` sequences at once do not fit: the GPU's own error, which a CPU cannot raise."""
     name = "token_losses" if trainer.micro is None else "accumulate"
-    calls, target = 0, "qlora_kit.trainer" if trainer.micro is None else "qlora_kit.fast.training_pass.FastDecoder"
+    calls, target = 0, "qlora_kit.training.trainer" if trainer.micro is None else "qlora_kit.fast.training_pass.FastDecoder"
     real = token_losses if trainer.micro is None else FastDecoder.accumulate
 
     def limited(first, inputs, *rest):
@@ -413,7 +413,7 @@ def test_evaluation_measures_perplexity_and_leaves_training_mode_on(make_trainer
 def no_number(trainer, monkeypatch, steps, where="loss"):
     """In these steps, of four micro-batches each, the second one's loss or gradient is NaN."""
     name = "token_losses" if trainer.micro is None else "accumulate"
-    target = "qlora_kit.trainer" if trainer.micro is None else "qlora_kit.fast.training_pass.FastDecoder"
+    target = "qlora_kit.training.trainer" if trainer.micro is None else "qlora_kit.fast.training_pass.FastDecoder"
     real, calls = (token_losses if trainer.micro is None else FastDecoder.accumulate), 0
 
     def poisoned(first, *rest):

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.output.log import METRICS
+from qlora_kit.output.folder import METRICS
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

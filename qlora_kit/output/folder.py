@@ -15,7 +15,6 @@ from qlora_kit.output.checkpoints import (
     checkpoint_bytes,
     missing_bytes,
 )
-from qlora_kit.output.log import CURVES, LOG, METRICS
 from qlora_kit.training.report import RunReport
 
 if TYPE_CHECKING:
@@ -26,6 +25,8 @@ CONFIG, PASSPORT, CHECKPOINTS = "config.yaml", "run.json", "checkpoints"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 OUTPUT_FILES = (*ADAPTER_FILES, LOG, METRICS, CURVES, CONFIG, PASSPORT)  # --overwrite removes these and the checkpoints
 TOKENIZER_BYTES = 16 * MIB  # Qwen's is 11 MiB; the log and the curves are small
+
+LOG, METRICS, CURVES = "training_log.txt", "metrics.jsonl", "training_curves.png"
 
 
 def check_output_dir(name: str, overwrite: bool, resume: bool) -> Path:

@@ -3,7 +3,6 @@
 metrics.jsonl holds one object a logged step and is the source of the picture. Imports no torch.
 """
 
-import hashlib
 import json
 import math
 import shutil
@@ -11,14 +10,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.config import Config
-from qlora_kit.output.provenance import versions
+from qlora_kit.output.folder import LOG, METRICS
 from qlora_kit.secrets import redact
 
 if TYPE_CHECKING:
     pass
-
-LOG, METRICS, CURVES = "training_log.txt", "metrics.jsonl", "training_curves.png"
 
 
 class RunLog:
@@ -85,12 +81,3 @@ def finite(values: dict[str, Any]) -> dict[str, Any]:
 def _append(path: Path, text: str) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(text + "\n")
-
-
-def what_runs(config: Config) -> dict[str, str]:
-    """What all processes of a run have to have in common, by the words of a message."""
-    home = Path(__file__).parent.parent
-    code = sorted([*home.glob("*.py"), *home.glob("qlora_kit/**/*.py")])
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()[:12]
-    settings = {f"{section}.{key}": repr(value) for section, keys in config.model_dump().items() for key, value in keys.items()}
-    return settings | {"the code": digest, "the packages": ", ".join(" ".join(pair) for pair in versions().items())}

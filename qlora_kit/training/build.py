@@ -21,11 +21,11 @@ from qlora_kit.fast.peft_layers import fuse
 from qlora_kit.fast.training_pass import FastDecoder, why_not_fast
 from qlora_kit.model.loss import IGNORED
 from qlora_kit.output.folder import CHECKPOINTS
-from qlora_kit.processes import Team
-from qlora_kit.progress import ProgressCallback
-from qlora_kit.trainer import QLoraTrainer
 from qlora_kit.training.machine import Machine
+from qlora_kit.training.processes import Team
+from qlora_kit.training.progress import ProgressCallback
 from qlora_kit.training.report import RunReport
+from qlora_kit.training.trainer import QLoraTrainer
 
 
 def build_trainer(

@@ -16,12 +16,12 @@ from qlora_kit.model.fingerprint import weights_fingerprint
 from qlora_kit.model.hub import is_local, model_folder, remote_code_warning
 from qlora_kit.model.tokenizer import separator_id, tokenizer_fingerprint, vocabulary_fingerprint
 from qlora_kit.output.checkpoints import SAVING, Checkpoint, replace_text
-from qlora_kit.output.folder import CHECKPOINTS, CONFIG, OUTPUT_FILES
-from qlora_kit.output.log import CURVES, LOG, RunLog, finite
+from qlora_kit.output.folder import CHECKPOINTS, CONFIG, CURVES, LOG, OUTPUT_FILES
+from qlora_kit.output.log import RunLog, finite
 from qlora_kit.output.provenance import command_line, now, versions
 from qlora_kit.planning.plan import Plan
 from qlora_kit.planning.shape import GIB
-from qlora_kit.processes import ALONE, Team
+from qlora_kit.training.processes import ALONE, Team
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

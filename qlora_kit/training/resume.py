@@ -8,8 +8,8 @@ from qlora_kit.config_file import load_config
 from qlora_kit.errors import UserError
 from qlora_kit.output.checkpoints import MANIFEST, Checkpoint, candidates, clean, newest_valid
 from qlora_kit.output.folder import CHECKPOINTS, CONFIG
-from qlora_kit.processes import Team
 from qlora_kit.training.build import total_steps
+from qlora_kit.training.processes import Team
 
 MATERIAL = {
     "train_sha256": "data.dataset: the training data is",

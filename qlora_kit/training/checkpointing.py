@@ -16,18 +16,18 @@ from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import EarlyStoppingCallback, Trainer, TrainerState
 
 from qlora_kit.adapter.save import write_adapter
-from qlora_kit.callbacks import StopCallback
 from qlora_kit.errors import UserError
 from qlora_kit.fast.micro_step import MicroStep
-from qlora_kit.guard import StepGuard
 from qlora_kit.model.device import is_out_of_memory
 from qlora_kit.model.perplexity import Perplexity
 from qlora_kit.output.checkpoints import PREFIX, checkpoint_bytes, newest_valid, read_checkpoint, rotate, saving
 from qlora_kit.output.folder import write_run_files
 from qlora_kit.paging import page_again
 from qlora_kit.planning.plan import asked
-from qlora_kit.processes import Team
-from qlora_kit.progress import ProgressCallback
+from qlora_kit.training.processes import Team
+from qlora_kit.training.progress import ProgressCallback
+from qlora_kit.training.step_guard import StepGuard
+from qlora_kit.training.stop import StopCallback
 
 
 class ResumableTrainer(Trainer):

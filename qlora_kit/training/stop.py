@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from qlora_kit.processes import ALONE, Team
+from qlora_kit.training.processes import ALONE, Team
 
 SAME_REQUEST = 3.0  # seconds in which a launcher passes on to its processes what the terminal has sent them already
 

@@ -6,6 +6,7 @@ alone prints, logs and writes. A process that fails says so where the others loo
 torch only when there are several.
 """
 
+import hashlib
 import os
 import sys
 import threading
@@ -14,9 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit.config import Config
 from qlora_kit.errors import Failed, Stopped, UserError
+from qlora_kit.output.provenance import versions
 
 if TYPE_CHECKING:
     import torch
@@ -265,3 +269,12 @@ def _gpu_count() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def what_runs(config: Config) -> dict[str, str]:
+    """What all processes of a run have to have in common, by the words of a message."""
+    home = Path(__file__).parent.parent
+    code = sorted([*home.glob("*.py"), *home.glob("qlora_kit/**/*.py")])
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()[:12]
+    settings = {f"{section}.{key}": repr(value) for section, keys in config.model_dump().items() for key, value in keys.items()}
+    return settings | {"the code": digest, "the packages": ", ".join(" ".join(pair) for pair in versions().items())}

@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from qlora_kit.callbacks import StopCallback
 from qlora_kit.data.blocks import Blocks, RecordBlocks
 from qlora_kit.errors import Failed
 from qlora_kit.fast.micro_step import MicroStep
-from qlora_kit.guard import StepGuard, numbered
 from qlora_kit.model.device import is_out_of_memory
 from qlora_kit.model.loss import IGNORED, token_losses
 from qlora_kit.model.perplexity import Perplexity, as_metrics, from_block_losses, library_losses, measure_block_losses
 from qlora_kit.output.checkpoints import what_stands
-from qlora_kit.progress import ProgressCallback
-from qlora_kit.resumable import ResumableTrainer
+from qlora_kit.training.checkpointing import ResumableTrainer
+from qlora_kit.training.progress import ProgressCallback
+from qlora_kit.training.step_guard import StepGuard, numbered
+from qlora_kit.training.stop import StopCallback
 
 
 class QLoraTrainer(ResumableTrainer):
