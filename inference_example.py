@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any, TextIO
 from qlora_kit import cli
 from qlora_kit.adapter.folder import AdapterSource, check_base, fetch_base, load_checked_tokenizer, read_adapter
 from qlora_kit.adapter.lora_pairs import read_pairs
-from qlora_kit.answers import encode_prompts, run_demo, run_text
 from qlora_kit.config import Config, GenerationSettings
 from qlora_kit.data.chat_template import find_stop_ids
 from qlora_kit.data.source import source_files
 from qlora_kit.errors import UserError
-from qlora_kit.generation import Generator, PromptEncoder, replace_settings
+from qlora_kit.inference.generator import Generator, PromptEncoder, replace_settings
+from qlora_kit.inference.modes import encode_prompts, run_demo, run_text
+from qlora_kit.inference.prompts import Prompt, demo_prompts, read_prompt, read_prompt_file
 from qlora_kit.model.hub import fetch_model, fetch_tokenizer, go_offline_if_unreachable, is_local, model_folder, read_context
-from qlora_kit.prompts import Prompt, demo_prompts, read_prompt, read_prompt_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -187,7 +187,7 @@ def load_generator(
         tokenizer: that of `source`, where it is loaded already.
     """
     from qlora_kit.adapter.attach import attach_adapter, check_vocabulary, does_nothing
-    from qlora_kit.decoding import choose_engine
+    from qlora_kit.inference.library_engine import choose_engine
     from qlora_kit.model.device import choose_device, usable_dtype
     from qlora_kit.model.gpu_placement import choose_device_map
     from quantization_utils import create_bnb_config, load_model_and_tokenizer
@@ -247,7 +247,7 @@ def answer(generator: Generator, prompts: list[Prompt], arguments: argparse.Name
         if not arguments.base_only:
             print_norm(generator, sys.stderr if arguments.json else sys.stdout)
     elif arguments.mode == "interactive":
-        from qlora_kit.interactive import run_interactive
+        from qlora_kit.inference.conversation import run_interactive
 
         run_interactive(generator, arguments.compare)
 
@@ -272,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
     encoder = PromptEncoder(tokenizer, source.style, source.config.data.train_on, arguments.system)
     prompts = encode_prompts(prompts, encoder, settings.max_new_tokens, read_context(small_files))
     if arguments.perplexity is not None:
-        from qlora_kit.comparison import evaluation_blocks, run_perplexity
+        from qlora_kit.inference.compare import evaluation_blocks, run_perplexity
 
         blocks, what = evaluation_blocks(arguments.perplexity, source.config, tokenizer)
     fetch_base(source, fetch_model)

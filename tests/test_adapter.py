@@ -17,7 +17,7 @@ from qlora_kit.adapter.folder import read_adapter
 from qlora_kit.config import GenerationSettings
 from qlora_kit.data.chat_template import find_stop_ids
 from qlora_kit.errors import UserError
-from qlora_kit.generation import Generator
+from qlora_kit.inference.generator import Generator
 from qlora_kit.model.fingerprint import weights_fingerprint
 
 GREEDY = GenerationSettings(max_new_tokens=8, temperature=0.0, repetition_penalty=1.0)

@@ -6,12 +6,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from qlora_kit import decoding
 from qlora_kit.config import GenerationSettings
-from qlora_kit.decoding import LibraryEngine
-from qlora_kit.fast import decode, thin
-from qlora_kit.fast.decode import GraphEngine, why_not_decoded
-from qlora_kit.fast.sampling import Sampling, choose
+from qlora_kit.inference import graph_engine, library_engine, token_kernels
+from qlora_kit.inference.graph_engine import GraphEngine, why_not_decoded
+from qlora_kit.inference.library_engine import LibraryEngine
+from qlora_kit.inference.sampling import Sampling, choose
 from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
 
 PROMPTS = [[100, 200, 300, 400, 500], [7], list(range(50, 90)), [1000, 2000]]
@@ -80,7 +79,7 @@ def test_the_end_of_a_turn_is_never_penalised(model):
     assert expected.argmax() != stop
     expected[0, stop] = logits[0, stop]
     for begins, ids in (([0], [prompt]), ([2], [[8, 8, *prompt]])):  # also behind padding
-        actual = decoding._Penalty(1.5, begins, [stop])(torch.tensor(ids), logits.clone())
+        actual = library_engine._Penalty(1.5, begins, [stop])(torch.tensor(ids), logits.clone())
         torch.testing.assert_close(actual, expected)
     engine = GraphEngine(model, captured=False)
     next(engine.steps([prompt], greedy(repetition_penalty=1.5, max_new_tokens=1), 0, [stop]))
@@ -90,7 +89,7 @@ def test_the_end_of_a_turn_is_never_penalised(model):
 
 def test_a_prompt_is_read_in_chunks_as_at_once(model, monkeypatch):
     expected = answers(GraphEngine(model, captured=False), PROMPTS, greedy())
-    monkeypatch.setattr(decode, "CHUNK_TOKENS", 28)  # seven of each prompt
+    monkeypatch.setattr(graph_engine, "CHUNK_TOKENS", 28)  # seven of each prompt
     assert answers(GraphEngine(model, captured=False), PROMPTS, greedy()) == expected
 
 
@@ -228,10 +227,10 @@ class TestOnTheGpu:
         adapter = None
         if rank:
             A = (torch.randn(rank * len(sizes), fan_in, device="cuda") / 20).bfloat16()
-            adapter = thin.Adapter(A, tuple(torch.randn(size, rank, device="cuda").bfloat16() for size in sizes))
+            adapter = token_kernels.Adapter(A, tuple(torch.randn(size, rank, device="cuda").bfloat16() for size in sizes))
         bias = torch.randn(sum(sizes), device="cuda").bfloat16()
         x = torch.randn(rows, fan_in, device="cuda").bfloat16()
-        actual = thin.product(x, thin.Group(tuple(weights), bias, sizes, adapter))
+        actual = token_kernels.product(x, token_kernels.Group(tuple(weights), bias, sizes, adapter))
         whole = torch.cat([bitsandbytes.functional.dequantize_4bit(w, w.quant_state) for w in weights]).double()
         expected = x.double() @ whole.T + bias.double()
         if adapter:

@@ -16,7 +16,7 @@ import inference_example
 from qlora_kit.adapter.fold import ANSWER_BYTES, check_memory, fold
 from qlora_kit.config import ModelConfig
 from qlora_kit.errors import UserError
-from qlora_kit.fast.decode import GraphEngine
+from qlora_kit.inference.graph_engine import GraphEngine
 from qlora_kit.planning.shape import GIB
 
 IDS = torch.randint(0, 6000, (2, 48), generator=torch.Generator().manual_seed(0))
@@ -114,7 +114,7 @@ def test_the_engine_of_graphs_takes_a_folded_model(adapter, root, monkeypatch):
 def test_on_a_gpu_a_folded_model_answers_by_graphs_what_the_library_answers(adapter, root, monkeypatch):
     from qlora_kit.adapter.folder import read_adapter
     from qlora_kit.config import GenerationSettings
-    from qlora_kit.decoding import LibraryEngine
+    from qlora_kit.inference.library_engine import LibraryEngine
 
     monkeypatch.chdir(root)
     parsed = inference_example.parse_arguments(["--adapter", str(adapter), "--device", "cuda", "--merged"])

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from qlora_kit.config import GenerationSettings
 from qlora_kit.data.formats import chat_pieces, instruction_pieces
 from qlora_kit.data.tokenizing import encode
-from qlora_kit.generation import Generator
+from qlora_kit.inference.generator import Generator
 
 REAL = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "qwen2.5-tokenizer"
 THREE_ROUNDS = [

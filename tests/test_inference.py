@@ -17,18 +17,19 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import inference_example
-from qlora_kit import cli, comparison
+from qlora_kit import cli
 from qlora_kit.adapter.folder import read_adapter
-from qlora_kit.answers import Answered, columns, run_text
-from qlora_kit.comparison import Comparison, evaluation_blocks
 from qlora_kit.config import GenerationSettings
 from qlora_kit.config_file import load_config, override
 from qlora_kit.data.dataset import load_blocks
-from qlora_kit.decoding import LibraryEngine
 from qlora_kit.errors import UserError
-from qlora_kit.generation import Generated, Generator
+from qlora_kit.inference import compare
+from qlora_kit.inference.compare import Comparison, evaluation_blocks
+from qlora_kit.inference.generator import Generated, Generator
+from qlora_kit.inference.library_engine import LibraryEngine
+from qlora_kit.inference.modes import Answered, columns, run_text
+from qlora_kit.inference.prompts import DEMO_TEXTS, Prompt, demo_prompts
 from qlora_kit.model.perplexity import Difference, Perplexity
-from qlora_kit.prompts import DEMO_TEXTS, Prompt, demo_prompts
 
 PROMPT = "The river"
 
@@ -343,13 +344,13 @@ def test_a_data_set_that_cannot_be_had_is_named_by_its_flag(greedy):
 
 def test_a_subset_may_follow_the_name_of_a_data_set(greedy, monkeypatch):
     opened = []
-    untouched = comparison.open_source
+    untouched = compare.open_source
 
     def open_source(data, names, split, flag):
         opened.append((data.subset, names, split))
         return untouched(data.model_copy(update={"subset": None}), ["samples/articles.txt"], "", flag)
 
-    monkeypatch.setattr(comparison, "open_source", open_source)
+    monkeypatch.setattr(compare, "open_source", open_source)
     config = override(load_config(Path("configs/tiny.yaml")), {"data.max_length": 64})
     _, what = evaluation_blocks("Salesforce/wikitext:wikitext-2-raw-v1", config, greedy.tokenizer)
     assert opened == [("wikitext-2-raw-v1", ["Salesforce/wikitext"], "test")]

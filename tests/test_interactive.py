@@ -21,9 +21,9 @@ import train_qlora
 from qlora_kit.config import GenerationSettings
 from qlora_kit.config_file import load_config, override
 from qlora_kit.data.formats import from_messages
-from qlora_kit.generation import Generator
-from qlora_kit.interactive import COMMANDS, run_interactive
-from qlora_kit.terminal import Terminal
+from qlora_kit.inference.conversation import COMMANDS, run_interactive
+from qlora_kit.inference.generator import Generator
+from qlora_kit.inference.terminal import Terminal
 
 SPLIT = "👩‍👩‍👧‍👦 says 𓂀𓂀𓂀 and 日本語の文, then ½ ℵ and naïveté. "  # each of these signs is several tokens to the tiny tokenizer
 
@@ -459,8 +459,8 @@ def test_a_conversation_in_a_narrow_terminal(root, chat_adapter, tmp_path):
 
 SCRIPT = """\
 from transformers import AutoTokenizer
-from qlora_kit.generation import Generator
-from qlora_kit.interactive import run_interactive
+from qlora_kit.inference.generator import Generator
+from qlora_kit.inference.conversation import run_interactive
 from qlora_kit.config import GenerationSettings
 from tests.test_interactive import SPLIT, Scripted
 tokenizer = AutoTokenizer.from_pretrained("assets/tiny-qwen2")

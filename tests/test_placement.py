@@ -10,8 +10,8 @@ import inference_example
 from qlora_kit import merge
 from qlora_kit.adapter.folder import read_adapter
 from qlora_kit.config import GenerationSettings, ModelConfig, QuantizationConfig
-from qlora_kit.decoding import LibraryEngine
 from qlora_kit.errors import UserError
+from qlora_kit.inference.library_engine import LibraryEngine
 from qlora_kit.merging.weights import Packing
 from qlora_kit.model.gpu_placement import (
     TEXT_TOKENS,

@@ -12,9 +12,9 @@ import inference_example
 from qlora_kit import merge
 from qlora_kit.adapter.attach import adapter_norm
 from qlora_kit.adapter.folder import read_adapter
-from qlora_kit.comparison import compare_perplexity, evaluation_blocks
 from qlora_kit.config import GenerationSettings
-from qlora_kit.decoding import LibraryEngine
+from qlora_kit.inference.compare import compare_perplexity, evaluation_blocks
+from qlora_kit.inference.library_engine import LibraryEngine
 from qlora_kit.model.gpu_placement import needed_bytes
 from qlora_kit.planning.shape import read_shape
 

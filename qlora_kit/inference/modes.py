@@ -16,9 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_kit import cli
-from qlora_kit.generation import Generated, Generator, PromptEncoder, check_context
-from qlora_kit.prompts import Prompt
-from qlora_kit.terminal import HARMLESS, shown
+from qlora_kit.inference.generator import Generated, Generator, PromptEncoder, check_context
+from qlora_kit.inference.prompts import Prompt
+from qlora_kit.inference.terminal import HARMLESS, shown
 
 CONTROL = re.compile(r"[\x7f-\x9f]")
 BETWEEN = "\f"  # the line between two answers: no text holds one in practice

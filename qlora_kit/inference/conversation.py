@@ -15,9 +15,9 @@ import torch
 from qlora_kit.config import GenerationSettings
 from qlora_kit.data.formats import checked_text
 from qlora_kit.errors import BadRecord, UserError
-from qlora_kit.generation import Generated, Generator, replace_settings
+from qlora_kit.inference.generator import Generated, Generator, replace_settings
+from qlora_kit.inference.terminal import Terminal
 from qlora_kit.rounds import Round, messages, worded
-from qlora_kit.terminal import Terminal
 
 FIRST_LINES = {
     "chat": "Chat: the whole conversation is sent with each message.",

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import LoraLayer
 
 from qlora_kit.config import GenerationSettings
-from qlora_kit.fast import thin
-from qlora_kit.fast.attention import attend_cached, store, visible_to
 from qlora_kit.fast.llama_layer import Norms, Rotary, rms_norm, rotate
 from qlora_kit.fast.llama_parts import norms_of, rotary_table
 from qlora_kit.fast.peft_layers import is_plain
-from qlora_kit.fast.sampling import Sampling, choose
+from qlora_kit.inference import token_kernels
+from qlora_kit.inference.kv_cache import attend_cached, store, visible_to
+from qlora_kit.inference.sampling import Sampling, choose
 from qlora_kit.model.llama_modules import projections_of
 from qlora_kit.model.loss import decoder_and_head
 from qlora_kit.planning.shape import why_not_written_out
@@ -35,10 +35,10 @@ FIXED_ANGLES = ("default", "linear", "llama3", "yarn")  # rotary tables that do 
 
 class Layer(NamedTuple):
     norms: Norms
-    qkv: thin.Group
-    o: thin.Group
-    gate_up: thin.Group
-    down: thin.Group
+    qkv: token_kernels.Group
+    o: token_kernels.Group
+    gate_up: token_kernels.Group
+    down: token_kernels.Group
 
 
 class Cache(NamedTuple):
@@ -65,7 +65,7 @@ class GraphEngine:
         self.embedding = self.decoder.embed_tokens.weight
         self.device, self.dtype = self.embedding.device, self.embedding.dtype
         self.layers = [
-            Layer(norms_of(layer), *(thin.read_group(modules, self.embedding) for modules in projections_of(layer)))
+            Layer(norms_of(layer), *(token_kernels.read_group(modules, self.embedding) for modules in projections_of(layer)))
             for layer in self.decoder.layers
         ]
         self.adapting = True
@@ -122,17 +122,17 @@ class GraphEngine:
         came = None
         for number, layer in enumerate(self.layers):
             qkv, o, gate_up, down = (group if self.adapting else group._replace(adapter=None) for group in layer[1:])
-            h, x = thin.add_and_norm(h, came, layer.norms.attention, layer.norms.epsilon)
-            product, keys, values = thin.product(x, qkv), cache.keys[number], cache.values[number]
-            if start is None and layer.norms.q is None and thin.in_one(product):
-                q = thin.rotate_and_store(product, qkv.sizes, rotary, at, keys, values)
+            h, x = token_kernels.add_and_norm(h, came, layer.norms.attention, layer.norms.epsilon)
+            product, keys, values = token_kernels.product(x, qkv), cache.keys[number], cache.values[number]
+            if start is None and layer.norms.q is None and token_kernels.in_one(product):
+                q = token_kernels.rotate_and_store(product, qkv.sizes, rotary, at, keys, values)
             else:
                 q, k, v = self._heads(product, qkv.sizes, layer.norms, turned, batch)
                 keys, values = store(keys, k, at, start), store(values, v, at, start)
             attended = attend_cached(q, keys, values, visible)
-            h, x = thin.add_and_norm(h, thin.product(attended, o), layer.norms.mlp, layer.norms.epsilon)
-            came = thin.product(thin.gated(thin.product(x, gate_up)), down)
-        _, x = thin.add_and_norm(h, came, self.decoder.norm.weight, self.decoder.norm.variance_epsilon)
+            h, x = token_kernels.add_and_norm(h, token_kernels.product(attended, o), layer.norms.mlp, layer.norms.epsilon)
+            came = token_kernels.product(token_kernels.gated(token_kernels.product(x, gate_up)), down)
+        _, x = token_kernels.add_and_norm(h, came, self.decoder.norm.weight, self.decoder.norm.variance_epsilon)
         return x.view(batch, length, -1)
 
     def _heads(

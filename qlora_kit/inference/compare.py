@@ -5,13 +5,13 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.answers import as_line
 from qlora_kit.config import Config
 from qlora_kit.data.blocks import Blocks, RecordBlocks
 from qlora_kit.data.dataset import load_blocks, source_blocks
 from qlora_kit.data.source import TABLE_SUFFIXES, open_source
 from qlora_kit.errors import UserError
-from qlora_kit.generation import Generator
+from qlora_kit.inference.generator import Generator
+from qlora_kit.inference.modes import as_line
 from qlora_kit.model.hub import is_local
 from qlora_kit.model.perplexity import (
     Difference,

@@ -11,7 +11,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaL
 from transformers.generation.streamers import BaseStreamer
 
 from qlora_kit.config import GenerationSettings
-from qlora_kit.fast.sampling import penalise
+from qlora_kit.inference.sampling import penalise
 
 LONGEST_TEXT = 8192  # tokens that an attention window must reach over, where the model's context is longer
 Step = list[int | None]  # a prompt's next token; None once it has ended
@@ -21,7 +21,7 @@ def choose_engine(model: Any, pad_id: int | None) -> tuple[Any, str | None]:
     """The fast engine where it can serve, else the library's, and on a GPU why."""
     if model.device.type != "cuda":
         return LibraryEngine(model, pad_id), None
-    from qlora_kit.fast.decode import GraphEngine, why_not_decoded
+    from qlora_kit.inference.graph_engine import GraphEngine, why_not_decoded
 
     context = getattr(model.config, "max_position_embeddings", None) or LONGEST_TEXT
     if reason := why_not_decoded(model, min(context, LONGEST_TEXT)):
