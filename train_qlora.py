@@ -24,7 +24,7 @@ from qlora_kit.config_file import load_config, override, parse_set
 from qlora_kit.data.blocks import Blocks, RecordBlocks
 from qlora_kit.data.dataset import load_blocks
 from qlora_kit.data.source import check_source
-from qlora_kit.errors import UserError
+from qlora_kit.errors import Stopped, UserError
 from qlora_kit.model.fingerprint import weights_fingerprint
 from qlora_kit.model.hub import (
     fetch_model,
@@ -208,7 +208,7 @@ def train_adapter(
         if team.leads:
             plot_training_curves(read_metrics(folder), folder / CURVES)
         if number := team.highest(trainer.stopping.signal or 0):  # all together: one may have been asked after the last step
-            raise cli.Stopped(128 + number, how_to_resume(arguments, trainer.state.global_step, team))
+            raise Stopped(128 + number, how_to_resume(arguments, trainer.state.global_step, team))
         after = trainer.measure_final()
         if team.leads:
             save_adapter(model, tokenizer, folder)

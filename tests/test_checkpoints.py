@@ -25,10 +25,9 @@ from qlora_kit.output import checkpoints
 from qlora_kit.output.checkpoints import candidates, clean, newest_valid, rotate, saving
 from qlora_kit.output.folder import check_disk, check_output_dir
 from qlora_kit.output.lock import LOCK, OutputLock
-from qlora_kit.paging import page_again
 from qlora_kit.planning.plan import Plan, asked, go_on_as_planned
 from qlora_kit.planning.shape import ModelShape
-from qlora_kit.training.checkpointing import ResumableTrainer
+from qlora_kit.training.checkpointing import ResumableTrainer, page_again
 from qlora_kit.training.resume import find_checkpoint
 
 FORK = multiprocessing.get_context("fork")

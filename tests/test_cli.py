@@ -7,7 +7,9 @@ import sys
 import pytest
 
 import inference_example
-from qlora_kit import cli, merge
+from qlora_kit import cli
+from qlora_kit.errors import Failed, Stopped, UserError
+from qlora_kit.merge import command
 
 SHORT = [
     "--config", "configs/tiny.yaml", "--max_length", "16", "--batch_size", "1", "--max_steps", "6", "--rank", "4",
@@ -46,7 +48,7 @@ def left(monkeypatch):
 
 
 @pytest.mark.parametrize("ending, status", [
-    (cli.UserError("training.seed: -1: wrong"), 2), (cli.Failed("the disk is full"), 1), (cli.Stopped(130, "stopped"), 130),
+    (UserError("training.seed: -1: wrong"), 2), (Failed("the disk is full"), 1), (Stopped(130, "stopped"), 130),
     (KeyboardInterrupt(), 130), (None, 0),
 ])  # fmt: skip
 def test_the_exit_status_is_that_of_the_run_though_nobody_hears_its_last_line(left, ending, status):
@@ -106,9 +108,9 @@ def test_a_missing_part_of_a_library_is_named_and_one_of_ours_is_our_mistake(cap
 @pytest.mark.parametrize("parse, flags", [
     (inference_example.parse_arguments, ["--adapter", ""]),
     (inference_example.parse_arguments, ["--perplexity", " "]),
-    (merge.parse_arguments, ["--output", "y", "--adapter", ""]),
-    (merge.parse_arguments, ["--adapter", "x", "--output", ""]),
-    (merge.parse_arguments, ["--adapter", "x", "--output", "y", "--check", ""]),
+    (command.parse_arguments, ["--output", "y", "--adapter", ""]),
+    (command.parse_arguments, ["--adapter", "x", "--output", ""]),
+    (command.parse_arguments, ["--adapter", "x", "--output", "y", "--check", ""]),
 ])  # fmt: skip
 def test_an_empty_name_is_not_the_working_folder(parse, flags, capsys):
     """As of a shell variable that was not set."""

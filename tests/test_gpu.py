@@ -13,7 +13,7 @@ import torch
 import train_qlora
 from qlora_kit.config_file import load_config
 from qlora_kit.errors import UserError
-from qlora_kit.paging import page_again
+from qlora_kit.training.checkpointing import page_again
 from qlora_kit.training.machine import look_at_machine
 from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
 

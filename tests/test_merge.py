@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config
 
 import train_qlora
-from qlora_kit import merge
 from qlora_kit.adapter.folder import read_adapter
 from qlora_kit.errors import Failed, UserError
-from qlora_kit.merging.check import MARGIN, ROUNDING, Comparison, Measured, check_blocks, compare
-from qlora_kit.merging.folder import check_disk, stop_ids
+from qlora_kit.merge import command
+from qlora_kit.merge.check import MARGIN, ROUNDING, Comparison, Measured, check_blocks, compare
+from qlora_kit.merge.folder import check_disk, stop_ids
 from quantization_utils import create_bnb_config, load_model_and_tokenizer
 
 PROJECTIONS = ["q_proj", "v_proj", "down_proj"]
@@ -47,7 +47,7 @@ def make_adapter(base: Path, folder: Path, quantization: dict | None = None, sty
 
 
 def run_merge(adapter: Path, output: Path, *arguments: str) -> dict[str, torch.Tensor]:
-    merge.main(["--adapter", str(adapter), "--output", str(output), "--check", "none", "--device", "cpu", *arguments])
+    command.main(["--adapter", str(adapter), "--output", str(output), "--check", "none", "--device", "cpu", *arguments])
     return {name: tensor for file in output.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
@@ -217,9 +217,9 @@ def large(tmp_path_factory, tiny_dir) -> Path:
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from qlora_kit.merging.files import write_weights
+from qlora_kit.merge.write import write_weights
 from qlora_kit.adapter.lora_pairs import read_pairs
-from qlora_kit.merging.weights import Packing, plan_merge
+from qlora_kit.merge.weights import Packing, plan_merge
 from qlora_kit.config import ModelConfig, QuantizationConfig
 import torch
 base, folder, output = map(Path, sys.argv[1:4])
@@ -227,8 +227,8 @@ pairs, model = read_pairs(folder, ""), ModelConfig(name=str(base))
 for packing in (None, Packing(QuantizationConfig(), torch.float32, "cpu")):
     merge = plan_merge(base, model, pairs, packing, "")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    write_weights(merge.tensors, merge.tensor, output, 4 * 10**9)
-    print(merge.nbytes / 2**20, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+    write_weights(command.tensors, command.tensor, output, 4 * 10**9)
+    print(command.nbytes / 2**20, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
 """
 
 
@@ -370,7 +370,7 @@ def test_the_rule(difference, error, same_weights, passed):
 def test_merged_and_adapter_are_compared(adapter, tmp_path, capsys, root):
     text = tmp_path / "text.txt"
     text.write_text((root / "samples" / "articles.txt").read_text()[:9000])
-    merge.main(["--adapter", str(adapter), "--output", str(tmp_path / "out"), "--device", "cpu", "--check", str(text)])
+    command.main(["--adapter", str(adapter), "--output", str(tmp_path / "out"), "--device", "cpu", "--check", str(text)])
     out = capsys.readouterr().out
     check = json.loads((tmp_path / "out" / "merge.json").read_text())["check"]
     blocks = check["adapter"]["blocks"]
@@ -383,11 +383,11 @@ def test_a_merge_that_predicts_otherwise_fails_and_is_kept(tiny_dir, merged, tmp
     """Compared with an adapter that it was not made from."""
     source = read_adapter(str(make_adapter(tiny_dir, tmp_path / "other", lora_alpha=64)))
     kept = shutil.copytree(merged, tmp_path / "out")
-    loading = merge.how_loaded(source, "cpu")
+    loading = command.how_loaded(source, "cpu")
     blocks, what = check_blocks(source, None, AutoTokenizer.from_pretrained(tiny_dir), 64)
     assert "blocks of 64 tokens" in what and "articles.txt" in what
     with pytest.raises(Failed, match="kept") as failure:
-        merge.check_merge(kept, source, tiny_dir, loading, "original", [{"": "cpu"}, {"": "cpu"}], blocks, what)
+        command.check_merge(kept, source, tiny_dir, loading, "original", [{"": "cpu"}, {"": "cpu"}], blocks, what)
     assert str(kept) in str(failure.value) and "FAIL" in capsys.readouterr().out
     assert stored(kept) and json.loads((kept / "merge.json").read_text())["check"]["passed"] is False
 
@@ -517,11 +517,11 @@ def test_a_16_bit_adapter_has_no_dequantized_base(adapter, tmp_path):
 @pytest.mark.parametrize("size", ["4", "GB", "0GB", "-1GB", "much"])
 def test_a_size_needs_a_number_and_a_unit(size):
     with pytest.raises(UserError, match="max_shard_size"):
-        merge.parse_size(size)
+        command.parse_size(size)
 
 
 def test_sizes():
-    assert [merge.parse_size(size) for size in ("4GB", "500 MiB", "1.5kb")] == [4 * 10**9, 500 * 2**20, 1500]
+    assert [command.parse_size(size) for size in ("4GB", "500 MiB", "1.5kb")] == [4 * 10**9, 500 * 2**20, 1500]
 
 
 def test_a_check_on_nothing_is_refused_before_anything_is_written(adapter, tmp_path):

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import inference_example
-from qlora_kit import merge
 from qlora_kit.adapter.folder import read_adapter
 from qlora_kit.config import GenerationSettings, ModelConfig, QuantizationConfig
 from qlora_kit.errors import UserError
 from qlora_kit.inference.library_engine import LibraryEngine
-from qlora_kit.merging.weights import Packing
+from qlora_kit.merge import command
+from qlora_kit.merge.weights import Packing
 from qlora_kit.model.gpu_placement import (
     TEXT_TOKENS,
     WORK_BYTES,
@@ -174,20 +174,20 @@ def test_a_merge_whose_check_has_no_room_is_refused_before_it_begins(adapter, ro
     loading = Packing(source.quantization, torch.bfloat16, "cuda")
     room = room_of(root / "assets/tiny-qwen2")
     gpus(room, 6_000_000, 6_000_000)
-    packed, whole = merge.place_models(source, root / "assets/tiny-qwen2", loading, "auto")
+    packed, whole = command.place_models(source, root / "assets/tiny-qwen2", loading, "auto")
     assert packed == {"": 0} and set(whole.values()) == {0, 1}
     assert capsys.readouterr().err.endswith("spread over 2 GPUs\n")
     gpus(room, 6_000_000)
     with pytest.raises(UserError, match=r"in bfloat16 .*; or do not check: --check none$"):
-        merge.place_models(source, root / "assets/tiny-qwen2", loading, "auto")
-    assert merge.place_models(source, root / "assets/tiny-qwen2", loading, "one") == [{"": 0}, {"": 0}]
+        command.place_models(source, root / "assets/tiny-qwen2", loading, "auto")
+    assert command.place_models(source, root / "assets/tiny-qwen2", loading, "one") == [{"": 0}, {"": 0}]
 
 
 def test_the_flag_takes_a_hyphen():
     assert inference_example.parse_arguments(["--device-map", "one"]).device_map == "one"
     flags = ["--adapter", "a", "--output", "b"]
-    assert merge.parse_arguments([*flags, "--device-map", "one"]).device_map == "one"
-    assert merge.parse_arguments(flags).device_map == "auto"
+    assert command.parse_arguments([*flags, "--device-map", "one"]).device_map == "one"
+    assert command.parse_arguments(flags).device_map == "auto"
 
 
 def test_a_model_in_parts_answers_and_loses_as_the_whole_one(tiny_dir):

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import inference_example
-from qlora_kit import merge
 from qlora_kit.adapter.attach import adapter_norm
 from qlora_kit.adapter.folder import read_adapter
 from qlora_kit.config import GenerationSettings
 from qlora_kit.inference.compare import compare_perplexity, evaluation_blocks
 from qlora_kit.inference.library_engine import LibraryEngine
+from qlora_kit.merge import command
 from qlora_kit.model.gpu_placement import needed_bytes
 from qlora_kit.planning.shape import read_shape
 
@@ -144,7 +144,7 @@ def test_the_check_of_a_merge_takes_both_models_in_parts(adapter, tmp_path, monk
     for name, where in (("one", {"": 0}), ("two", device_map)):
         monkeypatch.setattr("qlora_kit.model.gpu_placement.choose_device_map", lambda *rest, where=where: (where, None))
         flags = ["--adapter", str(adapter), "--output", str(tmp_path / name), "--base", "dequantized", "--device", "cuda"]
-        merge.main(flags)
+        command.main(flags)
         losses.append(json.loads((tmp_path / name / "merge.json").read_text())["check"])
     assert "pass" in capsys.readouterr().out
     for key in ("adapter", "merged"):

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import quantization_utils
-from qlora_kit.adapter.lora_pairs import unpack
+from qlora_kit.adapter.fold import unpack
 from qlora_kit.errors import UserError
 from qlora_kit.planning.shape import read_shape
 from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training

@@ -11,7 +11,6 @@ import pytest
 import inference_example
 import train_qlora
 from finetuning_lessons.lesson import create_parser
-from qlora_kit import doctor, merge
 from qlora_kit.config import Config
 from qlora_kit.config_file import load_config, override
 from qlora_kit.data.formats import READERS, recognise
@@ -53,9 +52,9 @@ def test_command_is_one_that_works(command, monkeypatch):
             inference_example.sampling_settings(arguments, load_config(ROOT / "config.yaml"))
             inference_example.check_flags(arguments)
         case ["python", "-m", "qlora_kit.merge", *flags]:
-            merge.parse_size(merge.parse_arguments(flags).max_shard_size)
+            command.parse_size(command.parse_arguments(flags).max_shard_size)
         case ["python", "-m", "qlora_kit.doctor", *flags]:
-            doctor.parse_arguments(flags)
+            command.parse_arguments(flags)
         case ["python", "-m", module, *flags] if module.startswith("finetuning_lessons."):
             assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file()
             create_parser(None, module.removeprefix("finetuning_lessons.")).parse_args(flags)

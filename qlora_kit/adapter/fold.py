@@ -15,7 +15,6 @@ from peft.tuners.lora.layer import LoraLayer
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qlora_kit.adapter.lora_pairs import rounded, unpack
 from qlora_kit.config import ModelConfig
 from qlora_kit.errors import UserError
 from qlora_kit.model.hub import model_folder, read_json
@@ -84,3 +83,29 @@ def _exact(layer: Any) -> torch.Tensor:
         return unpack(layer.weight)
     exact = layer.weight.detach().to(torch.float32, copy=True)
     return exact.T if isinstance(layer, Conv1D) else exact
+
+
+def rounded(exact: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """A merged tensor, fp32, in the dtype that is kept.
+
+    Raises:
+        UserError: it holds values that are no numbers there.
+    """
+    merged = exact.to(dtype)
+    if not merged.isfinite().all():
+        raise UserError(
+            f"{name}: merged, it holds values that are no numbers in {str(dtype).removeprefix('torch.')}; "
+            "merge an adapter that was trained with a lower --learning_rate"
+        )
+    return merged
+
+
+def unpack(packed: Any) -> torch.Tensor:
+    """A packed weight as (out, in) in fp32, where it lies; it is not to be used for products afterwards."""
+    state, shape = packed.quant_state, packed.quant_state.shape
+    state.dtype = torch.float32
+    if shape.numel() % state.blocksize == 0:  # as rows of one block: other lengths go wrong on some processors
+        state.shape = torch.Size((shape.numel() // state.blocksize, state.blocksize))
+    unpacked = bitsandbytes.functional.dequantize_4bit(packed.data, state).view(shape)
+    state.shape = shape
+    return unpacked

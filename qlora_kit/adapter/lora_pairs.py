@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import bitsandbytes
-
 from qlora_kit.errors import UserError
 from qlora_kit.model.hub import read_json
 from qlora_kit.output.folder import ADAPTER_FILES
@@ -122,29 +120,3 @@ def _of_module(pattern: dict[str, Any] | None, module: str, default: Any) -> Any
     """The value of the first pattern that matches the end of the module's name, as peft matches it."""
     found = (value for name, value in (pattern or {}).items() if re.fullmatch(rf"(.*\.)?({name})", module))
     return next(found, default)
-
-
-def rounded(exact: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    """A merged tensor, fp32, in the dtype that is kept.
-
-    Raises:
-        UserError: it holds values that are no numbers there.
-    """
-    merged = exact.to(dtype)
-    if not merged.isfinite().all():
-        raise UserError(
-            f"{name}: merged, it holds values that are no numbers in {str(dtype).removeprefix('torch.')}; "
-            "merge an adapter that was trained with a lower --learning_rate"
-        )
-    return merged
-
-
-def unpack(packed: Any) -> torch.Tensor:
-    """A packed weight as (out, in) in fp32, where it lies; it is not to be used for products afterwards."""
-    state, shape = packed.quant_state, packed.quant_state.shape
-    state.dtype = torch.float32
-    if shape.numel() % state.blocksize == 0:  # as rows of one block: other lengths go wrong on some processors
-        state.shape = torch.Size((shape.numel() // state.blocksize, state.blocksize))
-    unpacked = bitsandbytes.functional.dequantize_4bit(packed.data, state).view(shape)
-    state.shape = shape
-    return unpacked

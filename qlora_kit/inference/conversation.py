@@ -7,17 +7,18 @@ instructions follows each, without what was said before: so they were trained.
 import difflib
 import json
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qlora_kit.config import GenerationSettings
+from qlora_kit.data.chat_template import Message
 from qlora_kit.data.formats import checked_text
 from qlora_kit.errors import BadRecord, UserError
 from qlora_kit.inference.generator import Generated, Generator, replace_settings
 from qlora_kit.inference.terminal import Terminal
-from qlora_kit.rounds import Round, messages, worded
 
 FIRST_LINES = {
     "chat": "Chat: the whole conversation is sent with each message.",
@@ -39,6 +40,32 @@ HOW_TO_TYPE = (
     "A line that ends with \\ goes on in the next. A space before / makes it text.\n"
     "Ctrl+C stops an answer; at an empty prompt, twice leaves."
 )
+
+
+@dataclass(frozen=True)
+class Round:
+    """An input and its answer, with all that it takes to ask again."""
+
+    prompt: str
+    ids: list[int]
+    settings: GenerationSettings
+    seed: int
+    answer: str
+    cut: bool  # by Ctrl+C or at max_new_tokens
+
+
+def messages(rounds: list[Round], system: str) -> list[Message]:
+    """Rounds as training reads them: an answer that was cut is context only, since its end would be no end."""
+    said: list[Message] = [{"role": "system", "content": system}] if system else []
+    for one in worded(rounds):
+        answer = {"role": "assistant", "content": one.answer}
+        said += [{"role": "user", "content": one.prompt}, answer | {"weight": 0} if one.cut else answer]
+    return said
+
+
+def worded(rounds: list[Round]) -> list[Round]:
+    """Those whose answer has words: training knows no empty answers."""
+    return [said for said in rounds if said.answer.strip()]
 
 
 def run_interactive(generator: Generator, compare: bool = False) -> None:

@@ -5,7 +5,6 @@ A file that marks a run as finished (the adapter's weights) is moved into place 
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from qlora_kit.errors import UserError
 from qlora_kit.output.checkpoints import (
@@ -15,18 +14,12 @@ from qlora_kit.output.checkpoints import (
     checkpoint_bytes,
     missing_bytes,
 )
-from qlora_kit.training.report import RunReport
-
-if TYPE_CHECKING:
-    pass
-
 
 CONFIG, PASSPORT, CHECKPOINTS = "config.yaml", "run.json", "checkpoints"
+LOG, METRICS, CURVES = "training_log.txt", "metrics.jsonl", "training_curves.png"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 OUTPUT_FILES = (*ADAPTER_FILES, LOG, METRICS, CURVES, CONFIG, PASSPORT)  # --overwrite removes these and the checkpoints
 TOKENIZER_BYTES = 16 * MIB  # Qwen's is 11 MiB; the log and the curves are small
-
-LOG, METRICS, CURVES = "training_log.txt", "metrics.jsonl", "training_curves.png"
 
 
 def check_output_dir(name: str, overwrite: bool, resume: bool) -> Path:
@@ -68,9 +61,3 @@ def check_disk(folder: Path, parameters: int, optim: str) -> None:
             f"training.output_dir: {folder}: {missing / MIB:,.0f} MiB are missing on that disk of the {needed / MIB:,.0f} that a "
             "checkpoint and the adapter take; make room, or name another --output_dir"
         )
-
-
-def write_run_files(report: RunReport, checkpoint: Path) -> None:
-    """What a resumed run has to find as it was at this step: the settings, and the log with its numbers."""
-    (checkpoint / CONFIG).write_text(report.config.to_yaml(), encoding="utf-8")
-    report.log.copy_to(checkpoint)

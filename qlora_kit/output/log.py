@@ -8,13 +8,10 @@ import math
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qlora_kit.output.folder import LOG, METRICS
 from qlora_kit.secrets import redact
-
-if TYPE_CHECKING:
-    pass
 
 
 class RunLog:

@@ -1,4 +1,4 @@
-"""Run.json: versions, command, time."""
+"""run.json: versions, command, time."""
 
 import json
 import platform

@@ -6,7 +6,7 @@ path follows from the step (fast/graph.py), so nothing of it is kept.
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,14 @@ from qlora_kit.fast.micro_step import MicroStep
 from qlora_kit.model.device import is_out_of_memory
 from qlora_kit.model.perplexity import Perplexity
 from qlora_kit.output.checkpoints import PREFIX, checkpoint_bytes, newest_valid, read_checkpoint, rotate, saving
-from qlora_kit.output.folder import write_run_files
-from qlora_kit.paging import page_again
 from qlora_kit.planning.plan import asked
 from qlora_kit.training.processes import Team
 from qlora_kit.training.progress import ProgressCallback
+from qlora_kit.training.report import write_run_files
 from qlora_kit.training.step_guard import StepGuard
 from qlora_kit.training.stop import StopCallback
+
+MOMENTS = ("state1", "state2")
 
 
 class ResumableTrainer(Trainer):
@@ -216,3 +217,33 @@ def _impatience(state: TrainerState) -> int:
     """Evaluations without improvement up to a checkpoint; 0 where early stopping was off."""
     saved: Any = state.stateful_callbacks
     return saved.get("EarlyStoppingCallback", {}).get("attributes", {}).get("early_stopping_patience_counter", 0)
+
+
+def page_again(optimizer: Any, allocate: Callable[..., torch.Tensor] | None = None) -> int:
+    """Move loaded moments into paged memory, by bitsandbytes' own rule: of a paged optimizer, from 100,000 elements on.
+
+    Args:
+        optimizer: any; one that is not paged is left alone.
+        allocate: (*shape, dtype, device) -> a tensor with `is_paged`; bitsandbytes' own by default, which needs a GPU.
+
+    Returns:
+        How many tensors were moved.
+    """
+    if not getattr(optimizer, "is_paged", False):
+        return 0
+    if allocate is None:
+        from bitsandbytes.functional import get_paged
+
+        allocate = get_paged
+    moved = 0
+    for parameter, state in optimizer.state.items():
+        for name in MOMENTS:
+            value = state.get(name)
+            if value is None or value.numel() < 1e5 or getattr(value, "is_paged", False):
+                continue
+            paged = allocate(*value.shape, dtype=value.dtype, device=parameter.device)
+            paged.copy_(value)
+            optimizer.page_mng.paged_tensors.append(paged)
+            state[name] = paged
+            moved += 1
+    return moved

@@ -273,7 +273,7 @@ def _gpu_count() -> int:
 
 def what_runs(config: Config) -> dict[str, str]:
     """What all processes of a run have to have in common, by the words of a message."""
-    home = Path(__file__).parent.parent
+    home = Path(__file__).resolve().parents[2]
     code = sorted([*home.glob("*.py"), *home.glob("qlora_kit/**/*.py")])
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()[:12]
     settings = {f"{section}.{key}": repr(value) for section, keys in config.model_dump().items() for key, value in keys.items()}

@@ -216,3 +216,9 @@ def build_passport(
         "finished": now(),
         "seconds": round(report.seconds(), 1),
     }
+
+
+def write_run_files(report: RunReport, checkpoint: Path) -> None:
+    """What a resumed run has to find as it was at this step: the settings, and the log with its numbers."""
+    (checkpoint / CONFIG).write_text(report.config.to_yaml(), encoding="utf-8")
+    report.log.copy_to(checkpoint)

@@ -14,7 +14,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qlora_kit.adapter.lora_pairs import LoraPair, rounded, unpack
+from qlora_kit.adapter.fold import rounded, unpack
+from qlora_kit.adapter.lora_pairs import LoraPair
 from qlora_kit.config import ModelConfig, QuantizationConfig
 from qlora_kit.errors import UserError
 from qlora_kit.model.load import build_skeleton, pack_skeleton

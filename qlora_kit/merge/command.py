@@ -19,8 +19,8 @@ from qlora_kit import cli
 from qlora_kit.adapter.folder import AdapterSource, fetch_base, read_adapter
 from qlora_kit.adapter.lora_pairs import read_pairs
 from qlora_kit.config import ModelConfig
-from qlora_kit.errors import UserError
-from qlora_kit.merging.folder import check_disk, check_output, copy_small_files, record_check, staged, write_mark
+from qlora_kit.errors import Failed, Stopped, UserError
+from qlora_kit.merge.folder import check_disk, check_output, copy_small_files, record_check, staged, write_mark
 from qlora_kit.model.hub import TOKENIZER_FILES, fetch_model, go_offline_if_unreachable, is_local, read_context
 from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.planning.shape import GIB
@@ -28,7 +28,7 @@ from qlora_kit.planning.shape import GIB
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from qlora_kit.merging.weights import Merge, Packing
+    from qlora_kit.merge.weights import Merge, Packing
     from qlora_kit.model.gpu_placement import DeviceMap
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -102,8 +102,8 @@ def main(argv: list[str] | None = None) -> None:
         go_offline_if_unreachable()
     base = fetch_base(source, fetch_model)
 
-    from qlora_kit.merging.check import check_blocks
-    from qlora_kit.merging.weights import plan_merge
+    from qlora_kit.merge.check import check_blocks
+    from qlora_kit.merge.weights import plan_merge
 
     loading = how_loaded(source, arguments.device)
     merge = plan_merge(base, source.model, pairs, loading if arguments.base == "dequantized" else None, key)
@@ -126,7 +126,7 @@ def _load_tokenizer(source: AdapterSource, base: Path) -> "PreTrainedTokenizerBa
 
 def how_loaded(source: AdapterSource, device: str) -> "Packing":
     """How the base model was loaded for training, on the device that is here."""
-    from qlora_kit.merging.weights import Packing
+    from qlora_kit.merge.weights import Packing
     from qlora_kit.model.device import choose_device, usable_dtype
 
     device = choose_device(device, "--device")
@@ -177,7 +177,7 @@ def write_merge(
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
-    from qlora_kit.merging.files import write_weights
+    from qlora_kit.merge.write import write_weights
 
     console, started = Console(stderr=True), time.monotonic()
     columns = (BarColumn(bar_width=None), DownloadColumn(binary_units=True), TimeRemainingColumn())
@@ -213,7 +213,7 @@ def check_merge(
     Raises:
         Failed: they differ by more than they may, or the GPU is too small for the comparison.
     """
-    from qlora_kit.merging.check import compare, measure_adapter, measure_merged
+    from qlora_kit.merge.check import compare, measure_adapter, measure_merged
     from qlora_kit.model.device import is_out_of_memory
 
     name = str(base) if is_local(source.model.name) else source.model.name
@@ -224,7 +224,7 @@ def check_merge(
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise cli.Failed(
+        raise Failed(
             f"the GPU's memory is full: {output} is whole and not checked; check with --overwrite --device cpu"
         ) from None
     result = compare(adapter, merged, same_weights=onto == "dequantized" or not source.quantization.load_in_4bit)
@@ -232,15 +232,14 @@ def check_merge(
     record_check(output, result, what)
     if not result.passed:
         hint = "" if result.same_weights else ", or take the weights it was trained on: --base dequantized"
-        raise cli.Failed(
-            f"the merged model differs from base + adapter by more than it may; {output} is kept: do not trust it{hint}"
-        )
+        raise Failed(f"the merged model differs from base + adapter by more than it may; {output} is kept: do not trust it{hint}")
+
+
+def run() -> None:
+    """Run the command as a process: SIGTERM removes what was begun."""
+    signal.signal(signal.SIGTERM, _terminate)
+    cli.run(main)
 
 
 def _terminate(*_: Any) -> None:
-    raise cli.Stopped(143, "stopped")
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _terminate)  # so that what was begun is removed
-    cli.run(main)
+    raise Stopped(143, "stopped")

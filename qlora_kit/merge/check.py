@@ -19,7 +19,7 @@ from qlora_kit.data.blocks import Blocks, RecordBlocks
 from qlora_kit.data.dataset import load_blocks
 from qlora_kit.data.source import check_source, is_file_name
 from qlora_kit.errors import UserError
-from qlora_kit.merging.weights import Packing
+from qlora_kit.merge.weights import Packing
 from qlora_kit.model.gpu_placement import DeviceMap
 from qlora_kit.model.perplexity import (
     Perplexity,

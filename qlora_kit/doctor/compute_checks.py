@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from qlora_kit.examination import Problem, Skipped
-from qlora_kit.installation import reinstall
+from qlora_kit.doctor.machine_checks import reinstall
+from qlora_kit.doctor.run_checks import Problem, Skipped
 from qlora_kit.model.device import choose_device, usable_dtype
 
 # QLoRA (arXiv 2305.14314), appendix E.

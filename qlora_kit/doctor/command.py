@@ -17,7 +17,7 @@ from pathlib import Path
 
 from qlora_kit import cli
 from qlora_kit.config import Config
-from qlora_kit.examination import Check, Problem, Result, examine
+from qlora_kit.doctor.run_checks import Check, Problem, Result, examine
 
 SECONDS = 120.0  # that a check may take: the first one that imports torch from a slow disk needs them
 COMPILE_SECONDS = 300.0
@@ -36,7 +36,7 @@ def all_checks(wanted: str) -> list[Check]:
     Args:
         wanted: auto, cuda or cpu.
     """
-    from qlora_kit import installation as at
+    from qlora_kit.doctor import machine_checks as at
 
     output = Path(Config().training.output_dir)
     try:
@@ -78,10 +78,11 @@ def all_checks(wanted: str) -> list[Check]:
 
 
 def compute(name: str, wanted: str) -> str:
-    """A check of arithmetic.py. torch is imported here, in the process beside: where it cannot be, the check has failed."""
-    from qlora_kit import arithmetic
+    """A check of compute_checks.py. torch is imported here, in the process beside: where it cannot be, the check has failed."""
 
-    return getattr(arithmetic, name)(wanted)
+    from qlora_kit.doctor import compute_checks
+
+    return getattr(compute_checks, name)(wanted)
 
 
 def show_table(results: Iterable[Result]) -> list[Result]:
@@ -122,7 +123,3 @@ def main(argv: list[str] | None = None) -> None:
     if any(result.status == "fail" for result in ended):
         sys.stdout.flush()
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -21,7 +21,7 @@ from qlora_kit.planning.shape import GIB
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from qlora_kit.merging.check import Comparison
+    from qlora_kit.merge.check import Comparison
 
 MARK = "merge.json"  # says that a folder is a merge, and of what
 SMALL_FILES_BYTES = 64 * 2**20  # room for config and tokenizer: Qwen2.5's takes 11 MiB

@@ -17,11 +17,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from qlora_kit.config import Config
-from qlora_kit.examination import Problem, Skipped
+from qlora_kit.doctor.run_checks import Problem, Skipped
 from qlora_kit.model.hub import MODEL_FILES, go_offline_if_unreachable
 from qlora_kit.planning.shape import GIB, KNOWN_CONFIGS, read_shape
 
-REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
+REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
 OLDEST_PYTHON = (3, 11)
 MIB = 2**20
 WRITTEN_MIB = 64
