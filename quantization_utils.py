@@ -88,7 +88,7 @@ def load_model_and_tokenizer(
 
     Args:
         quantization: from create_bnb_config, or None to load in 16 bits (plain LoRA).
-        device_map: the device of each module, for a model spread over several (qlora_kit/model/gpu_placement.py); None: all on `device`.
+        device_map: the device of each module, for a model spread over several; None: all on `device`.
         dtype: of everything that is not packed: norms, embeddings, biases.
         tokenizer: the model's own, where it is loaded already.
         fsdp: divide the weights over the processes (fast/sharding.py), in host memory with "offload"; `name` is then a folder.

@@ -151,11 +151,11 @@ def train_adapter(
     checkpoint, lines = find_common_checkpoint(folder, config, arguments.resume, team)
     if not (is_local(config.model.name) and all(map(is_local, config.data.names))):
         go_offline_if_unreachable()
-    from qlora_kit.training.machine import read_written_out_shape
+    from qlora_kit.training.machine import read_fast_shape
 
-    shape, reason = read_written_out_shape(config)
+    shape, reason = read_fast_shape(config)
     if shape and team.leads:
-        check_disk(folder, shape.lora_parameters(config.lora.rank, config.lora.target_modules), config.training.optim)
+        check_disk(folder, shape.lora_parameters(config.lora.rank, config.lora.target_modules), config.training.optimizer_bytes)
 
     from qlora_kit.training.machine import look_at_machine, out_of_memory_is_one_line
 

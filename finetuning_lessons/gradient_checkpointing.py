@@ -37,9 +37,9 @@ from finetuning_lessons.lesson import (
 )
 from finetuning_lessons.short_run import use_one_thread
 from qlora_kit import cli
-from qlora_kit.config import Config
+from qlora_kit.config import GIB, Config
 from qlora_kit.planning.memory import estimate_memory
-from qlora_kit.planning.shape import GIB, KNOWN_CONFIGS, read_shape
+from qlora_kit.planning.shape import KNOWN_CONFIGS, read_shape
 
 BATCH = 2  # sequences
 LENGTHS = (64, 128, 256, 512)  # tokens

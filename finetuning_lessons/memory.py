@@ -3,8 +3,8 @@
     python -m finetuning_lessons.memory
 
 A rule of thumb counts bytes a parameter: 12 for full fine-tuning (weights 2, gradients 2, Adam's two moments 8), 2 for LoRA,
-0.5 for QLoRA. The account of qlora_kit.planning.memory also counts what the rule leaves out: absmax values of the 4-bit blocks, the
-embedding, which stays in 16 bits, the adapters with their gradients and moments, activations, logits, and CUDA's own context.
+0.5 for QLoRA. The account of qlora_kit.planning.memory also counts what the rule leaves out: absmax values of the 4-bit blocks,
+the embedding, which stays in 16 bits, the adapters with their gradients and moments, activations, logits, and CUDA's own context.
 
 Leaves out the fp32 copy of the weights that mixed precision keeps in full fine-tuning: 4 bytes a parameter more.
 Loads no model. 1 GiB = 2**30 bytes.
@@ -15,10 +15,10 @@ from typing import Any
 
 from finetuning_lessons.lesson import BLUE, GREEN, GREY, RED, create_parser, open_folder, picture, print_table, print_text
 from qlora_kit import cli
-from qlora_kit.config import Config
+from qlora_kit.config import GIB, Config, TrainingConfig
 from qlora_kit.config_file import override
-from qlora_kit.planning.memory import CONTEXT_BYTES, estimate_memory, optimizer_bytes
-from qlora_kit.planning.shape import GIB, KNOWN_CONFIGS, ModelShape, read_shape
+from qlora_kit.planning.memory import CONTEXT_BYTES, estimate_memory
+from qlora_kit.planning.shape import KNOWN_CONFIGS, ModelShape, read_shape
 
 CARDS_GIB = (8, 12, 16, 24, 40, 80)
 RULE_BYTES = {"full": 12.0, "LoRA": 2.0, "QLoRA": 0.5}  # a parameter
@@ -97,7 +97,7 @@ def account_bytes(method: str, shape: ModelShape, length: int, recomputed: int) 
         everything = shape.parameters()
         sums["weights"] -= parts["adapters (fp32)"]
         sums["gradients"] = float(BFLOAT16_BYTES * everything)
-        sums["optimizer"] = optimizer_bytes("adamw_torch") * everything
+        sums["optimizer"] = TrainingConfig(optim="adamw_torch").optimizer_bytes * everything
     return sums
 
 

@@ -33,7 +33,8 @@ from finetuning_lessons.lesson import (
 )
 from finetuning_lessons.quantization import QuantizedWeight, quantize
 from qlora_kit import cli
-from qlora_kit.planning.shape import BYTES_4BIT_DOUBLE, GIB, read_shape
+from qlora_kit.config import GIB
+from qlora_kit.planning.shape import BYTES_4BIT_DOUBLE, read_shape
 
 MIB = 2**20
 STEPS = 20

@@ -56,7 +56,7 @@ class OneLineParser(argparse.ArgumentParser):
             flag = (unknown.split() or [unknown])[0].partition("=")[0]  # not its value, which may be a secret
             close = difflib.get_close_matches(flag, flags, n=1)
             message = f"{flag}: unknown flag; " + (f"did you mean {close[0]}?" if close else "--help lists them")
-        (problem,) = UserError(message).problems
+        (problem,) = UserError(message).lines
         if os.environ.get("RANK", "0") != "0":  # processes.py says it, where the first process has not said the same
             raise UserError(problem)
         print(f"error: {redact(problem)}", file=sys.stderr)
@@ -142,7 +142,7 @@ def _run(main: Callable[[], None]) -> NoReturn:
         sys.stdout.flush()
         sys.exit(0)
     except UserError as error:
-        for problem in error.problems:
+        for problem in error.lines:
             print(f"error: {redact(problem)}", file=sys.stderr)
         sys.exit(2)
     except Failed as failure:

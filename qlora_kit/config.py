@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+MIB, GIB = 2**20, 2**30  # bytes
+
 
 def _not_bool(value: Any) -> Any:
     if isinstance(value, bool):  # YAML's `on` and `yes` are booleans, and Python would count them as 1
@@ -161,6 +163,11 @@ class TrainingConfig(Section):
     seed: Annotated[int, BeforeValidator(_not_bool), Field(ge=0, lt=2**32)] = 42  # numpy takes no larger one
 
     @property
+    def optimizer_bytes(self) -> float:
+        """Bytes of optimizer state for each trained parameter: two moments of 8 or of 32 bits."""
+        return 2.0 if "8bit" in self.optim else 8.0
+
+    @property
     def goes_back(self) -> bool:
         """Whether the adapter is in the end that of the best evaluation."""
         return self.keep_best or self.early_stopping_patience is not None
@@ -203,6 +210,10 @@ class Config(Section):
     def steps_per_epoch(self, blocks: int) -> int:
         """Optimizer steps in one pass over `blocks` sequences; the last one may hold fewer."""
         return math.ceil(blocks / self.effective_batch)
+
+    def total_steps(self, blocks: int) -> int:
+        """Return the optimizer steps of the whole run over `blocks` sequences."""
+        return self.training.max_steps or math.ceil(self.training.num_epochs * self.steps_per_epoch(blocks))
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)

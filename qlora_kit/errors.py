@@ -1,23 +1,83 @@
 """How a run ends in one line: UserError, Failed, Stopped, BadRecord."""
 
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
-class UserError(Exception):
-    """A mistake that the user can mend: each problem is one sentence with the key or path, the value and the remedy.
+@dataclass(frozen=True)
+class Problem:
+    """One mistake of the user's.
 
-    It is one line, and nothing that a terminal obeys, whatever a file, a name or a value in it holds.
+    Attributes:
+        key: the flag, the dotted key of the config, or the path that is wrong.
+        value: what it holds; None where there is nothing to show.
+        problem: what is wrong with it: a clause with a finite verb, without a capital and without a full stop.
+        remedy: what to do: an imperative clause, likewise.
+        place: the file and line that hold the key, or "command line"; empty where the key says it.
     """
 
-    def __init__(self, *problems: str):
-        self.problems = [CONTROL.sub(lambda match: repr(match.group())[1:-1], problem) for problem in problems]
-        super().__init__("\n".join(self.problems))
+    key: str
+    value: object
+    problem: str
+    remedy: str
+    place: str = ""
+
+    def __str__(self) -> str:
+        """Write `PLACE: KEY: VALUE: problem. Remedy.` in one line, with every control character spelled out."""
+        value = str(self.value).lower() if isinstance(self.value, bool) else self.value
+        parts = [part for part in (self.place, self.key, value, self.problem) if part not in (None, "")]
+        text = f"{': '.join(map(str, parts))}. {self.remedy[:1].upper()}{self.remedy[1:]}."
+        return CONTROL.sub(lambda match: repr(match.group())[1:-1], text)
+
+
+class _Sentence(Problem):
+    def __str__(self) -> str:
+        return CONTROL.sub(lambda match: repr(match.group())[1:-1], self.key)
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: exit status 2, and one line for each problem."""
+
+    def __init__(self, *given: object):
+        if len(given) == 4 and ": " not in str(given[0]):
+            self._set([Problem(str(given[0]), given[1], str(given[2]), str(given[3]))])
+        else:  # finished sentences, until every place states its parts
+            self._set([_Sentence(str(one), None, "", "") for one in given])
+
+    @classmethod
+    def of(cls, problems: Iterable[Problem]) -> "UserError":
+        """Return one error for several problems."""
+        error = cls.__new__(cls)
+        error._set(list(problems))
+        return error
+
+    @property
+    def lines(self) -> list[str]:
+        """The problems as they are printed, one line each."""
+        return [str(problem) for problem in self.problems]
+
+    def _set(self, problems: list[Problem]) -> None:
+        self.problems = problems
+        Exception.__init__(self, "\n".join(map(str, problems)))
+
+    def under(self, key: str, value: object = None, remedy: str | None = None) -> "UserError":
+        """Return the same problems under another key: that of the flag which the user typed.
+
+        Args:
+            remedy: what to do instead; None keeps each problem's own.
+        """
+        return self.of(replace(one, key=key, value=value, place="", remedy=remedy or one.remedy) for one in self.problems)
+
+
+def unsupported(key: str, reason: str, alternative: str) -> Problem:
+    """Return the problem of a switch that is true where it cannot work."""
+    return Problem(key, True, f"cannot work here ({reason})", f"use {alternative}")
 
 
 def cannot_work(key: str, reason: str, instead: str) -> str:
-    """The line for a switch that was set to true where it cannot work."""
     return f"{key}: true: cannot work here ({reason}); use {instead}"
 
 
@@ -30,8 +90,8 @@ class Stopped(Exception):
 
 
 class Failed(Exception):
-    """Ended by what is neither the user's mistake nor ours, such as a full GPU: one line, exit status 1."""
+    """The run ends through neither the user's mistake nor a bug, such as a full GPU: one line, exit status 1."""
 
 
 class BadRecord(ValueError):
-    """What is wrong with a record and what was expected; the reader of the file adds its place."""
+    """A record is wrong: the message says how and what was expected; the reader of the file adds the place."""

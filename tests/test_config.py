@@ -32,7 +32,7 @@ def problems(load):
     def problems(text: str, overrides: dict | None = None) -> list[str]:
         with pytest.raises(UserError) as caught:
             load(text, overrides)
-        return caught.value.problems
+        return caught.value.lines
 
     return problems
 
@@ -282,7 +282,7 @@ def test_set_reads_the_value_as_yaml():
 def test_set_without_a_usable_value_is_one_problem(assignment, words):
     with pytest.raises(UserError, match=words) as caught:
         parse_set([assignment])
-    assert caught.value.problems[0].startswith(f"--set {assignment}: ")
+    assert caught.value.lines[0].startswith(f"--set {assignment}: ")
 
 
 def test_hyphens_are_accepted_for_underscores_in_flags_and_left_in_values():
@@ -342,5 +342,5 @@ def test_the_data_set_may_be_a_list():
 def test_data_keys_of_a_wrong_value_are_one_problem(key, value, reason):
     with pytest.raises(UserError) as caught:
         override(Config(), {key: value})
-    (problem,) = caught.value.problems
+    (problem,) = caught.value.lines
     assert f"{key}: {value!r}: {reason}" in problem

@@ -319,7 +319,7 @@ def test_a_plan_for_another_architecture_is_refused_in_one_line(root, other_mode
 def test_a_plan_that_cannot_be_made(capsys, arguments, words):
     with pytest.raises(UserError) as error:
         train_qlora.main(["--plan", *arguments])
-    (problem,) = error.value.problems
+    (problem,) = error.value.lines
     assert all(word in problem for word in words) and "\n" not in problem
     assert capsys.readouterr().out == ""
 
@@ -552,7 +552,7 @@ def refuses(tmp_path):
         before = {path for path in tmp_path.rglob("*")}
         with pytest.raises(UserError) as error:
             train("--output_dir", str(tmp_path / "out"), *arguments)
-        (problem,) = error.value.problems
+        (problem,) = error.value.lines
         assert "\n" not in problem
         for word in words:
             assert word in problem
@@ -587,7 +587,7 @@ def test_a_config_file_with_a_mistake(tmp_path, text, word):
     path.write_text(text)
     with pytest.raises(UserError) as error:
         train_qlora.main(["--config", str(path), "--output_dir", str(tmp_path / "out")])
-    (problem,) = error.value.problems
+    (problem,) = error.value.lines
     assert word in problem and "mine.yaml" in problem
     assert not (tmp_path / "out").exists()
 

@@ -176,7 +176,7 @@ def test_a_folder_that_is_no_language_model_is_the_users_mistake(tiny_dir, tmp_p
     (tmp_path / "config.json").write_text('{"model_type": "no-such-architecture"}')
     with pytest.raises(UserError, match=r"model\.name: .*cannot be loaded") as error:
         load(tmp_path)
-    assert len(error.value.problems) == 1 and "\n" not in error.value.problems[0]
+    assert len(error.value.lines) == 1 and "\n" not in error.value.lines[0]
 
 
 # --- padding ------------------------------------------------------------------------------------------------------------
@@ -303,7 +303,7 @@ def test_targets_that_match_nothing_are_named_with_what_would_match(tiny_dir, ta
     model, _ = load(tiny_dir)
     with pytest.raises(UserError) as error:
         prepare_model_for_training(model, create_lora_config(target_modules=targets))
-    (problem,) = error.value.problems
+    (problem,) = error.value.lines
     assert problem.startswith(f"lora.target_modules: {wrong}:")
     assert all(name in problem for name in [*SEVEN, "all-linear"])
     assert "embed_tokens" not in problem.partition("it has")[2] and "lm_head" not in problem.partition("it has")[2]

@@ -11,14 +11,14 @@ import pytest
 import inference_example
 import train_qlora
 from finetuning_lessons.lesson import create_parser
-from qlora_kit.config import Config
+from qlora_kit.config import GIB, Config
 from qlora_kit.config_file import load_config, override
 from qlora_kit.data.formats import READERS, recognise
 from qlora_kit.errors import UserError
 from qlora_kit.planning.fit import check_fit
 from qlora_kit.planning.memory import estimate_memory
 from qlora_kit.planning.plan import make_plan
-from qlora_kit.planning.shape import GIB, KNOWN_CONFIGS, read_shape
+from qlora_kit.planning.shape import KNOWN_CONFIGS, read_shape
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -163,7 +163,7 @@ def test_a_small_config_that_stands_for_a_huge_one_is_refused_at_once(tmp_path, 
     with pytest.raises(UserError) as refused:
         load_config(file)
     assert all(word in str(refused.value) for word in words)
-    assert all(len(problem) < 1500 and "\n" not in problem for problem in refused.value.problems)
+    assert all(len(problem) < 1500 and "\n" not in problem for problem in refused.value.lines)
 
 
 @pytest.mark.parametrize("key, shown", [
@@ -172,7 +172,7 @@ def test_a_small_config_that_stands_for_a_huge_one_is_refused_at_once(tmp_path, 
 def test_a_problem_is_one_line_that_a_terminal_obeys_nowhere(key, shown):
     with pytest.raises(UserError) as refused:
         override(Config(), {key: 1})
-    (problem,) = refused.value.problems
+    (problem,) = refused.value.lines
     assert shown in problem and str(refused.value) == problem and problem.isprintable()
 
 
@@ -262,7 +262,7 @@ def test_a_checkpoint_cannot_run_a_program(tmp_path, marker, program, monkeypatc
                 sealed_again(changed.parent)
             with pytest.raises(UserError, match=words) as error:
                 train_qlora.main([*settings, "--output_dir", str(copy), "--max_steps", "3", "--resume"])
-            assert len(error.value.problems) == 1
+            assert len(error.value.lines) == 1
             assert not marker.exists(), file.name
     assert {file.name for file in pickles} == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
 
@@ -278,14 +278,14 @@ def test_a_checkpoint_cannot_run_a_program(tmp_path, marker, program, monkeypatc
 def test_a_key_that_is_called_like_a_secret_is_refused_and_not_repeated(tmp_path, key, variable):
     with pytest.raises(UserError) as refused:
         override(Config(), {key: "swordfish"})
-    (problem,) = refused.value.problems
+    (problem,) = refused.value.lines
     assert key in problem and f"environment variable {variable}" in problem and "swordfish" not in problem
     file = tmp_path / "c.yaml"
     section, _, name = key.rpartition(".")
     file.write_text(f"{section}:\n  {name}: swordfish\n" if section else f"{name}: swordfish\n")
     with pytest.raises(UserError) as refused:
         load_config(file)
-    (problem,) = refused.value.problems
+    (problem,) = refused.value.lines
     assert problem.startswith(f"{file}:") and variable in problem and "swordfish" not in problem
 
 
@@ -298,7 +298,7 @@ def test_a_value_that_looks_like_a_secret_is_refused_under_any_key(tmp_path, tex
     file.write_text(text)
     with pytest.raises(UserError) as refused:
         load_config(file)
-    (problem,) = refused.value.problems
+    (problem,) = refused.value.lines
     assert "environment variable HF_TOKEN" in problem and TOKEN not in problem and "\n" not in problem
 
 

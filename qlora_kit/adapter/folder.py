@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.config import Config, DataConfig, ModelConfig, QuantizationConfig
+from qlora_kit.config import Config, ModelConfig, QuantizationConfig
 from qlora_kit.config_file import load_config
-from qlora_kit.data.source import open_source
 from qlora_kit.errors import UserError
 from qlora_kit.model.fingerprint import tensor_shapes, weights_fingerprint
 from qlora_kit.model.hub import TOKENIZER_FILES, is_local, model_folder, read_json, remote_code_warning
 from qlora_kit.model.tokenizer import load_tokenizer, tokenizer_fingerprint, vocabulary_fingerprint
+from qlora_kit.output.checkpoints import candidates, newest_valid
 from qlora_kit.output.folder import ADAPTER_FILES, CHECKPOINTS, CONFIG, PASSPORT
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def _by_assumption(folder: Path, run: Path, config: Config | None, key: str) -> 
         raise UserError(f"{key}: its adapter_config.json names no base model; add base_model_name_or_path")
     model = config.model if config and config.model.name == base else ModelConfig(name=base)
     beside = _tokenizer_folder(folder, run)
-    style = _style_of_run(config.data) if config else "chat" if beside and _has_template(beside) else "text"
+    style = _style_of_run(folder, run, config.data.format) if config else "chat" if beside and _has_template(beside) else "text"
     packing = (config or Config()).quantization
     bits = f"4-bit {packing.quant_type.upper()}" if packing.load_in_4bit else "16-bit"
     note = f"{folder} has no run.json: taking {base} in {bits}; prompts are {PROMPTS_ARE[style]}"
@@ -191,17 +191,12 @@ def _has_template(folder: Path) -> bool:
     return bool(stated) or (folder / "chat_template.jinja").is_file()
 
 
-def _style_of_run(data: DataConfig) -> str:
-    """How a run of these settings gave its prompts, as far as can be known without a download."""
-    formats: list[str] = [data.format]
-    if data.format == "auto" and all(map(is_local, data.names)):
-        try:
-            formats = open_source(data, data.names, data.train_split, "data.dataset").formats
-        except UserError:  # the data are gone
-            pass
-    if formats[0] in ("auto", "text"):
-        return "text"
-    return "instruction" if formats == ["instruction"] else "chat"
+def _style_of_run(folder: Path, run: Path, stated: str) -> str:
+    """Return how a run gave its prompts: what its checkpoint's manifest says, else what the format that is `stated` implies."""
+    checkpoint, _ = newest_valid([folder] if run != folder else candidates(run / CHECKPOINTS))
+    if checkpoint:
+        return checkpoint.run["prompt_style"]
+    return {"auto": "text", "text": "text", "instruction": "instruction"}.get(stated, "chat")
 
 
 # What it was trained with, before anything large is loaded
@@ -218,7 +213,7 @@ def fetch_base(source: AdapterSource, fetch: Callable[[ModelConfig], Path]) -> P
     except UserError as error:
         named = "base_model in its run.json" if source.complete else f"base_model_name_or_path in its {ADAPTER_FILES[1]}"
         key = f"--adapter {source.folder}: {named}: "
-        raise UserError(*(problem.replace("model.name: ", key, 1) for problem in error.problems)) from None
+        raise UserError(*(problem.replace("model.name: ", key, 1) for problem in error.lines)) from None
 
 
 def check_base(source: AdapterSource) -> None:

@@ -16,14 +16,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from qlora_kit.config import Config
+from qlora_kit.config import GIB, MIB, Config
 from qlora_kit.doctor.run_checks import Problem, Skipped
 from qlora_kit.model.hub import MODEL_FILES, go_offline_if_unreachable
-from qlora_kit.planning.shape import GIB, KNOWN_CONFIGS, read_shape
+from qlora_kit.planning.shape import KNOWN_CONFIGS, read_shape
 
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
 OLDEST_PYTHON = (3, 11)
-MIB = 2**20
 WRITTEN_MIB = 64
 SLOWEST_MIB_PER_SECOND = 10.0  # a checkpoint of the default settings, 171 MiB, would take 17 s
 FREE_GIB = 1.0  # the adapter, its three checkpoints and their optimizer states: 0.61 GiB with the default settings

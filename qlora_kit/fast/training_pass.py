@@ -23,9 +23,9 @@ from qlora_kit.fast.nf4 import unpack_stacked
 from qlora_kit.fast.peft_layers import is_plain
 from qlora_kit.fast.projection import Lora
 from qlora_kit.fast.sharding import sharded_base
-from qlora_kit.model.llama_modules import projections_of, stacked_bias
+from qlora_kit.model.llama_modules import projections_of, stacked_bias, why_not_llama_like
 from qlora_kit.model.loss import accumulate_piece, cross_entropy, decoder_and_head, next_labels
-from qlora_kit.planning.shape import HEAD_ROWS, why_not_written_out
+from qlora_kit.planning.shape import HEAD_ROWS
 
 GROUPS = ("qkv", "o", "gate_up", "down")  # projections that share an input
 
@@ -285,7 +285,7 @@ def _compiled(function: Callable) -> Callable:
 def why_not_fast(model: Any, length: int) -> str | None:
     """The reason why a PEFT model cannot go through FastDecoder with blocks of `length` tokens, or None."""
     parts = decoder_and_head(model)
-    reason = why_not_written_out(model.config.to_dict(), length)
+    reason = why_not_llama_like(model.config.to_dict(), length)
     if reason or parts is None:
         return reason or "its output head is trained, or does more than a product"
     lora = [module for module in model.modules() if isinstance(module, LoraLayer)]

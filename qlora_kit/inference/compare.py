@@ -2,7 +2,7 @@
 
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import Config
@@ -22,7 +22,6 @@ from qlora_kit.model.perplexity import (
     measure_block_losses,
     plus_minus,
 )
-from qlora_kit.output.log import finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,9 +40,9 @@ class Comparison:
     def as_object(self) -> dict[str, Any]:
         """A line of --json; a standard error that does not exist is null."""
         measured = {"base": self.base, "adapter": self.adapter}
-        fields = {name: finite(asdict(result)) for name, result in measured.items() if result is not None}
+        fields = {name: result.as_json() for name, result in measured.items() if result is not None}
         if self.difference is not None:
-            fields["difference"] = finite(self.difference._asdict())
+            fields["difference"] = self.difference.as_json()
         return {"perplexity": {"data": self.data, **fields, "definition": self.definition}}
 
     def lines(self) -> list[str]:

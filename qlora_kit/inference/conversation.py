@@ -116,7 +116,7 @@ class Conversation:
                 return self._command(line)
             self._ask(checked_text(line, "the input"), self.generator.seed, self.rounds)
         except UserError as error:
-            for problem in error.problems:
+            for problem in error.lines:
                 self.terminal.refuse(problem)
         except BadRecord as error:
             self.terminal.refuse(error)

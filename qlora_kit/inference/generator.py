@@ -60,7 +60,7 @@ def replace_settings(settings: GenerationSettings, given: dict[str, str], called
         return override(Config(generation=settings), {f"generation.{key}": value for key, value in given.items()}).generation
     except UserError as error:
         told = []
-        for problem in error.problems:
+        for problem in error.lines:
             key, _, what = problem.removeprefix("command line: generation.").partition(": ")
             told.append(f"{called}{key}: {what.rpartition('; ')[0]}; {otherwise} {getattr(settings, key)}")
         raise UserError(*told) from None

@@ -23,9 +23,8 @@ from qlora_kit.fast.peft_layers import is_plain
 from qlora_kit.inference import token_kernels
 from qlora_kit.inference.kv_cache import attend_cached, store, visible_to
 from qlora_kit.inference.sampling import Sampling, choose
-from qlora_kit.model.llama_modules import projections_of
+from qlora_kit.model.llama_modules import projections_of, why_not_llama_like
 from qlora_kit.model.loss import decoder_and_head
-from qlora_kit.planning.shape import why_not_written_out
 
 CHUNK_TOKENS = 512  # of prompts at a time
 ROOM = 256  # the cache grows in steps of so many tokens: one graph each
@@ -269,7 +268,7 @@ def why_not_decoded(model: Any, room: int) -> str | None:
         return "its weights do not all lie on the first GPU"
     parts = decoder_and_head(model.requires_grad_(False))  # a head that is trained would be no plain product
     config = model.config.to_dict()
-    reason = why_not_written_out(config, room)
+    reason = why_not_llama_like(config, room)
     if reason or parts is None:
         return reason or "its output head does more than a product"
     angles = (config.get("rope_parameters") or config.get("rope_scaling") or {}).get("rope_type", "default")

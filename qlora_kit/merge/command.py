@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit import cli
 from qlora_kit.adapter.folder import AdapterSource, fetch_base, read_adapter
 from qlora_kit.adapter.lora_pairs import read_pairs
-from qlora_kit.config import ModelConfig
+from qlora_kit.config import GIB, ModelConfig
 from qlora_kit.errors import Failed, Stopped, UserError
 from qlora_kit.merge.folder import check_disk, check_output, copy_small_files, record_check, staged, write_mark
 from qlora_kit.model.hub import TOKENIZER_FILES, fetch_model, go_offline_if_unreachable, is_local, read_context
 from qlora_kit.model.tokenizer import load_tokenizer
-from qlora_kit.planning.shape import GIB
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -148,7 +147,7 @@ def place_models(source: AdapterSource, base: Path, loading: "Packing", wanted: 
         try:
             device_map, note = choose_device_map(base, source.model, quantization, loading.dtype, loading.device, wanted)
         except UserError as error:
-            raise UserError(*(f"{problem}; or do not check: --check none" for problem in error.problems)) from None
+            raise UserError(*(f"{problem}; or do not check: --check none" for problem in error.lines)) from None
         if note:
             print(note, file=sys.stderr)
         found.append(device_map)

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.adapter.folder import AdapterSource
+from qlora_kit.config import GIB
 from qlora_kit.data.chat_template import find_stop_ids
 from qlora_kit.errors import Failed, UserError
 from qlora_kit.model.hub import read_json
 from qlora_kit.output.provenance import now, versions
-from qlora_kit.planning.shape import GIB
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -5,8 +5,8 @@ One process, one device: its own GPU of those visible, the first where it is alo
 
 import torch
 
+from qlora_kit.config import GIB
 from qlora_kit.errors import UserError
-from qlora_kit.planning.shape import GIB
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import torch
 
-from qlora_kit.config import ModelConfig, QuantizationConfig
+from qlora_kit.config import GIB, ModelConfig, QuantizationConfig
 from qlora_kit.errors import UserError
 from qlora_kit.model.hub import read_json
-from qlora_kit.planning.shape import BYTES_4BIT, BYTES_4BIT_DOUBLE, GIB, ModelShape, read_shape
+from qlora_kit.planning.shape import BYTES_4BIT, BYTES_4BIT_DOUBLE, ModelShape, read_shape
 
 TEXT_TOKENS = 4096  # of the texts under way at once, whose keys and values find room on every GPU, whichever layers it has
 WORK_BYTES = GIB // 2  # activations, logits, libraries

@@ -6,7 +6,7 @@ A figure without its definition cannot be compared: block length and join rule g
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +27,10 @@ class Perplexity:
     def __str__(self) -> str:
         return plus_minus(self.perplexity, self.standard_error, ".3f")
 
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields; null for the standard error of a single block, which does not exist."""
+        return asdict(self) | {"standard_error": _or_none(self.standard_error)}
+
     def definition(self, block_length: int, join_rule: str) -> str:
         """What it means, so that it can be compared with others."""
         blocks = "1 block" if self.blocks == 1 else f"{self.blocks} blocks"
@@ -42,11 +46,19 @@ def plus_minus(value: float, error: float, form: str) -> str:
     return f"{value:{form}}" if math.isnan(error) else f"{value:{form}} ± {error:{form.lstrip('+')}}"
 
 
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
 class Difference(NamedTuple):
-    """Of two mean losses on the same blocks, in nats per token."""
+    """Difference of two mean losses on the same blocks, in nats per token."""
 
     loss: float
     standard_error: float
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields; null for the standard error of a single block, which does not exist."""
+        return {"loss": self.loss, "standard_error": _or_none(self.standard_error)}
 
 
 def from_block_losses(sums: Sequence[float], counts: Sequence[int]) -> Perplexity:

@@ -21,12 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_kit.config import MIB
 from qlora_kit.errors import Failed
-from qlora_kit.planning.memory import optimizer_bytes
 
 MANIFEST = "manifest.json"
 PREFIX, SAVING, REPLACED, REMOVED = "checkpoint-", ".saving-", ".replaced-", ".removed-"
-MIB = 2**20
 BESIDE = MIB  # of a checkpoint's bytes: headers, states of the loop and of random numbers, the log so far
 
 
@@ -228,9 +227,9 @@ def replace_text(path: Path, text: str) -> None:
 # --- room on the disk ---------------------------------------------------------------------------------------------------
 
 
-def checkpoint_bytes(parameters: int, optim: str) -> float:
-    """What a checkpoint takes: the adapter in fp32 and the optimizer's state of each of its parameters."""
-    return (4.0 + optimizer_bytes(optim)) * parameters + BESIDE
+def checkpoint_bytes(parameters: int, optimizer_bytes: float) -> float:
+    """Return the size of a checkpoint: of each adapter parameter its fp32 value and `optimizer_bytes` of optimizer state."""
+    return (4.0 + optimizer_bytes) * parameters + BESIDE
 
 
 def missing_bytes(folder: Path, needed: float) -> float:

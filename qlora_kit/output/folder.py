@@ -6,9 +6,9 @@ A file that marks a run as finished (the adapter's weights) is moved into place 
 import os
 from pathlib import Path
 
+from qlora_kit.config import MIB
 from qlora_kit.errors import UserError
 from qlora_kit.output.checkpoints import (
-    MIB,
     PREFIX,
     REPLACED,
     checkpoint_bytes,
@@ -45,7 +45,7 @@ def check_output_dir(name: str, overwrite: bool, resume: bool) -> Path:
     return folder
 
 
-def check_disk(folder: Path, parameters: int, optim: str) -> None:
+def check_disk(folder: Path, parameters: int, optimizer_bytes: float) -> None:
     """Refuse a run whose first checkpoint and adapter would not fit on the disk.
 
     Args:
@@ -54,7 +54,7 @@ def check_disk(folder: Path, parameters: int, optim: str) -> None:
     Raises:
         UserError: with what is missing.
     """
-    needed = checkpoint_bytes(parameters, optim) + 4.0 * parameters + TOKENIZER_BYTES
+    needed = checkpoint_bytes(parameters, optimizer_bytes) + 4.0 * parameters + TOKENIZER_BYTES
     missing = missing_bytes(folder, needed)
     if missing > 0:
         raise UserError(

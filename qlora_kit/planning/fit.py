@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from qlora_kit.config import Config
+from qlora_kit.config import GIB, Config
 from qlora_kit.config_file import override
 from qlora_kit.errors import UserError
-from qlora_kit.planning.memory import CONTEXT_BYTES, optimizer_bytes
+from qlora_kit.planning.memory import CONTEXT_BYTES
 from qlora_kit.planning.plan import Plan, make_plan
-from qlora_kit.planning.shape import GIB, ModelShape
+from qlora_kit.planning.shape import ModelShape
 
 PAGED = {"adamw_8bit": "paged_adamw_8bit", "adamw_torch": "paged_adamw_32bit"}  # the same update, its state outside the allocator
 
@@ -77,7 +77,7 @@ def plan_table(plan: Plan, config: Config, shape: ModelShape, limit: float, card
         f"{config.data.max_length} tokens, rank {config.lora.rank}, {plan.recomputed} of {shape.layers} layers computed again"
     )
     title += ", weights unpacked once" if plan.keep_weights else ""
-    paged = 0.0 if plan.parts["optimizer state"] else optimizer_bytes(config.training.optim) * plan.parts["adapters (fp32)"] / 4
+    paged = 0.0 if plan.parts["optimizer state"] else config.training.optimizer_bytes * plan.parts["adapters (fp32)"] / 4
     rows = list(plan.parts.items())
     rows += [("sum: torch's allocator", plan.peak), ("paged optimizer state", paged), ("CUDA context (about)", CONTEXT_BYTES)]
     lines = [title, *(f"  {name:<24}{size / GIB:6.2f} GiB" for name, size in rows)]

@@ -5,8 +5,8 @@ Other architectures train as well; only the estimate is missing for them. Import
 1 GiB = 2**30 bytes. Sums are of torch's allocator; CUDA's own context comes on top.
 """
 
-from qlora_kit.config import Config
-from qlora_kit.planning.shape import BYTES_4BIT, BYTES_4BIT_DOUBLE, GIB, HEAD_ROWS, ModelShape, vocabulary_piece
+from qlora_kit.config import GIB, Config
+from qlora_kit.planning.shape import BYTES_4BIT, BYTES_4BIT_DOUBLE, HEAD_ROWS, ModelShape, vocabulary_piece
 
 # What the allocator holds beside the parts below: cuBLAS workspaces, rounding. Fitted to the peaks in benchmarks/README.md.
 LIBRARIES_BYTES = 0.15 * GIB
@@ -51,7 +51,7 @@ def estimate_memory(
         * ((0 if offloaded else part) * shape.embedding_parameters() + float(shape.other_parameters())),
         "adapters (fp32)": 4.0 * adapters,
         "gradients (fp32)": 4.0 * adapters,
-        "optimizer state": 0.0 if "paged" in config.training.optim else optimizer_bytes(config.training.optim) * adapters,
+        "optimizer state": 0.0 if "paged" in config.training.optim else config.training.optimizer_bytes * adapters,
         "kept activations": float(element * tokens * kept),
         "unpacked weights": float(element * all_unpacked),
         **({"gathered weights": gathered} if fsdp else {}),
@@ -60,11 +60,6 @@ def estimate_memory(
         "logits beyond that": max(0.0, loss - layer),
         "libraries": LIBRARIES_BYTES,
     }
-
-
-def optimizer_bytes(optim: str) -> float:
-    """Per parameter: two moments of 8 or of 32 bits."""
-    return 2.0 if "8bit" in optim else 8.0
 
 
 def _kept_elements(shape: ModelShape, rank: int) -> int:

@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-GIB = 2**30
 # NF4 and FP4 keep one absmax per 64 weights: fp32, or (double quantization) 8 bits plus an fp32 per 256 of them.
 # QLoRA (arXiv 2305.14314), section 3: 4.5 and 4.127 bits per parameter.
 BYTES_4BIT = 0.5 + 4 / 64
@@ -94,18 +93,6 @@ class ModelShape:
         """Products with frozen weights: forward, gradient of the input, and the forward again when recomputed."""
         passes = 3 if recompute else 2
         return 2 * passes * self.projection_parameters() + 2 * 2 * self.vocabulary * self.hidden
-
-
-def why_not_written_out(model_config: dict[str, Any], length: int) -> str | None:
-    """The reason in a config.json why fast/layer.py is not this model's layer for blocks of `length` tokens, or None."""
-    if model_config.get("model_type") not in LLAMA_LIKE:
-        return f"{model_config.get('model_type')} is not built like Llama"
-    window = model_config.get("sliding_window") if model_config.get("use_sliding_window", True) else None
-    if window and window < length:
-        return f"its attention reaches {window} tokens back, less than a block of {length}"
-    if model_config.get("hidden_act", "silu") != "silu":
-        return f"its activation is {model_config['hidden_act']}"
-    return "it drops out in the attention" if model_config.get("attention_dropout") else None
 
 
 def read_shape(model_config: dict[str, Any]) -> ModelShape | None:

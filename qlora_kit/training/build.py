@@ -36,7 +36,7 @@ def build_trainer(
     callbacks: list[TrainerCallback] = [progress]
     if config.training.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(config.training.early_stopping_patience))
-    steps = total_steps(config, len(train))
+    steps = config.total_steps(len(train))
     trainer = QLoraTrainer(
         steps=steps,
         model=model,
@@ -120,11 +120,6 @@ class OwnRows:
             batch["labels"].fill_(IGNORED)
             batch["block"].fill_(-1)
         return batch
-
-
-def total_steps(config: Config, blocks: int) -> int:
-    """Optimizer steps of the run."""
-    return config.training.max_steps or math.ceil(config.training.num_epochs * config.steps_per_epoch(blocks))
 
 
 def training_arguments(config: Config, machine: Machine, steps: int, evaluate: bool, together: int) -> TrainingArguments:

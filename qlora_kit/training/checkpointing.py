@@ -108,13 +108,14 @@ class ResumableTrainer(Trainer):
 
     def _bytes(self) -> float:
         trained = sum(parameter.numel() for parameter in self.adapted.parameters() if parameter.requires_grad)
-        return checkpoint_bytes(trained, self.args.optim)
+        return checkpoint_bytes(trained, self.progress.report.config.training.optimizer_bytes)
 
     def _about(self) -> dict[str, Any]:
         """For the manifest: what neither the settings nor the library's files say."""
         report, measured = self.progress.report, self.last_measured
         return {
             "material": report.material,
+            "prompt_style": report.data["prompt_style"],
             "asked": asked(report.config),
             "micro_batch": report.plan.micro_batch,
             "recomputed": report.plan.recomputed,

@@ -8,27 +8,28 @@ from dataclasses import dataclass
 
 import torch
 
-from qlora_kit.config import Config
+from qlora_kit.config import GIB, Config
 from qlora_kit.data.source import estimate_tokens
 from qlora_kit.errors import Failed, UserError, cannot_work
 from qlora_kit.model.device import cap_memory, choose_device, describe_device, is_out_of_memory, memory_gib, usable_dtype
 from qlora_kit.model.hub import go_offline_if_unreachable, is_local, read_model_config
+from qlora_kit.model.llama_modules import why_not_llama_like
 from qlora_kit.planning.fit import other_strategy, plan_table
 from qlora_kit.planning.memory import CONTEXT_BYTES
 from qlora_kit.planning.plan import check_division, make_plan
-from qlora_kit.planning.shape import GIB, KNOWN_CONFIGS, ModelShape, read_shape, why_not_written_out
+from qlora_kit.planning.shape import KNOWN_CONFIGS, ModelShape, read_shape
 
 PATIENCE_SECONDS = 2 * 3600  # a CPU run that would take longer than this is asked about first
 
 
-def read_written_out_shape(config: Config) -> tuple[ModelShape | None, str | None]:
+def read_fast_shape(config: Config) -> tuple[ModelShape | None, str | None]:
     """The model's shape if it is built like Llama, and why it will not go through the fast path, if it will not.
 
     Raises:
         UserError: it cannot be divided as performance.fsdp asks.
     """
     model_config = read_model_config(config.model)
-    reason = why_not_written_out(model_config, config.data.max_length)
+    reason = why_not_llama_like(model_config, config.data.max_length)
     if not config.performance.fused_lora:
         reason = "performance.fused_lora is false"
     if config.performance.fsdp and reason:
@@ -45,7 +46,7 @@ def describe_plan(config: Config, processes: int) -> str:
     check_division(config, processes)
     if not is_local(config.model.name) and config.model.name not in KNOWN_CONFIGS:
         go_offline_if_unreachable()
-    shape, reason = read_written_out_shape(config)
+    shape, reason = read_fast_shape(config)
     if shape is None or reason:
         raise UserError(f"--plan: {config.model.name}: no prediction ({reason}); train with a small --max_steps and read the log")
     card, gib = "performance.vram_limit_gib", config.performance.vram_limit_gib

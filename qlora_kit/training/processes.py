@@ -195,7 +195,7 @@ def _as_one(team: Team, error: BaseException) -> BaseException:
     if team.leads:
         return error
     if isinstance(error, UserError):
-        return UserError(*(f"rank {team.rank}: {problem}" for problem in error.problems))
+        return UserError(*(f"rank {team.rank}: {problem}" for problem in error.lines))
     if isinstance(error, Failed):
         return Failed(f"rank {team.rank}: {error}")
     print(f"error: rank {team.rank}: {type(error).__name__}: {_first_line(error)}", file=sys.stderr)

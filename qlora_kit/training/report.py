@@ -6,21 +6,19 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.config import Config
+from qlora_kit.config import GIB, MIB, Config
 from qlora_kit.data.chat_template import find_stop_ids
 from qlora_kit.model.fingerprint import weights_fingerprint
 from qlora_kit.model.hub import is_local, model_folder, remote_code_warning
 from qlora_kit.model.tokenizer import separator_id, tokenizer_fingerprint, vocabulary_fingerprint
 from qlora_kit.output.checkpoints import SAVING, Checkpoint, replace_text
 from qlora_kit.output.folder import CHECKPOINTS, CONFIG, CURVES, LOG, OUTPUT_FILES
-from qlora_kit.output.log import RunLog, finite
+from qlora_kit.output.log import RunLog
 from qlora_kit.output.provenance import command_line, now, versions
 from qlora_kit.planning.plan import Plan
-from qlora_kit.planning.shape import GIB
 from qlora_kit.training.processes import ALONE, Team
 
 if TYPE_CHECKING:
@@ -154,7 +152,7 @@ class RunReport:
             self.log.line(f"               {self.definition(after)}")
             if after.loss >= before.loss:
                 self.log.line("               no better than the base model: try a lower --learning_rate, or more steps")
-        size = (folder / "adapter_model.safetensors").stat().st_size / 2**20
+        size = (folder / "adapter_model.safetensors").stat().st_size / MIB
         self.log.line(f"  adapter      {folder / 'adapter_model.safetensors'} ({size:.1f} MiB)")
         self.log.line(f"  curves       {folder / CURVES}")
         self.log.line(f"  log          {folder / LOG}")
@@ -204,7 +202,7 @@ def build_passport(
         "seed": config.training.seed,
         "config": config.model_dump(),
         **how,
-        "perplexity": {"base": finite(asdict(before)), "adapter": finite(asdict(after)), "definition": report.definition(after)}
+        "perplexity": {"base": before.as_json(), "adapter": after.as_json(), "definition": report.definition(after)}
         if before and after
         else None,
         "micro_batch": report.micro_batch,

@@ -8,7 +8,6 @@ from qlora_kit.config_file import load_config
 from qlora_kit.errors import UserError
 from qlora_kit.output.checkpoints import MANIFEST, Checkpoint, candidates, clean, newest_valid
 from qlora_kit.output.folder import CHECKPOINTS, CONFIG
-from qlora_kit.training.build import total_steps
 from qlora_kit.training.processes import Team
 
 MATERIAL = {
@@ -123,7 +122,7 @@ def check_end(checkpoint: Checkpoint, config: Config, blocks: int) -> None:
     Raises:
         UserError: the checkpoint has more steps than the settings ask for.
     """
-    if checkpoint.step > (steps := total_steps(config, blocks)):
+    if checkpoint.step > (steps := config.total_steps(blocks)):
         key = "max_steps" if config.training.max_steps else "num_epochs"
         raise UserError(
             f"training.{key}: {getattr(config.training, key)}: ends the run at step {steps}, and {checkpoint.folder} is of step "

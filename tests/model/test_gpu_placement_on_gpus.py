@@ -1,4 +1,4 @@
-"""One model over two GPUs: `python -m pytest -m gpu tests/test_placement_gpus.py`. In fp32, where no rounding decides."""
+"""One model over two GPUs, in fp32, where no rounding decides: `python -m pytest -m gpu tests/model`."""
 
 import json
 import subprocess

@@ -27,7 +27,7 @@ from qlora_kit.model.perplexity import Perplexity, as_metrics, recorded_base
 from qlora_kit.output.curves import read_metrics
 from qlora_kit.planning.plan import make_plan
 from qlora_kit.training import progress
-from qlora_kit.training.build import build_trainer, total_steps, training_arguments
+from qlora_kit.training.build import build_trainer, training_arguments
 from qlora_kit.training.machine import Machine, look_at_machine
 from qlora_kit.training.progress import SpeedMeter
 from qlora_kit.training.report import RunReport
@@ -116,13 +116,13 @@ class At(TrainerCallback):
     (10, {"training__num_epochs": 2, "training__max_steps": 5}, 5),
 ])  # fmt: skip
 def test_total_steps(make_config, blocks, changed, steps):
-    assert total_steps(make_config(**{"training__max_steps": None} | changed), blocks) == steps
+    assert make_config(**{"training__max_steps": None} | changed).total_steps(blocks) == steps
 
 
 def test_total_steps_is_what_the_trainer_takes(make_trainer):
     trainer = make_trainer(random_rows(10), training__max_steps=None, training__num_epochs=0.5)
     trainer.train()
-    assert trainer.state.global_step == 2 == total_steps(trainer.progress.report.config, 10)
+    assert trainer.state.global_step == 2 == trainer.progress.report.config.total_steps(10)
 
 
 def arguments(config, steps=100, evaluate=True, dtype=torch.float32):

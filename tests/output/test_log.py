@@ -7,7 +7,7 @@ import struct
 import pytest
 import torch
 
-from qlora_kit.config import Config
+from qlora_kit.config import GIB, Config
 from qlora_kit.config_file import load_config, override
 from qlora_kit.errors import UserError
 from qlora_kit.model.perplexity import as_metrics, from_block_losses, recorded_base
@@ -17,7 +17,6 @@ from qlora_kit.output.folder import CURVES, LOG, METRICS, check_output_dir
 from qlora_kit.output.log import RunLog
 from qlora_kit.output.provenance import write_passport
 from qlora_kit.planning.plan import Plan
-from qlora_kit.planning.shape import GIB
 from qlora_kit.training.machine import Machine
 from qlora_kit.training.report import RunReport, open_output
 from qlora_kit.training.resume import find_checkpoint
@@ -279,8 +278,8 @@ def test_a_changed_run_is_not_resumed_and_each_changed_key_is_named(tmp_path):
     allowed = {"training.num_epochs": 5, "performance.micro_batch": 4, "generation.top_k": 1}
     with pytest.raises(UserError) as caught:
         found(tmp_path, override(Config(), changed | allowed))
-    assert {problem.partition(":")[0] for problem in caught.value.problems} == set(changed)
-    assert any("lora.rank: 8: the run to resume has 16" in problem for problem in caught.value.problems)
+    assert {problem.partition(":")[0] for problem in caught.value.lines} == set(changed)
+    assert any("lora.rank: 8: the run to resume has 16" in problem for problem in caught.value.lines)
 
 
 def test_what_decides_nothing_may_change_when_resuming(tmp_path):

@@ -256,7 +256,7 @@ def test_the_cache_tells_chat_templates_apart(blocks_of_file, tokenizer, monkeyp
 def test_a_wrong_record_is_one_problem_with_file_and_line(blocks_of_file, record, reason):
     with pytest.raises(UserError) as caught:
         blocks_of_file([*RECORDS, record])
-    (problem,) = caught.value.problems
+    (problem,) = caught.value.lines
     assert "\n" not in problem and "records.jsonl: line 21: " + reason in problem
 
 
@@ -290,7 +290,7 @@ def test_a_stream_that_fills_its_blocks_has_no_tail():
 def test_a_stream_too_short_for_one_block_is_one_problem():
     with pytest.raises(UserError) as caught:
         blocks_of(range(9), 10)
-    (problem,) = caught.value.problems
+    (problem,) = caught.value.lines
     assert problem.startswith("data.dataset: 9 tokens") and "data.max_length 10" in problem and "--max_length 9" in problem
 
 

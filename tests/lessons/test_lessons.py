@@ -11,7 +11,7 @@ import pytest
 from finetuning_lessons.lesson import PRINTED_WIDTH, create_parser, open_folder, print_table, print_text
 from qlora_kit.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SHARED = {"__init__", "lesson", "short_run"}
 LESSONS = sorted(path.stem for path in (ROOT / "finetuning_lessons").glob("*.py") if path.stem not in SHARED)
 # What a lesson trains less of here, so that all run with the other tests; whole they run under the marker slow.

@@ -97,7 +97,7 @@ def test_running_text_is_shown_as_blocks(root, monkeypatch, capsys):
 def test_a_mistake_in_a_record_is_one_problem_with_its_line(preview):
     with pytest.raises(UserError) as caught:
         preview([*RECORDS, {"instruction": "x", "output": 7}])
-    (problem,) = caught.value.problems
+    (problem,) = caught.value.lines
     assert problem.startswith("data.dataset: ") and problem.endswith("records.jsonl: line 6: output holds int; expected text")
 
 

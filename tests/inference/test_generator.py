@@ -11,7 +11,7 @@ from qlora_kit.data.formats import chat_pieces, instruction_pieces
 from qlora_kit.data.tokenizing import encode
 from qlora_kit.inference.generator import Generator
 
-REAL = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "qwen2.5-tokenizer"
+REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "qwen2.5-tokenizer"
 THREE_ROUNDS = [
     {"role": "user", "content": "What ends a turn?"},
     {"role": "assistant", "content": "\n\nThe token <|im_end|>, which is one."},

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from qlora_kit.config import Config, ModelConfig, PerformanceConfig
+from qlora_kit.config import GIB, Config, ModelConfig, PerformanceConfig
 from qlora_kit.errors import UserError
 from qlora_kit.planning.fit import cheapest_change
 from qlora_kit.planning.memory import estimate_memory
 from qlora_kit.planning.plan import check_division, make_plan
-from qlora_kit.planning.shape import GIB, KNOWN_CONFIGS, read_shape
-from qlora_kit.training.machine import read_written_out_shape
+from qlora_kit.planning.shape import KNOWN_CONFIGS, read_shape
+from qlora_kit.training.machine import read_fast_shape
 from qlora_kit.training.processes import check_launcher
 
 PROCESSES = 2
@@ -146,7 +146,7 @@ def test_what_cannot_be_divided_is_refused_before_anything_is_read(tmp_path, mod
     (tmp_path / "config.json").write_text(json.dumps(model))
     config = Config(model=ModelConfig(name=str(tmp_path)), performance=PerformanceConfig(fsdp=True, **performance))
     with pytest.raises(UserError, match=re.escape(f"performance.fsdp: cannot work here ({reason}); use false")):
-        read_written_out_shape(config)
+        read_fast_shape(config)
 
 
 @pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LESSONS = ROOT / "finetuning_lessons"
 ENGLISH = LESSONS / "finetuning_techniques.ipynb"
 NOTEBOOKS = [ENGLISH, LESSONS / "finetuning_techniques.zh-TW.ipynb"]

@@ -8,7 +8,7 @@ import torch
 
 import inference_example
 from qlora_kit.adapter.folder import read_adapter
-from qlora_kit.config import GenerationSettings, ModelConfig, QuantizationConfig
+from qlora_kit.config import GIB, GenerationSettings, ModelConfig, QuantizationConfig
 from qlora_kit.errors import UserError
 from qlora_kit.inference.library_engine import LibraryEngine
 from qlora_kit.merge import command
@@ -24,10 +24,10 @@ from qlora_kit.model.gpu_placement import (
     spread,
 )
 from qlora_kit.model.loss import token_losses
-from qlora_kit.planning.shape import BYTES_4BIT_DOUBLE, GIB, KNOWN_CONFIGS, read_shape
+from qlora_kit.planning.shape import BYTES_4BIT_DOUBLE, KNOWN_CONFIGS, read_shape
 from quantization_utils import load_model_and_tokenizer
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
 # q, k, v, o and the three of the MLP: 64 x 64 + 2 x 64 x 32 + 64 x 64 + 3 x 64 x 128 weights a layer.
 LAYER_WEIGHTS = 36_864
 LAYER = 2 * (LAYER_WEIGHTS + 2 * 64)  # bytes in 16 bits, with two norms
@@ -153,7 +153,7 @@ def test_no_room_is_one_line_before_anything_is_loaded(folder, gpus, budgets):
     gpus(room_of(folder), *budgets)
     with pytest.raises(UserError) as error:
         choose(folder)
-    (line,) = error.value.problems
+    (line,) = error.value.lines
     assert line.startswith(f"model.name: {folder}: takes 0.00 GiB in bfloat16 and 0.5") and "\n" not in line
     assert line.count(" + ") == len(budgets) - 1
     assert "GiB missing; free them, use --device cpu, or insist on the first GPU: --device_map one" in line

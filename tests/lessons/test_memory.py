@@ -4,8 +4,8 @@ import pytest
 
 from finetuning_lessons import memory
 from finetuning_lessons.memory import CARDS_GIB, MEASURED, account_bytes, model_shapes, predicted_gib, rule_bytes, smallest_card
+from qlora_kit.config import GIB
 from qlora_kit.errors import UserError
-from qlora_kit.planning.shape import GIB
 
 # Counted from the published weights.
 PUBLISHED = {

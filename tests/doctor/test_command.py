@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from qlora_kit.config import GIB
 from qlora_kit.doctor import command, machine_checks
 from qlora_kit.doctor.run_checks import Check, Problem, Result, Skipped, examine, outcome
-from qlora_kit.planning.shape import GIB
 
 # Checks that end in other ways; a process beside this one finds them here by name.
 

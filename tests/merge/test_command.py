@@ -474,7 +474,7 @@ REFUSED = {
 def test_what_cannot_be_merged_is_one_line(adapter, tiny_dir, tmp_path, prepare, words):
     with pytest.raises(UserError) as error:
         run_merge(prepare(adapter, tiny_dir, tmp_path), tmp_path / "place" / "out")
-    (problem,) = error.value.problems
+    (problem,) = error.value.lines
     assert "\n" not in problem and not (tmp_path / "place").exists()
     for word in words:
         assert word in problem

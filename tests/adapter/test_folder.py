@@ -1,5 +1,6 @@
 """An adapter's folder: what run.json says is obeyed, and what does not fit together is refused or told in one line."""
 
+import hashlib
 import json
 import math
 import os
@@ -42,7 +43,7 @@ def load(folder: Path, *arguments: str) -> Generator:
 def refusal(folder: Path) -> str:
     with pytest.raises(UserError) as error:
         load(folder)
-    (problem,) = error.value.problems
+    (problem,) = error.value.lines
     assert str(folder) in problem and "\n" not in problem and "; " in problem  # the remedy
     return problem
 
@@ -197,13 +198,13 @@ def test_a_base_model_that_cannot_be_had_is_named_by_its_place(folder, name, wor
     change_json(folder / "run.json", base_model={"name": name, "revision": None, "folder": None})
     with pytest.raises(UserError) as error:
         inference_example.main(flags)
-    assert error.value.problems[0].startswith(f"--adapter {folder}: base_model in its run.json: {words}")
+    assert error.value.lines[0].startswith(f"--adapter {folder}: base_model in its run.json: {words}")
     for file in ("run.json", "config.yaml"):
         (folder / file).unlink()
     change_json(folder / "adapter_config.json", base_model_name_or_path=name)
     with pytest.raises(UserError) as error:
         inference_example.main(flags)
-    (problem,) = error.value.problems
+    (problem,) = error.value.lines
     assert problem.startswith(f"--adapter {folder}: base_model_name_or_path in its adapter_config.json: {words}")
 
 
@@ -299,12 +300,28 @@ def test_a_checkpoint_of_an_unfinished_run_goes_by_its_settings(folder):
     assert "no run.json" in note and "FP4" in note and "plain text" in note
 
 
-@pytest.mark.parametrize("samples, style", [("samples/alpaca.jsonl", "chat"), ("samples/articles.txt", "text")])
-def test_prompts_of_an_unfinished_run_go_by_its_data(folder, samples, style):
+@pytest.mark.parametrize(
+    "stated, style",
+    [("auto", "text"), ("text", "text"), ("instruction", "instruction"), ("alpaca", "chat"), ("messages", "chat")],
+)
+def test_prompts_of_a_run_without_checkpoints_go_by_its_format(folder, stated, style):
     (folder / "run.json").unlink()
+    shutil.rmtree(folder / "checkpoints")
     config = folder / "config.yaml"
-    config.write_text(config.read_text().replace("samples/articles.txt", samples))
+    config.write_text(config.read_text().replace("format: auto", f"format: {stated}"))
     assert read_adapter(str(folder)).style == style
+
+
+def test_prompts_of_an_unfinished_run_go_by_its_checkpoint(folder):
+    (folder / "run.json").unlink()
+    manifest = folder / "checkpoints" / "checkpoint-4" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["run"]["prompt_style"] = "instruction"
+    del content["sha256"]
+    manifest.write_text(
+        json.dumps(content | {"sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()})
+    )
+    assert read_adapter(str(folder)).style == read_adapter(str(manifest.parent)).style == "instruction"
 
 
 def test_a_plain_adapter_with_a_chat_template_of_its_own_gets_its_prompts_through_it(folder):

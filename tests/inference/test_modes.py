@@ -337,7 +337,7 @@ def test_a_data_set_that_cannot_be_had_is_named_by_its_flag(greedy):
     for found_in in (config, trained):
         with pytest.raises(UserError) as error:
             evaluation_blocks("nobody/has-this", found_in, greedy.tokenizer)
-        (problem,) = error.value.problems
+        (problem,) = error.value.lines
         assert problem.startswith("--perplexity: nobody/has-this: not on this machine")
         assert problem.endswith("--perplexity FILE") and "data.dataset" not in problem
 
@@ -477,7 +477,7 @@ def test_a_folder_that_holds_no_whole_adapter(adapter, tmp_path, prepare, words)
     prepare(adapter, folder)
     with pytest.raises(UserError) as error:
         inference_example.main(["--mode", "text", "--adapter", str(folder), "--device", "cpu", "--prompt", PROMPT])
-    (problem,) = error.value.problems
+    (problem,) = error.value.lines
     assert str(folder) in problem and "\n" not in problem
     for word in words:
         assert word in problem
@@ -496,7 +496,7 @@ def test_an_adapter_of_another_model(adapter, tmp_path):
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="does not fit") as error:
         load(folder)
-    assert "\n" not in error.value.problems[0] and str(other) in error.value.problems[0]
+    assert "\n" not in error.value.lines[0] and str(other) in error.value.lines[0]
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------------------
@@ -539,7 +539,7 @@ def test_an_adapter_of_another_model(adapter, tmp_path):
 def test_a_mistake_is_one_sentence(adapter, arguments, words):
     with pytest.raises(UserError) as error:
         inference_example.main(["--mode", "text", "--adapter", str(adapter), "--device", "cpu", *arguments])
-    (problem,) = error.value.problems
+    (problem,) = error.value.lines
     assert "\n" not in problem
     for word in words:
         assert word in problem

@@ -19,16 +19,17 @@ from transformers import (
     Qwen3Config,
 )
 
-from qlora_kit.config import Config
+from qlora_kit.config import GIB, Config
 from qlora_kit.config_file import override, parse_set
 from qlora_kit.errors import UserError
 from qlora_kit.fast.training_pass import FastDecoder
-from qlora_kit.planning import memory
+from qlora_kit.planning import fit
 from qlora_kit.planning import plan as planner
+from qlora_kit.planning import shape as shape_of
 from qlora_kit.planning.fit import plan_table
 from qlora_kit.planning.memory import estimate_memory
 from qlora_kit.planning.plan import Plan, make_plan
-from qlora_kit.planning.shape import GIB, KNOWN_CONFIGS, ModelShape, read_shape
+from qlora_kit.planning.shape import KNOWN_CONFIGS, ModelShape, read_shape
 from quantization_utils import create_lora_config, prepare_model_for_training
 
 ALL_SEVEN = Config().lora.target_modules
@@ -151,12 +152,12 @@ def test_bits_per_weight_are_those_of_the_qlora_paper(qwen_3b):
 
 @pytest.mark.parametrize("tokens", [1, 100, 441, 442, 512, 8192])
 def test_pieces_of_the_head_cover_the_vocabulary_and_hold_no_more_logits_than_allowed(tokens):
-    rows = memory.vocabulary_piece(tokens, 151_936)
+    rows = shape_of.vocabulary_piece(tokens, 151_936)
     assert rows % 64 == 0
     pieces = -(-151_936 // rows)
     assert (pieces == 1) == (tokens <= 441)  # 2^26 / 151,936
-    assert tokens * rows <= memory.PIECE_LOGITS + tokens * 64  # up to the rounding
-    assert pieces == -(-tokens * 151_936 // memory.PIECE_LOGITS)
+    assert tokens * rows <= shape_of.PIECE_LOGITS + tokens * 64  # up to the rounding
+    assert pieces == -(-tokens * 151_936 // shape_of.PIECE_LOGITS)
 
 
 # Against the libraries
@@ -370,14 +371,14 @@ def test_without_a_limit_the_micro_batch_is_the_batch_size(qwen_3b, changes, exp
 @pytest.mark.parametrize("limit", [None, 8.0 * GIB])
 def test_another_architecture_has_no_prediction_and_takes_the_batch_size(limit):
     assert make_plan(settings(training__batch_size=4), None, limit) == Plan(4, 0, {})
-    planner.check_fit(Plan(4, 0, {}), Config(), None, limit)  # and nobody is refused for it
+    fit.check_fit(Plan(4, 0, {}), Config(), None, limit)  # and nobody is refused for it
 
 
 def test_the_librarys_layers_have_no_prediction(qwen_3b):
     config = settings(performance__fused_lora=False, training__batch_size=2)
     plan = make_plan(config, qwen_3b, 8 * GIB)
     assert plan == Plan(2, 36, {})  # recomputation on a GPU, for want of knowing better
-    planner.check_fit(plan, config, qwen_3b, 8 * GIB)
+    fit.check_fit(plan, config, qwen_3b, 8 * GIB)
 
 
 # When it does not fit
@@ -421,20 +422,20 @@ SAME_RESULT = {"performance.micro_batch", "training.gradient_checkpointing", "tr
     ids=str,
 )  # fmt: skip
 def test_the_cheapest_change_that_fits(qwen_3b, changes, gib, expected):
-    assert planner.remedy(settings(**changes), qwen_3b, gib * GIB) == f"the cheapest change that fits: {expected}"
+    assert fit.remedy(settings(**changes), qwen_3b, gib * GIB) == f"the cheapest change that fits: {expected}"
 
 
 @pytest.mark.parametrize("changes", [*RUNS, {"lora__rank": 2}, {"data__max_length": 32}], ids=str)
 @pytest.mark.parametrize("gib", [1.0, 1.7, 1.8, 2.0, 2.2, 2.4, 3.0, 4.0])
 def test_a_remedy_fits_takes_nothing_up_and_changes_the_result_only_when_it_must(shape, changes, gib):
     config = settings(**changes, performance__micro_batch="auto")
-    change = planner.cheapest_change(config, shape, gib * GIB)
+    change = fit.cheapest_change(config, shape, gib * GIB)
     if change is None:
-        assert planner.remedy(config, shape, gib * GIB) == "no setting makes it fit: use a smaller base model"
+        assert fit.remedy(config, shape, gib * GIB) == "no setting makes it fit: use a smaller base model"
         return
     if make_plan(config, shape, gib * GIB).peak <= gib * GIB:
         return  # it fits as it is
-    again = apply(config, planner.remedy(config, shape, gib * GIB))
+    again = apply(config, fit.remedy(config, shape, gib * GIB))
     assert make_plan(again, shape, gib * GIB).peak <= gib * GIB
     assert again.lora.rank <= config.lora.rank and again.data.max_length <= config.data.max_length
     changed = {key for key, value in change.items() if config.model_dump()[key.split(".")[0]][key.split(".")[1]] != value}
@@ -446,8 +447,8 @@ def test_a_remedy_fits_takes_nothing_up_and_changes_the_result_only_when_it_must
 def test_a_run_that_cannot_fit_is_one_line_with_key_value_and_remedy(qwen_3b):
     config = settings(performance__vram_limit_gib=2.2)
     with pytest.raises(UserError) as refused:
-        planner.check_fit(make_plan(config, qwen_3b, 2.2 * GIB), config, qwen_3b, 2.2 * GIB)
-    (problem,) = refused.value.problems
+        fit.check_fit(make_plan(config, qwen_3b, 2.2 * GIB), config, qwen_3b, 2.2 * GIB)
+    (problem,) = refused.value.lines
     assert problem.startswith("performance.vram_limit_gib: 2.2: training Qwen/Qwen2.5-3B-Instruct needs 2.58 GiB")
     assert "1.33 of it for weights" in problem  # as in the table of parts
     assert problem.endswith("the cheapest change that fits: --set performance.offload_embedding=true")
@@ -457,22 +458,22 @@ def test_a_run_that_cannot_fit_is_one_line_with_key_value_and_remedy(qwen_3b):
 def test_a_cap_below_what_the_weights_need_says_that_no_setting_helps(qwen_3b):
     config = settings(performance__vram_limit_gib=1)
     with pytest.raises(UserError, match=r"vram_limit_gib: 1\.0: .*no setting makes it fit: use a smaller base model"):
-        planner.check_fit(make_plan(config, qwen_3b, 1.0 * GIB), config, qwen_3b, 1.0 * GIB)
+        fit.check_fit(make_plan(config, qwen_3b, 1.0 * GIB), config, qwen_3b, 1.0 * GIB)
 
 
 def test_it_is_the_free_memory_that_is_named_where_the_cap_is_not_what_binds(qwen_3b):
     for config in (settings(performance__vram_limit_gib=8), Config()):
         with pytest.raises(UserError, match=r"^GPU memory: 2\.00 GiB free: training"):
-            planner.check_fit(make_plan(config, qwen_3b, 2.0 * GIB), config, qwen_3b, 2.0 * GIB)
+            fit.check_fit(make_plan(config, qwen_3b, 2.0 * GIB), config, qwen_3b, 2.0 * GIB)
 
 
 def test_only_what_cannot_fit_is_refused(qwen_3b):
     """A prediction may be 8 % too high: between the limit and 8 % above it, the run tries."""
     plan = make_plan(Config(), qwen_3b, 2.0 * GIB)
-    planner.check_fit(plan, Config(), qwen_3b, plan.peak / 1.079)
+    fit.check_fit(plan, Config(), qwen_3b, plan.peak / 1.079)
     with pytest.raises(UserError):
-        planner.check_fit(plan, Config(), qwen_3b, plan.peak / 1.081)
-    planner.check_fit(plan, Config(), qwen_3b, None)  # a CPU
+        fit.check_fit(plan, Config(), qwen_3b, plan.peak / 1.081)
+    fit.check_fit(plan, Config(), qwen_3b, None)  # a CPU
 
 
 # The table

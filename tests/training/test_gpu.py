@@ -120,7 +120,7 @@ def test_a_limit_beyond_the_gpu_is_one_line(tmp_path):
     config = load_config(Path("configs/tiny.yaml"), {"performance.vram_limit_gib": 4096})
     with pytest.raises(UserError, match=r"performance\.vram_limit_gib: 4096") as error:
         look_at_machine(config, None)
-    assert len(error.value.problems) == 1 and "GiB" in error.value.problems[0]
+    assert len(error.value.lines) == 1 and "GiB" in error.value.lines[0]
 
 
 LONG = [*TINY, "--max_length", "1024", "--batch_size", "16", "--max_steps", "2", "--dropout", "0"]

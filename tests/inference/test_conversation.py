@@ -462,7 +462,7 @@ from transformers import AutoTokenizer
 from qlora_kit.inference.generator import Generator
 from qlora_kit.inference.conversation import run_interactive
 from qlora_kit.config import GenerationSettings
-from tests.test_interactive import SPLIT, Scripted
+from tests.inference.test_conversation import SPLIT, Scripted
 tokenizer = AutoTokenizer.from_pretrained("assets/tiny-qwen2")
 engine = Scripted(tokenizer, SPLIT * 3, pause=0.003)
 run_interactive(Generator(engine, tokenizer, GenerationSettings(max_new_tokens=900), [tokenizer.eos_token_id], 1))

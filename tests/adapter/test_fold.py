@@ -14,10 +14,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import inference_example
 from qlora_kit.adapter.fold import ANSWER_BYTES, check_memory, fold
-from qlora_kit.config import ModelConfig
+from qlora_kit.config import GIB, ModelConfig
 from qlora_kit.errors import UserError
 from qlora_kit.inference.graph_engine import GraphEngine
-from qlora_kit.planning.shape import GIB
 
 IDS = torch.randint(0, 6000, (2, 48), generator=torch.Generator().manual_seed(0))
 
@@ -138,7 +137,7 @@ def test_too_little_memory_is_told_before_anything_is_loaded(tiny_dir, monkeypat
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=needed - 1))
     with pytest.raises(UserError, match=f"--merged: .* takes {needed / GIB:.2f} GiB in .*; leave --merged out") as error:
         check_memory(ModelConfig(name=str(tiny_dir)), dtype, "cpu")
-    assert "\n" not in error.value.problems[0]
+    assert "\n" not in error.value.lines[0]
 
 
 def test_what_is_no_plain_lora_is_refused_before_the_base_model_is_looked_at(adapter, tmp_path):

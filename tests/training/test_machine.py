@@ -1,4 +1,4 @@
-"""Choosing device and dtype. A real GPU is for test_gpu.py; here torch.cuda answers like a machine without one, or an old one."""
+"""The machine of a run: what it can do, and what is refused there. torch.cuda answers like machines that are not here."""
 
 from types import SimpleNamespace
 
@@ -6,10 +6,11 @@ import bitsandbytes  # noqa: F401 - asks for the GPU when it is imported, and he
 import pytest
 import torch
 
-from qlora_kit.config import Config
+from qlora_kit.config import GIB, Config
 from qlora_kit.errors import Failed, UserError
 from qlora_kit.model import device
-from qlora_kit.planning.shape import GIB, KNOWN_CONFIGS, read_shape
+from qlora_kit.planning.shape import KNOWN_CONFIGS, read_shape
+from qlora_kit.training import machine
 
 
 @pytest.fixture
@@ -17,78 +18,13 @@ def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-def config(**sections) -> Config:
-    return Config.model_validate(sections)
-
-
-def test_auto_takes_the_cpu_where_there_is_no_gpu(no_gpu):
-    assert device.choose_device("auto") == "cpu"
-
-
-def test_asking_for_a_missing_gpu_is_one_line(no_gpu):
-    with pytest.raises(UserError, match=r"training.device: cuda.*auto"):
-        device.choose_device("cuda")
-
-
-@pytest.fixture
-def tesla_t4(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
-
-
 @pytest.fixture
 def new_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
 
 
-def test_auto_is_float16_on_a_gpu_without_bfloat16_and_says_so(tesla_t4):
-    dtype, note = device.usable_dtype("auto", "cuda")
-    assert dtype is torch.float16
-    assert "Tesla T4" in note and "float16" in note
-
-
-def test_auto_is_bfloat16_on_a_gpu_that_has_it(new_gpu):
-    assert device.usable_dtype("auto", "cuda") == (torch.bfloat16, None)
-
-
-def test_auto_is_float32_on_a_cpu():
-    assert device.usable_dtype("auto", "cpu") == (torch.float32, None)
-
-
-def test_bfloat16_asked_for_on_a_gpu_without_it_is_refused(tesla_t4):
-    with pytest.raises(UserError, match=r"^quantization.compute_dtype: bfloat16: Tesla T4 lacks it; use float16, or auto$"):
-        device.usable_dtype("bfloat16", "cuda")
-
-
-@pytest.mark.parametrize("name", ["float16", "float32"])
-def test_an_old_gpu_computes_in_what_it_has(tesla_t4, name):
-    assert device.usable_dtype(name, "cuda") == (getattr(torch, name), None)
-
-
-@pytest.mark.parametrize("name", ["bfloat16", "float16", "float32"])
-def test_a_new_gpu_computes_in_the_dtype_asked_for(new_gpu, name):
-    assert device.usable_dtype(name, "cuda") == (getattr(torch, name), None)
-
-
-@pytest.mark.parametrize("name", ["bfloat16", "float32"])
-def test_cpu_computes_in_the_dtype_asked_for(name):
-    assert device.usable_dtype(name, "cpu") == (getattr(torch, name), None)
-
-
-def test_float16_on_the_cpu_is_refused():
-    with pytest.raises(UserError, match=r"float16.*GPU"):
-        device.usable_dtype("float16", "cpu")
-
-
-def test_an_adapter_may_come_from_a_gpu_that_has_more(tesla_t4):
-    """Who talks to an adapter did not choose the dtype that it was trained in, and cannot change it."""
-    dtype, note = device.usable_dtype("bfloat16", "cuda", insisted=False)
-    assert dtype is torch.float16 and "Tesla T4" in note
-    assert device.usable_dtype("float16", "cpu", insisted=False) == (torch.float32, None)
-    assert device.usable_dtype("bfloat16", "cpu", insisted=False) == (torch.bfloat16, None)
-
-
-# What is insisted on and cannot work
+def config(**sections) -> Config:
+    return Config.model_validate(sections)
 
 
 @pytest.mark.parametrize(
@@ -96,25 +32,25 @@ def test_an_adapter_may_come_from_a_gpu_that_has_more(tesla_t4):
 )
 def test_a_technique_of_the_gpu_is_refused_on_a_cpu_only_when_insisted_on(no_gpu, key, remedy):
     with pytest.raises(UserError) as refused:
-        device.look_at_machine(config(performance={key: True}), None)
-    assert refused.value.problems == [f"performance.{key}: true: cannot work here (needs a CUDA GPU); use {remedy}"]
+        machine.look_at_machine(config(performance={key: True}), None)
+    assert refused.value.lines == [f"performance.{key}: true: cannot work here (needs a CUDA GPU); use {remedy}"]
     for value in (False, "auto") if "auto" in remedy else (False,):
-        assert device.look_at_machine(config(performance={key: value}), None).device == "cpu"
+        assert machine.look_at_machine(config(performance={key: value}), None).device == "cpu"
 
 
 def test_a_technique_of_the_fast_path_is_refused_without_it():
     asked = config(performance={"compile": True, "cuda_graphs": True, "fused_lora": False})
     with pytest.raises(UserError) as refused:
-        device.check_insistence(asked, "cuda")
-    assert [problem.partition(";")[0] for problem in refused.value.problems] == [
+        machine.check_insistence(asked, "cuda")
+    assert [problem.partition(";")[0] for problem in refused.value.lines] == [
         f"performance.{key}: true: cannot work here (performance.fused_lora is false)" for key in ("compile", "cuda_graphs")
     ]
-    device.check_insistence(config(performance={"compile": True, "offload_embedding": True}), "cuda")
-    device.check_insistence(config(performance={"fused_lora": False}), "cpu")
+    machine.check_insistence(config(performance={"compile": True, "offload_embedding": True}), "cuda")
+    machine.check_insistence(config(performance={"fused_lora": False}), "cpu")
 
 
 def test_a_cpu_has_no_limit(no_gpu):
-    assert device.look_at_machine(config(performance={"vram_limit_gib": 8}), None).limit is None
+    assert machine.look_at_machine(config(performance={"vram_limit_gib": 8}), None).limit is None
 
 
 @pytest.mark.parametrize(("cap", "expected"), [(None, 20), (8, 8), (22, 20)])
@@ -124,7 +60,7 @@ def test_the_limit_is_what_is_free_or_the_cap_below_it(monkeypatch, new_gpu, cap
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(name="a GPU", total_memory=24 * GIB))
     fractions = []
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
-    assert device.look_at_machine(config(performance={"vram_limit_gib": cap}), None).limit == expected * GIB
+    assert machine.look_at_machine(config(performance={"vram_limit_gib": cap}), None).limit == expected * GIB
     assert fractions == ([] if cap is None else [cap / 24])
 
 
@@ -157,9 +93,9 @@ def test_a_cap_above_the_card_is_refused(monkeypatch):
     ],
 )
 def test_out_of_memory_is_one_line_with_the_remedies_that_are_left(monkeypatch, asked, remedies):
-    monkeypatch.setattr(device, "memory_gib", lambda name: {"peak_reserved": 7.9})
+    monkeypatch.setattr(machine, "memory_gib", lambda name: {"peak_reserved": 7.9})
     planned = asked.get("performance", {}).get("fused_lora", True)
-    with pytest.raises(Failed) as failed, device.out_of_memory_is_one_line(config(**asked), planned):
+    with pytest.raises(Failed) as failed, machine.out_of_memory_is_one_line(config(**asked), planned):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
     line = str(failed.value)
     assert line.startswith("the GPU's memory is full at 7.90 GiB; try ") and "\n" not in line
@@ -176,25 +112,25 @@ def test_out_of_memory_is_one_line_with_the_remedies_that_are_left(monkeypatch, 
 ])  # fmt: skip
 def test_a_full_gpu_has_several_voices(error, full):
     assert device.is_out_of_memory(error) == full
-    with pytest.raises(Failed if full else type(error)), device.out_of_memory_is_one_line(config(), planned=True):
+    with pytest.raises(Failed if full else type(error)), machine.out_of_memory_is_one_line(config(), planned=True):
         raise error
 
 
 def test_days_on_a_cpu_are_refused_with_the_estimate_and_both_ways_out(no_gpu, monkeypatch):
-    monkeypatch.setattr(device, "_cpu_flops_per_second", lambda: 1e11)
+    monkeypatch.setattr(machine, "_cpu_flops_per_second", lambda: 1e11)
     shape = read_shape(KNOWN_CONFIGS["Qwen/Qwen2.5-3B-Instruct"])
     # 2.4 M tokens x 3 epochs x 12.34 GFLOP a token / 1e11 FLOP/s = 888,692 s
     with pytest.raises(UserError, match=r"10 days.*configs/tiny\.yaml.*training\.device=cpu"):
-        device.check_patience(Config(), shape)
+        machine.check_patience(Config(), shape)
 
 
 def test_a_short_cpu_run_is_not_refused(monkeypatch, root):
-    monkeypatch.setattr(device, "_cpu_flops_per_second", lambda: 1e11)
+    monkeypatch.setattr(machine, "_cpu_flops_per_second", lambda: 1e11)
     shape = read_shape(KNOWN_CONFIGS["Qwen/Qwen2.5-3B-Instruct"])
-    device.check_patience(config(training={"max_steps": 1}), shape)  # 8,192 tokens: 1,011 s
+    machine.check_patience(config(training={"max_steps": 1}), shape)  # 8,192 tokens: 1,011 s
 
 
 def test_missing_reporting_package_is_one_line(no_gpu, monkeypatch):
-    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"report_to: wandb.*pip install wandb"):
-        device.look_at_machine(config(training={"report_to": "wandb", "device": "cpu"}), None)
+        machine.look_at_machine(config(training={"report_to": "wandb", "device": "cpu"}), None)

@@ -51,7 +51,7 @@ def records_of(path, **changes) -> list[tuple[str, str, dict]]:
 def problem_of(path, **changes) -> str:
     with pytest.raises(UserError) as caught:
         documents_of(path, **changes)
-    (problem,) = caught.value.problems
+    (problem,) = caught.value.lines
     assert "\n" not in problem and ";" in problem  # one line, with a remedy
     return problem
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from qlora_kit.data.formats import READERS, chat_pieces, instruction_pieces, recognise
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = ROOT / "samples"
 REAL = ROOT.parent / "shared" / "data" / "qwen2.5-tokenizer"
 FORMATS = {
