@@ -114,10 +114,10 @@ def toolkit(tokenizer: Any, file: Path) -> float:
     sys.path.insert(0, str(ROOT))
     import datasets  # noqa: F401  not needed, but the others' clocks do not count it either
 
-    from qlora_kit.config import Config, DataConfig
+    from qlora_kit.config import Config, DataSettings
     from qlora_kit.data.dataset import load_blocks
 
-    data = DataConfig(dataset=str(file), subset=None, eval_split=None, max_length=BLOCK_TOKENS)
+    data = DataSettings(dataset=str(file), subset=None, eval_split=None, max_length=BLOCK_TOKENS)
     start = time.perf_counter()
     load_blocks(Config(data=data), tokenizer)
     return time.perf_counter() - start

@@ -15,7 +15,7 @@ from typing import Any
 
 from finetuning_lessons.lesson import BLUE, GREEN, GREY, RED, create_parser, open_folder, picture, print_table, print_text
 from qlora_kit import cli
-from qlora_kit.config import GIB, Config, TrainingConfig
+from qlora_kit.config import GIB, Config, TrainingSettings
 from qlora_kit.config_file import override
 from qlora_kit.planning.memory import CONTEXT_BYTES, estimate_memory
 from qlora_kit.planning.shape import KNOWN_CONFIGS, ModelShape, read_shape
@@ -97,7 +97,7 @@ def account_bytes(method: str, shape: ModelShape, length: int, recomputed: int) 
         everything = shape.parameters()
         sums["weights"] -= parts["adapters (fp32)"]
         sums["gradients"] = float(BFLOAT16_BYTES * everything)
-        sums["optimizer"] = TrainingConfig(optim="adamw_torch").optimizer_bytes * everything
+        sums["optimizer"] = TrainingSettings(optim="adamw_torch").optimizer_bytes * everything
     return sums
 
 

@@ -96,13 +96,13 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ModelConfig(Section):
+class ModelSettings(Section):
     name: Name = "Qwen/Qwen2.5-3B-Instruct"
     revision: Name | None = None
     trust_remote_code: bool = False
 
 
-class QuantizationConfig(Section):
+class QuantizationSettings(Section):
     load_in_4bit: bool = True
     quant_type: Literal["nf4", "fp4"] = "nf4"
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -118,7 +118,7 @@ class LoraSettings(Section):
     ]  # fmt: skip
 
 
-class DataConfig(Section):
+class DataSettings(Section):
     dataset: Annotated[list[str] | str, BeforeValidator(_dataset)] = "Salesforce/wikitext"
     subset: Name | None = "wikitext-2-raw-v1"
     format: Literal["auto", "text", "alpaca", "sharegpt", "messages", "completion", "instruction"] = "auto"
@@ -138,7 +138,7 @@ class DataConfig(Section):
         return self.dataset if isinstance(self.dataset, list) else [self.dataset]
 
 
-class TrainingConfig(Section):
+class TrainingSettings(Section):
     output_dir: Name = "./output_qlora_qwen_3b"
     num_epochs: Positive = 3.0
     max_steps: Count | None = None
@@ -173,7 +173,7 @@ class TrainingConfig(Section):
         return self.keep_best or self.early_stopping_patience is not None
 
 
-class PerformanceConfig(Section):
+class PerformanceSettings(Section):
     micro_batch: Annotated[int | str, BeforeValidator(_micro_batch)] = "auto"
     fused_lora: bool = True
     compile: Switch = "auto"
@@ -194,12 +194,12 @@ class GenerationSettings(Section):
 class Config(Section):
     """Every setting of a run."""
 
-    model: ModelConfig = ModelConfig()
-    quantization: QuantizationConfig = QuantizationConfig()
+    model: ModelSettings = ModelSettings()
+    quantization: QuantizationSettings = QuantizationSettings()
     lora: LoraSettings = LoraSettings()
-    data: DataConfig = DataConfig()
-    training: TrainingConfig = TrainingConfig()
-    performance: PerformanceConfig = PerformanceConfig()
+    data: DataSettings = DataSettings()
+    training: TrainingSettings = TrainingSettings()
+    performance: PerformanceSettings = PerformanceSettings()
     generation: GenerationSettings = GenerationSettings()
 
     @property

@@ -19,7 +19,7 @@ import yaml
 import train_qlora
 from qlora_kit import cli
 from qlora_kit.adapter.folder import read_adapter
-from qlora_kit.config import Config, ModelConfig
+from qlora_kit.config import Config, ModelSettings
 from qlora_kit.config_file import all_keys, load_config, override, parse_set
 from qlora_kit.errors import UserError
 from qlora_kit.model.hub import remote_code_warning
@@ -229,9 +229,9 @@ def test_a_models_own_code_is_run_only_when_the_key_says_so(tmp_path, marker, mo
 
 def test_remote_code_is_off_and_one_line_warns_of_it():
     assert Config().model.trust_remote_code is False
-    named = remote_code_warning(ModelConfig(name="someone/model", trust_remote_code=True))
+    named = remote_code_warning(ModelSettings(name="someone/model", trust_remote_code=True))
     assert named.startswith("warning: model.trust_remote_code: ") and "someone/model" in named and "model.revision" in named
-    assert "model.revision" not in remote_code_warning(ModelConfig(name="someone/model", revision="0123abc"))
+    assert "model.revision" not in remote_code_warning(ModelSettings(name="someone/model", revision="0123abc"))
     assert "\n" not in named
 
 

@@ -15,7 +15,7 @@ from peft.tuners.lora.layer import LoraLayer
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qlora_kit.config import GIB, ModelConfig
+from qlora_kit.config import GIB, ModelSettings
 from qlora_kit.errors import UserError
 from qlora_kit.model.hub import model_folder, read_json
 from qlora_kit.model.weight_files import read_base
@@ -23,7 +23,7 @@ from qlora_kit.model.weight_files import read_base
 ANSWER_BYTES = GIB // 2  # keys, values and logits: a text of 4,000 tokens takes 0.14 GiB of keys and values at Qwen2.5-3B
 
 
-def check_memory(model: ModelConfig, dtype: torch.dtype, device: str) -> None:
+def check_memory(model: ModelSettings, dtype: torch.dtype, device: str) -> None:
     """Compare what the folded model will take with what is free; nothing is loaded.
 
     Raises:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.config import Config, ModelConfig, QuantizationConfig
+from qlora_kit.config import Config, ModelSettings, QuantizationSettings
 from qlora_kit.config_file import load_config
 from qlora_kit.errors import UserError
 from qlora_kit.model.fingerprint import tensor_shapes, weights_fingerprint
@@ -31,9 +31,9 @@ class AdapterSource:
     """What an adapter's folder says about how to load and prompt it."""
 
     folder: Path
-    model: ModelConfig
-    tokenizer: ModelConfig  # where the tokenizer is: beside the adapter, else with the base model
-    quantization: QuantizationConfig
+    model: ModelSettings
+    tokenizer: ModelSettings  # where the tokenizer is: beside the adapter, else with the base model
+    quantization: QuantizationSettings
     config: (
         Config  # the run's resolved settings: `generation` holds the defaults of answers, `data` how a text is cut into blocks
     )
@@ -138,15 +138,15 @@ def _by_passport(folder: Path, run: Path, config: Config, key: str) -> AdapterSo
         base, trusted = passport["base_model"], passport["trust_remote_code"]
         name = base["name"] if not base["folder"] or Path(base["name"]).is_dir() else base["folder"]
         revision = base["revision"] if is_local(name) else passport.get("base_commit") or base["revision"]
-        model = ModelConfig(name=name, revision=revision, trust_remote_code=trusted)
+        model = ModelSettings(name=name, revision=revision, trust_remote_code=trusted)
         beside = _tokenizer_folder(folder, run)
         if passport["prompt_style"] not in PROMPTS_ARE:
             raise ValueError(f"prompt_style {passport['prompt_style']!r}")
         return AdapterSource(
             folder=folder,
             model=model,
-            tokenizer=ModelConfig(name=str(beside), trust_remote_code=trusted) if beside else model,
-            quantization=QuantizationConfig(**passport["quantization"]),
+            tokenizer=ModelSettings(name=str(beside), trust_remote_code=trusted) if beside else model,
+            quantization=QuantizationSettings(**passport["quantization"]),
             config=config,
             style=passport["prompt_style"],
             stop_ids=passport.get("stop_ids"),
@@ -165,7 +165,7 @@ def _by_assumption(folder: Path, run: Path, config: Config | None, key: str) -> 
     base = read_json(folder / ADAPTER_FILES[1], key).get("base_model_name_or_path")
     if not base:
         raise UserError(f"{key}: its adapter_config.json names no base model; add base_model_name_or_path")
-    model = config.model if config and config.model.name == base else ModelConfig(name=base)
+    model = config.model if config and config.model.name == base else ModelSettings(name=base)
     beside = _tokenizer_folder(folder, run)
     style = _style_of_run(folder, run, config.data.format) if config else "chat" if beside and _has_template(beside) else "text"
     packing = (config or Config()).quantization
@@ -174,7 +174,7 @@ def _by_assumption(folder: Path, run: Path, config: Config | None, key: str) -> 
     return AdapterSource(
         folder=folder,
         model=model,
-        tokenizer=ModelConfig(name=str(beside)) if beside else model,
+        tokenizer=ModelSettings(name=str(beside)) if beside else model,
         quantization=packing,
         config=config or Config(),
         style=style,
@@ -202,7 +202,7 @@ def _style_of_run(folder: Path, run: Path, stated: str) -> str:
 # What it was trained with, before anything large is loaded
 
 
-def fetch_base(source: AdapterSource, fetch: Callable[[ModelConfig], Path]) -> Path:
+def fetch_base(source: AdapterSource, fetch: Callable[[ModelSettings], Path]) -> Path:
     """What hub.fetch_tokenizer or hub.fetch_model makes ready of an adapter's base model.
 
     Raises:

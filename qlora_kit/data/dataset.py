@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-from qlora_kit.config import Config, DataConfig
+from qlora_kit.config import Config, DataSettings
 from qlora_kit.data.blocks import Blocks, RecordBlocks, text_blocks
 from qlora_kit.data.documents import Fragments, draw, hold_out, placed
 from qlora_kit.data.formats import Piece
@@ -61,7 +61,7 @@ def load_blocks(
     return train, source_blocks(other, data, tokenizer, "data.eval_split").take(data.max_eval_samples)
 
 
-def source_blocks(source: Source, data: DataConfig, tokenizer: "PreTrainedTokenizerBase", key: str) -> Blocks | RecordBlocks:
+def source_blocks(source: Source, data: DataSettings, tokenizer: "PreTrainedTokenizerBase", key: str) -> Blocks | RecordBlocks:
     """All of a source as blocks of `data.max_length` tokens; `key` is what messages call it."""
     if source.is_text:
         return text_blocks(tokenize(source, source.documents, tokenizer), data.max_length, key)
@@ -70,7 +70,7 @@ def source_blocks(source: Source, data: DataConfig, tokenizer: "PreTrainedTokeni
 
 
 def _text_parts(
-    source: Source, data: DataConfig, tokenizer: "PreTrainedTokenizerBase", share: tuple[float, int]
+    source: Source, data: DataSettings, tokenizer: "PreTrainedTokenizerBase", share: tuple[float, int]
 ) -> tuple[Blocks, Blocks]:
     @cache
     def parts() -> tuple[Fragments, Fragments]:  # reads the source, so only when the tokens are not in the cache
@@ -82,7 +82,7 @@ def _text_parts(
 
 
 def _record_parts(
-    source: Source, data: DataConfig, tokenizer: "PreTrainedTokenizerBase", share: tuple[float, int]
+    source: Source, data: DataSettings, tokenizer: "PreTrainedTokenizerBase", share: tuple[float, int]
 ) -> tuple[RecordBlocks, RecordBlocks]:
     stored = tokenize_records(source, data, tokenizer)
     if len(stored) < 2:
@@ -112,7 +112,7 @@ def tokenize(
     return _cached(_key(source, tokenizer, separator, *part), write)
 
 
-def tokenize_records(source: Source, data: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
+def tokenize_records(source: Source, data: DataSettings, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
     """Records as tokens, trained or not; from the cache where they are there already.
 
     Raises:
@@ -141,7 +141,7 @@ class Rendered(NamedTuple):
     end: int  # the token that ends its answers
 
 
-def _batches(source: Source, data: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[Rendered]]:
+def _batches(source: Source, data: DataSettings, tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[Rendered]]:
     batch: list[Rendered] = []
     characters = 0
     for place, kind, record in source.records():

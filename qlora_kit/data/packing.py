@@ -7,7 +7,7 @@ a block says nothing about them, so the model is told where each begins (`starts
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from qlora_kit.config import DataConfig
+from qlora_kit.config import DataSettings
 from qlora_kit.data.blocks import Counts, RecordBlocks
 from qlora_kit.data.token_cache import Tokens
 from qlora_kit.data.tokenizing import Encoded, shorten
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-def build_record_blocks(stored: Tokens, numbers: Sequence[int], data: DataConfig, pad_id: int, key: str) -> RecordBlocks:
+def build_record_blocks(stored: Tokens, numbers: Sequence[int], data: DataSettings, pad_id: int, key: str) -> RecordBlocks:
     """The records of these numbers, cut or dropped where they are too long, in blocks.
 
     Raises:

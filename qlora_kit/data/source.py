@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.config import DataConfig
+from qlora_kit.config import DataSettings
 from qlora_kit.data.documents import Part, check_format, join_rule, placed, read_documents, recognise_format
 from qlora_kit.data.files import Row, read_records
 from qlora_kit.data.tokenizing import Fragment
@@ -68,7 +68,7 @@ class Source:
 # Before anything is loaded
 
 
-def check_source(data: DataConfig) -> None:
+def check_source(data: DataSettings) -> None:
     """Find out before the model is loaded whether a local source can be read; Hub sources are checked when loaded.
 
     Raises:
@@ -125,7 +125,7 @@ def _check_file(path: Path, key: str) -> None:
         raise UserError(f"{key}: {path}: not text (it holds NUL bytes); save it as UTF-8 text")
 
 
-def estimate_tokens(data: DataConfig) -> float | None:
+def estimate_tokens(data: DataSettings) -> float | None:
     """Training tokens of one epoch, roughly and before anything is read; None for a Hub data set of unknown size."""
     tokens: float
     if all(is_local(name) for name in data.names):
@@ -141,7 +141,7 @@ def estimate_tokens(data: DataConfig) -> float | None:
 # Opening
 
 
-def open_source(data: DataConfig, names: list[str], split: str, key: str) -> Source:
+def open_source(data: DataSettings, names: list[str], split: str, key: str) -> Source:
     """Names -> what can be read from them; of each table the first record is read, for its format.
 
     Raises:
@@ -174,7 +174,7 @@ def _file(path: Path, key: str) -> Part:
     return Part(where, fingerprint, path, lambda: iter(()))
 
 
-def _format(part: Part, data: DataConfig) -> str:
+def _format(part: Part, data: DataSettings) -> str:
     """
     Raises:
         UserError: the table is empty, or its first record is of no known format; or a text file is to be read as records.
@@ -197,7 +197,7 @@ def _format(part: Part, data: DataConfig) -> str:
 # The Hub
 
 
-def _hub_table(data: DataConfig, name: str, split: str, flag: str) -> Part:
+def _hub_table(data: DataSettings, name: str, split: str, flag: str) -> Part:
     from datasets import DatasetDict, load_dataset
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
 

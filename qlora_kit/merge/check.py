@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_kit.adapter.folder import AdapterSource
-from qlora_kit.config import Config, DataConfig
+from qlora_kit.config import Config, DataSettings
 from qlora_kit.data.blocks import Blocks, RecordBlocks
 from qlora_kit.data.dataset import load_blocks
 from qlora_kit.data.source import check_source, is_file_name
@@ -119,7 +119,7 @@ def check_blocks(
     return blocks, f"{len(blocks)} block{'s' if len(blocks) > 1 else ''} of {length} tokens, {what}"
 
 
-def _is_here(data: DataConfig) -> bool:
+def _is_here(data: DataSettings) -> bool:
     """Whether a run's evaluation data are local and still there."""
     if data.eval_split is None:
         return False

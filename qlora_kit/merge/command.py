@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit import cli
 from qlora_kit.adapter.folder import AdapterSource, fetch_base, read_adapter
 from qlora_kit.adapter.lora_pairs import read_pairs
-from qlora_kit.config import GIB, ModelConfig
+from qlora_kit.config import GIB, ModelSettings
 from qlora_kit.errors import Failed, Stopped, UserError
 from qlora_kit.merge.folder import check_disk, check_output, copy_small_files, record_check, staged, write_mark
 from qlora_kit.model.hub import TOKENIZER_FILES, fetch_model, go_offline_if_unreachable, is_local, read_context
@@ -120,7 +120,7 @@ def _load_tokenizer(source: AdapterSource, base: Path) -> "PreTrainedTokenizerBa
     """The adapter's, with the chat template it was trained with; the base model's where it brings none."""
     brings_one = any((source.folder / name).is_file() for name in TOKENIZER_FILES)
     folder = source.folder if brings_one else base
-    return load_tokenizer(ModelConfig(name=str(folder), trust_remote_code=source.model.trust_remote_code))
+    return load_tokenizer(ModelSettings(name=str(folder), trust_remote_code=source.model.trust_remote_code))
 
 
 def how_loaded(source: AdapterSource, device: str) -> "Packing":

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.adapter.fold import rounded, unpack
 from qlora_kit.adapter.lora_pairs import LoraPair
-from qlora_kit.config import ModelConfig, QuantizationConfig
+from qlora_kit.config import ModelSettings, QuantizationSettings
 from qlora_kit.errors import UserError
 from qlora_kit.model.load import build_skeleton, pack_skeleton
 from qlora_kit.model.weight_files import Stored, read_base
@@ -28,7 +28,7 @@ MERGEABLE = ("F32", "F16", "BF16")
 class Packing:
     """How loading packed the base's matrices for training."""
 
-    settings: QuantizationConfig
+    settings: QuantizationSettings
     dtype: torch.dtype  # that weights were loaded in before they were packed
     device: str
 
@@ -90,7 +90,7 @@ def as_trained(weight: torch.Tensor, packing: Packing, transposed: bool) -> torc
 # What is to be merged
 
 
-def plan_merge(folder: Path, model: ModelConfig, pairs: dict[str, LoraPair], packing: Packing | None, adapter: str) -> Merge:
+def plan_merge(folder: Path, model: ModelSettings, pairs: dict[str, LoraPair], packing: Packing | None, adapter: str) -> Merge:
     """What becomes of each tensor of the base model in `folder`; reads no weights.
 
     Args:

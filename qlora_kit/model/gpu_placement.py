@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from qlora_kit.config import GIB, ModelConfig, QuantizationConfig
+from qlora_kit.config import GIB, ModelSettings, QuantizationSettings
 from qlora_kit.errors import UserError
 from qlora_kit.model.hub import read_json
 from qlora_kit.planning.shape import BYTES_4BIT, BYTES_4BIT_DOUBLE, ModelShape, read_shape
@@ -23,7 +23,7 @@ DeviceMap = dict[str, int | str]  # module -> GPU's number, or cpu; "" is all of
 
 
 def choose_device_map(
-    folder: Path, model: ModelConfig, quantization: QuantizationConfig, dtype: torch.dtype, device: str, wanted: str = "auto"
+    folder: Path, model: ModelSettings, quantization: QuantizationSettings, dtype: torch.dtype, device: str, wanted: str = "auto"
 ) -> tuple[DeviceMap, str | None]:
     """The `device_map` to load a model with, and one line where it is not what it would be on an empty machine.
 
@@ -58,7 +58,7 @@ def choose_device_map(
     )
 
 
-def needed_bytes(shape: ModelShape, quantization: QuantizationConfig, element: int) -> tuple[float, float]:
+def needed_bytes(shape: ModelShape, quantization: QuantizationSettings, element: int) -> tuple[float, float]:
     """Bytes of all weights, and of what a GPU needs beside its part: keys and values, a projection unpacked, and the rest.
 
     Args:
@@ -71,7 +71,7 @@ def needed_bytes(shape: ModelShape, quantization: QuantizationConfig, element: i
     return packed * shape.projection_parameters() + element * plain, element * (cached + unpacked) + WORK_BYTES
 
 
-def _packed_bytes(quantization: QuantizationConfig) -> float:
+def _packed_bytes(quantization: QuantizationSettings) -> float:
     return BYTES_4BIT_DOUBLE if quantization.use_double_quant else BYTES_4BIT
 
 
@@ -97,7 +97,7 @@ def _free_memory(gpus: int) -> list[float]:
     return [float(torch.cuda.mem_get_info(number)[0]) for number in range(gpus)]
 
 
-def build_empty(folder: Path, model: ModelConfig, dtype: torch.dtype, packed: bool) -> Any:
+def build_empty(folder: Path, model: ModelSettings, dtype: torch.dtype, packed: bool) -> Any:
     """The model without weights, its projections `packed` as loading packs them."""
     from qlora_kit.model.load import build_skeleton, pack_skeleton
 

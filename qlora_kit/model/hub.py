@@ -11,7 +11,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.config import ModelConfig
+from qlora_kit.config import ModelSettings
 from qlora_kit.errors import UserError
 from qlora_kit.planning.shape import KNOWN_CONFIGS
 
@@ -40,7 +40,7 @@ def is_local(name: str) -> bool:
     return Path(name).exists() or written_out or name.lower().endswith(FILE_SUFFIXES)
 
 
-def read_model_config(model: ModelConfig) -> dict[str, Any]:
+def read_model_config(model: ModelSettings) -> dict[str, Any]:
     """The base model's config.json, without its weights; the default model's is known without a download.
 
     Raises:
@@ -53,7 +53,7 @@ def read_model_config(model: ModelConfig) -> dict[str, Any]:
     return read_json(_download(model, ["config.json"]) / "config.json", "model.name")
 
 
-def fetch_tokenizer(model: ModelConfig) -> Path:
+def fetch_tokenizer(model: ModelSettings) -> Path:
     """Make the base model's config and tokenizer ready on this machine: a few MB, enough to prepare data; returns their folder.
 
     Raises:
@@ -62,7 +62,7 @@ def fetch_tokenizer(model: ModelConfig) -> Path:
     return _fetch(model, SMALL_FILES)
 
 
-def fetch_model(model: ModelConfig) -> Path:
+def fetch_model(model: ModelSettings) -> Path:
     """Make all of the base model's files ready on this machine; returns their folder.
 
     Raises:
@@ -76,7 +76,7 @@ def fetch_model(model: ModelConfig) -> Path:
     return folder
 
 
-def model_folder(model: ModelConfig) -> Path | None:
+def model_folder(model: ModelSettings) -> Path | None:
     """Where the base model's files are on this machine: a local folder, or a snapshot of the Hub's cache, named by its commit."""
     if is_local(model.name):
         return Path(model.name).expanduser()
@@ -94,7 +94,7 @@ def read_context(folder: Path) -> int | None:
     return settings.get("max_position_embeddings") or settings.get("n_positions")  # the second is GPT-2's
 
 
-def _fetch(model: ModelConfig, patterns: list[str]) -> Path:
+def _fetch(model: ModelSettings, patterns: list[str]) -> Path:
     folder = _local_folder(model) if is_local(model.name) else _download(model, patterns)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         lacking = "the folder has no tokenizer (tokenizer.json); copy the base model's tokenizer files into it"
@@ -102,7 +102,7 @@ def _fetch(model: ModelConfig, patterns: list[str]) -> Path:
     return folder
 
 
-def _local_folder(model: ModelConfig) -> Path:
+def _local_folder(model: ModelSettings) -> Path:
     folder, key = Path(model.name).expanduser(), f"model.name: {model.name}"
     if not folder.is_dir():
         raise UserError(f"{key}: no such folder; name a folder with config.json, or a Hub model such as Qwen/Qwen2.5-3B-Instruct")
@@ -118,7 +118,7 @@ def read_json(path: Path, key: str) -> dict[str, Any]:
         raise UserError(f"{key}: {path}: not readable as JSON ({error}); copy it again from its source") from None
 
 
-def _download(model: ModelConfig, patterns: list[str]) -> Path:
+def _download(model: ModelSettings, patterns: list[str]) -> Path:
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
@@ -142,7 +142,7 @@ def _download(model: ModelConfig, patterns: list[str]) -> Path:
         ) from None
 
 
-def remote_code_warning(model: ModelConfig) -> str:
+def remote_code_warning(model: ModelSettings) -> str:
     """The line for model.trust_remote_code."""
     pin = "" if model.revision or is_local(model.name) else "; name the commit that you have read in model.revision"
     return f"warning: model.trust_remote_code: Python code that comes with {model.name} runs here with all your rights{pin}"

@@ -6,12 +6,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
-from qlora_kit.config import ModelConfig
+from qlora_kit.config import ModelSettings
 from qlora_kit.errors import UserError
 from qlora_kit.model.hub import is_local
 
 
-def build_skeleton(folder: Path, model: ModelConfig) -> PreTrainedModel:
+def build_skeleton(folder: Path, model: ModelSettings) -> PreTrainedModel:
     """The model without weights: its modules by name."""
     name = str(folder) if is_local(model.name) else model.name
     origin = {"revision": model.revision or "main", "trust_remote_code": model.trust_remote_code}

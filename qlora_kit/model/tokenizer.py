@@ -4,14 +4,14 @@ import hashlib
 import re
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.config import ModelConfig
+from qlora_kit.config import ModelSettings
 from qlora_kit.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def load_tokenizer(model: ModelConfig) -> "PreTrainedTokenizerBase":
+def load_tokenizer(model: ModelSettings) -> "PreTrainedTokenizerBase":
     """The base model's tokenizer, without its weights.
 
     Raises:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import inference_example
 from qlora_kit.adapter.fold import ANSWER_BYTES, check_memory, fold
-from qlora_kit.config import GIB, ModelConfig
+from qlora_kit.config import GIB, ModelSettings
 from qlora_kit.errors import UserError
 from qlora_kit.inference.graph_engine import GraphEngine
 
@@ -133,10 +133,10 @@ def test_too_little_memory_is_told_before_anything_is_loaded(tiny_dir, monkeypat
     """3,543,360 parameters, the largest projection 192 x 512 in fp32 beside them, and room for answers."""
     needed = 3_543_360 * width + 192 * 512 * 4 + ANSWER_BYTES
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=needed))
-    check_memory(ModelConfig(name=str(tiny_dir)), dtype, "cpu")
+    check_memory(ModelSettings(name=str(tiny_dir)), dtype, "cpu")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=needed - 1))
     with pytest.raises(UserError, match=f"--merged: .* takes {needed / GIB:.2f} GiB in .*; leave --merged out") as error:
-        check_memory(ModelConfig(name=str(tiny_dir)), dtype, "cpu")
+        check_memory(ModelSettings(name=str(tiny_dir)), dtype, "cpu")
     assert "\n" not in error.value.lines[0]
 
 

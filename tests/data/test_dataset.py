@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from qlora_kit.config import DataConfig
+from qlora_kit.config import DataSettings
 from qlora_kit.config_file import load_config
 from qlora_kit.data.blocks import Blocks, cut_into_blocks
 from qlora_kit.data.dataset import load_blocks, tokenize
@@ -36,7 +36,7 @@ def tokenized(tmp_path, tokenizer):
     def tokenized(documents: list[str], tokenizer=tokenizer) -> np.ndarray:
         path = tmp_path / "documents.jsonl"
         path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
-        source = open_source(DataConfig(dataset=str(path), subset=None), [str(path)], "train", "data.dataset")
+        source = open_source(DataSettings(dataset=str(path), subset=None), [str(path)], "train", "data.dataset")
         return tokenize(source, source.documents, tokenizer).ids
 
     return tokenized

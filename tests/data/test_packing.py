@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_kit.config import DataConfig
+from qlora_kit.config import DataSettings
 from qlora_kit.data.packing import build_record_blocks, count_labels, pack
 from qlora_kit.data.token_cache import Tokens
 from qlora_kit.errors import UserError
@@ -30,7 +30,7 @@ def stored(*records: str) -> Tokens:
 def blocks_of(*records: str, numbers=None, **data):
     tokens = stored(*records)
     numbers = range(len(tokens)) if numbers is None else numbers
-    return build_record_blocks(tokens, numbers, DataConfig(**{"max_length": 8, **data}), PAD, "data.dataset")
+    return build_record_blocks(tokens, numbers, DataSettings(**{"max_length": 8, **data}), PAD, "data.dataset")
 
 
 # Which records share a block

@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from qlora_kit.config import DataConfig
+from qlora_kit.config import DataSettings
 from qlora_kit.data.documents import join_lines
 from qlora_kit.data.source import check_source, estimate_tokens, open_source, source_files
 from qlora_kit.errors import UserError
@@ -30,8 +30,8 @@ def write(tmp_path):
     return write
 
 
-def data_config(path, **changes) -> DataConfig:
-    return DataConfig(**{"dataset": str(path), "subset": None, "eval_split": None, **changes})
+def data_config(path, **changes) -> DataSettings:
+    return DataSettings(**{"dataset": str(path), "subset": None, "eval_split": None, **changes})
 
 
 def documents_of(path, **changes) -> list[str]:
@@ -361,7 +361,7 @@ def test_a_text_file_is_not_read_as_records(write):
 
 def test_several_sources_are_read_in_their_order(write):
     paths = [str(write("b.txt", "one")), str(write("a.jsonl", as_jsonl({"text": "two"})))]
-    data = DataConfig(dataset=paths, subset=None, eval_split=None)
+    data = DataSettings(dataset=paths, subset=None, eval_split=None)
     check_source(data)
     source = open_source(data, data.names, "train", "data.dataset")
     assert (joined(source.documents()), source.join_rule()) == (["one", "two"], "one document a file, one document a row")
@@ -393,7 +393,7 @@ def test_the_evaluation_file_is_checked_as_the_training_file_is(write):
 
 
 def test_a_hub_source_is_not_asked_for_before_it_is_loaded():
-    check_source(DataConfig())
+    check_source(DataSettings())
 
 
 def test_a_hub_source_that_is_not_here_is_one_problem_without_a_network():
@@ -442,8 +442,8 @@ def test_the_estimate_counts_no_more_than_the_samples_asked_for(write):
 
 
 def test_wikitext_2_is_known_and_other_hub_sources_are_not():
-    assert estimate_tokens(DataConfig()) == pytest.approx(2_391_884, rel=0.1)  # with the tokenizer of GPT-2, much the same size
-    assert estimate_tokens(DataConfig(dataset="nobody/nothing", subset=None)) is None
+    assert estimate_tokens(DataSettings()) == pytest.approx(2_391_884, rel=0.1)  # with the tokenizer of GPT-2, much the same size
+    assert estimate_tokens(DataSettings(dataset="nobody/nothing", subset=None)) is None
 
 
 def test_hub_data_set_is_read_from_the_cache_without_a_network(tmp_path, root):
@@ -460,8 +460,8 @@ def test_hub_data_set_is_read_from_the_cache_without_a_network(tmp_path, root):
     files = "".join(f"  - split: {split}\n    path: wikitext-2-raw-v1/{split}-*\n" for split in splits)
     (data.parent / "README.md").write_text(f"---\nconfigs:\n- config_name: wikitext-2-raw-v1\n  data_files:\n{files}---\n")
     code = (
-        "from qlora_kit.config import DataConfig; from qlora_kit.data.source import open_source; "
-        "source = open_source(DataConfig(), ['Salesforce/wikitext'], 'validation', 'data.eval_split'); "
+        "from qlora_kit.config import DataSettings; from qlora_kit.data.source import open_source; "
+        "source = open_source(DataSettings(), ['Salesforce/wikitext'], 'validation', 'data.eval_split'); "
         "print(([text for text, _ in source.documents()], source.join_rule()))"
     )
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
@@ -474,4 +474,4 @@ def test_hub_data_set_is_read_from_the_cache_without_a_network(tmp_path, root):
 @pytest.mark.parametrize("name", ["typo.txt", "my_data.jsonl", "notes.md"])
 def test_missing_file_without_a_folder_is_not_taken_for_a_hub_name(name):
     with pytest.raises(UserError, match=f"data.dataset: {name}: no such file"):
-        check_source(DataConfig(dataset=name, eval_split=0.1))
+        check_source(DataSettings(dataset=name, eval_split=0.1))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_kit.config import GIB, Config, ModelConfig, PerformanceConfig
+from qlora_kit.config import GIB, Config, ModelSettings, PerformanceSettings
 from qlora_kit.errors import UserError
 from qlora_kit.planning.fit import cheapest_change
 from qlora_kit.planning.memory import estimate_memory
@@ -108,7 +108,7 @@ QWEN_32B = KNOWN_CONFIGS["Qwen/Qwen2.5-32B-Instruct"]
 
 
 def settings(**performance):
-    return Config(performance=PerformanceConfig(**performance))
+    return Config(performance=PerformanceSettings(**performance))
 
 
 def test_the_frozen_part_is_predicted_divided_and_nothing_else():
@@ -144,7 +144,7 @@ def test_dividing_is_offered_where_several_processes_cannot_hold_the_whole():
 )
 def test_what_cannot_be_divided_is_refused_before_anything_is_read(tmp_path, model, performance, reason):
     (tmp_path / "config.json").write_text(json.dumps(model))
-    config = Config(model=ModelConfig(name=str(tmp_path)), performance=PerformanceConfig(fsdp=True, **performance))
+    config = Config(model=ModelSettings(name=str(tmp_path)), performance=PerformanceSettings(fsdp=True, **performance))
     with pytest.raises(UserError, match=re.escape(f"performance.fsdp: cannot work here ({reason}); use false")):
         read_fast_shape(config)
 

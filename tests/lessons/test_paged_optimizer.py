@@ -16,7 +16,7 @@ from finetuning_lessons.paged_optimizer import (
     trainable,
 )
 from finetuning_lessons.short_run import load_split
-from qlora_kit.config import TrainingConfig
+from qlora_kit.config import TrainingSettings
 from qlora_kit.planning.shape import KNOWN_CONFIGS, read_shape
 
 QWEN = read_shape(KNOWN_CONFIGS["Qwen/Qwen2.5-3B-Instruct"])
@@ -70,7 +70,7 @@ def test_qwen_rows_by_hand():
     rank_16 = qwen_rows(QWEN)[1]
     assert rank_16[:4] == ["LoRA, rank 16", "29,933,568", "114", "228"]
     bits_8 = float(rank_16[4])
-    assert bits_8 * 2**20 == pytest.approx(TrainingConfig(optim="adamw_8bit").optimizer_bytes * 29_933_568, rel=0.02)
+    assert bits_8 * 2**20 == pytest.approx(TrainingSettings(optim="adamw_8bit").optimizer_bytes * 29_933_568, rel=0.02)
 
 
 def test_8_bits_train_like_32():

@@ -220,11 +220,11 @@ from pathlib import Path
 from qlora_kit.merge.write import write_weights
 from qlora_kit.adapter.lora_pairs import read_pairs
 from qlora_kit.merge.weights import Packing, plan_merge
-from qlora_kit.config import ModelConfig, QuantizationConfig
+from qlora_kit.config import ModelSettings, QuantizationSettings
 import torch
 base, folder, output = map(Path, sys.argv[1:4])
-pairs, model = read_pairs(folder, ""), ModelConfig(name=str(base))
-for packing in (None, Packing(QuantizationConfig(), torch.float32, "cpu")):
+pairs, model = read_pairs(folder, ""), ModelSettings(name=str(base))
+for packing in (None, Packing(QuantizationSettings(), torch.float32, "cpu")):
     merge = plan_merge(base, model, pairs, packing, "")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     write_weights(command.tensors, command.tensor, output, 4 * 10**9)

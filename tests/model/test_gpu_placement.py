@@ -8,7 +8,7 @@ import torch
 
 import inference_example
 from qlora_kit.adapter.folder import read_adapter
-from qlora_kit.config import GIB, GenerationSettings, ModelConfig, QuantizationConfig
+from qlora_kit.config import GIB, GenerationSettings, ModelSettings, QuantizationSettings
 from qlora_kit.errors import UserError
 from qlora_kit.inference.library_engine import LibraryEngine
 from qlora_kit.merge import command
@@ -48,14 +48,14 @@ def folder(tmp_path):
 
 
 def empty(folder, packed: bool):
-    return build_empty(folder, ModelConfig(name=str(folder)), torch.bfloat16, packed)
+    return build_empty(folder, ModelSettings(name=str(folder)), torch.bfloat16, packed)
 
 
 @pytest.mark.parametrize("load_in_4bit, gib", [(True, 1.333 + 0.580), (False, 5.168 + 0.580)])
 def test_what_qwen_3b_takes(load_in_4bit, gib):
     """2,774,532,096 weights in 4.127 bits or 16, and 311,406,592 others in 16; 3,085,938,688 in all."""
     shape = read_shape(KNOWN_CONFIGS["Qwen/Qwen2.5-3B-Instruct"])
-    weights, room = needed_bytes(shape, QuantizationConfig(load_in_4bit=load_in_4bit), 2)
+    weights, room = needed_bytes(shape, QuantizationSettings(load_in_4bit=load_in_4bit), 2)
     assert weights / GIB == pytest.approx(gib, abs=1e-3)
     # 4,096 tokens x 36 layers x keys and values x 2 heads of 128; the MLP's 2,048 x 11,008; half a GiB
     assert f"{WORK_BYTES / GIB} GiB" in README and f"{TEXT_TOKENS:,} tokens." in README
@@ -122,12 +122,12 @@ def gpus(monkeypatch):
 
 
 def choose(folder, wanted="auto", device="cuda", packed=False):
-    model, quantization = ModelConfig(name=str(folder)), QuantizationConfig(load_in_4bit=packed)
+    model, quantization = ModelSettings(name=str(folder)), QuantizationSettings(load_in_4bit=packed)
     return choose_device_map(folder, model, quantization, torch.bfloat16, device, wanted)
 
 
 def room_of(folder) -> float:
-    return needed_bytes(read_shape(json.loads((folder / "config.json").read_text())), QuantizationConfig(), 2)[1]
+    return needed_bytes(read_shape(json.loads((folder / "config.json").read_text())), QuantizationSettings(), 2)[1]
 
 
 def test_several_gpus_are_taken_where_the_first_has_no_room(folder, gpus):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_kit.config import Config, TrainingConfig
+from qlora_kit.config import Config, TrainingSettings
 from qlora_kit.errors import Failed
 from qlora_kit.training.step_guard import StepGuard, numbered
 
@@ -20,7 +20,7 @@ class Lines(list):
 @pytest.fixture
 def make_guard():
     def make(allowed=0, dtype="bfloat16", silent=("layers.0.q_proj",)):
-        config = Config(training=TrainingConfig(max_skipped_steps=allowed))
+        config = Config(training=TrainingSettings(max_skipped_steps=allowed))
         report = SimpleNamespace(config=config, machine=SimpleNamespace(dtype_name=dtype), log=Lines())
         return StepGuard(report, lambda: "block 7", lambda: "checkpoint-1 stands", lambda: list(silent))
 
