@@ -1,4 +1,4 @@
-"""README's commands parse with the real parsers, its paths exist, and its figures follow from the code."""
+"""Check README and docs/: commands parse with the real parsers, paths exist, and figures follow from the code."""
 
 import json
 import re
@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import inference_example
+import qlora_kit.doctor.command
+import qlora_kit.merge.command
 import train_qlora
 from finetuning_lessons.lesson import create_parser
 from qlora_kit.config import GIB, Config
@@ -22,14 +24,16 @@ from qlora_kit.planning.shape import KNOWN_CONFIGS, read_shape
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-MODULES = ("*.py", "qlora_kit/**/*.py", "finetuning_lessons/*.py")
+HOW_IT_WORKS = (ROOT / "docs" / "how_it_works.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 QWEN = read_shape(KNOWN_CONFIGS["Qwen/Qwen2.5-3B-Instruct"])
 
 
 def commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    inline = re.findall(r"`((?:python|make|pytest) [^`]+)`", README)
-    return [line for block in blocks for line in block.splitlines() if line.strip()] + inline
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    inline = re.findall(r"`((?:python|make|pytest) [^`]+)`", text)
+    return sorted({line for block in blocks for line in block.splitlines() if line.strip()} | set(inline))
 
 
 def test_there_are_commands_to_check():
@@ -52,9 +56,9 @@ def test_command_is_one_that_works(command, monkeypatch):
             inference_example.sampling_settings(arguments, load_config(ROOT / "config.yaml"))
             inference_example.check_flags(arguments)
         case ["python", "-m", "qlora_kit.merge", *flags]:
-            command.parse_size(command.parse_arguments(flags).max_shard_size)
+            qlora_kit.merge.command.parse_arguments(flags)
         case ["python", "-m", "qlora_kit.doctor", *flags]:
-            command.parse_arguments(flags)
+            qlora_kit.doctor.command.parse_arguments(flags)
         case ["python", "-m", module, *flags] if module.startswith("finetuning_lessons."):
             assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file()
             create_parser(None, module.removeprefix("finetuning_lessons.")).parse_args(flags)
@@ -74,25 +78,20 @@ def test_adapter_folders_are_ones_that_readme_trains():
     assert used and used <= trained
 
 
-def test_linked_and_listed_paths_exist():
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("http")]
-    listed = re.findall(r"^\| `([^`]+)` \|", README[README.index("## Layout") : README.index("## Tests")], re.MULTILINE)
-    assert links and listed
-    assert [path for path in links + listed if not (ROOT / path).exists()] == []
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_linked_paths_exist(page):
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")) if not link.startswith("http")]
+    assert [link for link in links if not (page.parent / link).exists()] == []
 
 
-def test_every_module_is_in_the_layout():
-    layout = README[README.index("## Layout") : README.index("## Tests")]
-    fast = layout[layout.index("In `qlora_kit/fast/`") :]
-    modules = [path for pattern in MODULES for path in ROOT.glob(pattern)]
-    missing = [path for path in modules if f"`{path.name}`" not in (fast if path.parent.name == "fast" else layout)]
-    assert [path for path in missing if path.name != "__init__.py"] == []
-
-
-def test_the_layout_lists_no_module_that_is_gone():
-    layout = README[README.index("## Layout") : README.index("## Tests")]
-    there = {path.name for pattern in MODULES for path in ROOT.glob(pattern)}
-    assert set(re.findall(r"`(\w+\.py)`", layout)) <= there
+def test_the_layout_names_every_folder_and_script_and_nothing_that_is_gone():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    folders = {f"{Path(name).parts[0]}/" for name in listed if "/" in name and not name.startswith(".")}
+    rooms = {f"qlora_kit/{path.parent.name}/" for path in ROOT.glob("qlora_kit/*/__init__.py")}
+    scripts = {path.name for path in ROOT.glob("*.py")}
+    named = set(re.findall(r"`([\w./]+)`", README[README.index("## Layout") : README.index("## Tests")]))
+    assert folders | rooms | scripts <= named
+    assert [path for path in named if not (ROOT / path).exists()] == ["run.json"]
 
 
 @pytest.mark.parametrize(
@@ -158,6 +157,6 @@ def test_what_each_remedy_saves_follows_from_the_formula():
 def test_other_figures_of_memory_follow_from_the_formula():
     lean = load_config(ROOT / "configs" / "lean.yaml")
     assert f"{make_plan(lean, QWEN, 8 * GIB).peak / GIB:.2f} GiB predicted" in README
-    assert f"would turn them to fp32, {2 * QWEN.embedding_parameters() / GIB:.2f} GiB more" in README.replace("\n", " ")
+    assert f"would turn them to fp32, {2 * QWEN.embedding_parameters() / GIB:.2f} GiB more" in HOW_IT_WORKS.replace("\n", " ")
     bits = 8 * estimate_memory(QWEN, Config(), 1, 36)["projection weights"] / QWEN.projection_parameters()
-    assert f"{bits:.3f} bits a weight" in README
+    assert f"{bits:.3f} bits a weight" in HOW_IT_WORKS
