@@ -42,6 +42,15 @@ def tiny_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
+def qwen_tokenizer_dir() -> Path:
+    """Return the folder of Qwen2.5's own tokenizer, which QLORA_QWEN_TOKENIZER names; skip the test if it names none."""
+    folder = os.environ.get("QLORA_QWEN_TOKENIZER")
+    if not folder:
+        pytest.skip("QLORA_QWEN_TOKENIZER does not name the folder of Qwen2.5's tokenizer")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
 def other_models(tmp_path_factory) -> dict[str, Path]:
     """Folders of small random models that are not Qwen2: a Llama with a head of its own, and a GPT-2 with Conv1D layers."""
     import torch

@@ -14,7 +14,6 @@ from qlora_kit.data.formats import READERS, chat_pieces, instruction_pieces, rec
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = ROOT / "samples"
-REAL = ROOT.parent / "shared" / "data" / "qwen2.5-tokenizer"
 FORMATS = {
     "alpaca.jsonl": "alpaca", "sharegpt.json": "sharegpt", "messages.jsonl": "messages", "completion.jsonl": "completion",
     "instruction.jsonl": "instruction", "notes.csv": "text",
@@ -25,9 +24,7 @@ DEFAULT_SYSTEM = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. Yo
 
 @pytest.fixture(scope="module", params=["tiny", "Qwen2.5"])
 def tokenizer(request, tiny_dir):
-    if request.param == "Qwen2.5" and not REAL.is_dir():
-        pytest.skip(f"no {REAL.name} in {REAL.parent}")
-    return AutoTokenizer.from_pretrained(tiny_dir if request.param == "tiny" else REAL)
+    return AutoTokenizer.from_pretrained(tiny_dir if request.param == "tiny" else request.getfixturevalue("qwen_tokenizer_dir"))
 
 
 def records(name: str) -> list[dict]:
@@ -158,11 +155,9 @@ def test_a_record_written_out(name, tokenizer):
     assert [label != -100 for label in labels] == places and len(ids) == len(places)
 
 
-def test_labels_of_the_real_tokenizer_are_the_published_ids():
+def test_labels_of_the_real_tokenizer_are_the_published_ids(qwen_tokenizer_dir):
     """`Hi` is 13048, `Hello` 9707, `!` 0; 151644 and 151645 begin and end a turn, 198 is a line's end."""
-    if not REAL.is_dir():
-        pytest.skip(f"no {REAL.name} in {REAL.parent}")
-    qwen = AutoTokenizer.from_pretrained(REAL)
+    qwen = AutoTokenizer.from_pretrained(qwen_tokenizer_dir)
     turns = [{"role": "system", "content": "!"}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
     ids, labels = labelled(chat_pieces(turns, qwen), qwen)
     assert ids == [

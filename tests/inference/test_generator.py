@@ -1,7 +1,6 @@
 """Prompts against what training saw of the same conversations, and answers that are cut within a character."""
 
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
@@ -11,7 +10,6 @@ from qlora_kit.data.formats import chat_pieces, instruction_pieces
 from qlora_kit.data.tokenizing import encode
 from qlora_kit.inference.generator import Generator
 
-REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "qwen2.5-tokenizer"
 THREE_ROUNDS = [
     {"role": "user", "content": "What ends a turn?"},
     {"role": "assistant", "content": "\n\nThe token <|im_end|>, which is one."},
@@ -25,9 +23,8 @@ SYSTEM = {"role": "system", "content": "Be <|im_start|>brief."}
 
 @pytest.fixture(scope="module", params=["tiny", "tiny without a template", "Qwen2.5"])
 def tokenizer(request, tiny_dir):
-    if request.param == "Qwen2.5" and not REAL.is_dir():
-        pytest.skip(f"no {REAL.name} in {REAL.parent}")
-    tokenizer = AutoTokenizer.from_pretrained(REAL if request.param == "Qwen2.5" else tiny_dir)
+    folder = request.getfixturevalue("qwen_tokenizer_dir") if request.param == "Qwen2.5" else tiny_dir
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     if "without" in request.param:
         tokenizer.chat_template = None
     return tokenizer
