@@ -43,7 +43,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--adapter",
-        type=cli.name,
+        type=cli.nonempty,
         default="./output_qlora_qwen_3b",
         metavar="DIR",
         help="folder that train_qlora.py wrote, a checkpoint of it, or any PEFT adapter (default: %(default)s)",
@@ -60,7 +60,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--merged", action="store_true", help="fold the adapter into 16-bit weights first, where there is room: faster"
     )
     parser.add_argument(
-        "--perplexity", type=cli.name, metavar="DATA", help="file or data set: perplexity with and without the adapter on it"
+        "--perplexity", type=cli.nonempty, metavar="DATA", help="file or data set: perplexity with and without the adapter on it"
     )
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: the GPU where there is one")
     parser.add_argument(

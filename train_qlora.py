@@ -41,7 +41,7 @@ from qlora_kit.output.folder import CURVES, check_disk, check_output_dir
 from qlora_kit.output.lock import OutputLock
 from qlora_kit.output.provenance import write_passport
 from qlora_kit.planning.fit import check_fit
-from qlora_kit.planning.plan import asked, check_division, go_on_as_planned, make_plan
+from qlora_kit.planning.plan import check_division, make_plan, plan_inputs, resume_plan
 from qlora_kit.training.processes import ALONE, Team, check_alike, check_gpus, choose_own_gpu, connected, find_team, what_runs
 from qlora_kit.training.report import RunReport, build_passport, open_output
 from qlora_kit.training.resume import check_same_material, find_common_checkpoint
@@ -167,8 +167,8 @@ def train_adapter(
     limit = min(team.gather(machine.limit)) if machine.limit is not None else None  # of the fullest GPU: all take the same plan
     plan = make_plan(as_here, written_out, limit, team.count)
     if checkpoint:
-        same_wish = checkpoint.run["asked"] == asked(config) and checkpoint.run["processes"] == team.count
-        plan = go_on_as_planned(plan, as_here, written_out, limit, checkpoint.run, same_wish, team.count)
+        settings_unchanged = checkpoint.run["asked"] == plan_inputs(config) and checkpoint.run["processes"] == team.count
+        plan = resume_plan(plan, as_here, written_out, limit, checkpoint.run, settings_unchanged, team.count)
     check_fit(plan, as_here, shape, limit, team.count)
     report = RunReport(config, machine, plan, team)
     report.announce()

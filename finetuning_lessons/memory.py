@@ -25,7 +25,7 @@ RULE_BYTES = {"full": 12.0, "LoRA": 2.0, "QLoRA": 0.5}  # a parameter
 COLOURS = {"full": RED, "LoRA": BLUE, "QLoRA": GREEN}
 BFLOAT16_BYTES = 2
 # Parts of the account that are neither weights, gradients nor the optimizer's state.
-ACTIVATIONS = ("kept activations", "unpacked weights", "a layer at work", "logits beyond that", "libraries")
+ACTIVATIONS = ("kept activations", "unpacked weights", "largest layer's workspace", "logits above that", "libraries")
 
 
 def llama(layers: int, hidden: int, heads: int, kv_heads: int, mlp: int, vocabulary: int, tied: bool = False) -> ModelShape:

@@ -63,7 +63,7 @@ class OneLineParser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def name(text: str) -> str:
+def nonempty(text: str) -> str:
     """For a flag that takes a file, folder or data set.
 
     Empty, as a shell variable that is not set, it would be the working folder.

@@ -168,7 +168,7 @@ class TrainingSettings(Section):
         return 2.0 if "8bit" in self.optim else 8.0
 
     @property
-    def goes_back(self) -> bool:
+    def keeps_best_adapter(self) -> bool:
         """Whether the adapter is in the end that of the best evaluation."""
         return self.keep_best or self.early_stopping_patience is not None
 

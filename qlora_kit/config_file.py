@@ -224,7 +224,7 @@ def _contradictions(config: Config) -> list[tuple[set[str], str]]:
                 "name a split, or a fraction such as 0.1",
             )
         )
-    if training.goes_back and training.save_steps % training.eval_steps:
+    if training.keeps_best_adapter and training.save_steps % training.eval_steps:
         found.append(
             (
                 {"training.keep_best", "training.early_stopping_patience", "training.save_steps", "training.eval_steps"},

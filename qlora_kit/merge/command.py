@@ -35,9 +35,9 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.OneLineParser(__doc__, prog="python -m qlora_kit.merge")
-    parser.add_argument("--adapter", type=cli.name, required=True, metavar="DIR", help="folder that train_qlora.py wrote")
+    parser.add_argument("--adapter", type=cli.nonempty, required=True, metavar="DIR", help="folder that train_qlora.py wrote")
     parser.add_argument(
-        "--output", type=cli.name, required=True, metavar="DIR", help="folder for the merged model: new, or empty"
+        "--output", type=cli.nonempty, required=True, metavar="DIR", help="folder for the merged model: new, or empty"
     )
     parser.add_argument(
         "--base",
@@ -53,7 +53,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--check",
-        type=cli.name,
+        type=cli.nonempty,
         metavar="FILE",
         help="text or records to compare on, or none (default: the run's evaluation data, else samples/articles.txt)",
     )

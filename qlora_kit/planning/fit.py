@@ -74,13 +74,13 @@ def plan_table(plan: Plan, config: Config, shape: ModelShape, limit: float, card
         f"{config.model.name}: {each}{plan.micro_batch} x {config.effective_batch // processes // plan.micro_batch} sequences of "
     )
     title += (
-        f"{config.data.max_length} tokens, rank {config.lora.rank}, {plan.recomputed} of {shape.layers} layers computed again"
+        f"{config.data.max_length} tokens, rank {config.lora.rank}, {plan.recomputed} of {shape.layers} layers recomputed"
     )
     title += ", weights unpacked once" if plan.keep_weights else ""
     paged = 0.0 if plan.parts["optimizer state"] else config.training.optimizer_bytes * plan.parts["adapters (fp32)"] / 4
     rows = list(plan.parts.items())
     rows += [("sum: torch's allocator", plan.peak), ("paged optimizer state", paged), ("CUDA context (about)", CONTEXT_BYTES)]
-    lines = [title, *(f"  {name:<24}{size / GIB:6.2f} GiB" for name, size in rows)]
+    lines = [title, *(f"  {name:<26}{size / GIB:6.2f} GiB" for name, size in rows)]
     if plan.peak <= limit:
         return "\n".join([*lines, f"Fits: {plan.peak / GIB:.2f} of {limit / GIB:.2f} GiB ({card})."])
     verdict = f"Does not fit: {plan.peak / GIB:.2f} GiB, and there are {limit / GIB:.2f} ({card}); "

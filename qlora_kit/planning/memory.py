@@ -55,9 +55,9 @@ def estimate_memory(
         "kept activations": float(element * tokens * kept),
         "unpacked weights": float(element * all_unpacked),
         **({"gathered weights": gathered} if fsdp else {}),
-        "a layer at work": float(layer),
+        "largest layer's workspace": float(layer),
         # The loss is done with its logits before the backward pass begins: only what exceeds a layer at work counts.
-        "logits beyond that": max(0.0, loss - layer),
+        "logits above that": max(0.0, loss - layer),
         "libraries": LIBRARIES_BYTES,
     }
 

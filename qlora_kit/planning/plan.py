@@ -67,23 +67,23 @@ def make_plan(config: Config, shape: ModelShape | None, limit: float | None, pro
     return min(fitting, key=cost)
 
 
-def asked(config: Config) -> dict[str, Any]:
+def plan_inputs(config: Config) -> dict[str, Any]:
     """The settings that decide a division, beside what is free on the GPU."""
     return {"gradient_checkpointing": config.training.gradient_checkpointing} | config.performance.model_dump()
 
 
-def go_on_as_planned(
-    plan: Plan, config: Config, shape: ModelShape | None, limit: float | None, before: dict[str, Any], same_wish: bool,
+def resume_plan(
+    plan: Plan, config: Config, shape: ModelShape | None, limit: float | None, before: dict[str, Any], settings_unchanged: bool,
     processes: int = 1,
 ) -> Plan:  # fmt: skip
     """The division that a resumed run had, so that it rounds alike, unless its settings now ask for another or it no longer fits.
 
     Args:
         before: `micro_batch`, `recomputed` and `keep_weights` of the run to resume.
-        same_wish: whether `asked` says what it said then.
+        settings_unchanged: whether `plan_inputs` says what it said then.
     """
     micro_batch, recomputed, keep = before["micro_batch"], before["recomputed"], before["keep_weights"]
-    if not same_wish or config.effective_batch % micro_batch:
+    if not settings_unchanged or config.effective_batch % micro_batch:
         return plan
     parts = estimate_memory(shape, config, micro_batch, recomputed, keep, processes) if shape and plan.parts else {}
     again = Plan(micro_batch, recomputed, parts, keep)

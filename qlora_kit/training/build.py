@@ -129,7 +129,7 @@ def training_arguments(config: Config, machine: Machine, steps: int, evaluate: b
         together: sequences of a micro-step, of all processes.
     """
     training, device = config.training, machine.device
-    keep_best = training.goes_back
+    keep_best = training.keeps_best_adapter
     return TrainingArguments(
         output_dir=str(Path(training.output_dir).expanduser() / CHECKPOINTS),
         num_train_epochs=training.num_epochs,

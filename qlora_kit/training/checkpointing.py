@@ -21,7 +21,7 @@ from qlora_kit.fast.micro_step import MicroStep
 from qlora_kit.model.device import is_out_of_memory
 from qlora_kit.model.perplexity import Perplexity
 from qlora_kit.output.checkpoints import PREFIX, checkpoint_bytes, newest_valid, read_checkpoint, rotate, saving
-from qlora_kit.planning.plan import asked
+from qlora_kit.planning.plan import plan_inputs
 from qlora_kit.training.processes import Team
 from qlora_kit.training.progress import ProgressCallback
 from qlora_kit.training.report import write_run_files
@@ -116,7 +116,7 @@ class ResumableTrainer(Trainer):
         return {
             "material": report.material,
             "prompt_style": report.data["prompt_style"],
-            "asked": asked(report.config),
+            "asked": plan_inputs(report.config),
             "micro_batch": report.plan.micro_batch,
             "recomputed": report.plan.recomputed,
             "keep_weights": report.plan.keep_weights,

@@ -122,7 +122,7 @@ def test_the_frozen_part_is_predicted_divided_and_nothing_else():
     assert whole["embedding and norms"] == norms_and_biases + head_and_embedding
     assert divided["embedding and norms"] == norms_and_biases + head_and_embedding / 4
     assert divided["gathered weights"] == 2 * whole["projection weights"] / 64
-    same = ("adapters (fp32)", "gradients (fp32)", "kept activations", "a layer at work")
+    same = ("adapters (fp32)", "gradients (fp32)", "kept activations", "largest layer's workspace")
     assert all(divided[name] == whole[name] for name in same)
 
 

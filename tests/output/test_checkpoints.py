@@ -25,7 +25,7 @@ from qlora_kit.output import checkpoints
 from qlora_kit.output.checkpoints import candidates, clean, newest_valid, rotate, saving
 from qlora_kit.output.folder import check_disk, check_output_dir
 from qlora_kit.output.lock import LOCK, OutputLock
-from qlora_kit.planning.plan import Plan, asked, go_on_as_planned
+from qlora_kit.planning.plan import Plan, plan_inputs, resume_plan
 from qlora_kit.planning.shape import ModelShape
 from qlora_kit.training.checkpointing import ResumableTrainer, page_again
 from qlora_kit.training.resume import find_checkpoint
@@ -580,14 +580,15 @@ def test_a_resumed_run_is_divided_as_before_unless_asked_otherwise():
     config = load_config(Path("configs/tiny.yaml"), {"training.batch_size": 8, "training.gradient_accumulation_steps": 1})
     before = {"micro_batch": 4, "recomputed": 3, "keep_weights": False}
     now = Plan(8, 0, {})
-    assert go_on_as_planned(now, config, None, None, before, same_wish=True) == Plan(4, 3, {})
-    assert go_on_as_planned(now, config, None, None, before, same_wish=False) == now
+    assert resume_plan(now, config, None, None, before, settings_unchanged=True) == Plan(4, 3, {})
+    assert resume_plan(now, config, None, None, before, settings_unchanged=False) == now
     shape = ModelShape("qwen2", 6, 192, 6, 2, 32, 512, 6144, True)
     planned = Plan(8, 0, {"all": 1e6})
-    assert go_on_as_planned(planned, config, shape, 1e12, before, same_wish=True).micro_batch == 4
-    assert go_on_as_planned(planned, config, shape, 1e3, before, same_wish=True) == planned  # that no longer fits
+    assert resume_plan(planned, config, shape, 1e12, before, settings_unchanged=True).micro_batch == 4
+    assert resume_plan(planned, config, shape, 1e3, before, settings_unchanged=True) == planned  # that no longer fits
     other = load_config(Path("configs/tiny.yaml"), {"performance.micro_batch": 2})
-    assert asked(other) != asked(config) and asked(config) == asked(load_config(Path("configs/tiny.yaml")))
+    assert plan_inputs(other) != plan_inputs(config)
+    assert plan_inputs(config) == plan_inputs(load_config(Path("configs/tiny.yaml")))
 
 
 def test_a_run_that_had_run_out_of_memory_goes_on_with_as_little(tmp_path, monkeypatch):

@@ -83,8 +83,8 @@ def test_every_part_of_qwen_3b_by_hand(qwen_3b):
         "unpacked weights": 0,
         # a token: 7 x 11,008; input, its gradient and the residual 3 x 2,048; q and what was attended 2 x 2,048; k and v 2 x 256;
         # weights beside LoRA's columns: o 2,064 x 2,048, gate and up 2 x 2,080 x 11,008, down 11,024 x 2,048
-        "a layer at work": 2 * (512 * (77_056 + 10_752) + 4_227_072 + 2 * 22_896_640 + 22_577_152),
-        "logits beyond that": 0,  # 160 MiB, less than a layer's 224
+        "largest layer's workspace": 2 * (512 * (77_056 + 10_752) + 4_227_072 + 2 * 22_896_640 + 22_577_152),
+        "logits above that": 0,  # 160 MiB, less than a layer's 224
         "libraries": 0.15 * GIB,
     }
 
@@ -108,7 +108,7 @@ def test_weights_kept_unpacked(qwen_3b):
     qkv, o, gate_up = (2_048 + 48) * (2_048 + 256 + 256), (2_048 + 16) * 2_048, (2_048 + 32) * 22_016
     down = (11_008 + 16) * 2_048
     assert (again["unpacked weights"], kept["unpacked weights"]) == (0, 2 * 36 * (qkv + o + gate_up + down))
-    assert again["a layer at work"] - kept["a layer at work"] == 2 * (o + gate_up + down)
+    assert again["largest layer's workspace"] - kept["largest layer's workspace"] == 2 * (o + gate_up + down)
 
 
 def test_logits_count_where_they_exceed_a_layer_at_work():
@@ -118,7 +118,7 @@ def test_logits_count_where_they_exceed_a_layer_at_work():
     loss = 2 * 2 * 512 * 75_968 + 12 * 512 * 896
     layer = 2 * (512 * (7 * 4_864 + 5 * 896 + 2 * 128) + 912 * 896 + 2 * 928 * 4_864 + 4_880 * 896)
     parts = estimate(shape)
-    assert (parts["a layer at work"], parts["logits beyond that"]) == (layer, loss - layer)
+    assert (parts["largest layer's workspace"], parts["logits above that"]) == (layer, loss - layer)
 
 
 def test_an_offloaded_embedding_leaves_a_piece_of_the_head(qwen_3b):
@@ -136,7 +136,7 @@ def test_optimizer_state(qwen_3b):
 
 def test_float32_takes_twice_what_two_byte_elements_take(qwen_3b):
     two, four = estimate(qwen_3b), estimate(qwen_3b, quantization__compute_dtype="float32")
-    for part in ("embedding and norms", "kept activations", "a layer at work"):
+    for part in ("embedding and norms", "kept activations", "largest layer's workspace"):
         assert four[part] == 2 * two[part]
     assert estimate(qwen_3b, quantization__compute_dtype="float16") == two
 
@@ -485,9 +485,9 @@ def test_the_table_adds_up_and_names_what_was_planned(qwen_3b):
     title, *rows, verdict = plan_table(plan, config, qwen_3b, 8 * GIB, "performance.vram_limit_gib").splitlines()
     assert title == (
         f"Qwen/Qwen2.5-3B-Instruct: {plan.micro_batch} x {16 // plan.micro_batch} sequences of 512 tokens, rank 16, "
-        f"{plan.recomputed} of 36 layers computed again"
+        f"{plan.recomputed} of 36 layers recomputed"
     )
-    shown = {row[2:26].strip(): float(row[26:].removesuffix(" GiB")) for row in rows}
+    shown = {row[2:28].strip(): float(row[28:].removesuffix(" GiB")) for row in rows}
     assert list(shown)[: len(plan.parts)] == list(plan.parts)
     assert sum(shown[name] for name in plan.parts) == pytest.approx(shown["sum: torch's allocator"], abs=0.05)
     assert shown["paged optimizer state"] == round(2 * 29_933_568 / GIB, 2)
@@ -497,7 +497,7 @@ def test_the_table_adds_up_and_names_what_was_planned(qwen_3b):
 def test_the_state_of_an_optimizer_that_is_not_paged_is_counted_once(qwen_3b):
     config = settings(training__optim="adamw_8bit")
     table = plan_table(make_plan(config, qwen_3b, 8 * GIB), config, qwen_3b, 8 * GIB, "a card")
-    assert "optimizer state           0.06 GiB" in table and "paged optimizer state     0.00 GiB" in table
+    assert "optimizer state             0.06 GiB" in table and "paged optimizer state       0.00 GiB" in table
 
 
 def test_the_verdict_follows_the_limit(qwen_3b):
@@ -561,5 +561,5 @@ def test_a_micro_step_holds_what_is_predicted(changes, micro_batch, recomputed):
         decoder.accumulate(ids, ids, torch.tensor(1e-3), keys)
     config = settings(data__max_length=256, performance__compile=False)
     parts = estimate_memory(read_shape(built.to_dict()), config, micro_batch, recomputed)
-    predicted = parts["kept activations"] + parts["a layer at work"] + parts["logits beyond that"]
+    predicted = parts["kept activations"] + parts["largest layer's workspace"] + parts["logits above that"]
     assert predicted == pytest.approx(measured.peak, rel=0.1)
