@@ -1,15 +1,15 @@
-"""Check which room may import which, and what the tree may hold."""
+"""Check which part of the tree may import which, how high the parts are stacked, and what the tree may hold."""
 
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 KIT = ROOT / "qlora_kit"
-SCRIPTS = {"train_qlora", "inference_example", "quantization_utils"}
 LOBBY = {"errors", "config", "config_file", "secrets", "cli"}
-# The rooms, from the highest to the lowest: each may import the lobby, and of the rooms only those named.
+# The rooms of the kit, from the highest to the lowest: each may import the lobby, and of the rooms only those named.
 ROOMS = {
     "training": {"adapter", "data", "fast", "model", "output", "planning"},
     "inference": {"adapter", "data", "fast", "model"},
@@ -22,7 +22,17 @@ ROOMS = {
     "output": set(),
     "planning": set(),
 }
-LESSONS_MAY_IMPORT = {"planning", "data", "model"}
+SCRIPTS = {
+    "train_qlora": {*ROOMS, "quantization_utils"} - {"inference", "merge", "doctor"},
+    "inference_example": {*ROOMS, "quantization_utils"} - {"training", "merge", "doctor"},
+    "quantization_utils": {"fast", "model"},
+}
+FOLDERS = {
+    "finetuning_lessons": {"data", "model", "planning"},
+    "benchmarks": {*ROOMS, *SCRIPTS},
+    "assets": set(),
+}
+MAY_IMPORT = {**ROOMS, **SCRIPTS, **FOLDERS, **{name: set() for name in LOBBY}}
 # A mistake in a config must be answered before these are imported, which takes seconds.
 HEAVY = {"torch", "transformers", "datasets", "peft", "bitsandbytes", "matplotlib"}
 LIGHT_ROOMS = ("planning", "output", "data")
@@ -34,7 +44,7 @@ def sources(folder: Path) -> list[Path]:
 
 
 def imports_of(path: Path) -> set[str]:
-    """Full names of the modules that a file imports, anywhere in it; `from a import b` counts as a and a.b."""
+    """Return the full names of the modules that a file imports, anywhere in it; `from a import b` counts as a and a.b."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -45,13 +55,29 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
-def kit_parts(path: Path) -> set[str]:
-    """Rooms and files of the lobby that a file imports."""
-    return {name.split(".")[1] for name in imports_of(path) if name.startswith("qlora_kit.")}
+def part_of(module: str) -> str:
+    """Return the room, lobby file, script or folder that a module belongs to: "data" of "qlora_kit.data.files"."""
+    return module.removeprefix("qlora_kit.").partition(".")[0]
 
 
-def packages(path: Path) -> set[str]:
-    return {name.partition(".")[0] for name in imports_of(path)}
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+FILES = [*ROOT.glob("*.py"), *(path for folder in ("qlora_kit", *FOLDERS) for path in sources(ROOT / folder))]
+IMPORTS = {module_name(path): imports_of(path) for path in FILES}
+
+
+def floors() -> dict[str, int]:
+    """Return the floor of each part, one above the highest part that it imports; raises CycleError on a circle."""
+    below: dict[str, set[str]] = {}
+    for module, imported in IMPORTS.items():
+        below.setdefault(part_of(module), set()).update(map(part_of, imported))
+    below = {part: imported & below.keys() - {part} for part, imported in below.items()}
+    floor: dict[str, int] = {}
+    for part in TopologicalSorter(below).static_order():
+        floor[part] = 1 + max((floor[other] for other in below[part]), default=0)
+    return floor
 
 
 def test_imports_inside_functions_are_seen(tmp_path):
@@ -60,58 +86,35 @@ def test_imports_inside_functions_are_seen(tmp_path):
     assert imports_of(file) == {"a.b", "c", "c.d", "e"}
 
 
-def test_each_room_imports_only_what_the_table_allows():
-    wrong = {
-        str(path.relative_to(KIT)): extra
-        for room, allowed in ROOMS.items()
-        for path in sources(KIT / room)
-        if (extra := kit_parts(path) - LOBBY - allowed - {room})
-    }
-    assert wrong == {}
+def test_each_part_imports_only_what_the_table_allows():
+    wrong = []
+    for module, imported in IMPORTS.items():
+        part = part_of(module)
+        others = {*map(part_of, imported)} & MAY_IMPORT.keys() - LOBBY - {part}
+        wrong += [(module, other) for other in others - MAY_IMPORT.get(part, set())]
+    assert wrong == []
 
 
-def test_the_lobby_imports_no_room():
-    assert {name: extra for name in LOBBY if (extra := kit_parts(KIT / f"{name}.py") - LOBBY)} == {}
+def test_no_circle_and_at_most_8_floors():
+    by_floor = sorted(floors().items(), key=lambda item: item[1])
+    assert by_floor[-1][1] <= 8, by_floor
 
 
-def test_the_kit_consists_of_the_lobby_and_the_rooms():
-    files = {path.stem for path in KIT.glob("*.py")} - {"__init__"}
-    folders = {path.name for path in KIT.iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert (files, folders) == (LOBBY, set(ROOMS))
+def test_no_file_of_the_kit_imports_one_that_imports_it():
+    TopologicalSorter({module: imported & IMPORTS.keys() - {module} for module, imported in IMPORTS.items()}).prepare()
 
 
-def test_the_three_scripts_and_nothing_else_stand_at_the_top():
-    assert {path.stem for path in ROOT.glob("*.py")} == SCRIPTS
-
-
-def test_scripts_are_imported_by_nothing_but_train_qlora_which_loads_its_model_through_quantization_utils():
-    for path in sources(KIT):
-        assert packages(path) & SCRIPTS == set(), path
-    for script in SCRIPTS:
-        assert packages(ROOT / f"{script}.py") & {"train_qlora", "inference_example"} == set(), script
-
-
-def test_nothing_imports_benchmarks_or_lessons():
-    outside = [*ROOT.glob("*.py"), *sources(KIT), *sources(ROOT / "assets")]
-    for path in outside:
-        assert packages(path) & {"benchmarks", "finetuning_lessons"} == set(), path
-    for path in sources(ROOT / "finetuning_lessons"):
-        assert "benchmarks" not in packages(path), path
-
-
-def test_lessons_stand_on_their_own():
-    for path in sources(ROOT / "finetuning_lessons"):
-        assert packages(path) & SCRIPTS == set(), path
-        assert kit_parts(path) - LOBBY <= LESSONS_MAY_IMPORT, path
+def test_the_tree_consists_of_the_parts_of_the_table():
+    assert {part_of(module) for module in IMPORTS} == {*MAY_IMPORT, "qlora_kit"}
+    assert {path.name for path in KIT.iterdir() if path.is_dir() and path.name != "__pycache__"} == set(ROOMS)
 
 
 def test_imports_are_absolute():
-    for path in [*ROOT.glob("*.py"), *sources(KIT), *sources(ROOT / "finetuning_lessons"), *sources(ROOT / "benchmarks")]:
-        assert not any(name.startswith(".") for name in imports_of(path)), path
+    assert [module for module, imported in IMPORTS.items() if any(name.startswith(".") for name in imported)] == []
 
 
 def test_light_modules_import_no_torch_not_even_through_others():
-    rooms = [".".join(path.relative_to(ROOT).with_suffix("").parts) for room in LIGHT_ROOMS for path in sources(KIT / room)]
+    rooms = [module_name(path) for room in LIGHT_ROOMS for path in sources(KIT / room)]
     names = [*LIGHT_FILES, *(f"qlora_kit.{name}" for name in LOBBY), *rooms]
     code = (
         "import importlib, sys\n"
@@ -128,5 +131,5 @@ def test_no_module_has_a_name_that_says_nothing():
 
 
 def test_no_file_is_longer_than_400_lines():
-    long = {str(path): count for path in sources(KIT) if (count := len(path.read_text(encoding="utf-8").splitlines())) > 400}
-    assert long == {}
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in sources(KIT)}
+    assert {str(path): length for path, length in lengths.items() if length > 400} == {}
