@@ -48,7 +48,7 @@ def profile_step(checkpoint: Path, micro_batch: int, recomputed: int) -> str:
 
     model, _ = load_model_and_tokenizer(str(checkpoint), create_bnb_config())
     model = prepare_model_for_training(model, create_lora_config(), use_gradient_checkpointing=False)
-    micro = MicroStep(FastDecoder(model, 0.05, recomputed, compiled=True), micro_batch, LENGTH, seed=0, captured=True)
+    micro = MicroStep(FastDecoder(model, recomputed, compiled=True), micro_batch, LENGTH, seed=0, captured=True)
     ids = torch.randint(150_000, (micro_batch, LENGTH)).pin_memory()
     share = torch.tensor(1.0 / ids.numel(), device="cuda")
     micro.begin_step(0)

@@ -1,18 +1,25 @@
-"""All LoRA matrices of a model in one tensor, their gradients in another.
+"""All LoRA matrices of a model in one tensor, and their gradients in another.
 
-504 tensors of Qwen2.5-3B become one for the optimizer, for clipping and for clearing gradients: one kernel each instead of
-hundreds. peft's parameters become views of it, so that saving and loading stay peft's own.
+The 504 matrices of Qwen2.5-3B become one tensor for the optimizer, for clipping and for clearing gradients: one kernel each
+instead of hundreds. peft's parameters become views of this tensor, so peft saves and loads them as before.
 """
 
 from typing import Any
 
 import torch
 
+from qlora_kit.fast.llama_parts import lora_of
 from qlora_kit.fast.projection import Lora
 
 
 class FlatAdapters:
-    """`flat` is what the optimizer sees; `add` hands out its parts in the order in which a layer uses them."""
+    """The LoRA matrices and their gradients, fp32.
+
+    Attributes:
+        flat: (elements,), the one tensor that the optimizer has to update.
+        gradient: (elements,); `flat.grad` after `clear_gradients`.
+        used: elements that `add` has filled.
+    """
 
     def __init__(self, parameters: list[torch.nn.Parameter]):
         size, device = sum(parameter.numel() for parameter in parameters), parameters[0].device
@@ -20,41 +27,42 @@ class FlatAdapters:
         self.gradient = torch.zeros(size, device=device)
         self.used = 0
 
-    def add(
-        self, A: list[torch.nn.Parameter], B: list[torch.nn.Parameter | None], sizes: tuple[int, ...], scale: float, keep: float
-    ) -> tuple[Lora, Lora]:
-        """Move the adapters of one group of projections in; returns views of them and of their gradients."""
-        start = self.used
-        values = [self._move(parameter) if parameter is not None else None for parameter in [*A, *B]]
-        rank_rows = sum(len(parameter) for parameter in A)
-        stop = start + sum(parameter.numel() for parameter in A)
-        gradients = [value if value is None else self.gradient_of(value) for value in values]
+    def add(self, modules: list[Any], sizes: tuple[int, ...]) -> tuple[Lora | None, Lora | None]:
+        """Move the LoRA matrices of one group of projections into `flat`: first each A, then each B.
 
-        def lora(flat: torch.Tensor, parts: list[torch.Tensor | None]) -> Lora:
-            return Lora(flat[start:stop].view(rank_rows, -1), tuple(parts[len(A) :]), sizes, scale, keep)
+        Args:
+            modules: the projections; those that are adapted have one rank, scale and dropout (`why_not_fast`).
+            sizes: their output sizes.
 
-        return lora(self.flat.data, values), lora(self.gradient, gradients)
+        Returns:
+            views of the matrices and of their gradients; None twice for a group that is not adapted.
+        """
+        pairs = [lora_of(module) for module in modules]
+        adapted = [pair for pair in pairs if pair]
+        if not adapted:
+            return None, None
+        start, rows = self.used, sum(len(pair.A) for pair in adapted)
+        for pair in adapted:
+            self._move(pair.A)
+        stop = self.used
+        B = tuple(pair and self._move(pair.B) for pair in pairs)
+        gradients = tuple(None if view is None else self.gradient_of(view) for view in B)
+        lora = Lora(self.flat.data[start:stop].view(rows, -1), B, sizes, adapted[0].scale, 1.0 - adapted[0].dropout)
+        return lora, lora._replace(A=self.gradient[start:stop].view(rows, -1), B=gradients)
 
     def _move(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        place = self.flat.data[self.used : self.used + parameter.numel()].view_as(parameter)
-        place.copy_(parameter.data)
-        parameter.data = place
+        view = self.flat.data[self.used : self.used + parameter.numel()].view_as(parameter)
+        view.copy_(parameter.data)
+        parameter.data = view
         self.used += parameter.numel()
-        return place
+        return view
 
     def gradient_of(self, view: torch.Tensor) -> torch.Tensor:
+        """Return the part of `gradient` that belongs to a view of `flat`, in the shape of the view."""
         start = view.storage_offset()
         return self.gradient[start : start + view.numel()].view_as(view)
 
     def clear_gradients(self) -> None:
-        """Zero, and visible to the optimizer and to the Trainer through `.grad`."""
+        """Set the gradient to zero, and make it the `.grad` of `flat`, where the optimizer looks."""
         self.gradient.zero_()
         self.flat.grad = self.gradient
-
-
-def lora_tensors(module: Any) -> tuple[torch.nn.Parameter, torch.nn.Parameter] | None:
-    """A and B of a projection, or None when it has no LoRA update."""
-    if not hasattr(module, "lora_A"):
-        return None
-    (name,) = module.active_adapters
-    return module.lora_A[name].weight, module.lora_B[name].weight

@@ -11,41 +11,21 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import LoraLayer
 
 from qlora_kit.fast import llama_layer as steps
 from qlora_kit.fast import mlp_activation
 from qlora_kit.fast.attention import Places, attend, places
-from qlora_kit.fast.flat_adapters import FlatAdapters, lora_tensors
-from qlora_kit.fast.llama_layer import Heads, Norms, Part, Reduced, Rotary
-from qlora_kit.fast.llama_parts import norms_of, rotary_table
+from qlora_kit.fast.flat_adapters import FlatAdapters
+from qlora_kit.fast.llama_layer import Heads, Part, Reduced, Rotary
+from qlora_kit.fast.llama_parts import Layer, ProjectionGroup, lora_of, read_layers, read_rotary_table, why_not_covered
 from qlora_kit.fast.nf4 import unpack_stacked
-from qlora_kit.fast.peft_layers import is_plain
 from qlora_kit.fast.projection import Lora
 from qlora_kit.fast.sharding import sharded_base
-from qlora_kit.model.llama_modules import projections_of, stacked_bias, why_not_llama_like
+from qlora_kit.model.llama_modules import projections_of
 from qlora_kit.model.loss import accumulate_piece, cross_entropy, decoder_and_head, next_labels
 from qlora_kit.planning.shape import HEAD_ROWS
 
 GROUPS = ("qkv", "o", "gate_up", "down")  # projections that share an input
-
-
-class Group(NamedTuple):
-    """Projections that share an input, as they lie in memory."""
-
-    weights: tuple[Any, ...]  # packed
-    bias: torch.Tensor | None
-    sizes: tuple[int, ...]
-    lora: Lora | None
-    gradients: Lora | None
-
-
-class Layer(NamedTuple):
-    norms: Norms
-    qkv: Group
-    o: Group
-    gate_up: Group
-    down: Group
 
 
 class Kept(NamedTuple):
@@ -97,7 +77,7 @@ class FastDecoder:
         keep_weights: whether what the forward pass unpacked stays for the backward pass.
     """
 
-    def __init__(self, model: Any, dropout: float, recomputed: int, compiled: bool, keep_weights: bool = False):
+    def __init__(self, model: Any, recomputed: int, compiled: bool, keep_weights: bool = False):
         parts = decoder_and_head(model)
         assert parts is not None, "why_not_fast comes first"
         self.decoder = parts[0]
@@ -113,27 +93,11 @@ class FastDecoder:
         self.rows = HEAD_ROWS if offloaded else getattr(self.head, "rows", None)
         self.recomputed, self.keep_weights = recomputed, keep_weights
         self.adapters = FlatAdapters([parameter for parameter in model.parameters() if parameter.requires_grad])
-        self.layers = [self._read_layer(layer, 1.0 - dropout) for layer in self.decoder.layers]
+        self.layers = read_layers(self.decoder, self.adapters.add)
         assert self.adapters.used == len(self.adapters.flat), "an adapter outside the decoder's projections"
         self.epsilon = self.decoder.norm.variance_epsilon
         self.compiled = compiled
         self._angles: dict[int, Rotary] = {}
-
-    def _read_layer(self, layer: Any, keep: float) -> Layer:
-        return Layer(norms_of(layer), *(self._read_group(modules, keep) for modules in projections_of(layer)))
-
-    def _read_group(self, modules: list[Any], keep: float) -> Group:
-        bases = [getattr(module, "base_layer", module) for module in modules]
-        sizes = tuple(base.out_features for base in bases)
-        bias = stacked_bias(bases, self.decoder.norm.weight)
-        pairs = [lora_tensors(module) for module in modules]
-        lora = gradients = None
-        if any(pairs):
-            scale = next(module.scaling[module.active_adapters[0]] for module in modules if hasattr(module, "scaling"))
-            lora, gradients = self.adapters.add(
-                [pair[0] for pair in pairs if pair], [pair and pair[1] for pair in pairs], sizes, scale, keep
-            )
-        return Group(tuple(base.weight for base in bases), bias, sizes, lora, gradients)
 
     @torch.no_grad()
     def losses(self, inputs: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
@@ -250,7 +214,7 @@ class FastDecoder:
         """Groups of projections with their weights unpacked."""
         parts = []
         for name in names:
-            group: Group = getattr(layer, name)
+            group: ProjectionGroup = getattr(layer, name)
             B, rank = (group.lora.B, group.lora.rank) if group.lora else ((None,) * len(group.sizes), 0)
             weight = unpack_stacked(group.weights, B, rank, self.dtype)
             parts.append(Part(weight, group.bias, group.lora, group.gradients, keys[GROUPS.index(name)]))
@@ -268,11 +232,11 @@ class FastDecoder:
     def _rotary(self, length: int, device: torch.device) -> Rotary:
         """Taken from the model once: some kinds of angles wait for the GPU, which a captured pass must not."""
         if length not in self._angles:
-            self._angles[length] = rotary_table(self.decoder, length, device)
+            self._angles[length] = read_rotary_table(self.decoder, length, device)
         return self._angles[length]
 
 
-def _without_dropout(group: Group) -> Group:
+def _without_dropout(group: ProjectionGroup) -> ProjectionGroup:
     return group if group.lora is None else group._replace(lora=group.lora._replace(keep=1.0))
 
 
@@ -283,16 +247,14 @@ def _compiled(function: Callable) -> Callable:
 
 
 def why_not_fast(model: Any, length: int) -> str | None:
-    """The reason why a PEFT model cannot go through FastDecoder with blocks of `length` tokens, or None."""
-    parts = decoder_and_head(model)
-    reason = why_not_llama_like(model.config.to_dict(), length)
+    """Return why a PEFT model cannot be trained by FastDecoder in blocks of `length` tokens, or None if it can."""
+    reason, parts = why_not_covered(model, length), decoder_and_head(model)
     if reason or parts is None:
-        return reason or "its output head is trained, or does more than a product"
-    lora = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    if not all(is_plain(module) for module in lora):
-        return "a LoRA variant, a LoRA bias or several adapters"
-    inside = sum(isinstance(module, LoraLayer) for module in parts[0].layers.modules())
-    trained = sum(parameter.requires_grad for parameter in model.parameters())
-    if inside != len(lora) or trained != 2 * inside:
-        return "something beside the decoder's projections is trained"
+        return reason
+    groups = [group for layer in parts[0].layers for group in projections_of(layer)]
+    adapted = [[pair for module in group if (pair := lora_of(module))] for group in groups]
+    if sum(parameter.requires_grad for parameter in model.parameters()) != 2 * sum(map(len, adapted)):
+        return "more than the LoRA matrices of the decoder's projections is trained"
+    if any(len({(len(pair.A), pair.scale, pair.dropout) for pair in group}) > 1 for group in adapted):
+        return "projections that share an input differ in rank, scale or dropout"
     return None

@@ -14,30 +14,20 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import LoraLayer
 
 from qlora_kit.config import GenerationSettings
 from qlora_kit.fast.llama_layer import Norms, Rotary, rms_norm, rotate
-from qlora_kit.fast.llama_parts import norms_of, rotary_table
-from qlora_kit.fast.peft_layers import is_plain
+from qlora_kit.fast.llama_parts import lora_of, read_layers, read_rotary_table, why_not_covered
+from qlora_kit.fast.projection import Lora
 from qlora_kit.inference import token_kernels
 from qlora_kit.inference.kv_cache import attend_cached, store, visible_to
 from qlora_kit.inference.sampling import Sampling, choose
-from qlora_kit.model.llama_modules import projections_of, why_not_llama_like
 from qlora_kit.model.loss import decoder_and_head
 
 CHUNK_TOKENS = 512  # of prompts at a time
 ROOM = 256  # the cache grows in steps of so many tokens: one graph each
 WARM_UP_RUNS = 2
 FIXED_ANGLES = ("default", "linear", "llama3", "yarn")  # rotary tables that do not depend on how long the text is
-
-
-class Layer(NamedTuple):
-    norms: Norms
-    qkv: token_kernels.Group
-    o: token_kernels.Group
-    gate_up: token_kernels.Group
-    down: token_kernels.Group
 
 
 class Cache(NamedTuple):
@@ -63,12 +53,17 @@ class GraphEngine:
         self.config, self.captured = self.decoder.config, captured
         self.embedding = self.decoder.embed_tokens.weight
         self.device, self.dtype = self.embedding.device, self.embedding.dtype
-        self.layers = [
-            Layer(norms_of(layer), *(token_kernels.read_group(modules, self.embedding) for modules in projections_of(layer)))
-            for layer in self.decoder.layers
-        ]
+        self.layers = read_layers(self.decoder, self._copy_lora)
         self.adapting = True
         self.lines: dict[tuple[int, int], _Lines] = {}
+
+    def _copy_lora(self, modules: list[Any], sizes: tuple[int, ...]) -> tuple[Lora | None, None]:
+        """Return the LoRA update of a group in the model's dtype, A times alpha / rank."""
+        pairs = [lora_of(module) for module in modules]
+        if not any(pairs):
+            return None, None
+        A = torch.cat([pair.A * pair.scale for pair in pairs if pair]).to(self.embedding)
+        return Lora(A, tuple(pair and pair.B.to(self.embedding) for pair in pairs), sizes, scale=1.0, keep=1.0), None
 
     @property
     def context(self) -> int | None:
@@ -120,7 +115,7 @@ class GraphEngine:
         visible = visible_to(at, cache.keys[0].shape[2] if start is None else start + length)
         came = None
         for number, layer in enumerate(self.layers):
-            qkv, o, gate_up, down = (group if self.adapting else group._replace(adapter=None) for group in layer[1:])
+            qkv, o, gate_up, down = (group if self.adapting else group._replace(lora=None) for group in layer[1:])
             h, x = token_kernels.add_and_norm(h, came, layer.norms.attention, layer.norms.epsilon)
             product, keys, values = token_kernels.product(x, qkv), cache.keys[number], cache.values[number]
             if start is None and layer.norms.q is None and token_kernels.in_one(product):
@@ -156,7 +151,7 @@ class _Lines:
     def __init__(self, engine: GraphEngine, batch: int, room: int):
         self.engine, self.batch, self.room = engine, batch, room
         device, first = engine.device, engine.layers[0]
-        self.rotary = rotary_table(engine.decoder, room, engine.device)
+        self.rotary = read_rotary_table(engine.decoder, room, engine.device)
         size = self.rotary.cos.shape[-1]
         shape = (batch, first.qkv.sizes[1] // size, room, size)
         self.cache = Cache(*([torch.zeros(shape, dtype=engine.dtype, device=device) for _ in engine.layers] for _ in range(2)))
@@ -261,21 +256,13 @@ class _Lines:
         return graph.replay
 
 
-def why_not_decoded(model: Any, room: int) -> str | None:
-    """The reason why a model cannot go through GraphEngine with texts of up to `room` tokens, or None."""
-    places = {parameter.device for parameter in model.parameters()}
-    if len(places) > 1 or places.pop().index:
-        return "its weights do not all lie on the first GPU"
-    parts = decoder_and_head(model.requires_grad_(False))  # a head that is trained would be no plain product
+def why_not_decoded(model: Any, length: int) -> str | None:
+    """Return why a model cannot be decoded by GraphEngine in texts of up to `length` tokens, or None if it can."""
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1 or devices.pop().index:
+        return "its weights are not all on the first GPU"
+    if reason := why_not_covered(model.requires_grad_(False), length):  # a trained head is no reason here
+        return reason
     config = model.config.to_dict()
-    reason = why_not_llama_like(config, room)
-    if reason or parts is None:
-        return reason or "its output head does more than a product"
     angles = (config.get("rope_parameters") or config.get("rope_scaling") or {}).get("rope_type", "default")
-    if angles not in FIXED_ANGLES:
-        return f"its rotary angles ({angles}) depend on the length of the text"
-    lora = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    inside = sum(isinstance(module, LoraLayer) for module in parts[0].layers.modules())
-    if inside != len(lora) or not all(is_plain(module) for module in lora):
-        return "a LoRA variant, a LoRA bias, several adapters, or one outside the decoder's projections"
-    return None
+    return None if angles in FIXED_ANGLES else f"its rotary angles ({angles}) depend on the length of the text"

@@ -8,15 +8,14 @@ computes the same.
 Rows are tokens: x is (N, in).
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from qlora_kit.fast.flat_adapters import lora_tensors
 from qlora_kit.fast.llama_layer import Rotary, rms_norm
+from qlora_kit.fast.llama_parts import ProjectionGroup
 from qlora_kit.fast.nf4 import has_kernel, unpack_stacked, why_no_triton
-from qlora_kit.model.llama_modules import stacked_bias
 
 try:
     import triton
@@ -28,39 +27,11 @@ except ImportError:
 PRODUCT = {"block_out": 1, "groups": 32, "num_warps": 1}
 
 
-class Adapter(NamedTuple):
-    """What LoRA adds to projections that share an input."""
-
-    A: torch.Tensor  # (k · rank, in), times alpha / rank
-    B: tuple[torch.Tensor | None, ...]  # (out_i, rank)
-
-
-class Group(NamedTuple):
-    """Projections that share an input."""
-
-    weights: tuple[Any, ...]  # packed, or (out_i, in)
-    bias: torch.Tensor | None
-    sizes: tuple[int, ...]
-    adapter: Adapter | None
-
-
-def read_group(modules: list[Any], like: torch.Tensor) -> Group:
-    """Projections, with LoRA or not, as they lie in memory; what LoRA adds is copied in the dtype of `like`."""
-    bases = [getattr(module, "base_layer", module) for module in modules]
-    pairs = [lora_tensors(module) for module in modules]
-    adapter = None
-    if any(pairs):
-        A = [pair[0] * module.scaling[module.active_adapters[0]] for module, pair in zip(modules, pairs, strict=True) if pair]
-        adapter = Adapter(torch.cat(A).to(like), tuple(None if pair is None else pair[1].to(like) for pair in pairs))
-    sizes = tuple(base.out_features for base in bases)
-    return Group(tuple(base.weight for base in bases), stacked_bias(bases, like), sizes, adapter)
-
-
-def product(x: torch.Tensor, group: Group) -> torch.Tensor:
+def product(x: torch.Tensor, group: ProjectionGroup) -> torch.Tensor:
     """x Wᵀ + (x Aᵀ) Bᵀ + bias, (N, Σ out_i)."""
     if len(x) == 1 and in_one(x) and all(_is_row_packed(weight, x.dtype) for weight in group.weights):
-        return _product_in_one(x, None if group.adapter is None else _reduce_in_one(x, group.adapter.A), group)
-    xa = None if group.adapter is None else x @ group.adapter.A.T
+        return _product_in_one(x, None if group.lora is None else _reduce_in_one(x, group.lora.A), group)
+    xa = None if group.lora is None else x @ group.lora.A.T
     # One after the other, so that one at a time is unpacked.
     y = torch.cat([F.linear(x, _unpacked(weight, x.dtype)) for weight in group.weights], 1)
     if group.bias is not None:
@@ -77,10 +48,10 @@ def _is_row_packed(weight: Any, dtype: torch.dtype) -> bool:
     return has_kernel(weight, dtype) and weight.quant_state.shape[1] % weight.quant_state.blocksize == 0
 
 
-def _update(xa: torch.Tensor, group: Group) -> torch.Tensor:
-    assert group.adapter is not None
+def _update(xa: torch.Tensor, group: ProjectionGroup) -> torch.Tensor:
+    assert group.lora is not None
     updates, column = [], 0
-    for b, size in zip(group.adapter.B, group.sizes, strict=True):
+    for b, size in zip(group.lora.B, group.sizes, strict=True):
         if b is None:
             updates.append(xa.new_zeros(len(xa), size))
         else:
@@ -135,9 +106,9 @@ def in_one(x: torch.Tensor) -> bool:
     return x.is_cuda and x.element_size() == 2 and why_no_triton() is None
 
 
-def _product_in_one(x: torch.Tensor, xa: torch.Tensor | None, group: Group) -> torch.Tensor:
+def _product_in_one(x: torch.Tensor, xa: torch.Tensor | None, group: ProjectionGroup) -> torch.Tensor:
     y = x.new_empty(1, sum(group.sizes))
-    B = group.adapter.B if group.adapter else (None,) * len(group.sizes)
+    B = group.lora.B if group.lora else (None,) * len(group.sizes)
     first = column = 0
     for weight, b, size in zip(group.weights, B, group.sizes, strict=True):
         state, rank = weight.quant_state, 0 if b is None else b.shape[1]

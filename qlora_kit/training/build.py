@@ -80,7 +80,7 @@ def build_micro_step(model: Any, report: RunReport, packed: bool) -> MicroStep |
         if config.performance.fused_lora:
             fuse(model)
         return None
-    decoder = FastDecoder(model, config.lora.dropout, report.plan.recomputed, not_compiled is None, report.plan.keep_weights)
+    decoder = FastDecoder(model, report.plan.recomputed, not_compiled is None, report.plan.keep_weights)
     insisted = True in (settings.compile, settings.cuda_graphs)
     give_up = None if insisted or device == "cpu" else end_all if settings.fsdp else report.plain_path
     micro_batch, length = report.plan.micro_batch, config.data.max_length

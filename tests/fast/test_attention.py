@@ -66,7 +66,7 @@ def test_losses_of_a_packed_block_are_those_of_its_records_alone(tiny_dir, block
     with torch.no_grad():
         library = token_losses(model.eval(), ids, labels, starts)
         through = token_losses(model, ids, labels)  # every record sees those before it
-        fast = FastDecoder(model, 0.0, 0, compiled=False).losses(ids, labels, starts)[:, :-1]
+        fast = FastDecoder(model, 0, compiled=False).losses(ids, labels, starts)[:, :-1]
         for row, at, record, label in alone(ids, labels):
             expected = model(input_ids=record).logits[0, :-1].log_softmax(-1).gather(1, label[0, 1:, None])[:, 0].neg()
             here = slice(at, at + record.shape[1] - 1)
@@ -89,7 +89,7 @@ def test_gradients_of_a_packed_block_are_those_of_its_records_together(tiny_dir,
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert (parameter.grad - expected[name]).norm() < 1e-4 * expected[name].norm(), name
-    decoder = FastDecoder(model, 0.0, recomputed, compiled=False)
+    decoder = FastDecoder(model, recomputed, compiled=False)
     decoder.adapters.clear_gradients()
     keys = draw_keys((0,), 24).view(-1, 4)
     assert decoder.accumulate(ids, labels, share, keys, starts).item() == pytest.approx(loss.item(), rel=1e-5)
@@ -101,7 +101,7 @@ def test_gradients_of_a_packed_block_are_those_of_its_records_together(tiny_dir,
 def test_micro_batches_bring_their_own_records(tiny_dir, blocks):
     """Also a smaller last one, in the shape of the others."""
     ids, labels, starts = blocks
-    decoder = FastDecoder(model_of(tiny_dir, four_bits=True), 0.0, 0, compiled=False)
+    decoder = FastDecoder(model_of(tiny_dir, four_bits=True), 0, compiled=False)
     micro = MicroStep(decoder, 2, LENGTH, seed=0, captured=False, packed=True)
     together = micro.losses(ids, labels, starts).clone()
     for row in (1, 0):

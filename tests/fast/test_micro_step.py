@@ -50,7 +50,7 @@ def decoder(tiny_dir):
         model, _ = load_model_and_tokenizer(str(tiny_dir), bnb_config, device="cpu", dtype=torch.float32)
         torch.manual_seed(0)
         model = prepare_model_for_training(model, create_lora_config(dropout=0.3), use_gradient_checkpointing=False)
-        return FastDecoder(model, 0.3, 3, compiled)
+        return FastDecoder(model, 3, compiled)
 
     return make
 
@@ -105,7 +105,7 @@ class TestOnTheGpu:
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
                     torch.nn.init.normal_(parameter, std=0.02, generator=generator)
-            return FastDecoder(model, 0.3, recomputed, compiled)
+            return FastDecoder(model, recomputed, compiled)
 
         return make
 

@@ -43,8 +43,8 @@ def librarys(model, ids, labels):
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def ours(model, ids, labels, recomputed=0, dropout=0.0, key=0, keep_weights=False):
-    decoder = FastDecoder(model, dropout, recomputed, compiled=False, keep_weights=keep_weights)
+def ours(model, ids, labels, recomputed=0, key=0, keep_weights=False):
+    decoder = FastDecoder(model, recomputed, compiled=False, keep_weights=keep_weights)
     decoder.adapters.clear_gradients()
     share = 1.0 / (labels[:, 1:] != -100).sum()
     keys = draw_keys((key,), 4 * len(decoder.layers)).view(-1, 4)
@@ -116,16 +116,16 @@ def test_bf16_agrees_within_its_rounding(tiny_dir):
 @pytest.mark.parametrize("kept", [{"recomputed": 1}, {"recomputed": 3}, {"recomputed": 6}, {"keep_weights": True}], ids=str)
 def test_what_is_kept_changes_nothing_with_dropout(tiny_dir, kept):
     model = adapt(load(tiny_dir), dropout=0.3)
-    expected = ours(model, *batch(), dropout=0.3)
-    loss, gradients = ours(model, *batch(), dropout=0.3, **kept)
+    expected = ours(model, *batch())
+    loss, gradients = ours(model, *batch(), **kept)
     assert loss == expected[0] and all(torch.equal(gradients[name], expected[1][name]) for name in gradients)
-    assert ours(model, *batch(), dropout=0.3, key=1)[0] != loss
+    assert ours(model, *batch(), key=1)[0] != loss
 
 
 def test_dropout_has_the_gradient_of_its_own_loss(tiny_dir):
     """Along a random direction, the difference quotient of the loss under fixed masks."""
     model = adapt(load(tiny_dir), dropout=0.3)
-    decoder = FastDecoder(model, 0.3, 3, compiled=False)
+    decoder = FastDecoder(model, 3, compiled=False)
     keys = draw_keys((5,), 4 * 6).view(-1, 4)
 
     def loss():
@@ -147,7 +147,7 @@ def test_dropout_has_the_gradient_of_its_own_loss(tiny_dir):
 def test_evaluation_drops_nothing_and_equals_the_library(tiny_dir):
     model = adapt(load(tiny_dir), dropout=0.5)
     ids, labels = batch()
-    losses = FastDecoder(model, 0.5, 0, compiled=False).losses(ids, labels)
+    losses = FastDecoder(model, 0, compiled=False).losses(ids, labels)
     assert losses.shape == ids.shape and losses[:, -1].abs().max() == 0 and losses[0, :8].abs().max() == 0
     expected = model.eval()(input_ids=ids, labels=labels).loss.item()
     assert (losses.sum() / (labels[:, 1:] != -100).sum()).item() == pytest.approx(expected, rel=1e-5)
@@ -155,7 +155,7 @@ def test_evaluation_drops_nothing_and_equals_the_library(tiny_dir):
 
 def test_the_adapters_stay_pefts_to_save_and_to_load(tiny_dir, tmp_path):
     model = adapt(load(tiny_dir))
-    decoder = FastDecoder(model, 0.0, 0, compiled=False)
+    decoder = FastDecoder(model, 0, compiled=False)
     decoder.adapters.flat.data.mul_(1.5)  # as an optimizer would, behind peft's back
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(load(tiny_dir), tmp_path)
@@ -170,7 +170,7 @@ def test_a_batch_with_fewer_rows_counts_for_what_it_holds(tiny_dir):
     """Filled up with rows without labels: the loss and gradients of the rows there are."""
     model = adapt(load(tiny_dir))
     expected = librarys(model, *batch(2))
-    micro = MicroStep(FastDecoder(model, 0.0, 0, compiled=False), 5, 24, seed=1, captured=False)
+    micro = MicroStep(FastDecoder(model, 0, compiled=False), 5, 24, seed=1, captured=False)
     micro.begin_step(0)
     micro.train(*batch(5), torch.tensor(1.0))  # leaves other rows behind
     micro.begin_step(1)
@@ -182,7 +182,7 @@ def test_a_batch_with_fewer_rows_counts_for_what_it_holds(tiny_dir):
 
 def test_dropout_follows_from_seed_step_and_micro_step(tiny_dir):
     model = adapt(load(tiny_dir), dropout=0.5)
-    decoder = FastDecoder(model, 0.5, 0, compiled=False)
+    decoder = FastDecoder(model, 0, compiled=False)
 
     def losses(seed, step):
         micro = MicroStep(decoder, 2, 24, seed, captured=False)
@@ -206,7 +206,7 @@ def test_learning_is_unchanged_over_200_steps(tiny_dir, root, dtype, tolerance):
     curves = []
     for fast in (False, True):
         model = adapt(load(tiny_dir, dtype))
-        decoder = FastDecoder(model, 0.0, 0, compiled=False) if fast else None
+        decoder = FastDecoder(model, 0, compiled=False) if fast else None
         trained = [decoder.adapters.flat] if decoder else [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-3)
         curve = []

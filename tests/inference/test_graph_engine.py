@@ -7,6 +7,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from qlora_kit.config import GenerationSettings
+from qlora_kit.fast.llama_parts import ProjectionGroup
+from qlora_kit.fast.projection import Lora
 from qlora_kit.inference import graph_engine, library_engine, token_kernels
 from qlora_kit.inference.graph_engine import GraphEngine, why_not_decoded
 from qlora_kit.inference.library_engine import LibraryEngine
@@ -227,10 +229,12 @@ class TestOnTheGpu:
         adapter = None
         if rank:
             A = (torch.randn(rank * len(sizes), fan_in, device="cuda") / 20).bfloat16()
-            adapter = token_kernels.Adapter(A, tuple(torch.randn(size, rank, device="cuda").bfloat16() for size in sizes))
+            adapter = Lora(
+                A, tuple(torch.randn(size, rank, device="cuda").bfloat16() for size in sizes), sizes, scale=1.0, keep=1.0
+            )
         bias = torch.randn(sum(sizes), device="cuda").bfloat16()
         x = torch.randn(rows, fan_in, device="cuda").bfloat16()
-        actual = token_kernels.product(x, token_kernels.Group(tuple(weights), bias, sizes, adapter))
+        actual = token_kernels.product(x, ProjectionGroup(tuple(weights), bias, sizes, adapter, None))
         whole = torch.cat([bitsandbytes.functional.dequantize_4bit(w, w.quant_state) for w in weights]).double()
         expected = x.double() @ whole.T + bias.double()
         if adapter:

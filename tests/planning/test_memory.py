@@ -554,7 +554,7 @@ def test_a_micro_step_holds_what_is_predicted(changes, micro_batch, recomputed):
     built = Qwen2Config(**sizes, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=1, tie_word_embeddings=True)
     model = AutoModelForCausalLM.from_config(built, dtype=torch.bfloat16)
     model = prepare_model_for_training(model, create_lora_config(16), use_gradient_checkpointing=False)
-    decoder = FastDecoder(model, 0.05, recomputed, compiled=False)
+    decoder = FastDecoder(model, recomputed, compiled=False)
     decoder.adapters.clear_gradients()
     ids, keys = torch.randint(512, (micro_batch, 256)), torch.zeros(3, 4, dtype=torch.int32)
     with LiveStorages() as measured:
