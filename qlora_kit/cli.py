@@ -1,10 +1,9 @@
-"""What both commands share: one-line errors, exit statuses, and library noise kept from the user.
+"""Flags, exit statuses and quiet libraries, which all commands share.
 
-Exit status: 0 done, 2 the user's mistake, 130 stopped by Ctrl+C, 143 by SIGTERM, 1 anything else.
+Exit status: 0 done, 2 the user's mistake, 130 stopped by Ctrl+C, 143 by SIGTERM, 129 by a closed terminal, 1 anything else.
 """
 
 import argparse
-import difflib
 import errno
 import logging
 import os
@@ -15,30 +14,31 @@ from contextlib import redirect_stderr
 from importlib.metadata import version
 from typing import Any, NoReturn, TextIO
 
+from qlora_kit.errors import Failed, Problem, Stopped, UserError
+
 
 def _not_installed(package: str) -> str:
-    return f"error: {package}: not installed in {sys.prefix}; activate its environment, or pip install -r requirements.txt"
+    remedy = "activate the right environment, or pip install -r requirements.txt"
+    return f"error: {Problem(package, None, f'is not installed in {sys.prefix}', remedy)}"
 
 
 try:
-    import pydantic  # noqa: F401  (what every command's settings need: asked for here, where a missing one is reported)
-    import yaml  # noqa: F401
     from rich.console import Console
 
-    from qlora_kit.errors import Failed, Stopped, UserError
+    from qlora_kit.config_file import closest, did_you_mean
     from qlora_kit.secrets import redact
-except ModuleNotFoundError as missing:  # the first import of every command: nobody is there yet to catch it
+except ModuleNotFoundError as missing:  # these are a command's first imports: no caller handles a missing package yet
     sys.exit(_not_installed(str(missing.name)))
 
-DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # a full, read-only or broken disk
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # a full, read-only or broken disk
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse that takes hyphens for underscores and answers a mistake in one line, with the closest flag.
+    """An argparse parser that accepts hyphens for underscores and reports a mistake in one line, with the closest flag.
 
     Args:
-        doc: the command's docstring, whose first paragraph heads --help; the others end it.
-        prog: how it is called where that is not its file's name.
+        doc: the command's docstring: its first paragraph is the head of --help, the others are the end.
+        prog: how the command is called; None takes its file's name.
     """
 
     def __init__(self, doc: str | None, prog: str | None = None):
@@ -50,29 +50,32 @@ class OneLineParser(argparse.ArgumentParser):
         return super().parse_args([_underscored(word) for word in words], namespace)
 
     def error(self, message: str) -> NoReturn:
-        unknown = message.removeprefix("unrecognized arguments: ")
-        if unknown != message and unknown.startswith("--"):
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            flag = (unknown.split() or [unknown])[0].partition("=")[0]  # not its value, which may be a secret
-            close = difflib.get_close_matches(flag, flags, n=1)
-            message = f"{flag}: unknown flag; " + (f"did you mean {close[0]}?" if close else "--help lists them")
-        (problem,) = UserError(message).lines
-        if os.environ.get("RANK", "0") != "0":  # processes.py says it, where the first process has not said the same
-            raise UserError(problem)
-        print(f"error: {redact(problem)}", file=sys.stderr)
+        error = UserError.of([self._problem(message)])
+        if os.environ.get("RANK", "0") != "0":  # training/processes.py reports it unless rank 0 has reported the same
+            raise error
+        _report(error)
         sys.exit(2)
+
+    def _problem(self, message: str) -> Problem:
+        """Return argparse's message as a problem; its forms: `argument FLAG: ...`, `unrecognized arguments: ...`, and others."""
+        flag, _, problem = message.removeprefix("argument ").partition(": ")
+        if flag == "unrecognized arguments" and problem.startswith("--"):
+            flag = problem.split()[0].partition("=")[0]  # without its value, which may be a secret
+            known = [option for action in self._actions for option in action.option_strings]
+            problem = "is not a flag" + did_you_mean(closest(flag, known))
+        elif not flag.startswith("-"):
+            flag, problem = "command line", message
+        return Problem(flag, None, problem, "see --help")
 
 
 def nonempty(text: str) -> str:
-    """For a flag that takes a file, folder or data set.
-
-    Empty, as a shell variable that is not set, it would be the working folder.
+    """Return the name of a file, folder or data set.
 
     Raises:
-        ArgumentTypeError: it is empty.
+        ArgumentTypeError: it is empty, as an unset shell variable is; an empty path would mean the working directory.
     """
     if not text.strip():
-        raise argparse.ArgumentTypeError("the name is empty; give one")
+        raise argparse.ArgumentTypeError("is empty")
     return text
 
 
@@ -81,10 +84,10 @@ def _underscored(word: str) -> str:
     return flag[:2] + flag[2:].replace("-", "_") + equals + value if flag.startswith("--") else word
 
 
-class Unheard:
-    """Standard error that goes on in silence when its reader has left, as after `2>&1 | head` or in a terminal that is gone.
+class IgnoreClosedStderr:
+    """Standard error that drops what it gets once its reader has left, as after `2>&1 | head` or in a closed terminal.
 
-    What is said there is said beside the work, and a training run has its log file: neither may end for it.
+    Messages there only accompany the work, and training writes a log file as well: a run must not end because of them.
     """
 
     def __init__(self, stream: TextIO):
@@ -97,28 +100,24 @@ class Unheard:
         try:
             return self._stream.write(text)
         except OSError:
-            self._drop()
+            _redirect_to_devnull(self._stream)
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
         except OSError:
-            self._drop()
-
-    def _drop(self) -> None:
-        """From here on into nothing; what waits in the stream's buffer goes there too."""
-        _into_nothing(self._stream)
+            _redirect_to_devnull(self._stream)
 
 
-def _into_nothing(stream: TextIO) -> None:
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, stream.fileno())
-    os.close(nothing)
+def _redirect_to_devnull(stream: TextIO) -> None:
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, stream.fileno())
+    os.close(devnull)
 
 
 def results_console(**options: Any) -> Console:
-    """Standard output through rich, whose own answer to a reader that has left is status 1: here `run` answers."""
+    """Return a rich console for standard output that leaves a closed pipe to `run`; rich's own would exit with status 1."""
 
     class Results(Console):
         def on_broken_pipe(self) -> None:
@@ -128,79 +127,77 @@ def results_console(**options: Any) -> Console:
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Call `main` and leave the process with the right status; a user's mistake is never a traceback.
+    """Call `main` and exit with the status that its ending stands for; a user's mistake is never a traceback.
 
-    A command whose results are no longer read, as before `| head`, ends quietly; one that says its progress to nobody goes on.
+    A command whose results are no longer read, as before `| head`, ends quietly; one whose messages are no longer read continues.
     """
-    with redirect_stderr(Unheard(sys.stderr)):
-        _run(main)
+    with redirect_stderr(IgnoreClosedStderr(sys.stderr)):
+        try:
+            main()
+            sys.stdout.flush()
+            status = 0
+        except BrokenPipeError:  # the reader of the results has left, as `| head` does
+            _redirect_to_devnull(sys.stdout)
+            status = 0
+        except KeyboardInterrupt:
+            print("\nstopped", file=sys.stderr)
+            status = 130
+        except Stopped as stop:
+            print(stop, file=sys.stderr)
+            status = stop.status
+        except (UserError, Failed, ModuleNotFoundError, OSError) as error:
+            status = _report(error)
+        sys.exit(status)
 
 
-def _run(main: Callable[[], None]) -> NoReturn:
-    try:
-        main()
-        sys.stdout.flush()
-        sys.exit(0)
-    except UserError as error:
-        for problem in error.lines:
-            print(f"error: {redact(problem)}", file=sys.stderr)
-        sys.exit(2)
-    except Failed as failure:
-        print(f"error: {redact(str(failure))}", file=sys.stderr)
-        sys.exit(1)
-    except Stopped as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(stop.status)
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our results left, as `| head` does
-        _into_nothing(sys.stdout)
-        sys.exit(0)
-    except ModuleNotFoundError as error:
-        if (package := _missing_package(error)) is None:
-            raise
+def _report(error: UserError | Failed | ModuleNotFoundError | OSError) -> int:
+    """Print the error in one line for each problem and return the exit status; raise an error that is a bug of ours."""
+    if isinstance(error, UserError | Failed):
+        lines = error.lines if isinstance(error, UserError) else [str(error)]
+        print("\n".join(f"error: {redact(line)}" for line in lines), file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    if isinstance(error, ModuleNotFoundError) and (package := _missing_package(error)):
         print(_not_installed(package), file=sys.stderr)
-        sys.exit(1)
-    except OSError as error:
-        if error.errno not in DISK_REFUSES:
-            raise
+        return 1
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        problem = f"cannot be written ({error.strerror})"
         print(
-            f"error: {error.filename or 'output'}: cannot be written ({error.strerror}); make room there, or write elsewhere",
+            f"error: {Problem(error.filename or 'output', None, problem, 'free some space there, or write elsewhere')}",
             file=sys.stderr,
         )
-        sys.exit(1)
+        return 1
+    raise error
 
 
 def _missing_package(error: BaseException) -> str | None:
-    """None where it is not a package, but a part of this project. transformers says only beneath which one it misses."""
-    while isinstance(error.__cause__, ModuleNotFoundError):
+    """Return the package that is not installed; None where a file of this project is missing."""
+    while isinstance(error.__cause__, ModuleNotFoundError):  # transformers names the package only in the cause
         error = error.__cause__
     name = getattr(error, "name", None)
     return None if name is None or name.startswith("qlora_kit") else name
 
 
 def prepare_libraries() -> None:
-    """Silence messages that a user can do nothing about. Call it before the libraries are imported."""
+    """Silence library messages that a user can do nothing about. Call it before the libraries are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # sources.py words the errors
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # data/dataset.py reports its errors
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the name before torch 2.9
     if sys.platform == "linux" and not any(name in os.environ for name in names):
         new, old = names
-        before_2_9 = tuple(int(part) for part in version("torch").split(".")[:2]) < (2, 9)
-        # Segments that grow, instead of many of fixed size with room left over in each.
+        before_2_9 = tuple(int(number) for number in version("torch").split(".")[:2]) < (2, 9)
+        # Segments that grow waste less memory than many segments of fixed size.
         os.environ[old if before_2_9 else new] = "expandable_segments:True"
-    # Idle OpenMP threads sleep instead of spinning: beside one other busy program, two spinning cores trained the tiny model
-    # at half this speed, and beside a second training at a fortieth (measured on 2 cores, 2026-11); alone it costs a quarter.
+    # Idle OpenMP threads sleep instead of spinning. While another program was busy, spinning on two cores halved the speed of
+    # training the tiny model, and divided it by 40 next to a second training (2 cores, 2026-11). Alone, sleeping costs a quarter.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says that an optional CPU kernel package is missing
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns that an optional CPU kernel package is missing
     for library in ("transformers", "peft", "accelerate", "bitsandbytes", "datasets", "torch"):
-        for category in (DeprecationWarning, FutureWarning):  # what one library says to another
+        for category in (DeprecationWarning, FutureWarning):  # meant for the libraries' developers
             warnings.filterwarnings("ignore", category=category, module=library)
-    # report.py says in its own words that a paged optimizer is not paged on the CPU
+    # training/machine.py reports that a paged optimizer is not paged on the CPU
     warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")

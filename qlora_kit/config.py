@@ -1,9 +1,11 @@
-"""The settings of a run as pydantic models: sections, keys, types, ranges, defaults. config.yaml explains each key.
+"""Every setting: section, type, range, default.
 
-These defaults are the only ones; a test holds config.yaml equal to them. Reading files and wording mistakes: config.py.
+These defaults are the only ones: a test checks that config.yaml, which explains each key, states the same. config_file.py reads
+files and the command line, and reports mistakes.
 """
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -13,7 +15,7 @@ MIB, GIB = 2**20, 2**30  # bytes
 
 
 def _not_bool(value: Any) -> Any:
-    if isinstance(value, bool):  # YAML's `on` and `yes` are booleans, and Python would count them as 1
+    if isinstance(value, bool):  # YAML reads `on` and `yes` as booleans, and Python counts True as 1
         raise ValueError("should be a number, not true or false")
     return value
 
@@ -28,16 +30,14 @@ def _target_modules(value: Any) -> Any:
     return value
 
 
-def _switch(value: Any) -> Any:
-    if value not in (True, False, "auto"):
-        raise ValueError("should be true, false or auto")
-    return value
+def _true_false_or(word: str) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        for allowed in (True, False, word):
+            if value == allowed:  # 1 and 0 count as true and false
+                return allowed
+        raise ValueError(f"should be true, false or {word}")
 
-
-def _fsdp(value: Any) -> Any:
-    if value not in (True, False, "offload"):
-        raise ValueError("should be true, false or offload")
-    return value
+    return check
 
 
 def _micro_batch(value: Any) -> Any:
@@ -70,8 +70,8 @@ def _dataset(value: Any) -> Any:
 
 
 def _temperature(value: float) -> float:
-    if value != 0 and not 0.001 <= value <= 100:  # divided by less, logits overflow
-        raise ValueError("should be 0, for the likeliest token each time, or from 0.001 to 100")
+    if value != 0 and not 0.001 <= value <= 100:  # logits divided by a smaller number overflow
+        raise ValueError("should be 0, which always takes the likeliest token, or from 0.001 to 100")
     return value
 
 
@@ -89,10 +89,12 @@ Positive = Annotated[float, BeforeValidator(_not_bool), Field(gt=0, allow_inf_na
 NonNegative = Annotated[float, BeforeValidator(_not_bool), Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, BeforeValidator(_not_bool), Field(ge=0, lt=1)]
 Name = Annotated[str, Field(min_length=1)]
-Switch = Annotated[bool | str, BeforeValidator(_switch)]  # true, false or auto
+Switch = Annotated[Literal[True, False, "auto"], BeforeValidator(_true_false_or("auto"))]
 
 
 class Section(BaseModel):
+    """A group of settings: immutable, and without unknown keys."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -134,7 +136,7 @@ class DataSettings(Section):
 
     @property
     def names(self) -> list[str]:
-        """`dataset` as a list."""
+        """Return `dataset` as a list."""
         return self.dataset if isinstance(self.dataset, list) else [self.dataset]
 
 
@@ -160,26 +162,26 @@ class TrainingSettings(Section):
     early_stopping_patience: Count | None = None
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    seed: Annotated[int, BeforeValidator(_not_bool), Field(ge=0, lt=2**32)] = 42  # numpy takes no larger one
+    seed: Annotated[int, BeforeValidator(_not_bool), Field(ge=0, lt=2**32)] = 42  # numpy accepts no larger seed
 
     @property
     def optimizer_bytes(self) -> float:
-        """Bytes of optimizer state for each trained parameter: two moments of 8 or of 32 bits."""
+        """Return the bytes of optimizer state per trained parameter: two moments of 8 or of 32 bits."""
         return 2.0 if "8bit" in self.optim else 8.0
 
     @property
     def keeps_best_adapter(self) -> bool:
-        """Whether the adapter is in the end that of the best evaluation."""
+        """Return whether the run ends with the adapter of the best evaluation."""
         return self.keep_best or self.early_stopping_patience is not None
 
 
 class PerformanceSettings(Section):
-    micro_batch: Annotated[int | str, BeforeValidator(_micro_batch)] = "auto"
+    micro_batch: Annotated[int | Literal["auto"], BeforeValidator(_micro_batch)] = "auto"
     fused_lora: bool = True
     compile: Switch = "auto"
     cuda_graphs: Switch = "auto"
     offload_embedding: bool = False
-    fsdp: Annotated[bool | str, BeforeValidator(_fsdp)] = False
+    fsdp: Annotated[Literal[True, False, "offload"], BeforeValidator(_true_false_or("offload"))] = False
     vram_limit_gib: Positive | None = None
 
 
@@ -204,16 +206,17 @@ class Config(Section):
 
     @property
     def effective_batch(self) -> int:
-        """Sequences per optimizer step."""
+        """Return the number of sequences per optimizer step."""
         return self.training.batch_size * self.training.gradient_accumulation_steps
 
     def steps_per_epoch(self, blocks: int) -> int:
-        """Optimizer steps in one pass over `blocks` sequences; the last one may hold fewer."""
+        """Return the optimizer steps of one pass over `blocks` sequences; the last step may take fewer than the others."""
         return math.ceil(blocks / self.effective_batch)
 
     def total_steps(self, blocks: int) -> int:
-        """Return the optimizer steps of the whole run over `blocks` sequences."""
+        """Return the optimizer steps of the whole run on `blocks` sequences."""
         return self.training.max_steps or math.ceil(self.training.num_epochs * self.steps_per_epoch(blocks))
 
     def to_yaml(self) -> str:
+        """Return the config as a YAML file that load_config reads back."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)

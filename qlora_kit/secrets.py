@@ -1,48 +1,48 @@
-"""Access tokens and passwords: kept out of configs, and out of what is printed or written.
+"""Keep tokens and passwords out of configs and logs.
 
-The Hub's libraries read their token from HF_TOKEN or from what `hf auth login` stored; wandb reads WANDB_API_KEY. Neither needs a
-key in a config, which is written beside the adapter and shared with it.
+The Hub's libraries read their token from HF_TOKEN or from what `hf auth login` stored; wandb reads WANDB_API_KEY. So a config,
+which is saved and shared with the adapter, needs no secret.
 """
 
 import re
 from collections.abc import Iterator
 from typing import Any
 
-# Names of keys that other tools give to secrets.
+from qlora_kit.errors import Problem
+
+# Names that other tools give to keys for secrets.
 NAME = re.compile(
     r"^token$|(?:^|_)(?:(?:hf|hub|huggingface|auth|access|api|wandb|bearer)_?(?:token|key)|passwords?|passwd|secrets?|credentials?)$"
 )
-# The Hub's tokens of users and of organizations, and a password in an address.
+# The Hub's tokens of users and of organizations, and a password in a URL.
 VALUE = re.compile(r"(?P<kept>\b(?:hf_|api_org_))[A-Za-z0-9]{30,}|(?P<scheme>\w://)[^/\s:@'\"]+:[^/\s@]+(?=@)")
 
 
 def is_secret(key: str, value: Any) -> bool:
-    """Whether a key is called as a secret is, or its value looks like one; the value may be a list or a mapping."""
-    called = NAME.search(key.rpartition(".")[2].lower().replace("-", "_"))
-    return bool(called) or any(VALUE.search(text) for text in _texts(value))
+    """Return whether a key has a secret's name, or a string anywhere in its value looks like a secret."""
+    name = key.rpartition(".")[2].lower().replace("-", "_")
+    return bool(NAME.search(name)) or any(VALUE.search(text) for text in _strings(value))
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """The strings in a value, each part of it looked into once: YAML's aliases may hold a list in itself, or a billion of one."""
+def _strings(value: Any) -> Iterator[str]:
+    """Yield the strings in a value, looking into each object once: through YAML's aliases a list may hold itself."""
     waiting, seen = [value], set()
     while waiting:
-        part = waiting.pop()
-        if isinstance(part, str):
-            yield part
-        elif isinstance(part, list | dict) and id(part) not in seen:
-            seen.add(id(part))
-            waiting += part if isinstance(part, list) else [*part, *part.values()]
+        item = waiting.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, list | dict) and id(item) not in seen:
+            seen.add(id(item))
+            waiting += item if isinstance(item, list) else [*item, *item.values()]
 
 
-def refusal(place: str, key: str) -> str:
-    """The line for a secret in a config, which does not repeat it."""
+def secret_problem(key: str, place: str) -> Problem:
+    """Return the problem of a secret in a config, without the secret."""
     variable = "WANDB_API_KEY" if "wandb" in key.lower() else "HF_TOKEN"
-    return (
-        f"{place}: {redact(key)}: holds an access token or password, and settings are written beside the adapter; "
-        f"take it out, and set the environment variable {variable} instead"
-    )
+    problem = "holds an access token or password, which would be saved with the adapter"
+    return Problem(redact(key), None, problem, f"remove it, and set the environment variable {variable} instead", place)
 
 
 def redact(text: str) -> str:
-    """The same text with *** for what looks like a secret."""
+    """Return the text with *** for everything that looks like a secret."""
     return VALUE.sub(lambda match: f"{match['kept'] or match['scheme']}***", text)

@@ -48,7 +48,7 @@ def left(monkeypatch):
 
 
 @pytest.mark.parametrize("ending, status", [
-    (UserError("training.seed: -1: wrong"), 2), (Failed("the disk is full"), 1), (Stopped(130, "stopped"), 130),
+    (UserError("training.seed", -1, "is wrong", "use 1"), 2), (Failed("the disk is full"), 1), (Stopped(130, "stopped"), 130),
     (KeyboardInterrupt(), 130), (None, 0),
 ])  # fmt: skip
 def test_the_exit_status_is_that_of_the_run_though_nobody_hears_its_last_line(left, ending, status):
@@ -86,7 +86,7 @@ def test_a_package_that_is_not_there_is_one_line(root, tmp_path, command, packag
         cwd=root, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
-    assert done.stderr.startswith(f"error: {package}: not installed in {sys.prefix}; ") and "requirements.txt" in done.stderr
+    assert done.stderr.startswith(f"error: {package}: is not installed in {sys.prefix}. ") and "requirements.txt" in done.stderr
 
 
 def test_a_missing_part_of_a_library_is_named_and_one_of_ours_is_our_mistake(capsys):
@@ -100,7 +100,7 @@ def test_a_missing_part_of_a_library_is_named_and_one_of_ours_is_our_mistake(cap
 
     with pytest.raises(SystemExit) as ending:
         cli.run(lambda: fail("accelerate"))
-    assert ending.value.code == 1 and capsys.readouterr().err.startswith("error: accelerate: not installed")
+    assert ending.value.code == 1 and capsys.readouterr().err.startswith("error: accelerate: is not installed")
     with pytest.raises(ModuleNotFoundError):
         cli.run(lambda: fail("qlora_kit.gone"))
 
@@ -117,4 +117,4 @@ def test_an_empty_name_is_not_the_working_folder(parse, flags, capsys):
     with pytest.raises(SystemExit) as ending:
         parse(flags)
     flag = flags[-2]
-    assert (ending.value.code, capsys.readouterr().err) == (2, f"error: argument {flag}: the name is empty; give one\n")
+    assert (ending.value.code, capsys.readouterr().err) == (2, f"error: {flag}: is empty. See --help.\n")

@@ -138,44 +138,44 @@ def test_resolved_config_reads_back_equal(tmp_path):
 @pytest.mark.parametrize(
     ("text", "place_key_value", "remedy"),
     [
-        ("lora:\n  rnak: 8\n", ":2: lora.rnak: 8: ", "unknown key; did you mean lora.rank?"),
+        ("lora:\n  rnak: 8\n", ":2: lora.rnak: 8: ", "is not a key (did you mean lora.rank?)"),
         ("lora:\n  r: 8\n", ":2: lora.r: 8: ", "did you mean lora.rank?"),
         ("training:\n  lr: 1\n", ":2: training.lr: 1: ", "did you mean training.learning_rate?"),
         ("lora:\n\n  learning_rate: 1\n", ":3: lora.learning_rate: 1: ", "did you mean training.learning_rate?"),
-        ("lora:\n  xyzzy: 1\n", ":2: lora.xyzzy: 1: ", "config.yaml lists every key"),
-        ("# comment\nlorra:\n  rank: 8\n", ":2: lorra: ", "unknown section; did you mean lora?"),
-        ("lora: 3\n", ":1: lora: 3: ", "should hold keys, such as lora.rank"),
-        ("lora:\n  alpha: high\n", ":2: lora.alpha: 'high': ", "the default is 32.0"),
-        ("lora:\n  rank: 0\n", ":2: lora.rank: 0: ", "the default is 16"),
-        ("lora:\n  rank: 8.5\n", ":2: lora.rank: 8.5: ", "the default is 16"),
-        ("lora:\n  rank: [8]\n", ":2: lora.rank: [8]: ", "the default is 16"),
-        ("lora:\n  rank: null\n", ":2: lora.rank: None: ", "the default is 16"),
-        ("lora:\n  rank: yes\n", ":2: lora.rank: True: ", "should be a number, not true or false"),
-        ("lora:\n  alpha: true\n", ":2: lora.alpha: True: ", "should be a number, not true or false"),
+        ("lora:\n  xyzzy: 1\n", ":2: lora.xyzzy: 1: ", "is not a key. See config.yaml"),
+        ("# comment\nlorra:\n  rank: 8\n", ":2: lorra: ", "is not a section (did you mean lora?)"),
+        ("lora: 3\n", ":1: lora: 3: ", "holds no keys. Write keys under it, such as lora.rank"),
+        ("lora:\n  alpha: high\n", ":2: lora.alpha: 'high': ", "the default: 32.0"),
+        ("lora:\n  rank: 0\n", ":2: lora.rank: 0: ", "the default: 16"),
+        ("lora:\n  rank: 8.5\n", ":2: lora.rank: 8.5: ", "the default: 16"),
+        ("lora:\n  rank: [8]\n", ":2: lora.rank: [8]: ", "the default: 16"),
+        ("lora:\n  rank: null\n", ":2: lora.rank: null: ", "the default: 16"),
+        ("lora:\n  rank: yes\n", ":2: lora.rank: true: ", "should be a number, not true or false"),
+        ("lora:\n  alpha: true\n", ":2: lora.alpha: true: ", "should be a number, not true or false"),
         ("lora:\n  dropout: 1\n", ":2: lora.dropout: 1: ", "less than 1"),
-        ("lora:\n  dropout: .nan\n", ":2: lora.dropout: nan: ", "the default is 0.05"),
+        ("lora:\n  dropout: .nan\n", ":2: lora.dropout: nan: ", "the default: 0.05"),
         ("lora:\n  target_modules: q_proj\n", ":2: lora.target_modules: 'q_proj': ", "all-linear"),
         ("lora:\n  target_modules: []\n", ":2: lora.target_modules: []: ", "all-linear"),
         ("lora:\n  target_modules: [q_proj, q_proj]\n", ":2: lora.target_modules: ['q_proj', 'q_proj']: ", "twice"),
         ("generation:\n  top_p: 0\n", ":2: generation.top_p: 0: ", "greater than 0"),
         ("training:\n  optim: adam\n", ":2: training.optim: 'adam': ", "'adamw_8bit'"),
-        ("training:\n  learning_rate: .inf\n", ":2: training.learning_rate: inf: ", "the default is 0.0002"),
-        ("training:\n  seed: 4294967296\n", ":2: training.seed: 4294967296: ", "the default is 42"),  # numpy's limit
+        ("training:\n  learning_rate: .inf\n", ":2: training.learning_rate: inf: ", "the default: 0.0002"),
+        ("training:\n  seed: 4294967296\n", ":2: training.seed: 4294967296: ", "the default: 42"),  # numpy's limit
         ("training:\n  gradient_checkpointing: maybe\n", ":2: training.gradient_checkpointing: 'maybe': ", "true, false or auto"),
         ("performance:\n  cuda_graphs: yes please\n", ":2: performance.cuda_graphs: 'yes please': ", "true, false or auto"),
-        ("performance:\n  compile: null\n", ":2: performance.compile: None: ", "the default is auto"),
-        ("performance:\n  offload_embedding: auto\n", ":2: performance.offload_embedding: 'auto': ", "the default is false"),
-        ("quantization:\n  compute_dtype: fp16\n", ":2: quantization.compute_dtype: 'fp16': ", "the default is auto"),
+        ("performance:\n  compile: null\n", ":2: performance.compile: null: ", "the default: auto"),
+        ("performance:\n  offload_embedding: auto\n", ":2: performance.offload_embedding: 'auto': ", "the default: false"),
+        ("quantization:\n  compute_dtype: fp16\n", ":2: quantization.compute_dtype: 'fp16': ", "the default: auto"),
         ("data:\n  eval_split: 1.5\n", ":2: data.eval_split: 1.5: ", "a fraction between 0 and 1"),
         ("data:\n  max_length: 4\n", ":2: data.max_length: 4: ", "greater than or equal to 8"),
         ("performance:\n  micro_batch: 2.5\n", ":2: performance.micro_batch: 2.5: ", "auto or a whole number"),
         ("performance:\n  micro_batch: .inf\n", ":2: performance.micro_batch: inf: ", "auto or a whole number"),
         ("model:\n  name: ''\n", ":2: model.name: '': ", "Qwen/Qwen2.5-3B-Instruct"),
-        ("lora:\n  rank: 8\n  alpha: 1\n  rank: 9\n", ":4: lora.rank: ", "stands twice"),
-        ("lora:\n  rank: 8\nlora:\n  alpha: 1\n", ":1: lora: ", "stands twice"),
+        ("lora:\n  rank: 8\n  alpha: 1\n  rank: 9\n", ":4: lora.rank: ", "appears twice"),
+        ("lora:\n  rank: 8\nlora:\n  alpha: 1\n", ":1: lora: ", "appears twice"),
         ("lora:\n  rank: [8\n", ":3: ", "not valid YAML"),
         ("lora:\n\trank: 8\n", ":2: ", "not valid YAML"),
-        ("model:\n  revision: 2026-13-45\n", ": ", "quote the value"),  # looks like a date, and is none
+        ("model:\n  revision: 2026-13-45\n", ": ", "Quote the value"),  # looks like a date, and is none
     ],
 )
 def test_a_mistake_in_the_file_is_one_problem(problems, tmp_path, text, place_key_value, remedy):
@@ -191,11 +191,11 @@ def test_a_mistake_in_the_file_is_one_problem(problems, tmp_path, text, place_ke
 )
 def test_a_file_without_sections_is_named_with_a_file_to_start_from(problems, text, reason):
     (problem,) = problems(text)
-    assert problem.startswith("--config ") and reason in problem and "configs/tiny.yaml" in problem
+    assert problem.startswith("--config: ") and reason in problem and "configs/tiny.yaml" in problem
 
 
 def test_a_missing_file_is_named_with_a_file_to_start_from(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere\.yaml: no such file; start from config\.yaml"):
+    with pytest.raises(UserError, match=r"^--config: .*nowhere\.yaml: does not exist\. Start from config\.yaml"):
         load_config(tmp_path / "nowhere.yaml")
 
 
@@ -213,11 +213,11 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(load):
 
 def test_a_mistake_on_the_command_line_says_so(problems):
     (problem,) = problems("lora:\n  rank: 8\n", {"lora.rank": "many"})
-    assert problem.startswith("command line: lora.rank: 'many': ") and "the default is 16" in problem
+    assert problem.startswith("command line: lora.rank: 'many': ") and "the default: 16" in problem
 
 
 def test_override_names_the_key_as_load_config_does():
-    with pytest.raises(UserError, match=r"command line: generation.top_p: '0': .*the default is 0\.9"):
+    with pytest.raises(UserError, match=r"command line: generation.top_p: '0': .*the default: 0\.9"):
         override(Config(), {"generation.top_p": "0"})
 
 
@@ -227,7 +227,7 @@ CONTRADICTIONS = [
     (
         {"performance.micro_batch": 3},
         "performance.micro_batch: 3: does not divide the effective batch of 16",
-        "a divisor, or auto",
+        "Use a divisor, or auto.",
     ),
     ({"training.device": "cpu", "performance.vram_limit_gib": 8}, "performance.vram_limit_gib: 8.0: contradicts", "to null"),
     ({"training.early_stopping_patience": 2, "data.eval_split": None}, "training.early_stopping_patience: 2: ", "a fraction"),
@@ -282,7 +282,7 @@ def test_set_reads_the_value_as_yaml():
 def test_set_without_a_usable_value_is_one_problem(assignment, words):
     with pytest.raises(UserError, match=words) as caught:
         parse_set([assignment])
-    assert caught.value.lines[0].startswith(f"--set {assignment}: ")
+    assert caught.value.lines[0].startswith(f"--set: {assignment}: ")
 
 
 def test_hyphens_are_accepted_for_underscores_in_flags_and_left_in_values():
@@ -313,7 +313,7 @@ def test_the_command_answers_a_mistake_with_one_line_and_status_2(root):
 def test_a_mistake_is_answered_before_torch_is_imported(root):
     code = """
 import sys, train_qlora
-from qlora_kit.config_file import UserError
+from qlora_kit.errors import UserError
 try:
     train_qlora.main(["--rank", "0"])
 except UserError:
