@@ -2,4 +2,4 @@
 
 from qlora_kit.cli import prepare_libraries
 
-prepare_libraries()  # before a lesson imports them, whichever is imported first
+prepare_libraries()  # must run before any lesson imports the libraries

@@ -1,9 +1,9 @@
-"""Multi-head attention with LoRA on any of its four projections, from scratch, and which of them to choose at one budget.
+"""Multi-head attention from scratch, with LoRA on any of its four projections; a comparison of the choices.
 
     python -m finetuning_lessons.attention
 
-LoRA (arXiv 2106.09685), sections 4.2 and 7.1. Trains the embedded model with one number of parameters, spent on different
-projections, and draws who attends to whom. Not here: rotary positions and key heads that queries share, as Qwen2 has them.
+LoRA (arXiv 2106.09685), sections 4.2 and 7.1. The lesson spends the same number of trainable parameters of the embedded model on
+different projections, and draws attention weights. It leaves out Qwen2's rotary positions and its grouped key heads.
 """
 
 import copy
@@ -35,17 +35,17 @@ HELD_OUT = 32  # blocks of 64 tokens
 
 
 class LoRAAttention(nn.Module):
-    """Scaled dot-product attention of several heads; its projections are frozen, and some have a LoRA update.
+    """Scaled dot-product attention with several heads; the projections are frozen, and some have a LoRA update.
 
     Args:
         hidden_size: H, size of each token's vector; a multiple of num_heads.
-        lora_rank: of each update.
-        lora_alpha: each update counts lora_alpha/lora_rank times.
+        lora_rank: rank of each update.
+        lora_alpha: each update is multiplied by lora_alpha/lora_rank.
         lora_dropout: share of an update's inputs that is zeroed in training.
         target_modules: the projections that get an update, any of "q", "k", "v", "o".
 
     Raises:
-        ValueError: the heads do not divide hidden_size, or a target is no projection.
+        ValueError: num_heads does not divide hidden_size, or a target is not one of the projections.
     """
 
     def __init__(
@@ -72,11 +72,11 @@ class LoRAAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = map(projection, PROJECTIONS)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """(B, T, H) -> (B, T, H)
+        """Attend: (B, T, H) -> (B, T, H).
 
         Args:
-            attention_mask: broadcast to (B, heads, T, T), queries before keys: True where a query may look, or numbers that are
-                added to the scores. None: everywhere.
+            attention_mask: broadcast to (B, heads, T, T), queries before keys: True where a query may attend, or numbers that are
+                added to the scores. None lets every query attend to every key.
         """
         q, k, v = (self.split_heads(project(hidden_states)) for project in (self.q_proj, self.k_proj, self.v_proj))
         mixed = attention_weights(q, k, attention_mask) @ v  # (B, heads, T, T) @ (B, heads, T, D) -> (B, heads, T, D)
@@ -84,25 +84,28 @@ class LoRAAttention(nn.Module):
         return self.o_proj(joined)
 
     def split_heads(self, x: Tensor) -> Tensor:
-        """(B, T, H) -> (B, heads, T, D), D = H / heads"""
+        """Split each vector into heads: (B, T, H) -> (B, heads, T, D), D = H / heads."""
         return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
 
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q kᵀ / √D): how much of each key a query takes (arXiv 1706.03762, equation 1).
+    """Compute softmax(q kᵀ / √D), the weight of each key for each query (arXiv 1706.03762, equation 1).
 
-    (B, heads, T, D) twice -> (B, heads, T, T). A query that may look nowhere, as padding, takes nothing: its row is zero.
+    (B, heads, T, D) twice -> (B, heads, T, T). The row of a query whose keys are all masked, such as padding, is zero.
     """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, heads, T, T)
     if mask is None:
         return scores.softmax(dim=-1)
     scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    nowhere = (scores == -math.inf).all(dim=-1, keepdim=True)  # (B, heads, T, 1); softmax would give not-a-number
+    nowhere = (scores == -math.inf).all(dim=-1, keepdim=True)  # (B, heads, T, 1); softmax would give NaN
     return scores.masked_fill(nowhere, 0.0).softmax(dim=-1).masked_fill(nowhere, 0.0)
 
 
 def causal_mask(attended: Tensor) -> Tensor:
-    """No token looks at later ones, nor at padding: (B, T), 1 for a token and 0 for padding -> (B, 1, T, T), True: may look."""
+    """Return a mask that hides later tokens and padding.
+
+    (B, T), 1 for a token and 0 for padding -> (B, 1, T, T), True where a query may attend.
+    """
     length = attended.shape[1]
     past = torch.ones(length, length, dtype=torch.bool).tril()  # (T, T)
     return past & attended.bool()[:, None, None, :]
@@ -114,7 +117,7 @@ def causal_mask(attended: Tensor) -> Tensor:
 BUDGET: dict[tuple[str, ...], int] = {("q",): 10, ("k",): 15, ("v",): 15, ("o",): 10, ("q", "v"): 6, PROJECTIONS: 3}  # ranks
 
 
-def parameters_of_layer() -> list[list[str]]:
+def parameter_rows() -> list[list[str]]:
     rows = []
     for targets in (("q",), ("q", "v"), PROJECTIONS):
         trainable, total = count_parameters(LoRAAttention(target_modules=targets))
@@ -123,13 +126,13 @@ def parameters_of_layer() -> list[list[str]]:
 
 
 def compare_targets(base: nn.Module, blocks: Tensor, held_out: Tensor) -> dict[str, tuple[int, list[float]]]:
-    """Trains each choice of BUDGET: its trainable parameters; for each seed, its loss on blocks that it has not seen."""
+    """Train each choice of BUDGET; return its trainable parameters and its held-out loss for each seed."""
     results = {}
     for targets, rank in BUDGET.items():
         losses = []
         for seed in SEEDS:
             torch.manual_seed(seed)
-            order = torch.randperm(len(blocks))  # of the batches: the same for each choice
+            order = torch.randperm(len(blocks))  # order of the batches, the same for each choice
             model = copy.deepcopy(base)
             replace_linear_layers(model, [f"{letter}_proj" for letter in targets], rank, alpha=2 * rank)
             train(model, blocks[order], STEPS)
@@ -138,8 +141,8 @@ def compare_targets(base: nn.Module, blocks: Tensor, held_out: Tensor) -> dict[s
     return results
 
 
-def weights_of_padded_text() -> Tensor:
-    """Attention of the first head, of eight tokens after two of padding: (10, 10)."""
+def compute_padded_attention() -> Tensor:
+    """Return the first head's attention weights for two padding tokens followed by eight tokens: (10, 10)."""
     attention = LoRAAttention(hidden_size=64, num_heads=4)
     hidden = 2 * torch.randn(1, 10, 64)
     mask = causal_mask(torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1, 1]]))
@@ -149,7 +152,7 @@ def weights_of_padded_text() -> Tensor:
 
 def draw(path: Path, base: float, results: dict[str, tuple[int, list[float]]]) -> None:
     with picture(path, columns=2, size=(12, 4.8)) as (left, right):
-        image = left.imshow(weights_of_padded_text().numpy(), cmap="Blues", vmin=0)
+        image = left.imshow(compute_padded_attention().numpy(), cmap="Blues", vmin=0)
         left.figure.colorbar(image, ax=left, label="attention weight")
         names = ["pad", "pad", *map(str, range(1, 9))]
         left.set_xticks(range(10), names)
@@ -176,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = open_folder(create_parser(__doc__, "attention").parse_args(argv).output_dir)
     torch.manual_seed(0)
     header = ["LoRA, rank 8, on", "trainable", "all parameters", "share"]
-    print_table("One attention layer, hidden size 768, 12 heads", header, parameters_of_layer())
+    print_table("One attention layer, hidden size 768, 12 heads", header, parameter_rows())
 
     blocks = load_blocks(64)
     blocks, held_out = blocks[:-HELD_OUT], blocks[-HELD_OUT:]

@@ -1,10 +1,10 @@
-"""The same conversation as Alpaca, ShareGPT, messages and instruction text, and what the loss covers in each.
+"""One conversation as Alpaca, ShareGPT, messages and instruction text, with the tokens that each of them trains.
 
     python -m finetuning_lessons.formats
 
-Alpaca, ShareGPT and messages name the turns; the tokenizer's chat template makes one text of them. Instruction text is ready
-made. Trained is the answer with the token that ends its turn: from it the model learns to stop. All other tokens are context,
-with label -100. On a terminal trained tokens are coloured, elsewhere they stand between [[ and ]].
+Alpaca, ShareGPT and messages name the turns, and the tokenizer's chat template turns them into one text. Instruction text is
+ready made. The loss covers the answer and the token that ends its turn, from which the model learns to stop. All other tokens are
+context with label -100. Trained tokens are printed in colour on a terminal, and between [[ and ]] elsewhere.
 """
 
 import json
@@ -51,37 +51,37 @@ TRAIN_ON: tuple[TrainOn, ...] = ("assistant", "last", "all")
 
 
 def encode_record(record: dict[str, Any], tokenizer: Any, train_on: TrainOn = "assistant") -> Encoded:
-    """Ids of a record of any format, and which of them are trained."""
+    """Return the token ids of a record of any format, and which of them are trained."""
     return encode([record_pieces(record, recognise(record), tokenizer, "text", train_on)], tokenizer)[0]
 
 
 def encode_everything(text: str, tokenizer: Any) -> Encoded:
-    """What `labels = input_ids.clone()` trains: the prompt as well, and no end behind the answer."""
+    """Encode a text as `labels = input_ids.clone()` does: the prompt is trained too, and no token ends the answer."""
     return encode([[Piece(text, True)]], tokenizer)[0]
 
 
 def learns_to_stop(encoded: Encoded, end: int) -> bool:
-    """Whether the token that ends an answer is among the trained ones."""
+    """Return whether the token that ends an answer is trained."""
     return bool(((encoded.ids == end) & encoded.trained).any())
 
 
-def row(name: str, encoded: Encoded, end: int) -> list[str]:
+def token_row(name: str, encoded: Encoded, end: int) -> list[str]:
     trained = int((encoded.labels() >= 0).sum())
     stops = "yes" if learns_to_stop(encoded, end) else "no"
     return [name, stops, str(len(encoded)), str(trained), f"{100 * trained / len(encoded):.0f} %"]
 
 
 def format_rows(tokenizer: Any) -> list[list[str]]:
-    rows = [row(kind, encode_record(record, tokenizer), end_id(kind, tokenizer)) for kind, record in RECORDS.items()]
+    rows = [token_row(kind, encode_record(record, tokenizer), end_id(kind, tokenizer)) for kind, record in RECORDS.items()]
     everything = encode_everything(RECORDS["instruction"]["text"], tokenizer)
-    rows.append(row("instruction, all labels", everything, end_id("instruction", tokenizer)))
+    rows.append(token_row("instruction, all labels", everything, end_id("instruction", tokenizer)))
     return rows
 
 
 def train_on_rows(tokenizer: Any) -> list[list[str]]:
-    """A conversation of two rounds, with each choice of what is trained."""
+    """Return a row for each value of data.train_on, for a conversation of two rounds."""
     end = end_id("sharegpt", tokenizer)
-    return [row(train_on, encode_record(TWO_ROUNDS, tokenizer, train_on), end) for train_on in TRAIN_ON]
+    return [token_row(train_on, encode_record(TWO_ROUNDS, tokenizer, train_on), end) for train_on in TRAIN_ON]
 
 
 def sample_rows(tokenizer: Any) -> list[list[str]]:
@@ -123,7 +123,7 @@ def print_findings(tokenizer: Any) -> None:
 
 
 def draw_tokens(axes: Any, title: str, encoded: Encoded, tokenizer: Any, columns: int = 36, lines: int = 8) -> None:
-    """Characters in cells, coloured where trained; a line between tokens, and a new row after `columns` cells or a line end."""
+    """Draw characters in cells, coloured if trained, with lines between tokens and `columns` cells in a row."""
     at, line = 0, 0
     for token, label in zip(encoded.ids.tolist(), encoded.labels().tolist(), strict=True):
         colour, words = (GREEN if label >= 0 else GREY), tokenizer.decode([token])

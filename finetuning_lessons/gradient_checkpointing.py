@@ -1,13 +1,13 @@
-"""What gradient checkpointing saves and costs, measured here: bytes kept for the backward pass, peak, and time of a step.
+"""Memory and time of gradient checkpointing: bytes kept for the backward pass, peak, and time of a step.
 
     python -m finetuning_lessons.gradient_checkpointing
 
-The backward pass needs what the forward pass computed: activations. With checkpointing (arXiv 1604.06174) each layer keeps its
-input only, and its backward pass computes the rest again. It is often quoted to save 30 to 50 % of memory and to cost 10 to 20 %
-of time.
+The backward pass needs the activations of the forward pass. With checkpointing (arXiv 1604.06174) each layer keeps only its
+input, and its backward pass recomputes the rest. Often quoted: it saves 30 to 50 % of memory and costs 10 to 20 % of time.
 
-On a CPU bytes are counted as tensors come and go (torch.utils._python_dispatch), on a GPU by torch's allocator. Time is that of a
-forward and backward pass of the embedded model with LoRA, without the optimizer's step, which is the same with and without.
+On a CPU the lesson counts the bytes of each tensor that is created and freed (torch.utils._python_dispatch); on a GPU it reads
+torch's allocator. It times a forward and backward pass of the embedded model with LoRA, without the optimizer step, which
+checkpointing does not change.
 """
 
 import time
@@ -43,16 +43,13 @@ from qlora_kit.planning.shape import KNOWN_CONFIGS, read_shape
 
 BATCH = 2  # sequences
 LENGTHS = (64, 128, 256, 512)  # tokens
-TIMED_TOKENS = 512  # of each length that is timed; the fastest step counts
+TIMED_TOKENS = 512  # tokens timed per length; the fastest step counts
 MIB = 2**20
 QUOTED_SAVING, QUOTED_COST = (30, 50), (10, 20)  # percent
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations make inside this context, until they are freed.
-
-    Tensors that share memory are counted once, by their storage.
-    """
+    """Count the bytes of all tensors created inside this context, until they are freed; shared memory is counted once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,14 +78,14 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Step:
-    """One forward and backward pass; bytes beside weights and gradients."""
+    """One forward and backward pass; bytes do not include weights and gradients."""
 
-    kept: int  # after the forward pass
-    peak: int
+    kept: int  # bytes after the forward pass
+    peak: int  # bytes
     milliseconds: float
 
 
-def adapted_model(checkpointing: bool, device: str) -> Any:
+def load_adapted_model(checkpointing: bool, device: str) -> Any:
     model: Any = load_model()
     model.to(device)
     model.requires_grad_(False)
@@ -100,13 +97,13 @@ def adapted_model(checkpointing: bool, device: str) -> Any:
     return adapted.train()
 
 
-def backward(model: Any, ids: torch.Tensor) -> None:
+def run_backward(model: Any, ids: torch.Tensor) -> None:
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
 
 def count_bytes(model: Any, ids: torch.Tensor) -> tuple[int, int]:
-    """Bytes kept after the forward pass, and at the peak of both. The gradients are there already."""
-    backward(model, ids)
+    """Return the bytes kept after the forward pass, and the peak of both passes."""
+    run_backward(model, ids)  # allocates the gradients, which are not counted
     if ids.is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -122,13 +119,13 @@ def count_bytes(model: Any, ids: torch.Tensor) -> tuple[int, int]:
 
 
 def time_backward(models: dict[bool, Any], ids: torch.Tensor) -> dict[bool, float]:
-    """Milliseconds of the fastest step of each model, in turns."""
-    clock = time.perf_counter if ids.is_cuda else time.process_time  # the second does not count waiting for other programs
+    """Return the milliseconds of each model's fastest step."""
+    clock = time.perf_counter if ids.is_cuda else time.process_time  # process_time leaves out other programs
     fastest = dict.fromkeys(models, float("inf"))
     for _ in range(max(3, TIMED_TOKENS // ids.shape[1])):
         for key, model in models.items():
             started = clock()
-            backward(model, ids)
+            run_backward(model, ids)
             if ids.is_cuda:
                 torch.cuda.synchronize()
             fastest[key] = min(fastest[key], 1000 * (clock() - started))
@@ -136,8 +133,8 @@ def time_backward(models: dict[bool, Any], ids: torch.Tensor) -> dict[bool, floa
 
 
 def measure(device: str) -> dict[int, dict[bool, Step]]:
-    """For each length: the step without (False) and with (True) checkpointing."""
-    models = {checkpointing: adapted_model(checkpointing, device) for checkpointing in (False, True)}
+    """Measure a step of each length without (False) and with (True) checkpointing."""
+    models = {checkpointing: load_adapted_model(checkpointing, device) for checkpointing in (False, True)}
     steps = {}
     for length in LENGTHS:
         ids = load_blocks(length)[:BATCH].to(device)
@@ -151,7 +148,7 @@ def percent(new: float, old: float) -> float:
     return 100 * (new / old - 1)
 
 
-def rows(steps: dict[int, dict[bool, Step]]) -> list[list[str]]:
+def step_rows(steps: dict[int, dict[bool, Step]]) -> list[list[str]]:
     rows = []
     for length, step in steps.items():
         without, with_ = step[False], step[True]
@@ -167,7 +164,7 @@ def rows(steps: dict[int, dict[bool, Step]]) -> list[list[str]]:
 
 
 def fixed_bytes(model: Any) -> int:
-    """Weights in fp32, and for what is trained a gradient and Adam's two moments in fp32 as well."""
+    """Return the bytes of weights, gradients and Adam's two moments, all in fp32."""
     trainable, total = count_parameters(model)
     return 4 * total + 12 * trainable
 
@@ -232,8 +229,8 @@ def main(argv: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     steps = measure(device)
     header = ["tokens", "kept MiB", "with", "change", "peak MiB", "with", "change", "step ms", "with", "change"]
-    print_table(f"Without checkpointing, and with it ({device})", header, rows(steps))
-    print_findings(steps, fixed_bytes(adapted_model(False, device)))
+    print_table(f"Without checkpointing, and with it ({device})", header, step_rows(steps))
+    print_findings(steps, fixed_bytes(load_adapted_model(False, device)))
     draw(folder / "gradient_checkpointing.png", steps)
 
 

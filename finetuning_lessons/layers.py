@@ -1,9 +1,9 @@
-"""A linear layer with a LoRA update beside it, from scratch: train it, fold it into the weights, take it out again.
+"""LoRA from scratch: a linear layer with an update of low rank. Train it, merge it into the weights, unmerge it.
 
     python -m finetuning_lessons.layers
 
-LoRA (arXiv 2106.09685). Trains the embedded model for a few steps, prints what is trainable and what folding costs, and draws
-the rank of the update. Not here: attention (attention.py) and 4-bit weights (qlora.py).
+LoRA (arXiv 2106.09685). The lesson counts the trainable parameters of the embedded model, trains it for a few steps, measures
+merging, and draws the singular values of the update. Attention is in attention.py, 4-bit weights are in qlora.py.
 """
 
 import math
@@ -41,13 +41,13 @@ class LoRALayer(nn.Module):
 
     Args:
         rank: rows of A and columns of B; the update B A has at most this rank.
-        alpha: the update counts alpha/rank times, so that another rank asks for less retuning (section 4.1).
+        alpha: the update is multiplied by alpha/rank, so that a change of rank needs less retuning (section 4.1).
         dropout: share of the inputs of A that is zeroed in training.
-        linear: the layer to update, with its weight and bias; one without bias is created when it is left out.
+        linear: the layer to update, with its weight and bias; None creates one without bias.
     """
 
-    # Folded in, the layer keeps its W here: adding an update and subtracting it again does not restore floating-point numbers.
-    # A buffer moves with the layer; not persistent, it is in no checkpoint.
+    # W before merging: subtracting an update does not restore floating-point numbers exactly. A buffer moves with the layer;
+    # it is not persistent, so no checkpoint contains it.
     original_weight: Tensor | None
 
     def __init__(
@@ -75,7 +75,7 @@ class LoRALayer(nn.Module):
         self.register_buffer("original_weight", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)"""
+        """Compute W x + alpha/rank · B A x: (..., in) -> (..., out)."""
         if self.merged:
             return self.linear(x)
         update = self.lora_B(self.lora_A(self.dropout(x)))  # (..., in) -> (..., rank) -> (..., out)
@@ -86,12 +86,12 @@ class LoRALayer(nn.Module):
         return self.original_weight is not None
 
     def update(self) -> Tensor:
-        """ΔW = alpha/rank · B A, as large as W."""
+        """Return ΔW = alpha/rank · B A: (out, in)."""
         return self.scaling * (self.lora_B.weight @ self.lora_A.weight)  # (out, rank) @ (rank, in) -> (out, in)
 
     @torch.no_grad()
     def merge_weights(self) -> None:
-        """W becomes W + ΔW: no more work in a forward pass than without LoRA (section 4.1). A second call changes nothing."""
+        """Add ΔW to W, so that a forward pass costs no more than without LoRA (section 4.1). A second call changes nothing."""
         if self.merged:
             return
         self.original_weight = self.linear.weight.clone()
@@ -99,7 +99,7 @@ class LoRALayer(nn.Module):
 
     @torch.no_grad()
     def unmerge_weights(self) -> None:
-        """The inverse: W is what it was, bit for bit. A second call changes nothing."""
+        """Restore W bit for bit. A second call changes nothing."""
         if self.original_weight is None:
             return
         self.linear.weight.copy_(self.original_weight)
@@ -122,11 +122,11 @@ def replace_linear_layers(
     dropout: float = 0.0,
     layer_type: type[LoRALayer] = LoRALayer,
 ) -> list[str]:
-    """Put a LoRA layer in the place of each linear layer that one of `targets` names, and freeze everything else.
+    """Replace each linear layer that `targets` names by a LoRA layer, and freeze everything else.
 
     Args:
-        targets: last parts of names: "q_proj" is that layer in every block. GPT-2's Conv1D is a linear layer as well.
-        layer_type: what to put there; qlora.py has another.
+        targets: last parts of module names: "q_proj" is that layer in every block. GPT-2's Conv1D is a linear layer as well.
+        layer_type: the class of the new layers; qlora.py passes its own.
 
     Returns:
         Full names of the layers replaced.
@@ -142,7 +142,7 @@ def replace_linear_layers(
     if missing := set(targets) - {name.rpartition(".")[2] for name in found}:
         raise ValueError(f"targets {sorted(missing)}: no such linear layer in this {type(model).__name__}")
     for name, parameter in model.named_parameters():
-        if "lora_" not in name:  # of an earlier call
+        if "lora_" not in name:  # A and B of an earlier call stay trainable
             parameter.requires_grad_(False)
     for name, module in found.items():
         linear = module if isinstance(module, nn.Linear) else _as_linear(module)
@@ -153,7 +153,7 @@ def replace_linear_layers(
 
 
 def _as_linear(conv: Conv1D) -> nn.Linear:
-    """Conv1D computes x W + b and keeps W as (in, out); nn.Linear computes x Wᵀ + b and keeps (out, in). No copy is made."""
+    """View a Conv1D, x W + b with W (in, out), as an nn.Linear, x Wᵀ + b with W (out, in), without a copy."""
     in_features, out_features = conv.weight.shape
     linear = nn.Linear(in_features, out_features, device="meta")
     linear.weight, linear.bias = nn.Parameter(conv.weight.T), conv.bias
@@ -161,7 +161,7 @@ def _as_linear(conv: Conv1D) -> nn.Linear:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Trainable ones, and all."""
+    """Return the number of trainable parameters, and of all."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)
 
@@ -179,8 +179,8 @@ def count_trainable() -> list[list[str]]:
     return rows
 
 
-def gradients_at_start(model: nn.Module, blocks: Tensor) -> dict[str, float]:
-    """The largest absolute gradient before the first step: of A, of B, and of all other parameters."""
+def measure_start_gradients(model: nn.Module, blocks: Tensor) -> dict[str, float]:
+    """Return the largest absolute gradient before the first step: of A, of B, and of all other parameters."""
     model(input_ids=blocks[:2], labels=blocks[:2]).loss.backward()
     largest = {"lora_A": 0.0, "lora_B": 0.0, "the rest": 0.0}
     for name, parameter in model.named_parameters():
@@ -191,8 +191,8 @@ def gradients_at_start(model: nn.Module, blocks: Tensor) -> dict[str, float]:
     return largest
 
 
-def lost_by_subtraction(layers: list[LoRALayer], dtype: torch.dtype) -> float:
-    """Share of the weights for which (W + ΔW) - ΔW, each rounded to `dtype`, is not W."""
+def share_lost_by_subtraction(layers: list[LoRALayer], dtype: torch.dtype) -> float:
+    """Return the share of weights for which (W + ΔW) - ΔW differs from W, every sum rounded to `dtype`."""
     changed = total = 0
     for layer in layers:
         weight, update = layer.linear.weight.to(dtype), layer.update().to(dtype)
@@ -203,7 +203,7 @@ def lost_by_subtraction(layers: list[LoRALayer], dtype: torch.dtype) -> float:
 
 @torch.no_grad()
 def time_forward(repeats: int = 60) -> dict[str, float]:
-    """Milliseconds of a forward pass, in turns; the fastest counts, which other programs delay least."""
+    """Return the milliseconds of the fastest forward pass of each variant; other programs delay the fastest one least."""
     layer, merged, x = LoRALayer(1024, 1024), LoRALayer(1024, 1024), torch.randn(256, 1024)
     merged.merge_weights()
     variants = {"without LoRA": layer.linear, "A and B beside W": layer, "merged": merged}
@@ -218,7 +218,7 @@ def time_forward(repeats: int = 60) -> dict[str, float]:
 
 @torch.no_grad()
 def compare_merged(model: nn.Module, layers: list[LoRALayer], blocks: Tensor) -> tuple[float, int]:
-    """The largest difference of the logits when all layers are merged; how many weights differ after unmerging."""
+    """Return the largest change of a logit by merging all layers, and the number of weights that unmerging does not restore."""
     model.eval()
     weights = [layer.linear.weight.clone() for layer in layers]
     apart = model(input_ids=blocks[:2]).logits  # (2, T, vocabulary)
@@ -254,8 +254,8 @@ def print_folding(model: nn.Module, layers: list[LoRALayer], blocks: Tensor) -> 
     rows = [[f"forward pass, {name} (256 x 1024, rank 8)", f"{ms:.2f} ms"] for name, ms in times.items()]
     rows += [
         ["logits, merged against unmerged: largest difference", f"{difference:.1e}"],
-        ["weights not restored by subtracting ΔW in float32", f"{lost_by_subtraction(layers, torch.float32):.1%}"],
-        ["weights not restored by subtracting ΔW in bfloat16", f"{lost_by_subtraction(layers, torch.bfloat16):.1%}"],
+        ["weights not restored by subtracting ΔW in float32", f"{share_lost_by_subtraction(layers, torch.float32):.1%}"],
+        ["weights not restored by subtracting ΔW in bfloat16", f"{share_lost_by_subtraction(layers, torch.bfloat16):.1%}"],
         ["weights not restored by unmerge_weights", str(changed)],
     ]
     print_table(f"Folding the update into the weights, after {STEPS} steps", ["what", "measured"], rows)
@@ -274,7 +274,7 @@ def main(argv: list[str] | None = None) -> None:
     model, blocks = load_model(), load_blocks(128)
     names = replace_linear_layers(model, ALL_SEVEN)
     layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
-    largest = gradients_at_start(model, blocks)
+    largest = measure_start_gradients(model, blocks)
     rows = [[name, f"{value:.2e}"] for name, value in largest.items()]
     print_table("Before the first step", ["gradient of", "largest"], rows)
     print_text("""B is zero at the start, so the update is zero, and so is the gradient of A, which passes through B: B moves

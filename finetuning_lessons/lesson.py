@@ -1,4 +1,4 @@
-"""What every lesson shares: its flags, its table, its picture, and the embedded model with a text it has not read.
+"""Flags, tables, pictures, the embedded model and its text, shared by all lessons.
 
 def main(argv: list[str] | None = None) -> None:
     folder = open_folder(create_parser(__doc__, "layers").parse_args(argv).output_dir)
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_MODEL = ROOT / "assets" / "tiny-qwen2"  # 6 layers, hidden size 192; see its README
-ARTICLES = ROOT / "samples" / "articles.txt"  # the model was trained on Python's documentation, not on these
+ARTICLES = ROOT / "samples" / "articles.txt"  # not in the training data of the model, which is Python's documentation
 
-# Eight colours that stay apart for colour-blind readers and in print (Okabe and Ito, https://jfly.uni-koeln.de/color/).
+# Eight colours that colour-blind readers can tell apart, in print too (Okabe and Ito, https://jfly.uni-koeln.de/color/).
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#6B6B6B",
 )  # fmt: skip
@@ -41,7 +41,7 @@ STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.titlesize": 12,
     "axes.grid": True,
-    "axes.axisbelow": True,  # the grid behind the bars
+    "axes.axisbelow": True,  # draws bars over the grid
     "axes.spines.top": False,
     "axes.spines.right": False,
     "grid.alpha": 0.3,
@@ -51,11 +51,11 @@ PRINTED_WIDTH = 110  # characters of a line of text
 
 
 def create_parser(doc: str | None, name: str) -> cli.OneLineParser:
-    """The flags of every lesson; a lesson may add its own.
+    """Create a parser with the flags of every lesson; a lesson may add its own.
 
     Args:
-        doc: the lesson's docstring: --help shows it.
-        name: the lesson's module, without the package.
+        doc: the lesson's docstring, which --help shows.
+        name: name of the lesson's module, without the package.
     """
     parser = cli.OneLineParser(doc, prog=f"python -m finetuning_lessons.{name}")
     parser.add_argument(
@@ -65,25 +65,25 @@ def create_parser(doc: str | None, name: str) -> cli.OneLineParser:
 
 
 def open_folder(path: Path) -> Path:
-    """Create the folder where it is missing.
+    """Create the folder if it is missing.
 
     Raises:
-        UserError: it cannot be created, or not written.
+        UserError: the folder cannot be created or written.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output_dir {path}: cannot be created ({error.strerror}); name another folder") from error
+        raise UserError("--output_dir", path, f"cannot be created ({error.strerror})", "use another folder") from error
     if not os.access(path, os.W_OK):
-        raise UserError(f"--output_dir {path}: cannot be written; change its permissions or name another folder")
+        raise UserError("--output_dir", path, "cannot be written", "change its permissions or use another folder")
     return path
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> None:
-    """Print rows of text under a header: with lines on a terminal, plain columns into a file or a pipe.
+    """Print rows of text under a header, with lines on a terminal and as plain columns in a file or a pipe.
 
     Args:
-        words: how many of the first columns hold words, aligned left; the others hold numbers, aligned right.
+        words: number of leading columns that are text, aligned left; the other columns are numbers, aligned right.
     """
     terminal = sys.stdout.isatty()
     table = Table(box=box.SIMPLE_HEAD if terminal else None, pad_edge=False)
@@ -91,7 +91,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         table.add_column(name, justify="left" if number < words else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    # In a notebook rich would write HTML, and colours where none were asked for.
+    # Without force_jupyter, rich would write HTML and colours in a notebook.
     width = None if terminal else 250
     console = Console(highlight=False, markup=False, width=width, force_jupyter=False, force_terminal=terminal)
     console.print(title, style="bold")
@@ -100,20 +100,20 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def print_text(text: str) -> None:
-    """Print a paragraph, its lines filled to one width; a number and its % stay on one line."""
+    """Print a paragraph wrapped to PRINTED_WIDTH; a number and its % stay on one line."""
     joined = " ".join(text.split()).replace(" %", "\N{NO-BREAK SPACE}%")
     print(textwrap.fill(joined, PRINTED_WIDTH).replace("\N{NO-BREAK SPACE}", " ") + "\n")
 
 
 @contextmanager
 def picture(path: Path, columns: int = 1, rows: int = 1, size: tuple[float, float] | None = None) -> Iterator[Any]:
-    """Yield matplotlib axes in the lessons' style; write them to a PNG file and say where it is.
+    """Yield matplotlib axes in the lessons' style, then write them to a PNG file and print its path.
 
     Args:
-        size: width and height in inches; unless given, 5.5 x 4.5 for each of the axes.
+        size: width and height in inches; the default is 5.5 x 4.5 for each of the axes.
 
     Yields:
-        One Axes, or for several an array of them: (columns,) in one row, (rows, columns) in more.
+        One Axes, or an array of several: (columns,) in one row, (rows, columns) in more.
     """
     import matplotlib
 
@@ -131,7 +131,7 @@ def picture(path: Path, columns: int = 1, rows: int = 1, size: tuple[float, floa
 
 
 def load_model(dtype: "torch.dtype | None" = None) -> "PreTrainedModel":
-    """The embedded model on the CPU, without a network, in fp32 unless `dtype` says otherwise."""
+    """Load the embedded model on the CPU, without a network, in `dtype` or fp32."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -145,12 +145,12 @@ def load_tokenizer() -> "PreTrainedTokenizerBase":
 
 
 def load_text() -> str:
-    """Forty short encyclopedia articles, about 93,000 characters, in Wikitext's layout."""
+    """Return forty short encyclopedia articles, about 93,000 characters, in Wikitext's layout."""
     return ARTICLES.read_text(encoding="utf-8")
 
 
 def load_blocks(block_length: int) -> "torch.Tensor":
-    """The text as token ids in blocks without overlap, its tail left out: (blocks, block_length)."""
+    """Return the text as token ids in blocks without overlap and without its tail: (blocks, block_length)."""
     import torch
 
     tokens = torch.tensor(load_tokenizer()(load_text()).input_ids)
@@ -158,7 +158,7 @@ def load_blocks(block_length: int) -> "torch.Tensor":
 
 
 def train(model: "torch.nn.Module", blocks: "torch.Tensor", steps: int, learning_rate: float = 2e-3) -> list[float]:
-    """Train what is trainable with AdamW, four blocks a step in their order; returns the loss of each step, in nats a token."""
+    """Train with AdamW, four blocks per step in their order; return each step's loss in nats per token."""
     import torch
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate, weight_decay=0.0)
@@ -175,7 +175,7 @@ def train(model: "torch.nn.Module", blocks: "torch.Tensor", steps: int, learning
 
 
 def held_out_loss(model: "torch.nn.Module", blocks: "torch.Tensor") -> float:
-    """Mean loss in nats a token, without dropout."""
+    """Return the mean loss in nats per token, without dropout."""
     import torch
 
     model.eval()

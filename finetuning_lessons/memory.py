@@ -1,13 +1,13 @@
-"""What full fine-tuning, LoRA and QLoRA take for models of 1B to 70B parameters, and the smallest GPU that holds each.
+"""GPU memory of full fine-tuning, LoRA and QLoRA for models of 1B to 70B parameters, and the smallest GPU for each.
 
     python -m finetuning_lessons.memory
 
-A rule of thumb counts bytes a parameter: 12 for full fine-tuning (weights 2, gradients 2, Adam's two moments 8), 2 for LoRA,
-0.5 for QLoRA. The account of qlora_kit.planning.memory also counts what the rule leaves out: absmax values of the 4-bit blocks,
-the embedding, which stays in 16 bits, the adapters with their gradients and moments, activations, logits, and CUDA's own context.
+A rule of thumb counts bytes per parameter: 12 for full fine-tuning (weights 2, gradients 2, Adam's two moments 8), 2 for LoRA,
+0.5 for QLoRA. The account of qlora_kit.planning.memory adds what the rule leaves out: absmax values of the 4-bit blocks, the
+16-bit embedding, the adapters with their gradients and moments, activations, logits, and the CUDA context.
 
-Leaves out the fp32 copy of the weights that mixed precision keeps in full fine-tuning: 4 bytes a parameter more.
-Loads no model. 1 GiB = 2**30 bytes.
+Neither counts the fp32 copy of the weights that mixed precision keeps in full fine-tuning, 4 more bytes per parameter.
+No model is loaded. 1 GiB = 2**30 bytes.
 """
 
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ from qlora_kit.planning.memory import CONTEXT_BYTES, estimate_memory
 from qlora_kit.planning.shape import KNOWN_CONFIGS, ModelShape, read_shape
 
 CARDS_GIB = (8, 12, 16, 24, 40, 80)
-RULE_BYTES = {"full": 12.0, "LoRA": 2.0, "QLoRA": 0.5}  # a parameter
+RULE_BYTES = {"full": 12.0, "LoRA": 2.0, "QLoRA": 0.5}  # per parameter
 COLOURS = {"full": RED, "LoRA": BLUE, "QLoRA": GREEN}
 BFLOAT16_BYTES = 2
-# Parts of the account that are neither weights, gradients nor the optimizer's state.
+# Rows of the account that are not weights, gradients or optimizer state.
 ACTIVATIONS = ("kept activations", "unpacked weights", "largest layer's workspace", "logits above that", "libraries")
 
 
@@ -33,7 +33,7 @@ def llama(layers: int, hidden: int, heads: int, kv_heads: int, mlp: int, vocabul
 
 
 def model_shapes() -> dict[str, ModelShape]:
-    """The sizes of published models, as their config.json files state them."""
+    """Return the shapes of published models, from their config.json files."""
     qwen = read_shape(KNOWN_CONFIGS["Qwen/Qwen2.5-3B-Instruct"])
     assert qwen is not None
     return {
@@ -48,7 +48,7 @@ def model_shapes() -> dict[str, ModelShape]:
 
 @dataclass(frozen=True)
 class Measured:
-    """A peak of benchmarks/README.md: Qwen2.5-3B's shape in 4 bits on an NVIDIA H200, 2026-11-22."""
+    """A peak measured in benchmarks/README.md, of Qwen2.5-3B's shape in 4 bits on an NVIDIA H200, 2026-11-22."""
 
     run: str
     micro_batch: int
@@ -72,13 +72,13 @@ def rule_bytes(method: str, shape: ModelShape) -> float:
 
 
 def account_bytes(method: str, shape: ModelShape, length: int, recomputed: int) -> dict[str, float]:
-    """Bytes of each part for one sequence of `length` tokens at a time, rank 16 on all projections.
+    """Return the bytes of each part of memory for one sequence of `length` tokens at a time, rank 16 on all projections.
 
-    The toolkit trains no model in full. Its account for 16-bit weights is taken for that as well: no adapters, but gradients in
-    bfloat16 and two fp32 moments for every parameter.
+    The toolkit does not train all weights of a model. The account of "full" is that of 16-bit LoRA without adapters, plus
+    bfloat16 gradients and two fp32 moments for every parameter.
 
     Args:
-        recomputed: layers whose activations are computed again in the backward pass.
+        recomputed: number of layers whose activations are recomputed in the backward pass.
     """
     changes = {
         "quantization.load_in_4bit": method == "QLoRA",
@@ -102,7 +102,7 @@ def account_bytes(method: str, shape: ModelShape, length: int, recomputed: int) 
 
 
 def smallest_card(needed: float) -> str:
-    """The smallest of CARDS_GIB that holds `needed` bytes."""
+    """Return the smallest of CARDS_GIB that holds `needed` bytes."""
     return next((f"{card} GiB" for card in CARDS_GIB if needed <= card * GIB), f"more than {CARDS_GIB[-1]}")
 
 

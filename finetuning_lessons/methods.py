@@ -1,19 +1,19 @@
-"""The families of parameter-efficient fine-tuning side by side, computed with peft on the embedded model.
+"""Six methods of fine-tuning compared with peft on the embedded model: parameters, loss, time, merging.
 
     python -m finetuning_lessons.methods
 
-    full      every weight is trained; no peft
-    LoRA      W + alpha/rank · B A beside every projection (arXiv 2106.09685, section 4.1)
-    adapter   a small network behind attention and MLP: h + up(relu(down(h))) (arXiv 1902.00751, section 2.1). peft has no such
-              method, so it is written out here
+    full      trains every weight, without peft
+    LoRA      W + alpha/rank · B A for every projection (arXiv 2106.09685, section 4.1)
+    adapter   a small network after attention and MLP: h + up(relu(down(h))) (arXiv 1902.00751, section 2.1); peft does not have
+              this method, so it is implemented here
     prefix    keys and values of virtual tokens before the real ones, in every layer (arXiv 2101.00190, section 4)
     prompt    embeddings of virtual tokens before the text (arXiv 2104.08691, section 2)
-    IA3       k, v and the MLP's inner activations scaled, each by a vector (arXiv 2205.05638, section 3.3)
+    IA3       vectors that scale k, v and the MLP's inner activations (arXiv 2205.05638, section 3.3)
 
-For each: parameters, loss after the same tokens, time of a forward pass, and whether it can be merged: tried out.
-Each trains with its own learning rate, the best of 1, 2 and 5 times a power of ten at 20 steps, since one rate fits not all.
-A model this small, trained for seconds, ranks nothing for models of useful size; where the parameters sit, and what a forward
-pass then costs, is the same.
+For each method the lesson counts parameters, trains on the same tokens, times a forward pass, and tries to merge it. Each trains
+with its own learning rate: the best of 1, 2 and 5 times a power of ten, found at 20 steps. The losses of a model this small,
+trained for seconds, do not rank the methods for larger models. The places of their parameters and the extra work of a forward
+pass are the same there.
 """
 
 import copy
@@ -48,12 +48,12 @@ STEPS = 16  # of 4 x 128 tokens
 LORA_RANK = 16
 BOTTLENECK = 24  # hidden units of an adapter
 VIRTUAL_TOKENS = 16
-TIMED = 25  # forward passes of each method; the fastest counts
+TIMED = 25  # forward passes per method; the fastest counts
 CLAIMED_SHARE = {"full": "100 %", "LoRA": "0.1-1 %", "adapter": "1-5 %", "prefix": "< 0.1 %"}  # as often quoted
 
 
 class Adapter(nn.Module):
-    """A linear layer with a bottleneck behind it: y + up(relu(down(y))), y = linear(x)."""
+    """A linear layer followed by a bottleneck: y + up(relu(down(y))), y = linear(x)."""
 
     def __init__(self, linear: nn.Linear, bottleneck: int):
         super().__init__()
@@ -63,12 +63,13 @@ class Adapter(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the layer and its adapter: (B, T, in) -> (B, T, out)."""
         y = self.linear(x)  # (B, T, in) -> (B, T, out)
         return y + self.up(torch.relu(self.down(y)))  # (B, T, out) -> (B, T, bottleneck) -> (B, T, out)
 
 
 def add_adapters(model: Any, bottleneck: int) -> Any:
-    """Freeze the model; an adapter behind the last layer of each attention and each MLP, as the paper places them."""
+    """Freeze the model and add an adapter after the last layer of each attention and each MLP, as in the paper."""
     model.requires_grad_(False)
     for layer in model.model.layers:
         layer.self_attn.o_proj = Adapter(layer.self_attn.o_proj, bottleneck)
@@ -91,7 +92,7 @@ def add_prompt(model: Any) -> PeftModel:
 
 
 def add_ia3(model: Any) -> PeftModel:
-    targets, inner = ["k_proj", "v_proj", "down_proj"], ["down_proj"]  # of the MLP it is the input that is scaled
+    targets, inner = ["k_proj", "v_proj", "down_proj"], ["down_proj"]  # feedforward_modules: peft scales their input
     return get_peft_model(model, IA3Config(target_modules=targets, feedforward_modules=inner, task_type="CAUSAL_LM"))
 
 
@@ -123,7 +124,11 @@ class Result:
 
 @torch.no_grad()
 def try_to_merge(model: Any, ids: torch.Tensor) -> tuple[str, Any]:
-    """Whether weights alone, without further layers, can do what the trained model does; and the model that shows it, if any."""
+    """Try to merge what was trained into the base weights.
+
+    Returns:
+        "yes", or the reason against it; and the merged model, or None.
+    """
     if not isinstance(model, PeftModel):
         added = any(isinstance(module, Adapter) for module in model.modules())
         return ("no: the relu is in the way" if added else "is the model"), None
@@ -139,7 +144,7 @@ def try_to_merge(model: Any, ids: torch.Tensor) -> tuple[str, Any]:
 
 @torch.no_grad()
 def time_forward(models: dict[str, Any], ids: torch.Tensor, rounds: int) -> dict[str, float]:
-    """Milliseconds that the fastest of `rounds` forward passes computes, in turns; waiting for other programs is not counted."""
+    """Return each model's CPU milliseconds in the fastest of `rounds` forward passes; other programs' time is not counted."""
     fastest = dict.fromkeys(models, float("inf"))
     for model in models.values():
         model.eval()
@@ -152,7 +157,7 @@ def time_forward(models: dict[str, Any], ids: torch.Tensor, rounds: int) -> dict
 
 
 def compare(steps: int) -> dict[str, Result]:
-    """Train each method on the same tokens, then time all of them in turns."""
+    """Train each method on the same tokens, then time all of them."""
     text, models, merged, results = load_split(), {}, {}, {}
     all_parameters = count_parameters(load_model())[1]
     for name, method in METHODS.items():
@@ -171,8 +176,8 @@ def compare(steps: int) -> dict[str, Result]:
     return results
 
 
-def rows(results: dict[str, Result]) -> list[list[str]]:
-    base = results["full"].milliseconds  # full fine-tuning leaves the architecture as it is
+def result_rows(results: dict[str, Result]) -> list[list[str]]:
+    base = results["full"].milliseconds  # full fine-tuning does not change the architecture
     return [
         [
             name,
@@ -240,7 +245,7 @@ def main(argv: list[str] | None = None) -> None:
     base_loss = held_out_loss(load_model(), load_split().held_out)
     results = compare(arguments.steps)
     header = ["method", "mergeable", "trainable", "share", "quoted", "rate", "loss", "forward ms", "over base", "merged ms"]
-    print_table(f"{arguments.steps} steps of 4 x 128 tokens", header, rows(results), words=2)
+    print_table(f"{arguments.steps} steps of 4 x 128 tokens", header, result_rows(results), words=2)
     print_findings(results, base_loss)
     draw(folder / "methods.png", results, base_loss)
 

@@ -1,14 +1,14 @@
-"""Adam's state in 32 and in 8 bits, and what paging it means: bytes and time measured here, and the loss with either.
+"""Adam's state in 32 bits, in 8 bits and paged: bytes, time and loss.
 
     python -m finetuning_lessons.paged_optimizer
 
-Adam keeps two moments for each trained parameter. In 32 bits they take 8 bytes; in 8 bits (arXiv 2110.02861) 2 bytes, and an fp32
-absmax for every 256 values of each. bitsandbytes leaves tensors of less than 4,096 elements in 32 bits.
+Adam keeps two moments for each trained parameter. In 32 bits they take 8 bytes; in 8 bits (arXiv 2110.02861) 2 bytes, and one
+fp32 absmax for every 256 values. bitsandbytes keeps tensors of less than 4,096 elements in 32 bits.
 
-Paged (QLoRA, arXiv 2305.14314, section 3) is not smaller: the state is in memory that CUDA moves to the host when the GPU is full
-and back when a step needs it, a page at a time. That keeps a peak, as of one long sequence, from ending the run. bitsandbytes
-pages tensors of 100,000 elements or more. Without a GPU nothing is paged: a paged optimizer is then the plain one, and this
-lesson shows its bytes and its loss, but not what moving pages costs.
+Paging (QLoRA, arXiv 2305.14314, section 3) does not make the state smaller. CUDA moves its pages to the host when the GPU is
+full, and back when a step needs them, so that a peak, as of one long sequence, does not end the run. bitsandbytes pages tensors
+of 100,000 elements or more. Without a GPU a paged optimizer is the plain one, and this lesson shows its bytes and its loss, but
+not the cost of moving pages.
 """
 
 import copy
@@ -52,26 +52,23 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
 COLOURS = dict(zip(OPTIMIZERS, (GREY, BLUE, GREEN), strict=True))
 
 
-def adapted_model() -> Any:
+def load_adapted_model() -> Any:
     torch.manual_seed(0)
     return get_peft_model(load_model(), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
-def trainable(model: nn.Module) -> list[nn.Parameter]:
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def joined(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-    """The same numbers in one tensor, as qlora_kit/fast/flat_adapters.py keeps them."""
+def join_parameters(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+    """Copy the parameters into one tensor, as qlora_kit/fast/flat_adapters.py does."""
     return [nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))]
-
-
-# Bytes and time
 
 
 @dataclass(frozen=True)
 class State:
-    """Of an optimizer after its first steps."""
+    """Size and speed of an optimizer's state after its first steps."""
 
     bytes: int
     parameters: int
@@ -80,7 +77,7 @@ class State:
 
 
 def state_bytes(optimizer: Any) -> int:
-    """Moments and their absmax values. The 256 levels that all tensors share, and step counts, are left out."""
+    """Return the bytes of moments and their absmax values, without step counts and the 256 levels that all tensors share."""
     tensors = [
         value
         for state in optimizer.state.values()
@@ -97,7 +94,7 @@ def measure_state(name: str, parameters: list[nn.Parameter], rounds: int = 5) ->
     for parameter in copies:
         parameter.grad = torch.randn_like(parameter)
     optimizer, fastest = OPTIMIZERS[name](copies, lr=LEARNING_RATE, weight_decay=0.0), float("inf")
-    clock = time.perf_counter if device == "cuda" else time.process_time  # the second does not count waiting for other programs
+    clock = time.perf_counter if device == "cuda" else time.process_time  # process_time leaves out other programs
     before = torch.cuda.memory_allocated() if device == "cuda" else 0
     for _ in range(rounds):
         started = clock()
@@ -110,11 +107,11 @@ def measure_state(name: str, parameters: list[nn.Parameter], rounds: int = 5) ->
 
 
 def measure_states() -> dict[tuple[str, str], State]:
-    """For what is trained, and each optimizer."""
-    adapters = trainable(adapted_model())
+    """Measure each optimizer with LoRA's tensors, with LoRA in one tensor, and with all weights."""
+    adapters = trainable_parameters(load_adapted_model())
     trained = {
         f"LoRA, {len(adapters)} tensors": adapters,
-        "LoRA, in one tensor": joined(adapters),
+        "LoRA, in one tensor": join_parameters(adapters),
         "all weights": list(load_model().parameters()),
     }
     return {(what, name): measure_state(name, parameters) for what, parameters in trained.items() for name in OPTIMIZERS}
@@ -135,13 +132,10 @@ def state_rows(states: dict[tuple[str, str], State]) -> list[list[str]]:
     ]
 
 
-# Loss
-
-
 def train_with(name: str, model: Any, blocks: Tensor, steps: int) -> list[float]:
-    """lesson.train with another optimizer, one of 8 bits for small tensors too: the loss of each step in nats a token."""
+    """Train like lesson.train with another optimizer, whose 8 bits cover small tensors too; return each step's loss."""
     small_too = {"min_8bit_size": 1} if "8 bits" in name else {}
-    optimizer = OPTIMIZERS[name](trainable(model), lr=LEARNING_RATE, weight_decay=0.0, **small_too)
+    optimizer = OPTIMIZERS[name](trainable_parameters(model), lr=LEARNING_RATE, weight_decay=0.0, **small_too)
     model.train()
     losses = []
     for step in range(steps):
@@ -154,17 +148,14 @@ def train_with(name: str, model: Any, blocks: Tensor, steps: int) -> list[float]
     return losses
 
 
-# Qwen2.5-3B
-
-
 def paged_share(shape: ModelShape, rank: int) -> float:
-    """Share of LoRA's parameters in tensors large enough to be paged, each A and B being a tensor of its own."""
+    """Return the share of LoRA's parameters in tensors large enough to be paged, if each A and B is a tensor of its own."""
     sizes = [rank * width for both in shape.projections().values() for width in both]
     return sum(size for size in sizes if size >= PAGED_FROM) / sum(sizes)
 
 
 def qwen_rows(shape: ModelShape) -> list[list[str]]:
-    """State that is predicted for Qwen2.5-3B, all projections."""
+    """Return the predicted state of Qwen2.5-3B with LoRA on all projections, and with all weights trained."""
     trained = {f"LoRA, rank {rank}": shape.lora_parameters(rank, "all-linear") for rank in (8, 16, 64)}
     trained["all weights"] = shape.parameters()
     in_8_bits = 2 + 2 * 4 / 256  # bytes: two moments, and for each an absmax in 256 values
@@ -217,7 +208,7 @@ def draw(path: Path, states: dict[tuple[str, str], State], losses: dict[str, lis
 def main(argv: list[str] | None = None) -> None:
     folder = open_folder(create_parser(__doc__, "paged_optimizer").parse_args(argv).output_dir)
     use_one_thread()
-    # This lesson says in its own words that nothing is paged on a CPU.
+    # print_findings says that nothing is paged on a CPU.
     warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
     shape = read_shape(KNOWN_CONFIGS["Qwen/Qwen2.5-3B-Instruct"])
     assert shape is not None
@@ -226,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
     print_table("The embedded model", header, state_rows(states), words=2)
     header = ["trained", "parameters", "gradients fp32", "state 32 bits", "state 8 bits"]
     print_table("Qwen2.5-3B, MiB, computed", header, qwen_rows(shape))
-    text, model = load_split(), adapted_model()
+    text, model = load_split(), load_adapted_model()
     models = {name: copy.deepcopy(model) for name in OPTIMIZERS}
     losses = {name: train_with(name, models[name], text.train, STEPS) for name in OPTIMIZERS}
     held_out = {name: held_out_loss(models[name], text.held_out) for name in OPTIMIZERS}

@@ -1,9 +1,10 @@
-"""QLoRA from the two pieces before: a linear layer that keeps W in NF4, and a LoRA update beside it.
+"""QLoRA from scratch: a linear layer that stores W in NF4, with a LoRA update.
 
     python -m finetuning_lessons.qlora
 
-QLoRA (arXiv 2305.14314), section 3. Trains the embedded model with LoRA and with QLoRA on the same batches; measures what is
-stored, what the backward pass keeps, and what merging does. Not here: 16-bit arithmetic, and kernels that make this fast.
+QLoRA (arXiv 2305.14314), section 3. The lesson trains the embedded model with LoRA and with QLoRA on the same batches. It
+measures the bytes stored, the bytes saved for the backward pass, and the loss after merging. 16-bit arithmetic and fast kernels
+are left out.
 """
 
 import copy
@@ -39,17 +40,17 @@ from qlora_kit.planning.shape import BYTES_4BIT_DOUBLE, read_shape
 MIB = 2**20
 STEPS = 20
 HELD_OUT = 16  # blocks of 128 tokens
-SEVEN_BILLION = {  # Llama-2-7B, as its config.json states it
+SEVEN_BILLION = {  # from the config.json of Llama-2-7B
     "model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32,
     "intermediate_size": 11008, "vocab_size": 32000, "tie_word_embeddings": False,
 }  # fmt: skip
 
 
 class DequantizedProduct(torch.autograd.Function):
-    """x Wᵀ for a packed W, which is unpacked in the forward pass and once more in the backward pass.
+    """x Wᵀ for a packed W, which is dequantized in the forward pass and again in the backward pass.
 
-    Written as `x @ weight.dequantize().T`, autograd would keep the unpacked W of every layer until the backward pass, and the
-    memory that packing saved would be gone. It keeps nothing here: W is frozen, so that not even x is needed again.
+    With `x @ weight.dequantize().T`, autograd would save the dequantized W of every layer until the backward pass, and the memory
+    that packing saved would be lost. This function saves no tensor: W is frozen, so the backward pass does not need x either.
     """
 
     @staticmethod
@@ -63,24 +64,24 @@ class DequantizedProduct(torch.autograd.Function):
 
 
 class NF4Linear(nn.Module):
-    """A frozen linear layer whose weight is stored in NF4 with double quantization: 4.127 bits a weight and not 16.
+    """A frozen linear layer whose weight is stored in NF4 with double quantization: 4.127 bits per weight instead of 16.
 
-    The packed weight stays on the device of `linear`: pack where it is to run.
+    The packed weight stays on the device of `linear`; move that first.
     """
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.quantized = quantize(linear.weight.detach(), "nf4", double_quant=True)
-        self.bias = linear.bias  # not packed: one number for a whole row of W
+        self.bias = linear.bias  # not packed: one number per row of W
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)"""
+        """Compute W x + b: (..., in) -> (..., out)."""
         y = DequantizedProduct.apply(x, self.quantized)
         return y if self.bias is None else y + self.bias
 
 
 class QLoRALayer(LoRALayer):
-    """y = doubleDequant(W) x + alpha/rank · B A x (section 3, equation 5): a LoRA layer with its W in NF4."""
+    """y = doubleDequant(W) x + alpha/rank · B A x (section 3, equation 5): a LoRA layer that stores W in NF4."""
 
     linear: Any  # an NF4Linear
 
@@ -98,20 +99,21 @@ class QLoRALayer(LoRALayer):
 
     @property
     def weight(self) -> Tensor:
-        """W as the products see it, unpacked: (out, in)."""
+        """The dequantized W that the products use: (out, in)."""
         return self.linear.quantized.dequantize()
 
     @property
     def total_params(self) -> int:
-        """Packed weights are no nn.Parameter, and two to a byte; but they are parameters all the same."""
+        """Count W as well, which is packed two to a byte and is no nn.Parameter."""
         return super().total_params + self.weight.numel()
 
     def merge_weights(self) -> None:
+        """Raise NotImplementedError: rounding W + ΔW to NF4 again would lose part of ΔW."""
         raise NotImplementedError("W is packed, and W + ΔW would have to be rounded to NF4 again; use merged_linear()")
 
     @torch.no_grad()
     def merged_linear(self) -> nn.Linear:
-        """A plain layer with W + ΔW, W unpacked as in training: nothing is rounded to 4 bits again."""
+        """Return a plain layer with W + ΔW, where W is dequantized as in training and nothing is rounded to 4 bits again."""
         merged = nn.Linear(self.lora_A.in_features, self.lora_B.out_features, bias=False)
         merged.weight = nn.Parameter(self.weight + self.update(), requires_grad=False)  # (out, in)
         merged.bias = self.linear.bias
@@ -122,7 +124,7 @@ class QLoRALayer(LoRALayer):
 
 
 def stored_mib(model: nn.Module) -> dict[str, float]:
-    """MiB of each part, what is not packed in the bfloat16 of the model's file, A and B in fp32."""
+    """Return the MiB of each group of weights: A and B in fp32, other unpacked weights in the bfloat16 of the model's file."""
     stored = {"projections": 0.0, "embedding and norms": 0.0, "A and B": 0.0}
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -135,14 +137,14 @@ def stored_mib(model: nn.Module) -> dict[str, float]:
 
 
 class UnpackingLinear(NF4Linear):
-    """What DequantizedProduct is there to avoid."""
+    """An NF4Linear whose autograd saves the dequantized W: the mistake that DequantizedProduct avoids."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.quantized.dequantize().T
 
 
-def kept_for_backward(layer: nn.Module) -> float:
-    """MiB that autograd keeps between the forward and the backward pass of 1024 -> 1024 features."""
+def saved_for_backward_mib(layer: nn.Module) -> float:
+    """Return the MiB that autograd saves between the forward and the backward pass of 1024 -> 1024 features."""
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -154,8 +156,8 @@ def kept_for_backward(layer: nn.Module) -> float:
     return sum(kept.values()) / MIB
 
 
-def with_layers(model: nn.Module, make: Callable[[QLoRALayer], nn.Module]) -> nn.Module:
-    """A copy of the model with `make(layer)` in the place of each QLoRA layer."""
+def copy_with_layers(model: nn.Module, make: Callable[[QLoRALayer], nn.Module]) -> nn.Module:
+    """Copy the model and replace each QLoRA layer by `make(layer)`."""
     changed = copy.deepcopy(model)
     for name, layer in model.named_modules():
         if isinstance(layer, QLoRALayer):
@@ -165,7 +167,11 @@ def with_layers(model: nn.Module, make: Callable[[QLoRALayer], nn.Module]) -> nn
 
 
 def compare_training(blocks: Tensor) -> tuple[dict[str, Any], dict[str, list[float]], list[list[str]]]:
-    """LoRA and QLoRA with the same A at the start and the same batches: models, losses of each step, rows of a table."""
+    """Train LoRA and QLoRA from the same A on the same batches.
+
+    Returns:
+        The models, the loss of each step, and the rows of a table.
+    """
     models, curves, rows = {}, {}, []
     for name, layer_type in (("LoRA", LoRALayer), ("QLoRA", QLoRALayer)):
         torch.manual_seed(0)
@@ -180,12 +186,13 @@ def compare_training(blocks: Tensor) -> tuple[dict[str, Any], dict[str, list[flo
     return models, curves, rows
 
 
-def merging_losses(model: nn.Module, held_out: Tensor) -> dict[str, float]:
+def measure_merging_losses(model: nn.Module, held_out: Tensor) -> dict[str, float]:
+    """Return the held-out loss of the model after each way of merging its update."""
     variants = {
         "apart, as trained": model,
-        "merged into unpacked weights": with_layers(model, QLoRALayer.merged_linear),
-        "merged, then packed to NF4 again": with_layers(model, lambda layer: NF4Linear(layer.merged_linear())),
-        "update left out": with_layers(model, lambda layer: layer.linear),
+        "merged into unpacked weights": copy_with_layers(model, QLoRALayer.merged_linear),
+        "merged, then packed to NF4 again": copy_with_layers(model, lambda layer: NF4Linear(layer.merged_linear())),
+        "update left out": copy_with_layers(model, lambda layer: layer.linear),
     }
     return {name: held_out_loss(variant, held_out) for name, variant in variants.items()}
 
@@ -222,7 +229,7 @@ def print_stored(stored: dict[str, dict[str, float]]) -> None:
 
 
 def print_merged(model: nn.Module, held_out: Tensor) -> None:
-    losses = merging_losses(model, held_out)
+    losses = measure_merging_losses(model, held_out)
     print_table("QLoRA's update merged", ["weights", "held-out loss"], [[name, f"{loss:.4f}"] for name, loss in losses.items()])
     apart, _, again, without = losses.values()
     print_text(f"""Packing W + ΔW to NF4 again takes back {(again - apart) / (without - apart):.0%} of what training gained: merge
@@ -238,7 +245,7 @@ def main(argv: list[str] | None = None) -> None:
 
     linear = nn.Linear(1024, 1024, bias=False)
     layers = {"x @ weight.dequantize().T": UnpackingLinear(linear), "DequantizedProduct": NF4Linear(linear)}
-    kept = [[name, f"{kept_for_backward(layer):.2f}"] for name, layer in layers.items()]
+    kept = [[name, f"{saved_for_backward_mib(layer):.2f}"] for name, layer in layers.items()]
     print_table("Kept for the backward pass of one layer, 1024 x 1024", ["product", "MiB"], kept)
 
     header = ["", "held-out loss before", "after", "a step"]

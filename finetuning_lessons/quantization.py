@@ -1,10 +1,10 @@
-"""4-bit weights from scratch: NF4, double quantization and packing, beside FP4 and INT4, with what each costs and loses.
+"""4-bit weights from scratch: NF4, FP4 and INT4, double quantization and packing; the bits and the error of each.
 
     python -m finetuning_lessons.quantization
 
-QLoRA (arXiv 2305.14314), section 3. NF4 and FP4 are what bitsandbytes stores, bit for bit (on a GPU it decides some of FP4's ties
-otherwise); INT4 is the plain, evenly spaced kind.
-Measures bits a weight, errors on normal numbers and on the embedded model, and that model's loss. Training is in qlora.py.
+QLoRA (arXiv 2305.14314), section 3. NF4 and FP4 agree with bitsandbytes bit for bit, except that its GPU kernel rounds some ties
+of FP4 the other way. INT4 is evenly spaced. The lesson measures bits per weight, the error on normal random numbers and on the
+embedded model, and that model's loss. Training is in qlora.py.
 """
 
 import copy
@@ -33,15 +33,15 @@ from qlora_kit import cli
 
 BLOCK = 64  # weights that share one absmax
 GROUP = 256  # absmax values that share one scale, in double quantization
-EVALUATED = 8  # blocks of 256 tokens, for the loss
+EVALUATED = 8  # blocks of 256 tokens that the loss is measured on
 
 
 def nf4_levels() -> Tensor:
-    """The levels of 4-bit NormalFloat, from -1 to 1: (16,).
+    """Return the 16 levels of 4-bit NormalFloat, from -1 to 1: (16,).
 
-    They are quantiles of a normal distribution, so they lie close where weights do (section 3, equation 4). The outermost ones
-    would be infinite: the authors' code stops at a tail of (1/30 + 1/32) / 2. Zero has to be a level, since zeros are common and
-    must stay zero; so 7 levels are below it and 8 above, each side evenly spaced in probability.
+    They are quantiles of a normal distribution, so they are dense where weights are (section 3, equation 4). The outermost
+    quantiles would be infinite, so the authors' code stops at a tail probability of (1/30 + 1/32) / 2. Zero must be a level,
+    because zeros are common and must stay zero: 7 levels are below it and 8 above, each side evenly spaced in probability.
     """
     last = 0.9677083  # 1 - (1/30 + 1/32) / 2, with the digits of the authors' code
     sides = (torch.linspace(last, 0.5, 9)[:-1], torch.linspace(last, 0.5, 8)[:-1])  # (8,), (7,)
@@ -51,9 +51,10 @@ def nf4_levels() -> Tensor:
 
 
 def fp4_levels() -> Tensor:
-    """4-bit floating point as bitsandbytes has it, by bit pattern: a bit of sign, two of exponent, one of mantissa: (16,).
+    """Return the levels of bitsandbytes' 4-bit floating point, in the order of their bit patterns: (16,).
 
-    An odd format: a larger exponent field is a smaller number, and the smallest level is 1/192 of the largest.
+    One bit of sign, two of exponent, one of mantissa. A larger exponent field is a smaller number, and the smallest level above
+    zero is 1/192 of the largest.
     """
     positive = [0.0, 0.0625]  # exponent field 0
     for field in (1, 2, 3):
@@ -64,7 +65,7 @@ def fp4_levels() -> Tensor:
 
 
 def int4_levels() -> Tensor:
-    """Whole numbers from -7 to 7, over 7: (15,). The sixteenth code, -8, would lie beyond the absmax and has no use."""
+    """Return the integers from -7 to 7, divided by 7: (15,). The sixteenth code, -8, would exceed the absmax."""
     return torch.arange(-7, 8) / 7
 
 
@@ -72,9 +73,9 @@ LEVELS: dict[str, Callable[[], Tensor]] = {"nf4": nf4_levels, "fp4": fp4_levels,
 
 
 def dynamic_levels() -> Tensor:
-    """Levels for double quantization, over seven decades, finer towards 1 (arXiv 1511.04561): (256,).
+    """Return the levels of double quantization: seven decades, more levels in the larger ones (arXiv 1511.04561): (256,).
 
-    The paper says 8-bit floats; bitsandbytes takes this table.
+    QLoRA's text says 8-bit floats; bitsandbytes uses this table.
     """
     decades = []
     for decade in range(7):  # from 10^-6 with one level to 10^0 with 64
@@ -84,8 +85,8 @@ def dynamic_levels() -> Tensor:
     return torch.cat([-positive, torch.zeros(1), positive, torch.ones(1)]).sort().values
 
 
-def nearest(values: Tensor, levels: Tensor) -> Tensor:
-    """Index of the level nearest to each value; halfway, of the lower. Any shape -> the same, uint8."""
+def nearest_codes(values: Tensor, levels: Tensor) -> Tensor:
+    """Return the index of the level nearest to each value, of the lower level on a tie. Any shape -> the same shape, uint8."""
     levels = levels.to(values.device)
     order = torch.argsort(levels, stable=True)  # FP4's bit patterns are not in the order of their values
     ascending = levels[order]
@@ -94,57 +95,59 @@ def nearest(values: Tensor, levels: Tensor) -> Tensor:
 
 
 def scale_blocks(values: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Divide each run of `size` values by its largest absolute value, zeros added to fill the last.
+    """Divide each block of `size` values by its largest absolute value; zeros fill the last block.
 
     Returns:
         Values from -1 to 1: (blocks, size); the absmax of each block: (blocks,).
     """
     blocks = nn.functional.pad(values, (0, -len(values) % size)).view(-1, size)  # (n,) -> (blocks, size)
     absmax = blocks.abs().amax(dim=1)  # (blocks,)
-    inverse = 1 / absmax.clamp(min=1e-38)  # a block of zeros stays one
+    inverse = 1 / absmax.clamp(min=1e-38)  # avoids 1/0; a block of zeros stays zero
     return (blocks * inverse[:, None]).clamp(-1, 1), absmax
 
 
 def pack(codes: Tensor) -> Tensor:
-    """Two 4-bit codes a byte, the first in the upper half: (n,) -> (n/2,) uint8."""
+    """Pack two 4-bit codes into each byte, the first in the upper half: (n,) -> (n/2,) uint8."""
     return codes[0::2] << 4 | codes[1::2]
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """(n/2,) -> (n,) uint8"""
+    """Split each byte into its two 4-bit codes: (n/2,) -> (n,) uint8."""
     return torch.stack([packed >> 4, packed & 15], dim=1).flatten()
 
 
 @dataclass(frozen=True)
 class QuantizedAbsmax:
-    """Double quantization: the absmax values themselves in 8 bits (section 3)."""
+    """Double quantization: absmax values stored in 8 bits (section 3)."""
 
     codes: Tensor  # (blocks,) uint8
     scale: Tensor  # (blocks/256,) float32
     mean: Tensor  # () float32
 
     def dequantize(self) -> Tensor:
-        """(blocks,) float32"""
+        """Return the absmax values: (blocks,) float32."""
         scale = self.scale.repeat_interleave(GROUP)[: len(self.codes)]  # (blocks/256,) -> (blocks,)
         return dynamic_levels().to(scale.device)[self.codes.int()] * scale + self.mean
 
 
 def quantize_absmax(absmax: Tensor) -> QuantizedAbsmax:
-    """(blocks,) float32 -> 8 bits each. They are positive: less their mean, they use the levels of both signs."""
+    """Store each absmax in 8 bits: (blocks,) float32. All are positive; minus their mean, they use the levels of both signs."""
     mean = absmax.mean()
     scaled, scale = scale_blocks(absmax - mean, GROUP)  # (blocks,) -> (blocks/256, 256)
     if not absmax.is_cuda:
         scaled = round_to_grid(scaled)
-    return QuantizedAbsmax(nearest(scaled, dynamic_levels()).flatten()[: len(absmax)], scale, mean)
+    return QuantizedAbsmax(nearest_codes(scaled, dynamic_levels()).flatten()[: len(absmax)], scale, mean)
 
 
 def round_to_grid(scaled: Tensor) -> Tensor:
-    """To 65,536 points from -1 to 1: bitsandbytes' CPU kernel keeps the nearest level for each of them in a table."""
+    """Round to 65,536 points from -1 to 1, for which bitsandbytes' CPU kernel keeps a table of nearest levels."""
     return ((scaled + 1) * 0.5 * 65535 + 0.5).floor() / 65535 * 2 - 1
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
+    """A weight stored in 4 bits per entry."""
+
     kind: str
     packed: Tensor  # (n/2,) uint8
     absmax: Tensor | QuantizedAbsmax  # (n/64,) float32, or in 8 bits
@@ -153,13 +156,13 @@ class QuantizedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Of everything that is stored for this weight alone."""
+        """Bytes stored for this weight alone, without the tables that all weights share."""
         if isinstance(self.absmax, Tensor):
             return self.packed.nbytes + self.absmax.nbytes
         return self.packed.nbytes + self.absmax.codes.nbytes + self.absmax.scale.nbytes + self.absmax.mean.nbytes
 
     def dequantize(self) -> Tensor:
-        """The weight again, in its shape and dtype, each entry one of 16 levels times the absmax of its block."""
+        """Return the weight in its shape and dtype; each entry is one of 16 levels times the absmax of its block."""
         absmax = self.absmax if isinstance(self.absmax, Tensor) else self.absmax.dequantize()  # (n/64,)
         count = self.shape.numel()
         levels = LEVELS[self.kind]().to(absmax.device)
@@ -168,53 +171,53 @@ class QuantizedWeight:
 
 
 def quantize(weight: Tensor, kind: str = "nf4", double_quant: bool = False) -> QuantizedWeight:
-    """A weight of any shape to 4 bits an entry, with one absmax for 64 of them (section 2, equation 1, block by block).
+    """Quantize a weight of any shape to 4 bits per entry, with one absmax for each 64 entries (section 2, equation 1).
 
     Args:
         kind: "nf4", "fp4" or "int4".
-        double_quant: keep the absmax values in 8 bits, too.
+        double_quant: store the absmax values in 8 bits too.
     """
     scaled, absmax = scale_blocks(weight.flatten().float(), BLOCK)  # (n,) -> (n/64, 64), (n/64,)
-    packed = pack(nearest(scaled, LEVELS[kind]()).flatten())  # (n/64, 64) -> (n,) -> (n/2,)
+    packed = pack(nearest_codes(scaled, LEVELS[kind]()).flatten())  # (n/64, 64) -> (n,) -> (n/2,)
     stored = quantize_absmax(absmax) if double_quant else absmax
     return QuantizedWeight(kind, packed[: (weight.numel() + 1) // 2], stored, weight.shape, weight.dtype)
 
 
-# The lesson: what the functions above cost and lose.
+# The lesson: bits and errors of the functions above.
 
 
-def projections(model: nn.Module) -> list[Tensor]:
-    """The weights that QLoRA packs: every linear layer's but the head's."""
+def projection_weights(model: nn.Module) -> list[Tensor]:
+    """Return the weights that QLoRA packs: those of every linear layer except the head."""
     return [m.weight for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
 
 
-def bits(weights: list[Tensor], double_quant: bool) -> float:
-    """Stored bits a weight, counted in the tensors that are stored."""
+def bits_per_weight(weights: list[Tensor], double_quant: bool) -> float:
+    """Return the stored bits per weight, counted in the tensors that are stored."""
     stored = sum(quantize(weight, double_quant=double_quant).nbytes for weight in weights)
     return 8 * stored / sum(weight.numel() for weight in weights)
 
 
-def error(weights: list[Tensor], kind: str) -> float:
-    """Root mean square of the error over that of the weights."""
+def relative_error(weights: list[Tensor], kind: str) -> float:
+    """Return the RMS error of 4-bit weights, divided by the RMS of the weights."""
     wrong = sum((quantize(w, kind).dequantize() - w).square().sum().item() for w in weights)
     return math.sqrt(wrong / sum(weight.square().sum().item() for weight in weights))
 
 
 @torch.no_grad()
 def log_probabilities(model: nn.Module, blocks: Tensor) -> Tensor:
-    """(blocks, T) -> (blocks, T - 1, vocabulary)"""
+    """Return log probabilities of each next token: (blocks, T) -> (blocks, T - 1, vocabulary)."""
     return model(input_ids=blocks).logits[:, :-1].log_softmax(dim=-1)
 
 
 @torch.no_grad()
-def damage(model: nn.Module, before: Tensor, kind: str, double_quant: bool, blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """What storing the projections in 4 bits does to the log probabilities `before`, in nats a token: (blocks,) both.
+def measure_damage(model: nn.Module, before: Tensor, kind: str, double_quant: bool, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Measure how storing the projections in 4 bits changes the log probabilities `before`, in nats per token.
 
     Returns:
-        Change of the loss; Kullback-Leibler divergence from the predictions of the model as it is.
+        The change of the loss, and the Kullback-Leibler divergence from the model that is not quantized: (blocks,) each.
     """
     packed = copy.deepcopy(model)
-    for weight in projections(packed):
+    for weight in projection_weights(packed):
         weight.copy_(quantize(weight, kind, double_quant).dequantize())
     after = log_probabilities(packed, blocks)
     change = (before - after).gather(2, blocks[:, 1:, None]).squeeze(2)  # (blocks, T-1, vocabulary) -> (blocks, T-1)
@@ -247,9 +250,12 @@ def draw(path: Path, weights: list[Tensor], errors: dict[str, tuple[float, float
 def print_bits(weights: list[Tensor]) -> None:
     large = [torch.randn(2048, 2048)]
     kinds = (("absmax in fp32", "4 + 32/64", False), ("double quantization", "4 + 8/64 + 32/(64 · 256)", True))
-    rows = [[name, formula, *(f"{bits(stored, double):.4f}" for stored in (large, weights))] for name, formula, double in kinds]
+    rows = [
+        [name, formula, *(f"{bits_per_weight(stored, double):.4f}" for stored in (large, weights))]
+        for name, formula, double in kinds
+    ]
     print_table("Stored bits a weight", ["NF4", "formula", "2048 x 2048", "embedded model"], rows, words=2)
-    saved = 1 - bits(large, True) / bits(large, False)
+    saved = 1 - bits_per_weight(large, True) / bits_per_weight(large, False)
     print_text(f"""Often quoted: double quantization saves 8 %. Measured: {saved:.1%} of a packed weight. The 8-bit levels
         are a table of bitsandbytes' own, where summaries often say FP8.""")
 
@@ -271,7 +277,7 @@ def print_damage(model: nn.Module) -> None:
     blocks, rows, divergence = load_blocks(256)[:EVALUATED], [], []
     before = log_probabilities(model, blocks)
     for kind, double_quant in (("nf4", False), ("nf4", True), ("fp4", False), ("int4", False)):
-        both = damage(model, before, kind, double_quant, blocks)
+        both = measure_damage(model, before, kind, double_quant, blocks)
         means = [f"{b.mean():.4f} ± {b.std() / math.sqrt(len(b)):.4f}" for b in both]
         rows.append([kind.upper() + (", double quantization" if double_quant else ""), *means])
         divergence.append(both[1].mean().item())
@@ -287,9 +293,9 @@ def main(argv: list[str] | None = None) -> None:
     folder = open_folder(create_parser(__doc__, "quantization").parse_args(argv).output_dir)
     torch.manual_seed(0)
     model, normal = load_model(), [torch.randn(1024, 1024)]
-    weights = [weight.detach() for weight in projections(model)]
+    weights = [weight.detach() for weight in projection_weights(model)]
     print_bits(weights)
-    errors = {kind: (error(normal, kind), error(weights, kind)) for kind in LEVELS}
+    errors = {kind: (relative_error(normal, kind), relative_error(weights, kind)) for kind in LEVELS}
     print_errors(errors)
     print_damage(model)
     draw(folder / "quantization.png", weights, errors)

@@ -1,12 +1,13 @@
-"""What a LoRA rank costs and what it buys: parameters, time, how well it can copy a full update, and the loss after training.
+"""Cost and use of a LoRA rank: parameters, time, the error of a low-rank copy of a full update, the loss after training.
 
     python -m finetuning_lessons.rank_study
 
-A matrix of rank r closest to a full update ΔW keeps its r largest singular values (Eckart and Young, 1936). Its error,
-sqrt(Σ σᵢ² beyond r / Σ σᵢ²), is the least that LoRA can have at rank r: 0 % is a copy, 100 % nothing. Copied are what full
-fine-tuning adds to the embedded model's projections, and random numbers of the same shapes, which have no structure.
+The matrix of rank r that is closest to a full update ΔW keeps its r largest singular values (Eckart and Young, 1936). Its error,
+sqrt(Σ σᵢ² beyond r / Σ σᵢ²), is the least that LoRA can reach at rank r: 0 % is an exact copy. The lesson copies the updates that
+full fine-tuning makes to the embedded model's projections, and random matrices of the same shapes, which have no structure.
 
-Then the embedded model is trained on the same tokens: at several ranks, on several sets of projections, on 4- and 16-bit bases.
+Then it trains the embedded model on the same tokens, at several ranks, on several sets of projections, with 4-bit and 16-bit
+bases.
 """
 
 import time
@@ -40,24 +41,21 @@ from qlora_kit import cli
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TRAINED_RANKS = (4, 8, 16, 32, 64)
-WIDTH = 768  # of the layer that is timed
+WIDTH = 768  # size of the layer that is timed
 STEPS = 10  # of 4 x 128 tokens
 LEARNING_RATE, FULL_LEARNING_RATE = 2e-3, 5e-4  # the best of 1, 2 and 5 times a power of ten
 FIT_STEPS = 300
-TIMED = 20  # forward passes at each rank; the fastest counts
-
-
-# Costs and errors, rank by rank
+TIMED = 20  # forward passes per rank; the fastest counts
 
 
 def best_errors(update: Tensor, ranks: tuple[int, ...]) -> list[float]:
-    """Relative Frobenius error of the best approximation of `update` (out, in) at each rank, by its singular values."""
+    """Return the relative Frobenius error of the best approximation of `update` (out, in) at each rank."""
     squares = torch.linalg.svdvals(update).square()
     return [float((squares[rank:].sum() / squares.sum()).sqrt()) for rank in ranks]
 
 
 def fitted_error(update: Tensor, rank: int) -> float:
-    """Relative Frobenius error of a LoRALayer whose update was trained, by gradient descent, to be `update` (out, in)."""
+    """Return the relative Frobenius error of a LoRALayer trained by gradient descent to copy `update` (out, in)."""
     torch.manual_seed(0)
     target = update / update.square().mean().sqrt()  # so that one learning rate fits updates of any size
     layer = LoRALayer(target.shape[1], target.shape[0], rank, alpha=2.0 * rank)  # (in, out)
@@ -73,7 +71,7 @@ def fitted_error(update: Tensor, rank: int) -> float:
 
 
 def fine_tune_fully(text: Text, steps: int) -> tuple[list[Tensor], float]:
-    """Train every weight of the embedded model: what that adds to each projection, (out, in), and the held-out loss."""
+    """Train every weight of the embedded model; return the update of each projection, (out, in), and the held-out loss."""
     before, model = load_model(), load_model()
     train(model, text.train, steps, FULL_LEARNING_RATE)
     after = dict(model.named_parameters())
@@ -83,7 +81,7 @@ def fine_tune_fully(text: Text, steps: int) -> tuple[list[Tensor], float]:
 
 
 def pooled_errors(updates: list[Tensor], ranks: tuple[int, ...]) -> list[float]:
-    """best_errors of many matrices as if they were one: their squared errors and squared norms are summed."""
+    """Return best_errors of many matrices taken together: the sums of squared errors over the sum of squared norms."""
     norms = torch.tensor([float(update.square().sum()) for update in updates])
     errors = torch.tensor([best_errors(update, ranks) for update in updates])  # (matrices, ranks)
     return ((errors.square() * norms[:, None]).sum(0) / norms.sum()).sqrt().tolist()
@@ -91,7 +89,7 @@ def pooled_errors(updates: list[Tensor], ranks: tuple[int, ...]) -> list[float]:
 
 @torch.no_grad()
 def forward_times(rounds: int) -> dict[int, float]:
-    """Milliseconds for 128 tokens through a layer of WIDTH x WIDTH at each rank, 0 without LoRA; the fastest of all rounds."""
+    """Return the milliseconds of the fastest forward pass of 128 tokens through WIDTH x WIDTH at each rank; 0 is without LoRA."""
     layers: dict[int, Any] = {rank: LoRALayer(WIDTH, WIDTH, rank, alpha=2.0 * rank) for rank in RANKS}
     layers[0] = layers[1].linear
     x = torch.randn(1, 128, WIDTH)
@@ -110,8 +108,8 @@ class Copies:
 
     random: list[float]  # least possible, of random numbers
     real: list[float]  # least possible, of all updates together
-    one: list[float]  # least possible, of the first layer's q
-    fitted: list[float]  # of the same one, A and B trained to copy it
+    one: list[float]  # least possible, of the update of the first layer's q
+    fitted: list[float]  # of that update, with A and B trained to copy it
 
 
 def measure_copies(updates: list[Tensor]) -> Copies:
@@ -133,11 +131,10 @@ def rank_rows(times: dict[int, float], copies: Copies) -> list[list[str]]:
     return [row(*values) for values in zip(RANKS, copies.random, copies.real, copies.one, copies.fitted, strict=True)]
 
 
-# The same tokens at several ranks
-
-
 @dataclass(frozen=True)
 class Run:
+    """One training run of the study."""
+
     name: str
     rank: int = 16
     targets: tuple[str, ...] = ALL_SEVEN
@@ -164,7 +161,7 @@ RUNS = (
 
 
 def load_base(kind: str) -> Any:
-    """The embedded model, its file's 16-bit weights as they are or packed to 4 bits; products in fp32 either way."""
+    """Load the embedded model with its 16-bit weights, or packed to 4 bits; products are in fp32 either way."""
     if kind == "16-bit":
         return load_model()
     packing = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=torch.float32)

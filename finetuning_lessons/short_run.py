@@ -1,4 +1,4 @@
-"""What the lessons that compare short runs of the embedded model share beside lesson.py: the text split, and one thread."""
+"""The text split and the thread setting of the lessons that compare short runs of the embedded model."""
 
 from typing import NamedTuple
 
@@ -11,18 +11,18 @@ HELD_OUT = 16  # blocks at the end of the text
 
 
 class Text(NamedTuple):
-    """Token ids in blocks, (blocks, LENGTH) each."""
+    """Blocks of token ids to train and to evaluate on, (blocks, LENGTH) each."""
 
     train: torch.Tensor
     held_out: torch.Tensor
 
 
 def load_split() -> Text:
-    """The articles, the last of them held out for evaluation."""
+    """Return the articles' blocks, the last HELD_OUT of them for evaluation."""
     blocks = load_blocks(LENGTH)
     return Text(blocks[:-HELD_OUT], blocks[-HELD_OUT:])
 
 
 def use_one_thread() -> None:
-    """The embedded model's products are too small to share out: two threads wait for each other longer than they compute."""
+    """Compute with one thread: the embedded model's products are so small that two would mostly wait for each other."""
     torch.set_num_threads(1)

@@ -1,13 +1,13 @@
-"""LoRA on GPT-2 with a loop in plain PyTorch, and the same run through train_qlora.py: the same losses.
+"""LoRA on GPT-2 with a training loop in plain PyTorch, compared with the same run of train_qlora.py.
 
     python -m finetuning_lessons.training_loop
 
-GPT-2 keeps its projections as Conv1D, weights (in, out), and joins q, k and v in `c_attn`; `c_proj` names the output of the
-attention and of the MLP. The Hub's gpt2 is trained where it can be reached, else a small one of random weights; it says which.
+GPT-2's projections are Conv1D layers with weights (in, out); `c_attn` is q, k and v in one, and `c_proj` is the output projection
+of attention and of the MLP. The lesson trains the Hub's gpt2 if it can be reached, and a small one with random weights if not.
 
-train_qlora.py takes GPT-2 whole, through the library's layers instead of its own fast ones, which are built like Llama. So that
-both see the same numbers, the script is told: no 4-bit weights, fp32, AdamW in 32 bits, a constant learning rate, no dropout, no
-clipping, no packing, and prompts trained as well.
+train_qlora.py trains GPT-2 through the library's layers, because its fast path covers only models built like Llama. For equal
+numbers, the script gets these settings: no 4-bit weights, fp32, 32-bit AdamW, a constant learning rate, no dropout, no clipping,
+no packing, and trained prompts.
 """
 
 import json
@@ -44,7 +44,7 @@ from qlora_kit.model.hub import go_offline_if_unreachable
 RECORDS = ROOT / "samples" / "alpaca.jsonl"
 BATCH = 4
 EPOCHS = 2
-LENGTH = 64  # tokens; the longest of the records takes fewer
+LENGTH = 64  # tokens; no record is longer
 LEARNING_RATE = 2e-3
 RANK, ALPHA = 8, 16
 TARGETS = ["c_attn", "c_proj"]
@@ -53,10 +53,10 @@ NO_DROPOUT: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop
 
 
 class InstructionDataset(Dataset):
-    """Alpaca records as instruction text, each padded to `max_length` tokens and ended by the end-of-sequence token.
+    """Alpaca records as instruction text, each followed by the end-of-sequence token and padded to `max_length` tokens.
 
-    Prompts are trained as well as answers (formats.py shows the other way). Padding gets label -100 by its position, not by its
-    id: it may be the same token as the end, which has to be trained.
+    Prompts are trained as well as answers; formats.py shows how to train answers only. Padding gets label -100 by its position
+    and not by its token id, because padding may be the end-of-sequence token, which must be trained.
     """
 
     def __init__(self, records: Sequence[dict[str, Any]], tokenizer: Any, max_length: int):
@@ -66,7 +66,7 @@ class InstructionDataset(Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """input_ids, attention_mask and labels, (max_length,) each."""
+        """Return input_ids, attention_mask and labels, (max_length,) each."""
         text = alpaca_to_text(self.records[index])
         ids = [*self.tokenizer(text).input_ids, self.tokenizer.eos_token_id][: self.max_length]
         padding = self.max_length - len(ids)
@@ -82,7 +82,7 @@ def load_records(count: int) -> list[dict[str, Any]]:
 
 
 class Base(NamedTuple):
-    """What is trained, and how much of it fits into a minute."""
+    """A base model, and the number of records that it trains on within a minute."""
 
     model: Any
     tokenizer: Any
@@ -92,7 +92,7 @@ class Base(NamedTuple):
 
 
 def small_gpt2() -> Base:
-    """GPT-2's architecture with random weights and the embedded model's tokenizer."""
+    """Create a small GPT-2 with random weights and the embedded model's tokenizer."""
     tokenizer = load_tokenizer()
     set_seed(SEED)
     ends: dict[str, Any] = {"bos_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -102,7 +102,7 @@ def small_gpt2() -> Base:
 
 
 def load_gpt2() -> Base:
-    """The Hub's gpt2, or from the Hub's cache; else the small one."""
+    """Load gpt2 from the Hub or its cache, or create the small GPT-2."""
     go_offline_if_unreachable()
     from_cache = bool(os.environ.get("HF_HUB_OFFLINE"))
     try:
@@ -114,27 +114,27 @@ def load_gpt2() -> Base:
 
 
 def add_lora(model: Any) -> Any:
-    """Rank 8 on c_attn and c_proj; fan_in_fan_out tells peft that Conv1D keeps its weights as (in, out)."""
+    """Add LoRA to c_attn and c_proj; fan_in_fan_out tells peft that Conv1D weights are (in, out)."""
     model.requires_grad_(False)
     set_seed(SEED)  # decides where A starts
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, fan_in_fan_out=True, task_type="CAUSAL_LM")
     return get_peft_model(model, config)
 
 
-def shuffled(dataset: Dataset, count: int, epoch: int) -> Subset:
-    """The order of an epoch as the Trainer draws it: from the seed and the epoch's number."""
+def shuffle_epoch(dataset: Dataset, count: int, epoch: int) -> Subset:
+    """Shuffle as the Trainer does, by the seed and the number of the epoch."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(SEED + epoch))
     return Subset(dataset, order.tolist())
 
 
 def train_plainly(model: Any, dataset: InstructionDataset) -> list[float]:
-    """The whole of training: batch, loss, gradients, step. Returns each step's loss in nats a token."""
+    """Train by batch, loss, gradients and step; return each step's loss in nats per token."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0)
     model.train()
     losses = []
     for epoch in range(EPOCHS):
-        for batch in DataLoader(shuffled(dataset, len(dataset), epoch), batch_size=BATCH):
-            loss = model(**batch).loss  # the mean over the batch's labels; the model shifts them by one
+        for batch in DataLoader(shuffle_epoch(dataset, len(dataset), epoch), batch_size=BATCH):
+            loss = model(**batch).loss  # mean over the batch's labels, which the model shifts by one
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -142,8 +142,8 @@ def train_plainly(model: Any, dataset: InstructionDataset) -> list[float]:
     return losses
 
 
-def write_material(model: Any, tokenizer: Any, records: Sequence[dict[str, Any]], folder: Path) -> None:
-    """The same model and records as files: a folder for model.name, and instruction text for data.dataset."""
+def write_inputs(model: Any, tokenizer: Any, records: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Write the model as a folder for model.name, and the records as instruction text for data.dataset."""
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     with (folder / "records.jsonl").open("w", encoding="utf-8") as file:
@@ -151,8 +151,8 @@ def write_material(model: Any, tokenizer: Any, records: Sequence[dict[str, Any]]
             file.write(json.dumps({"text": alpaca_to_text(record)}) + "\n")
 
 
-def settings(folder: Path) -> dict[str, Any]:
-    """Keys of train_qlora.py for the run that train_plainly makes."""
+def script_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings of train_qlora.py for the same run as train_plainly."""
     return {
         "model.name": folder / "model",
         "quantization.load_in_4bit": "false",
@@ -184,12 +184,12 @@ def settings(folder: Path) -> dict[str, Any]:
 
 
 def train_with_script(folder: Path, threads: int) -> list[float]:
-    """Run train_qlora.py as a command; the losses that it logged.
+    """Run train_qlora.py as a command and return the losses that it logged.
 
     Raises:
-        Failed: it did not end well.
+        Failed: the exit status is not 0.
     """
-    flags = [word for key, value in settings(folder).items() for word in ("--set", f"{key}={value}")]
+    flags = [word for key, value in script_settings(folder).items() for word in ("--set", f"{key}={value}")]
     command = [sys.executable, str(ROOT / "train_qlora.py"), *flags]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
     if run.returncode:
@@ -198,8 +198,8 @@ def train_with_script(folder: Path, threads: int) -> list[float]:
     return [entry["loss"] for entry in map(json.loads, metrics) if "loss" in entry]
 
 
-def rows(plain: list[float], script: list[float]) -> list[list[str]]:
-    """Each step's loss twice, and how far apart they are."""
+def loss_rows(plain: list[float], script: list[float]) -> list[list[str]]:
+    """Return each step's two losses and their difference."""
     pairs = zip(plain, script, strict=True)
     return [[str(step), f"{a:.6f}", f"{b:.6f}", f"{abs(a - b):.1e}"] for step, (a, b) in enumerate(pairs, 1)]
 
@@ -223,12 +223,12 @@ def main(argv: list[str] | None = None) -> None:
     dataset = InstructionDataset(records, base.tokenizer, LENGTH)
     print_text(f"Model: {base.description}")
     with tempfile.TemporaryDirectory() as temporary:
-        write_material(base.model, base.tokenizer, records, Path(temporary))
+        write_inputs(base.model, base.tokenizer, records, Path(temporary))
         adapted = add_lora(base.model)
         trainable, total = count_parameters(adapted)
         plain = train_plainly(adapted, dataset)
         script = train_with_script(Path(temporary), base.threads)
-    print_table("Loss in nats a token", ["step", "plain loop", "train_qlora.py", "apart"], rows(plain, script), words=0)
+    print_table("Loss in nats a token", ["step", "plain loop", "train_qlora.py", "apart"], loss_rows(plain, script), words=0)
     masks = torch.stack([item["attention_mask"] for item in map(dataset.__getitem__, range(len(dataset)))])
     print_text(
         f"{trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %). Padded to {LENGTH} tokens, "

@@ -7,12 +7,12 @@ from finetuning_lessons.gradient_checkpointing import (
     LENGTHS,
     LiveBytes,
     Step,
-    adapted_model,
-    backward,
     count_bytes,
     fixed_bytes,
+    load_adapted_model,
     print_findings,
-    rows,
+    run_backward,
+    step_rows,
 )
 
 
@@ -52,14 +52,14 @@ def test_tensors_from_before_are_not_counted():
 
 @pytest.fixture(scope="module")
 def models():
-    return {checkpointing: adapted_model(checkpointing, "cpu") for checkpointing in (False, True)}
+    return {checkpointing: load_adapted_model(checkpointing, "cpu") for checkpointing in (False, True)}
 
 
 def test_checkpointing_changes_no_gradient(models):
     ids = torch.arange(64).view(2, 32)
     for model in models.values():
         model.zero_grad()
-        backward(model, ids)
+        run_backward(model, ids)
     pairs = list(zip(models[False].parameters(), models[True].parameters(), strict=True))
     compared = [(a.grad, b.grad) for a, b in pairs if a.grad is not None]
     assert len(compared) == 6 * 7 * 2
@@ -78,12 +78,12 @@ def test_checkpointing_keeps_the_input_of_each_layer_and_the_logits(models):
 
 def test_fixed_bytes_by_hand():
     """3,868,992 weights; a gradient and two moments for each of the 325,632 of LoRA."""
-    assert fixed_bytes(adapted_model(False, "cpu")) == 4 * 3_868_992 + 12 * 325_632
+    assert fixed_bytes(load_adapted_model(False, "cpu")) == 4 * 3_868_992 + 12 * 325_632
 
 
 def test_rows_show_changes_in_percent():
     steps = {64: {False: Step(4 * 2**20, 8 * 2**20, 10.0), True: Step(2**20, 6 * 2**20, 13.0)}}
-    assert rows(steps) == [["2 x 64", "4.0", "1.0", "-75 %", "8.0", "6.0", "-25 %", "10.0", "13.0", "+30 %"]]
+    assert step_rows(steps) == [["2 x 64", "4.0", "1.0", "-75 %", "8.0", "6.0", "-25 %", "10.0", "13.0", "+30 %"]]
 
 
 @pytest.mark.parametrize("longest, said", [(11.6, True), (40.0, False)])

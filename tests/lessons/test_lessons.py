@@ -1,4 +1,4 @@
-"""Every lesson answers --help, refuses a folder that cannot be, prints a table and writes its picture."""
+"""Check that every lesson answers --help, refuses a folder it cannot create, prints a table and writes its picture."""
 
 import importlib
 import subprocess
@@ -14,7 +14,7 @@ from qlora_kit.errors import UserError
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = {"__init__", "lesson", "short_run"}
 LESSONS = sorted(path.stem for path in (ROOT / "finetuning_lessons").glob("*.py") if path.stem not in SHARED)
-# What a lesson trains less of here, so that all run with the other tests; whole they run under the marker slow.
+# Smaller settings, so that all lessons run with the other tests; the marker slow runs them whole.
 SHORT: dict[str, dict[str, object]] = {
     "layers": {"STEPS": 2},
     "attention": {"STEPS": 1, "SEEDS": (0,), "HELD_OUT": 4},
@@ -25,7 +25,7 @@ SHORT: dict[str, dict[str, object]] = {
     "gradient_checkpointing": {"LENGTHS": (16, 32), "TIMED_TOKENS": 1},
     "paged_optimizer": {"STEPS": 1},
 }
-WHOLE = {"training_loop"}  # starts train_qlora.py, which takes its seconds however little is trained
+WHOLE = {"training_loop"}  # starts train_qlora.py, which takes seconds however little it trains
 
 
 @pytest.mark.parametrize("name", LESSONS)
@@ -60,7 +60,7 @@ def test_lesson_prints_a_table_and_writes_its_picture(name, tmp_path, capsys, mo
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LESSONS)
 def test_whole_lesson_takes_less_than_a_minute(name, tmp_path, capsys):
-    start = time.process_time()  # of one thread, whatever else the machine does
+    start = time.process_time()  # leaves out other programs
     check_run(name, tmp_path / "pictures", capsys)
     assert time.process_time() - start < 60
 
@@ -69,16 +69,18 @@ def test_run_as_a_command_a_wrong_folder_is_one_line():
     command = [sys.executable, "-m", "finetuning_lessons.layers", "--output-dir", "README.md/pictures"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "error: --output_dir README.md/pictures: cannot be created (Not a directory); name another folder\n"
+    assert result.stderr == (
+        "error: --output_dir: README.md/pictures: cannot be created (Not a directory). Use another folder.\n"
+    )
 
 
-def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
+def test_a_file_with_the_name_of_the_folder_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"--output_dir .*file: cannot be created"):
+    with pytest.raises(UserError, match=r"--output_dir: .*file: cannot be created"):
         open_folder(tmp_path / "file")
 
 
-def test_pictures_go_where_git_does_not_look():
+def test_git_ignores_the_pictures():
     folder = create_parser("", "layers").parse_args([]).output_dir
     assert subprocess.run(["git", "check-ignore", "-q", f"{folder}/layers.png"], cwd=ROOT).returncode == 0
 

@@ -7,13 +7,13 @@ from torch import nn
 from finetuning_lessons.paged_optimizer import (
     OPTIMIZERS,
     PAGED_FROM,
-    adapted_model,
-    joined,
+    join_parameters,
+    load_adapted_model,
     measure_state,
     paged_share,
     qwen_rows,
     train_with,
-    trainable,
+    trainable_parameters,
 )
 from finetuning_lessons.short_run import load_split
 from qlora_kit.config import TrainingSettings
@@ -40,7 +40,7 @@ def test_state_by_hand(name, size, expected):
 
 def test_joined_tensor_holds_the_same_numbers():
     pieces = [nn.Parameter(torch.tensor([[1.0, 2.0]])), nn.Parameter(torch.tensor([3.0]))]
-    assert [one.tolist() for one in joined(pieces)] == [[1.0, 2.0, 3.0]]
+    assert [one.tolist() for one in join_parameters(pieces)] == [[1.0, 2.0, 3.0]]
 
 
 def test_paged_share_by_hand():
@@ -76,11 +76,11 @@ def test_qwen_rows_by_hand():
 def test_8_bits_train_like_32():
     blocks, losses = load_split().train[:, :32], {}
     for name in (WIDE, NARROW):
-        losses[name] = train_with(name, adapted_model(), blocks, steps=4)
+        losses[name] = train_with(name, load_adapted_model(), blocks, steps=4)
     assert losses[WIDE][0] == losses[NARROW][0]
     assert losses[WIDE] != losses[NARROW]
     assert losses[NARROW] == pytest.approx(losses[WIDE], abs=0.01)
 
 
 def test_lora_of_the_embedded_model_is_84_tensors():
-    assert len(trainable(adapted_model())) == 6 * 7 * 2
+    assert len(trainable_parameters(load_adapted_model())) == 6 * 7 * 2

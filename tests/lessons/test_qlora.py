@@ -14,7 +14,7 @@ from finetuning_lessons.qlora import (
     NF4Linear,
     QLoRALayer,
     UnpackingLinear,
-    kept_for_backward,
+    saved_for_backward_mib,
     stored_mib,
 )
 from finetuning_lessons.quantization import quantize
@@ -119,8 +119,8 @@ def test_gradients_flow_to_a_and_b_only():
 
 def test_the_backward_pass_keeps_no_unpacked_weight():
     linear = nn.Linear(1024, 1024, bias=False)
-    assert kept_for_backward(NF4Linear(linear)) == 0
-    assert kept_for_backward(UnpackingLinear(linear)) == 4 * 1024 * 1024 / MIB
+    assert saved_for_backward_mib(NF4Linear(linear)) == 0
+    assert saved_for_backward_mib(UnpackingLinear(linear)) == 4 * 1024 * 1024 / MIB
 
 
 def test_a_16_bit_input_gets_a_16_bit_output():

@@ -9,17 +9,17 @@ import torch
 from finetuning_lessons.lesson import load_model
 from finetuning_lessons.quantization import (
     QuantizedAbsmax,
-    bits,
+    bits_per_weight,
     dynamic_levels,
-    error,
     fp4_levels,
     int4_levels,
-    nearest,
+    nearest_codes,
     nf4_levels,
     pack,
-    projections,
+    projection_weights,
     quantize,
     quantize_absmax,
+    relative_error,
     scale_blocks,
     unpack,
 )
@@ -36,7 +36,7 @@ def weights() -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     sizes = [((300, 200), 0.02), ((77, 90), 30.0), ((1, 33), 1.0)]
     random = [scale * torch.randn(*size, generator=generator) for size, scale in sizes]
-    return [*(weight.detach() for weight in projections(load_model())[:14]), *random]
+    return [*(weight.detach() for weight in projection_weights(load_model())[:14]), *random]
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -75,7 +75,7 @@ def test_blocks_worked_by_hand():
 def test_nearest_level_and_halfway_the_lower():
     levels = torch.tensor([0.0, 1.0, -1.0])  # in no order, as FP4's
     values = torch.tensor([[-1.0, -0.51, -0.5, -0.49], [0.2, 0.5, 0.51, 1.0]])
-    assert nearest(values, levels).tolist() == [[2, 2, 2, 0], [0, 0, 1, 1]]
+    assert nearest_codes(values, levels).tolist() == [[2, 2, 2, 0], [0, 0, 1, 1]]
 
 
 def test_packing_worked_by_hand_and_back():
@@ -135,7 +135,7 @@ def test_on_a_gpu_fp4_is_that_of_bitsandbytes_there_but_for_ties(weights):
 
 
 def test_without_the_grid_the_codes_are_those_of_the_other_kernels(monkeypatch):
-    """bitsandbytes' kernels but the CPU's take the nearest level itself, as its portable one does, which runs here."""
+    """bitsandbytes' kernels but the CPU's take the nearest_codes level itself, as its portable one does, which runs here."""
     portable = torch.ops.bitsandbytes.quantize_blockwise.default._op_dk
     absmax = torch.randn(100_000, generator=torch.Generator().manual_seed(0)).abs()
     key = torch._C.DispatchKey.CompositeExplicitAutograd
@@ -170,10 +170,10 @@ def test_quantizing_again_changes_nothing(weights):
 
 def test_bits_a_weight_are_those_of_the_paper():
     weight = [torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))]
-    assert bits(weight, double_quant=False) == 4.5 == 8 * BYTES_4BIT
+    assert bits_per_weight(weight, double_quant=False) == 4.5 == 8 * BYTES_4BIT
     mean = 32 / 1024**2  # the one number that is kept for a whole weight
-    assert bits(weight, double_quant=True) == pytest.approx(8 * BYTES_4BIT_DOUBLE + mean)
-    assert round(bits(weight, double_quant=True), 3) == 4.127
+    assert bits_per_weight(weight, double_quant=True) == pytest.approx(8 * BYTES_4BIT_DOUBLE + mean)
+    assert round(bits_per_weight(weight, double_quant=True), 3) == 4.127
 
 
 def test_stored_bytes_are_those_that_bitsandbytes_stores(weights):
@@ -184,7 +184,7 @@ def test_stored_bytes_are_those_that_bitsandbytes_stores(weights):
 
 def test_nf4_errs_least_on_normal_numbers_and_less_than_often_quoted():
     normal = [torch.randn(512, 512, generator=torch.Generator().manual_seed(0))]
-    nf4, fp4, int4 = (error(normal, kind) for kind in ("nf4", "fp4", "int4"))
+    nf4, fp4, int4 = (relative_error(normal, kind) for kind in ("nf4", "fp4", "int4"))
     assert nf4 < int4 < fp4
     assert int4 / nf4 == pytest.approx(1.17, abs=0.02)  # 1.8 is what one reads
     assert (fp4 / nf4) ** 2 == pytest.approx(1.8, abs=0.1)  # near it, as the lesson says

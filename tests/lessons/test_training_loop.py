@@ -1,4 +1,4 @@
-"""The lesson of the training loop: what the data set holds, and the losses of transformers' own Trainer and of train_qlora.py."""
+"""Test the training loop: the items of its data set, and its losses against transformers' Trainer and train_qlora.py."""
 
 import pytest
 import torch
@@ -13,12 +13,12 @@ from finetuning_lessons.training_loop import (
     InstructionDataset,
     add_lora,
     load_records,
-    rows,
-    shuffled,
+    loss_rows,
+    shuffle_epoch,
     small_gpt2,
     train_plainly,
     train_with_script,
-    write_material,
+    write_inputs,
 )
 
 
@@ -61,9 +61,9 @@ def test_lora_is_on_attention_and_mlp_of_each_layer_and_nothing_else():
     assert all("lora_" in name and ("c_attn" in name or "c_proj" in name) for name in trained)
 
 
-def test_order_is_a_new_one_each_epoch():
+def test_each_epoch_has_its_own_order():
     numbers = list(range(12))
-    first, second = ([*shuffled(numbers, 12, epoch)] for epoch in (0, 1))
+    first, second = ([*shuffle_epoch(numbers, 12, epoch)] for epoch in (0, 1))
     assert sorted(first) == sorted(second) == numbers
     assert first != second
 
@@ -89,7 +89,7 @@ def test_losses_are_those_of_the_librarys_trainer(tmp_path):
 def test_losses_are_those_of_the_script(tmp_path):
     base = small_gpt2()
     records = load_records(16)
-    write_material(base.model, base.tokenizer, records, tmp_path)
+    write_inputs(base.model, base.tokenizer, records, tmp_path)
     plain = train_plainly(add_lora(base.model), InstructionDataset(records, base.tokenizer, LENGTH))
     script = train_with_script(tmp_path, threads=1)
     assert len(plain) == 16 * EPOCHS / BATCH
@@ -97,12 +97,15 @@ def test_losses_are_those_of_the_script(tmp_path):
     assert plain[-1] < plain[0] - 0.5
 
 
-def test_rows_show_how_far_apart():
-    assert rows([2.0, 1.0], [2.0, 1.5]) == [["1", "2.000000", "2.000000", "0.0e+00"], ["2", "1.000000", "1.500000", "5.0e-01"]]
+def test_rows_show_both_losses_and_their_difference():
+    assert loss_rows([2.0, 1.0], [2.0, 1.5]) == [
+        ["1", "2.000000", "2.000000", "0.0e+00"],
+        ["2", "1.000000", "1.500000", "5.0e-01"],
+    ]
 
 
 def test_padding_does_not_change_the_loss(tokenizer):
-    """Causal attention sees nothing behind it, and padding has no label."""
+    """Causal attention sees no later token, and padding has no label."""
     model, record = small_gpt2().model.eval(), load_records(1)
     short, long = (InstructionDataset(record, tokenizer, length)[0] for length in (48, 96))
     with torch.no_grad():
