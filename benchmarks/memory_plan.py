@@ -1,12 +1,12 @@
-"""Predicted beside measured GPU memory of real runs of train_qlora.py. Speed is train_speed.py's.
+"""Predicted and measured GPU memory of runs of train_qlora.py.
 
     python benchmarks/memory_plan.py --tokenizer DIR --train FILE --eval FILE
 
-Makes random checkpoints of the true shapes of Qwen2.5's 3B, 0.5B and 7B models (memory does not depend on the weights'
-values; the loss does, so none is reported), trains on each for two optimizer steps of 16 sequences, one run a process, and
-prints a Markdown table. One setting at a time differs from 3B, rank 16, 512 tokens, micro-batch 1 with recomputation; a few
-rows change several. No cap on the GPU's memory but where a row names one. Leaves out CUDA's own context, which torch's
-allocator does not see. Exit status 1 when a prediction is off by more than 8 %, or a run gave no measurement.
+Makes random checkpoints of the true shapes of Qwen2.5's 3B, 0.5B and 7B models, trains each for two optimizer steps of 16
+sequences, one run per process, and prints a Markdown table. Memory does not depend on the weights' values; the loss does, so it
+is not reported. Most rows change one setting of the first row (3B, rank 16, 512 tokens, micro-batch 1, all layers recomputed);
+some change several. The GPU's memory has no cap unless a row names one. The CUDA context is left out, because torch's allocator
+does not see it. The exit status is 1 if a prediction is off by more than 8 % or a run failed.
 """
 
 import signal
@@ -21,7 +21,7 @@ TOLERANCE = 0.08
 
 @dataclass(frozen=True)
 class Case:
-    """One row: settings of a run of the toolkit."""
+    """Settings of one row."""
 
     model: str = "3B"
     rank: int = 16
@@ -57,7 +57,7 @@ CASES = {
 
 
 def memory_row(name: str, job: Job, limit_seconds: float) -> tuple[str, bool]:
-    """A line of the table, and whether the prediction holds."""
+    """Return a line of the table, and whether the prediction is within TOLERANCE."""
     try:
         run, _, _ = run_toolkit(job, CASES[name].flags(), limit_seconds)
     except NoMeasurement as failure:
@@ -75,7 +75,7 @@ def main() -> None:
     rows = "which rows to measure: " + "; ".join(CASES) + " (default: all)"
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="ROW", help=rows)
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the run under way is ended, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the current run is ended too
     require_gpu()
     holds = []
     print("| run | predicted GiB | peak reserved GiB | error | peak allocated GiB |\n|---|---|---|---|---|", flush=True)

@@ -1,13 +1,13 @@
-"""What a user would run instead of train_qlora.py, on the same job: one training run of one system, timed step by step.
+"""One timed training run of another system on the job of train_speed.py: the alternatives to train_qlora.py.
 
     python benchmarks/rivals.py plain --model DIR --train FILE                            HF Trainer, peft, bitsandbytes
     python benchmarks/rivals.py trl --micro-batch 16 --model DIR --train FILE             TRL's SFTTrainer
     python benchmarks/rivals.py unsloth --checkpointing own --model DIR --train FILE      Unsloth
 
-The last line of standard output is a JSON object. train_speed.py runs this file, once for each row: these systems patch each
-other's code, so that two in one process would measure neither. The job: NF4 with double quantization, LoRA of rank 16 and
-alpha 32 on all seven projections, blocks of 512 tokens, 16 of them to an optimizer step, paged 8-bit Adam, bfloat16.
-Everything else is what each system does by default. No evaluation, no saving.
+The last line of standard output is a JSON object. train_speed.py runs this file once per row, because these systems patch each
+other's code and cannot be measured in one process. The job: NF4 with double quantization, LoRA of rank 16 and alpha 32 on all
+seven projections, blocks of 512 tokens, 16 of them per optimizer step, paged 8-bit Adam, bfloat16, no evaluation, no saving.
+Everything else is each system's default.
 """
 
 import argparse
@@ -25,19 +25,23 @@ from runs import SEQUENCES, existing
 
 BLOCK_TOKENS = 512
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-SYSTEMS = {"plain": ("transformers", "peft", "bitsandbytes"), "trl": ("trl",), "unsloth": ("unsloth", "trl")}  # what each needs
-CHECKPOINTING = {"off": False, "plain": True, "own": "unsloth"}  # the words, and what Unsloth calls them
+SYSTEMS = {
+    "plain": ("transformers", "peft", "bitsandbytes"),
+    "trl": ("trl",),
+    "unsloth": ("unsloth", "trl"),
+}  # and their packages
+CHECKPOINTING = {"off": False, "plain": True, "own": "unsloth"}  # values of --checkpointing, and Unsloth's names for them
 
 
 @dataclass(frozen=True)
 class Rival:
-    """A system and how it is set."""
+    """A system and its settings."""
 
     system: str
     micro_batch: int
     checkpointing: str = "plain"
     dropout: float = 0.05
-    cap_gib: float | None = None  # of torch's allocator, as a smaller card would have
+    cap_gib: float | None = None  # cap of torch's allocator, to imitate a smaller card
 
     @property
     def accumulation(self) -> int:
@@ -58,9 +62,9 @@ class Rival:
 
 
 def train(rival: Rival, checkpoint: Path, text: Path, steps: int) -> dict[str, Any]:
-    """Train for `steps` optimizer steps: the speed of each, and the peaks of torch's allocator over the whole process."""
+    """Train for `steps` optimizer steps; return the speed of each, and the peaks of torch's allocator over the whole process."""
     if rival.system == "unsloth":
-        import unsloth  # noqa: F401  it patches the libraries below, so it comes first
+        import unsloth  # noqa: F401  must come first: it patches the libraries imported below
     import torch
 
     if rival.cap_gib:
@@ -79,7 +83,7 @@ def train(rival: Rival, checkpoint: Path, text: Path, steps: int) -> dict[str, A
 
 
 def add_clock(trainer: Any) -> list[float]:
-    """A list that fills while training: when it began, then when the GPU had finished each optimizer step."""
+    """Return a list that training fills with its start time and the time at which the GPU finished each optimizer step."""
     import torch
     from transformers import TrainerCallback
 
@@ -97,7 +101,7 @@ def add_clock(trainer: Any) -> list[float]:
 
 
 def read_blocks(text: Path, checkpoint: Path, count: int) -> Any:
-    """The first `count` blocks of a text as a datasets.Dataset; every token is a label, none is padding."""
+    """Return the first `count` blocks of a text as a datasets.Dataset, with every token as a label and no padding."""
     from datasets import Dataset
     from transformers import AutoTokenizer
 
@@ -109,7 +113,7 @@ def read_blocks(text: Path, checkpoint: Path, count: int) -> Any:
 
 
 def trainer_settings(rival: Rival, steps: int) -> dict[str, Any]:
-    """The arguments that transformers' Trainer and TRL's know alike."""
+    """Return the arguments that the trainers of transformers and of TRL share."""
     return {
         "max_steps": steps,
         "per_device_train_batch_size": rival.micro_batch,
@@ -147,7 +151,7 @@ def lora(rival: Rival) -> Any:
 
 
 def plain_trainer(rival: Rival, checkpoint: Path, rows: Any, settings: dict[str, Any]) -> Any:
-    """The textbook recipe: transformers' Trainer on a model from peft's prepare_model_for_kbit_training."""
+    """Create the textbook recipe: transformers' Trainer on a model from peft's prepare_model_for_kbit_training."""
     from peft import get_peft_model, prepare_model_for_kbit_training
     from transformers import Trainer, TrainingArguments, default_data_collator
 
@@ -162,7 +166,7 @@ def plain_trainer(rival: Rival, checkpoint: Path, rows: Any, settings: dict[str,
 
 
 def trl_trainer(rival: Rival, checkpoint: Path, rows: Any, settings: dict[str, Any]) -> Any:
-    """TRL's SFTTrainer, which adds the adapter and the checkpointing itself."""
+    """Create TRL's SFTTrainer, which adds the adapter and gradient checkpointing itself."""
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
@@ -177,7 +181,7 @@ def trl_trainer(rival: Rival, checkpoint: Path, rows: Any, settings: dict[str, A
 
 
 def unsloth_trainer(rival: Rival, checkpoint: Path, rows: Any, settings: dict[str, Any]) -> Any:
-    """Unsloth's model in the SFTTrainer that it patches. It goes by the model's checkpointing, so SFTConfig names none."""
+    """Create Unsloth's patched SFTTrainer. Gradient checkpointing is a setting of its model, so SFTConfig does not set it."""
     import torch
     from trl import SFTConfig, SFTTrainer
     from unsloth import FastLanguageModel
@@ -199,11 +203,11 @@ def unsloth_trainer(rival: Rival, checkpoint: Path, rows: Any, settings: dict[st
 
 
 def prepare_environment(rival: Rival) -> None:
-    """Before the libraries are imported: no look-ups on the Hub, and no statistics sent."""
+    """Forbid look-ups on the Hub and statistics; must run before the libraries are imported."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
-    if rival.cap_gib:  # Unsloth sizes its loss by the whole GPU's free memory, which the allocator's cap does not change
+    if rival.cap_gib:  # Unsloth sizes its loss by the GPU's free memory and ignores the allocator's cap
         os.environ["UNSLOTH_FUSED_LINEAR_FLASH_MIN_ROWS"] = "0"
 
 
@@ -213,7 +217,7 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=1, choices=(1, 2, 4, 8, 16), help="sequences in a forward pass")
     parser.add_argument("--checkpointing", default="plain", choices=CHECKPOINTING, help="of activations; own: Unsloth's")
     parser.add_argument("--dropout", type=float, default=0.05, help="of LoRA; Unsloth's fast path is at 0")
-    parser.add_argument("--cap", type=float, metavar="GIB", help="let torch's allocator have no more than this")
+    parser.add_argument("--cap", type=float, metavar="GIB", help="limit of torch's allocator")
     parser.add_argument("--model", type=existing, required=True, metavar="DIR", help="checkpoint with its tokenizer")
     parser.add_argument("--train", type=existing, required=True, metavar="FILE", help="text to train on")
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps (default: 8)")

@@ -1,6 +1,6 @@
-"""What the benchmarks share: random checkpoints of true shapes, runs in processes of their own, and flags.
+"""Random checkpoints of true shapes, runs in separate processes, and flags, shared by the benchmarks.
 
-torch is imported only in such processes: a benchmark holds no GPU memory while it measures.
+Only those processes import torch, so a benchmark holds no GPU memory while it measures.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
-SEQUENCES = 16  # of an optimizer step, however they are divided; config.yaml's own number
-KNOWN = "Qwen/Qwen2.5-3B-Instruct"  # its shape is qlora_kit's; the others are told by what differs
+SEQUENCES = 16  # per optimizer step, as in config.yaml, however the step is divided
+KNOWN = "Qwen/Qwen2.5-3B-Instruct"  # its shape is in qlora_kit; SHAPES lists how the others differ
 SHAPES: dict[str, dict[str, Any]] = {
     "3B": {},
     "0.5B": {"num_hidden_layers": 24, "hidden_size": 896, "num_attention_heads": 14, "intermediate_size": 4864},
@@ -31,12 +31,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size": 18944, "vocab_size": 152064, "tie_word_embeddings": False,
     },
 }  # fmt: skip
-LARGE = {"32B": "Qwen/Qwen2.5-32B-Instruct"}  # more than one GPU's work; shapes of qlora_kit, too
+LARGE = {"32B": "Qwen/Qwen2.5-32B-Instruct"}  # too large for one GPU; the shape is in qlora_kit too
 T = TypeVar("T")
 
 
 class NoMeasurement(Exception):
-    """A run that gave no number: the reason in a line, and the end of what it wrote."""
+    """A failed run: the reason in one line, and the end of its standard error in `tail`."""
 
     def __init__(self, reason: str, tail: str = ""):
         super().__init__(reason)
@@ -45,7 +45,7 @@ class NoMeasurement(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """What every run of a benchmark has in common."""
+    """Inputs and length of every run of a benchmark."""
 
     checkpoint: Path
     train: Path
@@ -53,7 +53,7 @@ class Job:
     steps: int
 
     def toolkit_command(self, flags: list[str], output: Path) -> list[str]:
-        """The toolkit's own command line. Every optimizer step is full, and the evaluation a full micro-batch."""
+        """Return the command line of train_qlora.py, with full optimizer steps and a full micro-batch to evaluate on."""
         keys = {
             "data.eval_split": self.evaluation,
             "data.max_eval_samples": SEQUENCES,
@@ -70,14 +70,14 @@ class Job:
 def run_toolkit(
     job: Job, flags: list[str], limit_seconds: float, processes: int = 1, sequences: int = SEQUENCES
 ) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
-    """run.json, the objects of metrics.jsonl and training_log.txt of one run.
+    """Run train_qlora.py; return run.json, the objects of metrics.jsonl, and training_log.txt.
 
     Args:
-        processes: a GPU each.
-        sequences: of an optimizer step, over all processes.
+        processes: number of processes, one GPU each.
+        sequences: sequences per optimizer step, over all processes.
 
     Raises:
-        NoMeasurement: it failed, ran into the limit, or the text was too short for its steps.
+        NoMeasurement: the run failed, reached the time limit or ran out of memory, or the text is too short for its steps.
     """
     with tempfile.TemporaryDirectory() as work:
         output = Path(work, "output")
@@ -92,15 +92,15 @@ def run_toolkit(
     if run["data"]["train_blocks"] < job.steps * sequences:
         raise NoMeasurement(f"{job.train} fills {run['data']['train_blocks']} of {job.steps * sequences} blocks; use more text")
     if "Out of GPU memory" in log:
-        raise NoMeasurement("ran out of memory and went on with a smaller micro-batch", log)
+        raise NoMeasurement("ran out of memory and continued with a smaller micro-batch", log)
     return run, metrics, log
 
 
 def run_limited(command: list[str], folder: Path, limit_seconds: float, gpus: int = 1) -> str:
-    """Standard output of a command, which runs in `folder`, sees the first GPUs only, and leaves no process behind.
+    """Run a command in `folder` with the first GPUs only, end all its processes, and return its standard output.
 
     Raises:
-        NoMeasurement: it failed or ran into the limit.
+        NoMeasurement: the command failed or reached the time limit.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")[:gpus]
     with tempfile.TemporaryFile("w+", errors="replace") as out, tempfile.TemporaryFile("w+", errors="replace") as err:
@@ -112,7 +112,7 @@ def run_limited(command: list[str], folder: Path, limit_seconds: float, gpus: in
         with suppress(subprocess.TimeoutExpired):
             try:
                 status = process.wait(limit_seconds)
-            finally:  # also on Ctrl+C; and a compiler's workers may outlive the command
+            finally:  # also on Ctrl+C, and because compiler workers may outlive the command
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
@@ -127,7 +127,7 @@ def run_limited(command: list[str], folder: Path, limit_seconds: float, gpus: in
 
 
 def reason_in(written: str, status: int) -> str:
-    """The line of standard error that says why a command failed: its last error, or just its last line."""
+    """Return the line of standard error that says why a command failed: the last error, or the last line."""
     lines = [line.rstrip() for line in written.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"error: |[\w.]*(Error|Exception)(:|$)", line)]
     if not lines or (status < 0 and not errors):
@@ -139,7 +139,7 @@ def reason_in(written: str, status: int) -> str:
 
 
 def in_own_process(function: Callable[..., T], *arguments: Any) -> T:
-    """The result of a function that uses the GPU, whose memory is then free again for what is measured."""
+    """Call a function that uses the GPU in a process of its own, which frees the GPU's memory at its end."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -153,13 +153,13 @@ def gpu_name() -> str | None:
 
 
 def require_gpu() -> str:
-    """Name and memory of the GPU; ends the benchmark where there is none."""
-    return in_own_process(gpu_name) or sys.exit("error: torch finds no CUDA GPU, and this measures one")
+    """Return the name and memory of the GPU, or end the benchmark if there is none."""
+    return in_own_process(gpu_name) or sys.exit("error: torch finds no CUDA GPU, which this benchmark needs")
 
 
 @contextmanager
 def random_checkpoint(model: str, tokenizer: Path, kept_in: Path | None) -> Iterator[Path]:
-    """A folder with a random checkpoint, made now unless it was kept by an earlier benchmark."""
+    """Yield the folder of a random checkpoint, made now unless an earlier benchmark kept one."""
     with tempfile.TemporaryDirectory() as work:
         folder = (kept_in or Path(work)) / f"qwen2.5-{model.lower()}-random"
         if not folder.exists():
@@ -169,6 +169,7 @@ def random_checkpoint(model: str, tokenizer: Path, kept_in: Path | None) -> Iter
 
 
 def make_checkpoint(model: str, tokenizer: Path, folder: Path) -> None:
+    """Write a checkpoint with random bfloat16 weights of a model's shape, and its tokenizer."""
     import torch
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
@@ -189,7 +190,7 @@ def make_checkpoint(model: str, tokenizer: Path, folder: Path) -> None:
 
 
 def installed(package: str) -> str:
-    """Its version, or that it is not there."""
+    """Return the version of a package, or "not installed"."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -197,13 +198,13 @@ def installed(package: str) -> str:
 
 
 def versions_of(packages: tuple[str, ...]) -> str:
-    """Of Python and of packages, for the foot of a table."""
+    """Return the versions of Python and of packages in one line."""
     found = {"python": sys.version.split()[0]} | {package: installed(package) for package in packages}
     return ", ".join(f"{name} {number}" for name, number in found.items())
 
 
 def absolute(name: str) -> Path:
-    return Path(name).expanduser().resolve()  # the runs have a working folder of their own
+    return Path(name).expanduser().resolve()  # runs change the working folder
 
 
 def existing(name: str) -> Path:
@@ -213,7 +214,7 @@ def existing(name: str) -> Path:
 
 
 def checkpoint_parser(description: str | None) -> argparse.ArgumentParser:
-    """The flags that every benchmark takes."""
+    """Create a parser with the flags of every benchmark on a GPU."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=existing, required=True, metavar="DIR", help="folder of the Qwen2.5 tokenizer")
     kept = "keep the random checkpoints here for the next time (default: a temporary folder; 3B takes 6 GiB, 7B 15, 32B 61)"
@@ -222,9 +223,9 @@ def checkpoint_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def input_parser(description: str | None) -> argparse.ArgumentParser:
-    """The flags of the benchmarks that train."""
+    """Create a parser with the flags of the benchmarks that train."""
     parser = checkpoint_parser(description)
     parser.add_argument("--train", type=existing, required=True, metavar="FILE", help="text to train on")
     parser.add_argument("--eval", type=existing, required=True, metavar="FILE", help="text to evaluate on")
-    parser.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="of one run at most (default: 300)")
+    parser.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="limit of one run (default: 300)")
     return parser

@@ -1,4 +1,4 @@
-"""Short training runs of the embedded model on the CPU, to be killed, stopped and starved by reliability.py and faults.py."""
+"""Short training runs of the embedded model on the CPU, which reliability.py and faults.py kill, stop and disturb."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ SETTINGS = [
 
 @dataclass
 class Child:
-    """A training process, forked from this one or of its own; what it says goes to `said`."""
+    """A training process, forked or started as a command; `said` is the file of its output."""
 
     pid: int
     said: Path
@@ -53,10 +53,11 @@ class Child:
 
 
 def start(folder: Path, own_process: bool = False, flags: Sequence[str] = (), inject: Callable[[], None] | None = None) -> Child:
-    """Begin in `folder`, or go on from what it holds; what it says goes to a file beside it.
+    """Start a run in `folder`, or resume its newest checkpoint; the output goes to `folder` with the suffix .txt.
 
     Args:
-        inject: called in the forked child before the run, to put a fault into it.
+        own_process: start train_qlora.py as a command instead of forking.
+        inject: called in the forked child before the run, to inject a fault.
     """
     flags = [*SETTINGS, *flags, "--output_dir", str(folder)]
     if candidates(folder / "checkpoints") or any(folder.glob("checkpoints/.replaced-*")):
@@ -92,7 +93,7 @@ def start(folder: Path, own_process: bool = False, flags: Sequence[str] = (), in
 
 
 def outcome(folder: Path) -> tuple[str, list]:
-    """What has to be the same: the adapter's bytes, and every logged number that is no measurement of time."""
+    """Return what must not differ between runs: the adapter's hash, and every logged number except tokens_per_second."""
     digest = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return digest, [{key: value for key, value in entry.items() if key != "tokens_per_second"} for entry in entries]

@@ -1,22 +1,22 @@
-"""Training speed and memory of the toolkit beside what a user would run instead, measured in one go on one GPU.
+"""Training speed and memory of the toolkit and of its alternatives, measured in one go on one GPU.
 
     python benchmarks/train_speed.py --tokenizer DIR --train FILE --eval FILE --json speed.json
     python benchmarks/train_speed.py ... --sections "1 x 16" lean
-    python benchmarks/train_speed.py ... --dry-run          only say what would be run; needs no GPU
+    python benchmarks/train_speed.py ... --dry-run          only print the commands; needs no GPU
 
-The job: a random checkpoint of Qwen2.5-3B's true shape (speed and memory do not depend on the weights' values), real text,
-and the settings of config.yaml: NF4 with double quantization, LoRA of rank 16, alpha 32 and dropout 0.05 on all seven
-projections, blocks of 512 tokens, 16 of them (8,192 tokens) to an optimizer step, paged 8-bit Adam, bfloat16. A row whose
-name says otherwise differs in that. The toolkit runs through its own command line, its rivals through rivals.py, each
-measurement in a process of its own. A rival that is not installed, fails or runs out of memory is a row that says so.
+The job: a random checkpoint of Qwen2.5-3B's true shape (speed and memory do not depend on the weights' values), real text, and
+the settings of config.yaml: NF4 with double quantization, LoRA of rank 16, alpha 32 and dropout 0.05 on all seven projections,
+blocks of 512 tokens, 16 of them (8,192 tokens) per optimizer step, paged 8-bit Adam, bfloat16. The name of a row states any
+difference. The toolkit runs through its own command line, its rivals through rivals.py, each run in a separate process. The row
+of a rival that is not installed, fails or runs out of memory states the reason.
 
-Speed, on both sides: tokens per second of each optimizer step, ended by waiting for the GPU; the first two are left out (warm-up,
-graph capture, compilation), and the median of the others counts. The toolkit states each step's in metrics.jsonl (logged
-every step; evaluations are not part of a step), a rival's callback stamps the time at each step's end.
-Memory, on both sides: the most that torch's allocator reserved over the whole process, loading included; CUDA's own context
-and the paged optimizer state are outside it. The toolkit's process also evaluates before and after, the rivals' do not.
+Speed: tokens per second of each optimizer step, up to the moment when the GPU has finished it. The first two steps are left out
+(warm-up, graph capture, compilation), and the median of the others counts. The toolkit logs each step's speed in metrics.jsonl,
+without evaluations; a callback of each rival takes the time at the end of each step.
+Memory: the peak that torch's allocator reserved over the whole process, loading included, without the CUDA context and the paged
+optimizer state. The toolkit's process also evaluates before and after training; those of the rivals do not.
 
-Rows are printed as they come, progress goes to standard error. Exit status 1 when a run of the toolkit gave no number.
+Each row is printed when it is measured, and progress goes to standard error. The exit status is 1 if a run of the toolkit failed.
 """
 
 import json
@@ -36,13 +36,13 @@ from pathlib import Path
 from rivals import SYSTEMS, Rival
 from runs import ROOT, Job, NoMeasurement, input_parser, random_checkpoint, require_gpu, run_limited, run_toolkit, versions_of
 
-WARM_UP = 2  # optimizer steps at the start that are not counted
+WARM_UP = 2  # first optimizer steps, which are not counted
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "unsloth")
 
 
 @dataclass(frozen=True)
 class Toolkit:
-    """A run of train_qlora.py: its name in the table, what it sets beside the job, and another config than the shipped one."""
+    """A run of train_qlora.py: its name in the table, settings besides the job's, and its config file."""
 
     name: str
     keys: tuple[str, ...] = ()
@@ -93,19 +93,19 @@ SECTIONS: dict[str, tuple[str, list[Toolkit | Rival]]] = {
 
 @dataclass
 class Row:
-    """One measurement, or the reason why there is none."""
+    """One measurement, or the reason for its failure."""
 
     section: str
     run: str
     command: str
     tokens_per_second: float | None = None
-    step_tokens_per_second: list[float] = field(default_factory=list)  # of every step
+    step_tokens_per_second: list[float] = field(default_factory=list)  # of each step, warm-up included
     peak_reserved_gib: float | None = None
     peak_allocated_gib: float | None = None
-    predicted_gib: float | None = None  # what the toolkit said before it began
+    predicted_gib: float | None = None  # predicted by the toolkit before it started
     no_measurement: str | None = None
-    output_end: str = ""  # of a run that failed
-    log: str = ""  # of the toolkit: what it planned
+    output_end: str = ""  # last lines of a failed run
+    log: str = ""  # training_log.txt of the toolkit
     seconds: float = 0.0  # of the whole process
 
     def line(self, toolkit_speed: float | None) -> str:
@@ -124,10 +124,10 @@ def in_gib(value: float | None) -> str:
 
 
 def steady(step_speeds: list[float]) -> float:
-    """The median over the optimizer steps after the warm-up.
+    """Return the median over the optimizer steps after the warm-up.
 
     Raises:
-        NoMeasurement: no step is left.
+        NoMeasurement: there is no such step.
     """
     if len(step_speeds) <= WARM_UP:
         raise NoMeasurement(f"{len(step_speeds)} timed steps; the first {WARM_UP} do not count")
@@ -175,10 +175,10 @@ def measure_rival(row: Row, rival: Rival, job: Job, limit_seconds: float) -> Non
 
 
 def last_object(written: str) -> dict:
-    """The JSON object that rivals.py prints last, past whatever the libraries print.
+    """Return the JSON object that rivals.py prints last, among the output of the libraries.
 
     Raises:
-        NoMeasurement: there is none.
+        NoMeasurement: there is no such object.
     """
     lines = [line for line in written.splitlines() if line.startswith('{"')]
     if not lines:
@@ -187,7 +187,7 @@ def last_object(written: str) -> dict:
 
 
 def measure_sections(sections: list[str], job: Job, limit_seconds: float) -> Iterator[Row]:
-    """Measure and print row after row."""
+    """Measure, print and yield row after row."""
     total, done = sum(len(SECTIONS[section][1]) for section in sections), 0
     print(HEADER, flush=True)
     for section in sections:
@@ -221,7 +221,7 @@ def show_plan(sections: list[str], job: Job) -> None:
 
 
 def circumstances(gpu: str) -> dict[str, str]:
-    """Where and with what this was measured."""
+    """Return hardware, versions, date and command of the measurement."""
     return {
         "hardware": gpu,
         "versions": versions_of(PACKAGES),
@@ -235,8 +235,8 @@ def parse_arguments() -> Namespace:
     names = ", ".join(repr(section) for section in SECTIONS)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="NAME", help=f"of {names}")
     parser.add_argument("--steps", type=int, default=8, help=f"optimizer steps of a run, more than {WARM_UP} (default: 8)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here, after every row")
-    parser.add_argument("--dry-run", action="store_true", help="only print what would be run")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows here, after each row")
+    parser.add_argument("--dry-run", action="store_true", help="only print the commands")
     arguments = parser.parse_args()
     if arguments.steps <= WARM_UP:
         parser.error(f"--steps: {arguments.steps}: the first {WARM_UP} are not counted; use more")
@@ -247,7 +247,7 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.dry_run:
         return show_plan(arguments.sections, Job(Path("CHECKPOINT"), arguments.train, arguments.eval, arguments.steps))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the run under way is ended, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the current run is ended too
     facts = circumstances(require_gpu())
     rows: list[Row] = []
     with random_checkpoint("3B", arguments.tokenizer, arguments.checkpoints) as checkpoint:
