@@ -1,9 +1,9 @@
-"""Write the text that this folder's model has read: CPython's documentation and its standard library's docstrings, as prose.
+"""Write the training text of the embedded model: the prose of CPython's documentation and of its docstrings.
 
     python corpus.py corpus.txt        # needs CPython 3.11 and Debian's package python3.11-doc; no GPU, no other library
 
-The documentation is reStructuredText. What stays of it are sentences and headings; code, tables, signatures, credits and repeated
-paragraphs go. Not here: a parser of reStructuredText. These rules know what CPython's pages do, and little more.
+The documentation is reStructuredText. Sentences and headings are kept; code, tables, signatures, credits and repeated paragraphs
+are removed. The rules cover the pages of CPython and are no general parser of reStructuredText.
 """
 
 import argparse
@@ -14,11 +14,11 @@ import sysconfig
 from pathlib import Path
 
 DEBIAN_DOCS = "/usr/share/doc/python3.11/html/_sources"
-DOCUMENT_BREAK = "\n\f\n"  # a line of a form feed stands between documents; between paragraphs stands a blank line
+DOCUMENT_BREAK = "\n\f\n"  # a line with a form feed separates documents; a blank line separates paragraphs
 SKIPPED_PAGE = "license.rst.txt"  # legal text, mostly that of other projects
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 
-# Directives whose text is prose, and those whose body is prose below a signature. All others go, body included.
+# Directives whose text is prose, and those whose body is prose below a signature. All others are removed with their body.
 PROSE = {
     "note", "Note", "warning", "important", "caution", "seealso", "impl-detail", "topic",
     "versionadded", "versionchanged", "deprecated", "deprecated-removed",
@@ -56,7 +56,7 @@ def drop_tables(lines: list[str]) -> list[str]:
 
 
 def mark_headings(lines: list[str]) -> list[str]:
-    """A line above an underline becomes '# line'; underlines and overlines become blank."""
+    """Replace each line above an underline by '# line', and underlines and overlines by blank lines."""
     marked = []
     for line, following in zip(lines, [*lines[1:], ""], strict=True):
         if UNDERLINE.match(line):
@@ -69,7 +69,7 @@ def mark_headings(lines: list[str]) -> list[str]:
 
 
 def drop_blocks(lines: list[str]) -> list[str]:
-    """Lines without code, comments and directives, but with the prose that directives hold."""
+    """Blank out code, comments and directives, but keep the prose inside directives."""
     kept, skip_deeper_than, skip_to_blank = [], None, False
     for line in lines:
         if bullet := BULLET.match(line):  # an item is a paragraph of its own, as deep as its text
@@ -95,7 +95,7 @@ def drop_blocks(lines: list[str]) -> list[str]:
 
 
 def join_paragraphs(lines: list[str]) -> list[str]:
-    """One string per paragraph. A change of indent also ends one: a term, then its definition."""
+    """Join lines to one string per paragraph. A change of indent also ends a paragraph: a term, then its definition."""
     paragraphs, words, depth = [], [], 0
     for line in [*lines, ""]:
         indent = len(line) - len(line.lstrip())
@@ -108,7 +108,7 @@ def join_paragraphs(lines: list[str]) -> list[str]:
 
 
 def plain_inline(match: re.Match) -> str:
-    """What a reader sees of one piece of inline markup."""
+    """Return the visible text of one piece of inline markup."""
     if not match["reference"]:
         return match["literal"] or match["strong"] or match["emphasis"] or ""  # footnote marks vanish
     role = (match["role"] or "").split(":")[-1].lower()
@@ -127,7 +127,7 @@ def plain_inline(match: re.Match) -> str:
 
 
 def strip_markup(paragraph: str) -> str:
-    """The paragraph as a reader sees it. Where code followed, the sentence that announced it goes too."""
+    """Return the visible text of a paragraph, without a last sentence that announces code."""
     if paragraph.endswith("::"):
         paragraph = "".join(paragraph.rpartition(". ")[:2]).strip()
     paragraph = re.sub(r"(?<!`)`([\w.-]+)'", r"'\1'", paragraph)  # `old quotes' would pair up as markup
@@ -138,7 +138,7 @@ def strip_markup(paragraph: str) -> str:
 
 
 def is_prose(paragraph: str) -> bool:
-    """A sentence or a heading: enough words, mostly letters, and a start and an end as English has them."""
+    """Return whether a paragraph is a heading, or sentences with enough words, mostly letters, and English starts and ends."""
     letters = sum(c.isalpha() or c == " " for c in paragraph)
     if paragraph.startswith("# "):
         return letters >= 0.8 * len(paragraph) and len(paragraph) > 5
@@ -148,7 +148,7 @@ def is_prose(paragraph: str) -> bool:
 
 
 def clean(text: str, seen: set[str]) -> list[str]:
-    """Paragraphs of prose, none of which is in `seen` yet; a heading stays only above a paragraph that does."""
+    """Return the paragraphs of prose that are not yet in `seen`, and add them to it; drop headings without such a paragraph."""
     lines = drop_blocks(mark_headings(drop_tables(text.splitlines())))
     kept = []
     for paragraph in filter(is_prose, map(strip_markup, join_paragraphs(lines))):
@@ -170,7 +170,7 @@ def read_docstrings(path: Path) -> str:
 
 
 def resolve_references(pages: list[str]) -> list[str]:
-    """:ref:`label` becomes the title of the section that the label stands above, as Sphinx prints it."""
+    """Replace :ref:`label` by the title of the section below that label, as Sphinx does."""
     titles = {match[1].lower(): match[2].strip() for page in pages for match in LABELLED_TITLE.finditer(page)}
     return [BARE_REFERENCE.sub(lambda m: titles.get(m[1].lower(), m[1]), page) for page in pages]
 

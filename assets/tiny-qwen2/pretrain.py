@@ -1,11 +1,11 @@
-"""Make this folder's model: a small Qwen2 that has read CPython's documentation, and nothing else.
+"""Train the embedded model from scratch: a small Qwen2, on CPython's documentation alone.
 
-    python corpus.py corpus.txt                       # the text, see there
+    python corpus.py corpus.txt                       # the training text
     python pretrain.py train corpus.txt OUT_DIR       # tokenizer and model from scratch; under a minute on one H200
-    python pretrain.py sample OUT_DIR                 # see with your own eyes that it is English
+    python pretrain.py sample OUT_DIR                 # print three continuations
 
-Not here: distributed training, resuming, and chat tuning. The tokenizer knows the ChatML form, but the model has never seen a
-conversation: it is a base model.
+It leaves out distributed training, resuming and chat tuning. The tokenizer has a ChatML template, but this is a base model that
+has never seen a conversation.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from corpus import DOCUMENT_BREAK
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing here may come from the network
+os.environ["HF_HUB_OFFLINE"] = "1"  # set before transformers is imported; nothing may come from the network
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # Qwen's, and like Qwen's after all other tokens
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # as in Qwen2.5, after all other tokens
 VOCAB_SIZE = 6144
 CONTEXT = 1024  # tokens
 SPLIT = (  # contractions; words with the space before them; single digits; punctuation; line breaks; other space
@@ -50,14 +50,14 @@ CHAT_TEMPLATE = """\
 <|im_start|>assistant{{ '\\n' }}
 {%- endif %}
 """
-DROPOUT = 0.1  # while training; 1.5 M tokens are few for 3.5 M parameters
+DROPOUT = 0.1  # in training; 1.5 M different tokens are few for 3.5 M parameters
 PATIENCE = 6  # evaluations without a better validation loss before training stops
 
 
-def in_wikitext_layout(document: str) -> str:
-    """The document as Wikitext would set it: a space around each line, headings between equals signs.
+def to_wikitext_layout(document: str) -> str:
+    """Convert a document to Wikitext's layout: a space around each line, headings between equals signs.
 
-    Read beside the plain layout, so that these tokens are known to a model that is fine-tuned on such text.
+    The model is trained on both layouts, so that it knows these tokens when it is fine-tuned on Wikitext.
     """
     lines: list[str] = []
     for paragraph in document.strip().split("\n\n"):
@@ -118,16 +118,16 @@ def create_model() -> Qwen2ForCausalLM:
 
 
 def add_dropout(model):
-    """Dropout where GPT-2 has it, by hooks: Qwen2 itself knows only attention dropout, and the saved model has none."""
+    """Add GPT-2's dropout by hooks, which are not saved; Qwen2 itself has only attention dropout."""
     for name, module in model.named_modules():
         if name.endswith(("embed_tokens", "o_proj", "down_proj")):
             module.register_forward_hook(lambda module, _, output: F.dropout(output, DROPOUT, module.training))
 
 
 def token_losses(model, block):
-    """Summed cross-entropy of predicting block[:, 1:], in nats. block: (B, T + 1) token ids."""
-    # A mask left out is made by transformers, which waits for the GPU to see whether sequences are packed. Given as "no mask for
-    # full attention", SDPA is simply causal.
+    """Return the summed cross-entropy of predicting block[:, 1:], in nats. block: (B, T + 1) token ids."""
+    # Without a mask, transformers checks for packed sequences, which waits for the GPU. This dict means causal SDPA without a
+    # mask.
     mask = {"full_attention": None}
     with torch.autocast("cuda", torch.bfloat16, enabled=block.is_cuda):
         logits = model(input_ids=block[:, :-1], attention_mask=mask, use_cache=False).logits  # (B, T, vocabulary)
@@ -136,7 +136,7 @@ def token_losses(model, block):
 
 @torch.no_grad()
 def evaluate(model, ids, length: int) -> float:
-    """Mean loss per token over all of `ids` (1-D), in blocks of `length` predictions; the last one may be shorter."""
+    """Return the mean loss per token over all of `ids` (1-D), in blocks of `length` predictions; the last may be shorter."""
     model.eval()
     starts = range(0, len(ids) - 1, length)
     total = sum(token_losses(model, ids[start : start + length + 1][None]) for start in starts)
@@ -152,18 +152,18 @@ def create_optimizer(model, learning_rate: float):
 
 
 def learning_rate_at(progress: float, peak: float) -> float:
-    """Linear warm-up over the first 5 % of the run, then a cosine down to zero."""
+    """Return the learning rate: linear warm-up over the first 5 % of the run, then a cosine down to zero."""
     return peak * min(progress / 0.05, 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def fit(model, train_ids, validation_ids, args) -> dict:
-    """Train in place and leave the weights of the best evaluation. Returns what the run took."""
+    """Train in place, restore the weights of the best evaluation, and return steps and seconds."""
     optimizer = create_optimizer(model, args.learning_rate)
     offsets = torch.arange(args.length + 1, device=train_ids.device)
     best, best_weights, best_step, started = math.inf, None, 0, time.time()
     for step in range(1, args.steps + 1):
         minutes = (time.time() - started) / 60
-        progress = min(1.0, max(step / args.steps, minutes / args.minutes))  # the nearer limit shapes the schedule
+        progress = min(1.0, max(step / args.steps, minutes / args.minutes))  # the limit that comes first shapes the schedule
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(progress, args.learning_rate)
         starts = torch.randint(len(train_ids) - args.length, (args.batch_size, 1), device=train_ids.device)
@@ -185,20 +185,20 @@ def fit(model, train_ids, validation_ids, args) -> dict:
 
 
 def encode(tokenizer, documents: list[str], device):
-    """All documents as one 1-D tensor of token ids, <|endoftext|> after each."""
+    """Return all documents as one 1-D tensor of token ids, with <|endoftext|> after each."""
     encoded = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor([i for ids in encoded for i in [*ids, tokenizer.pad_token_id]], device=device)
 
 
 def load_data(args, device: str):
-    """The tokenizer, the ids to train on, the held-out ids (both 1-D), and the facts for the report."""
+    """Return the tokenizer, the ids to train on, the held-out ids (both 1-D), and the facts for the report."""
     data = args.corpus.read_bytes()
     documents, held_out = data.decode().split(DOCUMENT_BREAK), []
     facts = {"corpus_sha256": hashlib.sha256(data).hexdigest(), "corpus_bytes": len(data), "documents": len(documents)}
     random.Random(args.seed).shuffle(documents)
     while sum(map(len, held_out)) < 0.02 * len(data):  # by size, since documents differ by a factor of a hundred
         held_out.append(documents.pop())
-    both_layouts = documents + [in_wikitext_layout(document) for document in documents]
+    both_layouts = documents + [to_wikitext_layout(document) for document in documents]
     tokenizer = train_tokenizer(both_layouts)
     train_ids, validation_ids = (encode(tokenizer, part, device) for part in (both_layouts, held_out))
     facts |= {
@@ -224,7 +224,7 @@ def train(args):
     report |= fit(model, train_ids, validation_ids, args)
     tokenizer.save_pretrained(args.out)
     model.to(torch.bfloat16).save_pretrained(args.out)
-    # Read back, since what counts is the file: the weights are rounded, and the rotary frequencies are 32-bit again.
+    # Evaluate the file as saved: its weights are rounded, and its rotary frequencies are 32-bit again.
     saved = AutoModelForCausalLM.from_pretrained(args.out).to(device)
     loss = evaluate(saved, validation_ids, args.length)
     report |= {"held_out_loss": round(loss, 4), "held_out_perplexity": round(math.exp(loss), 2)}
