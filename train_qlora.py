@@ -247,25 +247,32 @@ def load_adapted_model(
     """The base model in 4 bits with fresh LoRA matrices beside its projections."""
     from transformers import set_seed
 
-    from qlora_kit.fast.sharding import sharded_base
+    from qlora_kit.fast.sharding import load_sharded, sharded_base
     from qlora_kit.fast.training_pass import offload_embedding
-    from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
+    from qlora_kit.model.load import check_context, guard_cpu_kernels, quantization_config, set_padding
+    from quantization_utils import create_lora_config, load_model_and_tokenizer, prepare_model_for_training
 
-    quantization, lora, machine, performance = config.quantization, config.lora, report.machine, config.performance
-    model, tokenizer = load_model_and_tokenizer(
-        str(model_folder(config.model)) if performance.fsdp else config.model.name,
-        create_bnb_config(quantization.quant_type, machine.dtype, quantization.use_double_quant)
-        if quantization.load_in_4bit
-        else None,
-        device=machine.device,
-        dtype=machine.dtype,
-        revision=config.model.revision,
-        trust_remote_code=config.model.trust_remote_code,
-        tokenizer=tokenizer,
-        fsdp=performance.fsdp,
-        offload_embedding=performance.offload_embedding,
-    )
-    check_context(config, model.config)
+    lora, machine, performance = config.lora, report.machine, config.performance
+    quantization = quantization_config(config.quantization, machine.dtype)
+    if performance.fsdp:
+        folder, in_host_memory = model_folder(config.model), performance.fsdp == "offload"
+        assert folder and tokenizer
+        model = load_sharded(
+            folder, quantization, machine.device, machine.dtype, in_host_memory, not performance.offload_embedding
+        )
+        guard_cpu_kernels(model, config.model.name)
+        set_padding(tokenizer, model)
+    else:
+        model, tokenizer = load_model_and_tokenizer(
+            config.model.name,
+            quantization,
+            device=machine.device,
+            dtype=machine.dtype,
+            revision=config.model.revision,
+            trust_remote_code=config.model.trust_remote_code,
+            tokenizer=tokenizer,
+        )
+    check_context(model, config.data.max_length)
     moved = offload_embedding(model) if performance.offload_embedding else 0
     if parts := sharded_base(model):
         moved += parts.parameters
@@ -280,16 +287,6 @@ def load_adapted_model(
     trainable, total = adapted.get_nb_trainable_parameters()  # counts a packed byte as the two weights that it holds
     report.describe_model(trainable, total + moved)
     return adapted, tokenizer
-
-
-def check_context(config: Config, model_config: Any) -> None:
-    """A block longer than the positions that the model was trained on gives nonsense, not an error."""
-    positions = getattr(model_config, "max_position_embeddings", None)
-    if positions and config.data.max_length > positions:
-        raise UserError(
-            f"data.max_length: {config.data.max_length}: {config.model.name} reads {positions} tokens at most; "
-            f"use {positions} or less"
-        )
 
 
 def how_to_resume(arguments: argparse.Namespace, step: int, team: Team) -> str:

@@ -1,8 +1,10 @@
-"""Real NF4 and real LoRA on the CPU, with the embedded model and with small random Llama and GPT-2 models."""
+"""Load, pack and wrap the embedded model and small random Llama and GPT-2 models, with real NF4 and real LoRA on the CPU."""
 
 import inspect
 import json
+import re
 import shutil
+import textwrap
 from pathlib import Path
 
 import bitsandbytes
@@ -16,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import quantization_utils
 from qlora_kit.adapter.fold import unpack
 from qlora_kit.errors import UserError
+from qlora_kit.model import load as model_load
 from qlora_kit.planning.shape import read_shape
 from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
 
@@ -51,9 +54,6 @@ def lora_gradients(model, ids=IDS) -> dict[str, torch.Tensor]:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-# --- the module ---------------------------------------------------------------------------------------------------------
-
-
 def test_the_module_defines_exactly_its_four_public_functions():
     defined = [
         name
@@ -65,7 +65,37 @@ def test_the_module_defines_exactly_its_four_public_functions():
     ]  # fmt: skip
 
 
-# --- create_bnb_config --------------------------------------------------------------------------------------------------
+def test_the_example_of_the_module_runs_on_a_machine_without_a_gpu(root, monkeypatch):
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    example = textwrap.dedent(re.search(r"(?:^    .*\n)+", quantization_utils.__doc__, re.M)[0])
+    names = {}
+    exec(f"from quantization_utils import *\n{example}", names)
+    model = names["model"]
+    assert isinstance(model, peft.PeftModel) and len(names["tokenizer"]) == 6144
+    assert all(gradient.isfinite().all() for gradient in lora_gradients(model).values())
+
+
+def test_the_functions_work_with_nothing_but_their_defaults(root, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    model, _ = load_model_and_tokenizer(str(root / "assets" / "tiny-qwen2"))
+    projection = model.model.layers[0].mlp.up_proj
+    assert projection.weight.quant_state.quant_type == "nf4" and projection.weight.quant_state.nested
+    assert projection.compute_dtype == model.dtype == torch.float32  # as usable_dtype chooses for a CPU
+    assert create_bnb_config().bnb_4bit_quant_type == "nf4"
+    assert prepare_model_for_training(model, create_lora_config()).get_nb_trainable_parameters()[0] == 325_632
+
+
+def test_a_gpu_that_is_not_there_is_one_line(tiny_dir, monkeypatch):
+    """from_pretrained raises RuntimeError: Cannot access accelerator device when none is available."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"^device: cuda: needs a GPU, and torch finds none\. .*"):
+        load_model_and_tokenizer(str(tiny_dir), device="cuda")
+
+
+def test_no_function_takes_more_than_seven_parameters():
+    functions = [function for _, function in inspect.getmembers(quantization_utils, inspect.isfunction)]
+    assert max(len(inspect.signature(function).parameters) for function in functions) <= 7
 
 
 def test_bnb_config_defaults_are_those_of_the_qlora_paper():
@@ -76,7 +106,7 @@ def test_bnb_config_defaults_are_those_of_the_qlora_paper():
     assert config.bnb_4bit_use_double_quant is True
 
 
-def test_bnb_config_takes_what_is_asked():
+def test_bnb_config_holds_its_arguments():
     config = create_bnb_config("fp4", torch.float16, use_double_quant=False)
     assert config.bnb_4bit_quant_type == "fp4"
     assert config.bnb_4bit_compute_dtype == torch.float16
@@ -90,10 +120,7 @@ def test_bnb_config_refuses_another_quant_type(wrong):
     assert repr(wrong) in str(error.value)
 
 
-# --- create_lora_config -------------------------------------------------------------------------------------------------
-
-
-def test_lora_config_takes_what_is_asked():
+def test_lora_config_holds_its_arguments():
     config = create_lora_config(rank=8, alpha=20, dropout=0.1, target_modules=["q_proj", "v_proj"])
     assert (config.r, config.lora_alpha, config.lora_dropout) == (8, 20, 0.1)
     assert set(config.target_modules) == {"q_proj", "v_proj"}
@@ -101,7 +128,7 @@ def test_lora_config_takes_what_is_asked():
     assert config.bias == "none"
 
 
-def test_lora_config_targets_the_seven_projections_unless_told_otherwise():
+def test_lora_config_targets_the_seven_projections_by_default():
     assert set(create_lora_config().target_modules) == set(SEVEN)
 
 
@@ -111,15 +138,12 @@ def test_a_whole_alpha_is_written_as_a_whole_number(tmp_path):
     assert '"lora_alpha": 32,' in (tmp_path / "adapter_config.json").read_text()
 
 
-def test_a_fractional_alpha_stays_as_it_is():
+def test_a_fractional_alpha_is_not_rounded():
     assert create_lora_config(alpha=12.5).lora_alpha == 12.5
 
 
-# --- load_model_and_tokenizer -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_the_seven_projections_are_packed_as_asked_and_nothing_else_is(tiny_dir, quant_type):
+def test_the_seven_projections_and_nothing_else_are_packed(tiny_dir, quant_type):
     model, _ = load(tiny_dir, quantization=quant_type)
     packed = {name: module for name, module in model.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
     assert sorted(name.rpartition(".")[2] for name in packed) == sorted(SEVEN * LAYERS)
@@ -130,7 +154,7 @@ def test_the_seven_projections_are_packed_as_asked_and_nothing_else_is(tiny_dir,
 
 
 @pytest.mark.parametrize("double", [True, False])
-def test_double_quantization_packs_the_scales_as_well(tiny_dir, double):
+def test_double_quantization_packs_the_absmax_values_too(tiny_dir, double):
     model, _ = load(tiny_dir, quantization=create_bnb_config(use_double_quant=double))
     state = model.model.layers[0].mlp.up_proj.weight.quant_state
     assert state.nested is double
@@ -139,7 +163,7 @@ def test_double_quantization_packs_the_scales_as_well(tiny_dir, double):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_what_is_not_packed_is_loaded_in_the_asked_dtype(tiny_dir, dtype):
+def test_everything_that_is_not_packed_has_the_given_dtype(tiny_dir, dtype):
     model, _ = load(tiny_dir, dtype)
     unpacked = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.dtype != torch.uint8}
     assert {"model.embed_tokens.weight", "model.norm.weight", "model.layers.0.self_attn.q_proj.bias"} <= unpacked.keys()
@@ -165,7 +189,7 @@ def test_every_packed_weight_is_the_nearest_of_the_16_nf4_levels(tiny_dir):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_without_a_quantization_config_the_weights_stay_whole(tiny_dir, dtype):
+def test_without_a_quantization_config_no_weight_is_packed(tiny_dir, dtype):
     model, _ = load(tiny_dir, dtype, quantization=None)
     assert not any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in model.modules())
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
@@ -177,9 +201,6 @@ def test_a_folder_that_is_no_language_model_is_the_users_mistake(tiny_dir, tmp_p
     with pytest.raises(UserError, match=r"model\.name: .*cannot be loaded") as error:
         load(tmp_path)
     assert len(error.value.lines) == 1 and "\n" not in error.value.lines[0]
-
-
-# --- padding ------------------------------------------------------------------------------------------------------------
 
 
 def copy_model(tiny_dir: Path, folder: Path) -> Path:
@@ -201,7 +222,7 @@ def test_the_padding_token_never_ends_a_turn(tiny_dir, tmp_path, pad):
     assert model.config.pad_token_id == model.generation_config.pad_token_id == tokenizer.pad_token_id
 
 
-def test_a_padding_token_that_is_fine_is_kept(tiny_dir, tmp_path):
+def test_a_padding_token_that_ends_no_turn_is_kept(tiny_dir, tmp_path):
     copy_model(tiny_dir, tmp_path)
     shutil.copy(tiny_dir / "tokenizer.json", tmp_path)
     settings = json.loads((tiny_dir / "tokenizer_config.json").read_text()) | {"pad_token": "<|im_start|>"}
@@ -218,9 +239,6 @@ def test_a_tokenizer_with_one_special_token_pads_with_it_as_gpt2_does(tiny_dir, 
     model, tokenizer = load(tmp_path)
     assert tokenizer.pad_token == "<|endoftext|>"
     assert model.config.pad_token_id == 2
-
-
-# --- prepare_model_for_training -----------------------------------------------------------------------------------------
 
 
 def test_only_the_adapters_are_trained_and_they_are_fp32(tiny_dir):
@@ -244,7 +262,7 @@ def test_training_starts_from_the_base_model_exactly(tiny_dir, dtype):
         torch.testing.assert_close(wrapped(IDS).logits, base, rtol=0, atol=0)
 
 
-def test_nothing_frozen_is_turned_to_fp32_as_pefts_own_preparation_does(tiny_dir):
+def test_frozen_parameters_keep_their_dtype_unlike_in_pefts_own_preparation(tiny_dir):
     """The upcast of the embedding alone would take 0.58 GiB at Qwen2.5-3B's size."""
     model = adapted(tiny_dir, torch.bfloat16)
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
@@ -258,7 +276,7 @@ def test_nothing_frozen_is_turned_to_fp32_as_pefts_own_preparation_does(tiny_dir
     assert saved == sum(parameter.nbytes for parameter in upcast) // 2
 
 
-def test_recomputing_activations_changes_no_gradient(tiny_dir):
+def test_gradient_checkpointing_changes_no_gradient(tiny_dir):
     gradients, passes = {}, {}
     for recompute in (True, False):
         model = adapted(tiny_dir, recompute=recompute)
@@ -272,7 +290,7 @@ def test_recomputing_activations_changes_no_gradient(tiny_dir):
     assert all(gradient.abs().max() > 0 for gradient in gradients[True].values())
 
 
-def test_rank_16_trains_as_many_parameters_as_worked_by_hand(tiny_dir):
+def test_rank_16_trains_as_many_parameters_as_computed_by_hand(tiny_dir):
     # in + out of q, k, v, o, gate, up, down; times rank, times layers
     by_hand = 16 * LAYERS * ((192 + 192) + 2 * (192 + 64) + (192 + 192) + 2 * (192 + 512) + (512 + 192))
     assert by_hand == 325_632
@@ -283,7 +301,7 @@ def test_rank_16_trains_as_many_parameters_as_worked_by_hand(tiny_dir):
     assert shape.lora_parameters(16, SEVEN) == by_hand
 
 
-def test_all_linear_takes_every_projection_but_the_head(tiny_dir):
+def test_all_linear_targets_every_projection_but_the_head(tiny_dir):
     model = adapted(tiny_dir, rank=4, target_modules="all-linear")
     wrapped = {
         name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)
@@ -299,14 +317,14 @@ def test_all_linear_takes_every_projection_but_the_head(tiny_dir):
     (["mlp.q_proj"], "mlp.q_proj"),
     (["v_proj", "mlp.q_proj"], "mlp.q_proj"),
 ])  # fmt: skip
-def test_targets_that_match_nothing_are_named_with_what_would_match(tiny_dir, targets, wrong):
+def test_a_target_that_matches_nothing_is_refused_with_those_that_would(tiny_dir, targets, wrong):
     model, _ = load(tiny_dir)
     with pytest.raises(UserError) as error:
         prepare_model_for_training(model, create_lora_config(target_modules=targets))
     (problem,) = error.value.lines
-    assert problem.startswith(f"lora.target_modules: {wrong}:")
+    assert problem.startswith(f"lora.target_modules: {wrong}: ")
     assert all(name in problem for name in [*SEVEN, "all-linear"])
-    assert "embed_tokens" not in problem.partition("it has")[2] and "lm_head" not in problem.partition("it has")[2]
+    assert "embed_tokens" not in problem.partition(". Use ")[2] and "lm_head" not in problem.partition(". Use ")[2]
 
 
 def test_a_target_may_be_narrowed_by_its_parent(tiny_dir):
@@ -340,9 +358,6 @@ def test_a_projection_computes_its_4_bit_product_plus_the_scaled_update(tiny_dir
     assert update.abs().max() > 0.01
 
 
-# --- other architectures ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name, targets, count", [
     ("llama", SEVEN, 14),
     ("llama", "all-linear", 14),
@@ -359,7 +374,7 @@ def test_other_architectures_load_in_4_bits_and_every_adapter_learns(other_model
     assert all(gradient.abs().max() > 0 for gradient in gradients.values())
 
 
-def test_gpt2s_transposed_weights_are_packed_the_right_way_round(other_models):
+def test_gpt2s_transposed_weights_are_transposed_before_packing(other_models):
     """Conv1D keeps (in, out), Linear4bit (out, in): c_attn is 64 -> 192, c_proj 64 -> 64, where a mistake would not crash."""
     whole, _ = load(other_models["gpt2"], torch.float32, quantization=None)
     packed, _ = load(other_models["gpt2"], torch.float32)
@@ -377,15 +392,15 @@ def test_the_padding_token_of_an_untied_head_is_set_in_both_configs(other_models
     assert model.config.pad_token_id == model.generation_config.pad_token_id == tokenizer.pad_token_id
 
 
-def test_targets_of_another_architecture_are_answered_with_gpt2s_own(other_models):
+def test_targets_of_another_architecture_are_refused_with_gpt2s_own(other_models):
     model, _ = load(other_models["gpt2"])
     with pytest.raises(UserError, match="c_attn, c_fc, c_proj"):
         prepare_model_for_training(model, create_lora_config(target_modules=["q_proj"]))
 
 
-def test_weights_that_this_processor_would_unpack_wrongly_are_refused(tiny_dir, monkeypatch):
+def test_weights_that_this_processor_would_dequantize_wrongly_are_refused(tiny_dir, monkeypatch):
     """As bitsandbytes 0.50.2 does on processors with AVX-512 for rows of 80; here for rows of 512, the tiny model's down."""
-    assert quantization_utils._unpacks_rightly(192) and quantization_utils._unpacks_rightly(512)
+    assert model_load.dequantizes_correctly(192) and model_load.dequantizes_correctly(512)
     untouched = bitsandbytes.functional.dequantize_4bit
 
     def wrong(packed, state, **rest):
@@ -393,12 +408,14 @@ def test_weights_that_this_processor_would_unpack_wrongly_are_refused(tiny_dir, 
         return right.flip(1) if state.shape[1] == 512 else right
 
     monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", wrong)
-    quantization_utils._unpacks_rightly.cache_clear()
+    model_load.dequantizes_correctly.cache_clear()
     try:
-        with pytest.raises(UserError, match=r"rows of 512 weights wrongly; use a GPU, or quantization.load_in_4bit: false"):
+        with pytest.raises(
+            UserError, match=r"rows of 512 weights, .* wrongly .*\. Use a GPU, or quantization.load_in_4bit: false\.$"
+        ):
             load_model_and_tokenizer(str(tiny_dir), create_bnb_config(), device="cpu", dtype=torch.float32)
     finally:
-        quantization_utils._unpacks_rightly.cache_clear()
+        model_load.dequantizes_correctly.cache_clear()
 
 
 @pytest.mark.parametrize("shape", [(64, 80), (48, 96), (16, 64), (10, 30)])

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_kit.adapter.folder import AdapterSource
 from qlora_kit.config import Config, DataSettings
@@ -20,7 +18,7 @@ from qlora_kit.data.dataset import load_blocks
 from qlora_kit.data.source import check_source, is_file_name
 from qlora_kit.errors import UserError
 from qlora_kit.merge.weights import Packing
-from qlora_kit.model.gpu_placement import DeviceMap
+from qlora_kit.model.load import DeviceMap, load_base_model, quantization_config
 from qlora_kit.model.perplexity import (
     Perplexity,
     from_block_losses,
@@ -132,31 +130,21 @@ def _is_here(data: DataSettings) -> bool:
 
 def measure_adapter(source: AdapterSource, base: str, packing: Packing, device_map: DeviceMap, blocks: Any) -> Measured:
     """Of base + adapter, loaded as for training."""
-    settings = packing.settings
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=settings.quant_type,
-        bnb_4bit_compute_dtype=packing.dtype,
-        bnb_4bit_use_double_quant=settings.use_double_quant,
-    )
-    origin = {"revision": source.model.revision or "main", "trust_remote_code": source.model.trust_remote_code}
-    model = AutoModelForCausalLM.from_pretrained(
+    model = load_base_model(
         base,
+        quantization_config(packing.settings, packing.dtype),
+        device=device_map,
         dtype=packing.dtype,
-        device_map=device_map,
-        quantization_config=quantization if settings.load_in_4bit else None,
-        **origin,
+        revision=source.model.revision,
+        trust_remote_code=source.model.trust_remote_code,
     )
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False  # else its products are in bfloat16, as they were not in training
     return _measure(PeftModel.from_pretrained(model, source.folder, torch_device=packing.device), blocks)
 
 
 def measure_merged(folder: Path, packing: Packing, device_map: DeviceMap, trust_remote_code: bool, blocks: Any) -> Measured:
     """Of the merged model, loaded without peft and without quantization."""
-    place = {"dtype": packing.dtype, "device_map": device_map}
-    return _measure(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code, **place), blocks)
+    model = load_base_model(folder, None, device=device_map, dtype=packing.dtype, trust_remote_code=trust_remote_code)
+    return _measure(model, blocks)
 
 
 def _measure(model: Any, blocks: Any) -> Measured:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qlora_kit.merge.weights import Merge, Packing
-    from qlora_kit.model.gpu_placement import DeviceMap
+    from qlora_kit.model.load import DeviceMap
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

@@ -13,13 +13,12 @@ import torch
 from qlora_kit.config import GIB, ModelSettings, QuantizationSettings
 from qlora_kit.errors import UserError
 from qlora_kit.model.hub import read_json
+from qlora_kit.model.load import DeviceMap, build_skeleton, pack_skeleton
 from qlora_kit.planning.shape import BYTES_4BIT, BYTES_4BIT_DOUBLE, ModelShape, read_shape
 
 TEXT_TOKENS = 4096  # of the texts under way at once, whose keys and values find room on every GPU, whichever layers it has
 WORK_BYTES = GIB // 2  # activations, logits, libraries
 BYTES_INT4 = 0.5  # what accelerate counts for a packed weight, without its absmax
-
-DeviceMap = dict[str, int | str]  # module -> GPU's number, or cpu; "" is all of the model
 
 
 def choose_device_map(
@@ -99,8 +98,6 @@ def _free_memory(gpus: int) -> list[float]:
 
 def build_empty(folder: Path, model: ModelSettings, dtype: torch.dtype, packed: bool) -> Any:
     """The model without weights, its projections `packed` as loading packs them."""
-    from qlora_kit.model.load import build_skeleton, pack_skeleton
-
     skeleton: Any = build_skeleton(folder, model)
     skeleton.to(dtype)
     if packed:

@@ -35,7 +35,7 @@ sharding.HEAD_ROWS = 1001  # of 6,144: seven runs, the last one short, and none 
 options = dict(device="cpu", dtype=torch.float32)
 packing = create_bnb_config(compute_dtype=torch.float32)
 whole, _ = load_model_and_tokenizer({model!r}, packing, **options)
-model, _ = load_model_and_tokenizer({model!r}, packing, fsdp=True, **options)
+model = sharding.load_sharded(Path({model!r}), packing, "cpu", torch.float32, offload=False, embedding=True)
 base, found = sharding.sharded_base(model), {{}}
 projections = [module for module in whole.model.layers[1].modules() if hasattr(module, "in_features")]
 others = [module for module in model.model.layers[1].modules() if hasattr(module, "in_features")]

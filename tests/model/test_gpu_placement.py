@@ -23,9 +23,9 @@ from qlora_kit.model.gpu_placement import (
     needed_bytes,
     spread,
 )
+from qlora_kit.model.load import load_base_model
 from qlora_kit.model.loss import token_losses
 from qlora_kit.planning.shape import BYTES_4BIT_DOUBLE, KNOWN_CONFIGS, read_shape
-from quantization_utils import load_model_and_tokenizer
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
 # q, k, v, o and the three of the MLP: 64 x 64 + 2 x 64 x 32 + 64 x 64 + 3 x 64 x 128 weights a layer.
@@ -195,9 +195,9 @@ def test_a_model_in_parts_answers_and_loses_as_the_whole_one(tiny_dir):
     parts = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", *(f"model.layers.{n}" for n in range(6))]
     device_map = dict.fromkeys(parts, "cpu") | {"model.layers.2": "disk", "model.layers.5": "disk"}
     results = []
-    for where in (None, device_map):
-        model, _ = load_model_and_tokenizer(str(tiny_dir), None, device="cpu", device_map=where, dtype=torch.float32)
-        assert model.model.layers[5].mlp.up_proj.weight.is_meta == (where is not None)
+    for device in ("cpu", device_map):
+        model = load_base_model(tiny_dir, None, device=device, dtype=torch.float32)
+        assert model.model.layers[5].mlp.up_proj.weight.is_meta == (device is device_map)
         ids = torch.arange(100, 164).reshape(2, 32)
         greedy = GenerationSettings(temperature=0, max_new_tokens=8, repetition_penalty=1)
         with torch.no_grad():
