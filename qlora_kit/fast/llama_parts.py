@@ -88,6 +88,8 @@ def why_not_covered(model: Any, length: int) -> str | None:
     Args:
         model: a causal language model, with or without PEFT around it.
     """
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        return "its weights are on several devices"
     reason, parts = why_not_llama_like(model.config.to_dict(), length), decoder_and_head(model)
     if reason or parts is None:
         return reason or "its output head is trained, or is more than a matrix product"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from qlora_kit.errors import UserError, cannot_work
+from qlora_kit.errors import UserError, unsupported
 from qlora_kit.fast.nf4 import why_no_triton
 from qlora_kit.fast.projection import draw_keys
 from qlora_kit.fast.training_pass import GROUPS, FastDecoder
@@ -179,21 +179,25 @@ class Recording:
 
 
 def why_not_compiled(device: str) -> str | None:
-    """The reason why torch.compile cannot serve here, or None."""
+    """Return why torch.compile cannot work on a device type, or None."""
     return why_no_triton() if device == "cuda" else "needs a CUDA GPU"
 
 
 def why_not_graphed(device: str) -> str | None:
-    """The reason why CUDA graphs cannot serve here, or None."""
+    """Return why CUDA graphs cannot work on a device type, or None."""
     return None if device == "cuda" else "needs a CUDA GPU"
 
 
 def why_not_used(key: str, value: bool | str, reason: str | None) -> str | None:
-    """Why a technique will not be used: what stands against it, or the setting; None when it will.
+    """Return why a technique is not used, or None if it is.
+
+    Args:
+        key: its setting, true, false or "auto".
+        reason: why it cannot work, or None if it can.
 
     Raises:
-        UserError: it was insisted on (true), and something stands against it.
+        UserError: the setting is true and the technique cannot work.
     """
     if value is True and reason:
-        raise UserError(cannot_work(key, reason, "auto or false"))
+        raise UserError.of([unsupported(key, reason, "auto or false")])
     return reason if value else f"{key} is false"

@@ -253,8 +253,9 @@ def why_not_fast(model: Any, length: int) -> str | None:
         return reason
     groups = [group for layer in parts[0].layers for group in projections_of(layer)]
     adapted = [[pair for module in group if (pair := lora_of(module))] for group in groups]
-    if sum(parameter.requires_grad for parameter in model.parameters()) != 2 * sum(map(len, adapted)):
-        return "more than the LoRA matrices of the decoder's projections is trained"
+    trained = sum(parameter.requires_grad for parameter in model.parameters())
+    if not trained or trained != 2 * sum(map(len, adapted)):
+        return "the trained parameters are not the LoRA matrices of the decoder's projections"
     if any(len({(len(pair.A), pair.scale, pair.dropout) for pair in group}) > 1 for group in adapted):
         return "projections that share an input differ in rank, scale or dropout"
     return None

@@ -258,11 +258,10 @@ class _Lines:
 
 def why_not_decoded(model: Any, length: int) -> str | None:
     """Return why a model cannot be decoded by GraphEngine in texts of up to `length` tokens, or None if it can."""
-    devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) > 1 or devices.pop().index:
-        return "its weights are not all on the first GPU"
     if reason := why_not_covered(model.requires_grad_(False), length):  # a trained head is no reason here
         return reason
+    if model.device.index:
+        return "it is not on the first GPU"
     config = model.config.to_dict()
     angles = (config.get("rope_parameters") or config.get("rope_scaling") or {}).get("rope_type", "default")
     return None if angles in FIXED_ANGLES else f"its rotary angles ({angles}) depend on the length of the text"

@@ -20,7 +20,7 @@ def test_what_cannot_work_is_said_where_it_was_insisted_on():
     assert why_not_used("performance.compile", "auto", None) is why_not_used("performance.compile", True, None) is None
     assert why_not_used("performance.compile", False, None) == "performance.compile is false"
     with pytest.raises(
-        UserError, match=r"performance\.cuda_graphs: true: cannot work here \(needs a CUDA GPU\); use auto or false"
+        UserError, match=r"performance\.cuda_graphs: true: cannot work here \(needs a CUDA GPU\)\. Use auto or false\."
     ):
         why_not_used("performance.cuda_graphs", True, "needs a CUDA GPU")
 
