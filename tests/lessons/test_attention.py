@@ -17,7 +17,7 @@ def hidden() -> torch.Tensor:
 
 
 def reference(attention: LoRAAttention, hidden: torch.Tensor, **mask) -> torch.Tensor:
-    """torch's attention between the plain projections: without any update, whatever A and B hold."""
+    """Compute torch's attention with the plain projections, without the updates of A and B."""
 
     def project(name, x):
         layer = attention.get_submodule(f"{name}_proj")
@@ -56,7 +56,7 @@ def test_with_an_update_it_is_not_torchs_attention(hidden):
 
 @pytest.mark.parametrize("name", ["causal", "causal and padding on the left", "added numbers and minus infinity"])
 def test_the_gradient_of_the_input_is_torchs(hidden, name):
-    """A row that may look nowhere has no gradient, where a plain softmax gives not-a-number."""
+    """A row whose keys are all masked has no gradient, where a plain softmax gives NaN."""
     attention = LoRAAttention(hidden_size=24, num_heads=4, target_modules=("q", "k", "v", "o"))
     results = []
     for compute in (lambda x: attention(x, MASKS[name]), lambda x: reference(attention, x, attn_mask=MASKS[name])):
@@ -110,7 +110,7 @@ def test_gradients_flow_to_the_updates_of_the_targets_only(hidden, targets):
 
 
 def test_parameters_worked_by_hand():
-    """The defaults: four projections of 768 x 768, and rank 8 on two of them."""
+    """By default there are four projections of 768 x 768, two of them with rank 8."""
     assert count_parameters(LoRAAttention()) == (2 * 8 * 2 * 768, 4 * 768 * 768 + 2 * 8 * 2 * 768)
 
 
@@ -120,7 +120,7 @@ def test_every_choice_of_the_lesson_spends_the_same_budget():
     assert {rank * sum(size[letter] for letter in targets) for targets, rank in BUDGET.items()} == {3840}
 
 
-def test_what_cannot_be_is_refused():
+def test_wrong_sizes_and_targets_are_refused():
     with pytest.raises(ValueError, match="hidden_size 10: should be a multiple of num_heads 4"):
         LoRAAttention(hidden_size=10, num_heads=4)
     with pytest.raises(ValueError, match=r"target_modules \['w'\]"):

@@ -1,4 +1,4 @@
-"""The lesson of formats: which tokens are trained, counted by hand, and the same for the same turns."""
+"""Test the lesson of formats: the trained tokens, counted by hand, and equal for equal turns."""
 
 import json
 
@@ -25,7 +25,7 @@ def test_answer_and_its_end_are_trained_and_nothing_else(kind, tokenizer):
     assert learns_to_stop(encoded, tokenizer.convert_tokens_to_ids("<|im_end|>"))
 
 
-def test_three_formats_of_turns_are_one(tokenizer):
+def test_three_formats_give_the_same_tokens_and_labels(tokenizer):
     one, *others = (encode_record(RECORDS[kind], tokenizer) for kind in ("alpaca", "sharegpt", "messages"))
     assert all(other.ids.tolist() == one.ids.tolist() and other.labels().tolist() == one.labels().tolist() for other in others)
 

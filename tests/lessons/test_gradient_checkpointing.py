@@ -1,4 +1,4 @@
-"""The lesson of gradient checkpointing: bytes counted by hand, the same gradients, less kept."""
+"""Test the lesson of gradient checkpointing: bytes counted by hand, equal gradients, less kept."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_bytes_by_hand():
     assert (live.now, live.peak) == (0, 8000)
 
 
-def test_what_is_kept_for_the_backward_pass_by_hand():
+def test_bytes_kept_for_the_backward_pass_by_hand():
     """exp keeps its output, 400 bytes; sum keeps none; the sum itself is 4 bytes."""
     x = torch.zeros(100, requires_grad=True)
     with LiveBytes() as live:
@@ -42,7 +42,7 @@ def test_what_is_kept_for_the_backward_pass_by_hand():
     assert x.grad.tolist() == [1.0] * 100
 
 
-def test_tensors_from_before_are_not_counted():
+def test_tensors_created_outside_are_not_counted():
     x = torch.empty(1000)
     with LiveBytes() as live:
         x.add_(1)
@@ -67,7 +67,7 @@ def test_checkpointing_changes_no_gradient(models):
 
 
 def test_checkpointing_keeps_the_input_of_each_layer_and_the_logits(models):
-    """Kept beyond the logits' log-probabilities: an input of 192 numbers a layer and token, and little else."""
+    """Besides the log probabilities, one input of 192 numbers per layer and token is kept, and little else."""
     ids = torch.arange(128).view(2, 64)
     kept, peak = count_bytes(models[True], ids)
     logits, inputs = 4 * ids.numel() * 6144, 4 * ids.numel() * 6 * 192
@@ -77,7 +77,7 @@ def test_checkpointing_keeps_the_input_of_each_layer_and_the_logits(models):
 
 
 def test_fixed_bytes_by_hand():
-    """3,868,992 weights; a gradient and two moments for each of the 325,632 of LoRA."""
+    """3,868,992 weights, and a gradient and two moments for each of LoRA's 325,632 parameters."""
     assert fixed_bytes(load_adapted_model(False, "cpu")) == 4 * 3_868_992 + 12 * 325_632
 
 

@@ -1,4 +1,4 @@
-"""The LoRA layer against peft's and against numbers worked by hand."""
+"""Test the LoRA layer against peft's and against numbers worked by hand."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def by_hand() -> LoRALayer:
 
 @pytest.fixture
 def layer() -> LoRALayer:
-    """A trained one, as it were: B is not zero."""
+    """Return a layer whose B is not zero, as after training."""
     torch.manual_seed(0)
     layer = LoRALayer(48, 32, rank=4, alpha=8.0)
     nn.init.normal_(layer.lora_B.weight)
@@ -41,7 +41,7 @@ def test_merged_weights_worked_by_hand(by_hand):
 
 
 def test_parameters_worked_by_hand():
-    """The example of the course that these lessons follow: 4096 x 4096 and rank 8, that is 64 Ki of 16 Mi, 0.39 %."""
+    """The example of the course: 4096 x 4096 with rank 8 trains 64 Ki of 16 Mi parameters, 0.39 %."""
     with torch.device("meta"):
         layer = LoRALayer(4096, 4096, rank=8)
     assert layer.trainable_params == 8 * (4096 + 4096) == 65_536
@@ -114,7 +114,7 @@ def test_dropout_acts_on_the_update_only_and_in_training_only():
 
 
 def peft_pair(targets: list[str], **settings):
-    """Our model and peft's with the same A and B, B not zero."""
+    """Return our model and peft's with the same A and B, B not zero."""
     torch.manual_seed(0)
     ours, theirs = load_model(), load_model()
     names = replace_linear_layers(ours, targets, rank=4, alpha=12.0, **settings)
@@ -180,7 +180,7 @@ def test_gpt2s_transposed_layers_are_replaced_too(other_models):
     assert torch.isfinite(model(tokens).logits).all()
 
 
-def test_what_cannot_be_is_refused_by_name():
+def test_unknown_targets_and_rank_0_are_refused():
     with pytest.raises(ValueError, match=r"targets \['q_porj'\]"):
         replace_linear_layers(load_model(), ["q_porj", "v_proj"])
     with pytest.raises(ValueError, match="rank 0"):

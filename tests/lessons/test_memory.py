@@ -1,4 +1,4 @@
-"""The lesson of memory: shapes against published sizes, the account by hand, measured points against the benchmarks."""
+"""Test the lesson of memory: published sizes, the account by hand, and the measured points of the benchmarks."""
 
 import pytest
 

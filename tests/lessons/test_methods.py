@@ -1,4 +1,4 @@
-"""The lesson of methods: parameters by hand, the adapter's formula, what merges, and that each method trains only its own."""
+"""Test the lesson of methods: parameters by hand, the adapter's formula, merging, and gradients."""
 
 import pytest
 import torch
@@ -61,10 +61,10 @@ def test_adapter_by_hand():
     ("name", "verdict"),
     [("full", "is"), ("LoRA", "yes"), ("adapter", "no"), ("prefix", "no"), ("prompt", "no"), ("IA3", "yes")],
 )
-def test_what_merges(name, verdict, ids):
+def test_lora_and_ia3_merge_and_the_others_do_not(name, verdict, ids):
     torch.manual_seed(0)
     model = METHODS[name].apply(load_model())
-    for parameter in model.parameters():  # as if trained: an update of zero would merge anyhow
+    for parameter in model.parameters():  # an update of zero would always merge
         if parameter.requires_grad and name != "full":
             parameter.data += 0.05 * torch.randn_like(parameter)
     said, merged = try_to_merge(model, ids)

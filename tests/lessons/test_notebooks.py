@@ -1,4 +1,4 @@
-"""The course in two languages: it runs, its outputs are its own, and both say the same."""
+"""Test the course in both languages: it runs, and both notebooks hold the same outputs of one run."""
 
 import importlib
 import json
@@ -39,7 +39,7 @@ def test_runs_from_top_to_bottom_in_five_minutes(path, tmp_path):
     import nbformat
     from nbclient import NotebookClient
 
-    folder = tmp_path / "finetuning_techniques"  # in the place of the notebook's own, so that pictures stay out of the repository
+    folder = tmp_path / "finetuning_techniques"  # keeps pictures out of the repository
     folder.mkdir()
     for package in ("finetuning_lessons", "qlora_kit"):
         (tmp_path / package).symlink_to(ROOT / package)
@@ -47,7 +47,7 @@ def test_runs_from_top_to_bottom_in_five_minutes(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # Of one thread, whatever else the machine does.
+    # CPU time leaves out other programs.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 300
     assert len(list((folder / "output_lessons").iterdir())) == sum("run(" in source for source in sources(path, "code")) - 1
 
@@ -88,7 +88,7 @@ def test_has_the_seven_parts_in_order():
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("name", ["memory", "formats"])
 def test_output_is_what_the_lesson_prints_today(path, name, tmp_path, capsys):
-    """Of the lessons that compute without measuring time; others differ a little from run to run."""
+    """These two lessons measure no time; the outputs of others differ a little from run to run."""
     importlib.import_module(f"finetuning_lessons.{name}").main(["--output_dir", str(tmp_path)])
     tables = capsys.readouterr().out.partition("One question and its answer")[2 if name == "formats" else 0]
     lines = [line.rstrip() for line in tables.splitlines() if line.strip() and not line.startswith("picture")]
@@ -97,7 +97,7 @@ def test_output_is_what_the_lesson_prints_today(path, name, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_measured_figures_of_the_summary_stand_in_the_outputs(path):
+def test_measured_figures_of_the_summary_are_in_the_outputs(path):
     summary = sources(path, "markdown")[-1]
     rows = [line.split("|") for line in summary.splitlines() if line.startswith("| ")][1:]
     assert len(rows) > 10

@@ -1,4 +1,4 @@
-"""The lesson of the optimizer's state: bytes by hand, and which tensors bitsandbytes pages."""
+"""Test the lesson of the optimizer's state: bytes by hand, and the tensors that bitsandbytes pages."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_paged_share_by_hand():
     assert paged_share(QWEN, 8) == 0 and paged_share(QWEN, 512) == 1
 
 
-def test_bitsandbytes_pages_from_there_on(monkeypatch):
+def test_bitsandbytes_pages_tensors_from_that_size_on(monkeypatch):
     class Paged(Exception):
         pass
 

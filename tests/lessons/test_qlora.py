@@ -1,4 +1,4 @@
-"""QLoRA from scratch against peft on bitsandbytes' layers, with the same weights."""
+"""Test QLoRA from scratch against peft on bitsandbytes' layers with the same weights."""
 
 import bitsandbytes
 import pytest
@@ -22,7 +22,7 @@ from quantization_utils import create_bnb_config, create_lora_config, load_model
 
 
 def random_layer(**settings) -> QLoRALayer:
-    """128 -> 64 features with a bias, and an update that is not zero."""
+    """Return a layer of 128 -> 64 features with a bias and an update that is not zero."""
     torch.manual_seed(0)
     layer = QLoRALayer(128, 64, rank=4, alpha=8.0, linear=nn.Linear(128, 64), **settings)
     nn.init.normal_(layer.lora_B.weight, std=0.1)
@@ -31,7 +31,7 @@ def random_layer(**settings) -> QLoRALayer:
 
 @pytest.fixture(scope="module")
 def pair(tiny_dir) -> tuple:
-    """The embedded model with our layers, and with bitsandbytes' and peft's, with the same A and B, B not zero."""
+    """Return the embedded model with our layers and with peft's on bitsandbytes, with the same A and B, B not zero."""
     ours = load_model()
     torch.manual_seed(0)
     names = replace_linear_layers(ours, ALL_SEVEN, rank=4, alpha=8.0, layer_type=QLoRALayer)

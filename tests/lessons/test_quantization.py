@@ -1,4 +1,4 @@
-"""4 bits from scratch against bitsandbytes, bit for bit, and against numbers worked by hand."""
+"""Test 4 bits from scratch against bitsandbytes, bit for bit, and against numbers worked by hand."""
 
 from statistics import NormalDist
 
@@ -28,7 +28,7 @@ from qlora_kit.planning.shape import BYTES_4BIT, BYTES_4BIT_DOUBLE
 
 @pytest.fixture(scope="module")
 def weights() -> list[torch.Tensor]:
-    """Real ones; normal ones of two scales, and sizes that fill neither the last block nor the last group nor the last byte.
+    """Return real weights, and random ones whose sizes fill neither the last block nor the last group nor the last byte.
 
     No rows of a multiple of 16 that is none of 64: bitsandbytes 0.50.2 unpacks those with the absmax of a neighbour on
     processors with AVX-512.
@@ -122,7 +122,7 @@ def test_on_a_gpu_nf4_is_that_of_bitsandbytes_there(weights):
 
 @pytest.mark.gpu
 def test_on_a_gpu_fp4_is_that_of_bitsandbytes_there_but_for_ties(weights):
-    """Its kernel for GPUs keeps the sign of what it rounds to zero, and halfway between two levels takes the smaller one."""
+    """bitsandbytes' GPU kernel keeps the sign of values rounded to zero, and rounds ties to the smaller level."""
     for weight in (weight.cuda() for weight in weights[:-1]):
         ours = quantize(weight, "fp4")
         packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="fp4", compress_statistics=False)
@@ -135,7 +135,7 @@ def test_on_a_gpu_fp4_is_that_of_bitsandbytes_there_but_for_ties(weights):
 
 
 def test_without_the_grid_the_codes_are_those_of_the_other_kernels(monkeypatch):
-    """bitsandbytes' kernels but the CPU's take the nearest_codes level itself, as its portable one does, which runs here."""
+    """All kernels of bitsandbytes except the CPU's take the nearest level, as its portable kernel does, which runs here."""
     portable = torch.ops.bitsandbytes.quantize_blockwise.default._op_dk
     absmax = torch.randn(100_000, generator=torch.Generator().manual_seed(0)).abs()
     key = torch._C.DispatchKey.CompositeExplicitAutograd

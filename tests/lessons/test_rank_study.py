@@ -1,4 +1,4 @@
-"""The lesson of ranks: errors of low-rank copies by hand and by numpy's SVD, and LoRA trained to reach them."""
+"""Test the lesson of ranks: errors of low-rank copies by hand and by numpy's SVD, and LoRA trained to reach them."""
 
 import numpy as np
 import pytest
@@ -73,7 +73,7 @@ def test_attention_at_rank_42_has_the_parameters_of_all_seven_at_rank_16():
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_a_packed_base_differs_from_the_16_bit_one_but_not_by_much(kind):
+def test_a_4_bit_base_differs_little_from_the_16_bit_one(kind):
     ids = torch.arange(64).view(1, 64)
     with torch.no_grad():
         plain, packed = (load_base(one)(input_ids=ids, labels=ids).loss for one in ("16-bit", kind))
