@@ -21,7 +21,8 @@ from qlora_kit.adapter.lora_pairs import read_pairs
 from qlora_kit.config import GIB, ModelSettings
 from qlora_kit.errors import Failed, Stopped, UserError
 from qlora_kit.merge.folder import check_disk, check_output, copy_small_files, record_check, staged, write_mark
-from qlora_kit.model.hub import TOKENIZER_FILES, fetch_model, go_offline_if_unreachable, is_local, read_context
+from qlora_kit.model import hub
+from qlora_kit.model.hub import TOKENIZER_FILES, fetch_model, is_local, read_context
 from qlora_kit.model.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -97,8 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     pairs = read_pairs(source.folder, key)
     output = check_output(arguments.output, arguments.overwrite, source)
     cli.prepare_libraries()
-    if not is_local(source.model.name):
-        go_offline_if_unreachable()
+    hub.prepare(source.model.name)
     base = fetch_base(source, fetch_model)
 
     from qlora_kit.merge.check import check_blocks

@@ -1,7 +1,8 @@
-"""Base models and data sets by name: from a local folder, from the Hub's cache, or downloaded, and one line when neither works.
+"""Find or download a model's files.
 
-The Hub is asked once whether it answers. When it does not, the process goes offline before any Hugging Face library is
-imported, so that a machine without a network uses its cache at once instead of printing minutes of retries.
+A name is a local folder or a Hub name, whose files come from the Hub's cache or are downloaded. The Hub is tested once. If it
+does not answer, the process goes offline before any Hugging Face library is imported, so that a machine without a network uses
+its cache at once instead of printing minutes of retries.
 """
 
 import json
@@ -17,12 +18,18 @@ from qlora_kit.planning.shape import KNOWN_CONFIGS
 
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # config and tokenizer
 MODEL_FILES = [*SMALL_FILES, "*.safetensors"]  # no pickles, no code
-FILE_SUFFIXES = (".txt", ".md", ".text", ".rst", ".json", ".jsonl", ".csv", ".parquet")  # what sources.py reads
+FILE_SUFFIXES = (".txt", ".md", ".text", ".rst", ".json", ".jsonl", ".csv", ".parquet")  # what data/files.py reads
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
 
+def prepare(model: str, *data: str) -> None:
+    """Go offline if one of the names needs the Hub and the Hub does not answer; call it before transformers is imported."""
+    if not all(map(is_local, (model, *data))):
+        go_offline_if_unreachable()
+
+
 def go_offline_if_unreachable(timeout_seconds: float = 5.0) -> None:
-    """Set HF_HUB_OFFLINE when the Hub does not answer. Call it before importing transformers or datasets."""
+    """Set HF_HUB_OFFLINE if the Hub does not answer."""
     if os.environ.get("HF_HUB_OFFLINE"):
         return
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
@@ -35,13 +42,13 @@ def go_offline_if_unreachable(timeout_seconds: float = 5.0) -> None:
 
 
 def is_local(name: str) -> bool:
-    """Whether a model or data set name is a path: it exists, or no Hub name is written like it."""
-    written_out = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
-    return Path(name).exists() or written_out or name.lower().endswith(FILE_SUFFIXES)
+    """Return whether a model or data set name is a path: it exists, or no Hub name looks like it."""
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    return Path(name).exists() or looks_like_path or name.lower().endswith(FILE_SUFFIXES)
 
 
 def read_model_config(model: ModelSettings) -> dict[str, Any]:
-    """The base model's config.json, without its weights; the default model's is known without a download.
+    """Return the base model's config.json; that of the default model needs no download.
 
     Raises:
         UserError: as fetch_model.
@@ -54,30 +61,31 @@ def read_model_config(model: ModelSettings) -> dict[str, Any]:
 
 
 def fetch_tokenizer(model: ModelSettings) -> Path:
-    """Make the base model's config and tokenizer ready on this machine: a few MB, enough to prepare data; returns their folder.
+    """Download config and tokenizer unless they are on this machine; return their folder.
 
     Raises:
-        UserError: no such model, no access, no network and no cached copy, or files missing: one line with the remedy.
+        UserError: there is no such model, no access to it, neither a network nor a cached copy, or a file is missing.
     """
-    return _fetch(model, SMALL_FILES)
+    folder = _local_folder(model) if is_local(model.name) else _download(model, SMALL_FILES)
+    return _check_tokenizer(folder, model)
 
 
 def fetch_model(model: ModelSettings) -> Path:
-    """Make all of the base model's files ready on this machine; returns their folder.
+    """Download all files of the base model unless they are on this machine; return their folder.
 
     Raises:
-        UserError: as fetch_tokenizer.
+        UserError: as fetch_tokenizer, or the weights are not safetensors files.
     """
-    folder = _fetch(model, MODEL_FILES)
+    folder = _local_folder(model) if is_local(model.name) else _download(model, MODEL_FILES)
+    _check_tokenizer(folder, model)
     if not any(folder.glob("*.safetensors")):
-        raise UserError(
-            f"model.name: {model.name}: no *.safetensors weights; save the model with save_pretrained and name that folder"
-        )
+        remedy = "save the model with save_pretrained and use that folder"
+        raise UserError("model.name", model.name, "has no *.safetensors weights", remedy)
     return folder
 
 
 def model_folder(model: ModelSettings) -> Path | None:
-    """Where the base model's files are on this machine: a local folder, or a snapshot of the Hub's cache, named by its commit."""
+    """Return the base model's folder on this machine, or None; one in the Hub's cache is named by its commit."""
     if is_local(model.name):
         return Path(model.name).expanduser()
     from huggingface_hub import snapshot_download
@@ -89,60 +97,68 @@ def model_folder(model: ModelSettings) -> Path | None:
 
 
 def read_context(folder: Path) -> int | None:
-    """Tokens that the model in `folder` reads at most, by its config.json; None where it states none."""
+    """Return the most tokens that the model in `folder` reads, as its config.json states it; None if it states nothing."""
     settings = read_json(folder / "config.json", "model.name")
     return settings.get("max_position_embeddings") or settings.get("n_positions")  # the second is GPT-2's
 
 
-def _fetch(model: ModelSettings, patterns: list[str]) -> Path:
-    folder = _local_folder(model) if is_local(model.name) else _download(model, patterns)
+def read_json(path: Path, key: str) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Args:
+        key: the flag or config key that led to the file.
+
+    Raises:
+        UserError: the file is missing or holds no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(key, path, f"cannot be read as JSON ({error})", "copy it again from its source") from None
+    if not isinstance(content, dict):
+        raise UserError(key, path, "holds no JSON object", "copy it again from its source")
+    return content
+
+
+def remote_code_warning(model: ModelSettings) -> str:
+    """Return the warning for model.trust_remote_code."""
+    pin = "" if model.revision or is_local(model.name) else "; set model.revision to the commit that you have read"
+    return f"warning: model.trust_remote_code: Python code that comes with {model.name} runs here with all your rights{pin}"
+
+
+def _check_tokenizer(folder: Path, model: ModelSettings) -> Path:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        lacking = "the folder has no tokenizer (tokenizer.json); copy the base model's tokenizer files into it"
-        raise UserError(f"model.name: {model.name}: {lacking}")
+        remedy = "copy the base model's tokenizer files, such as tokenizer.json, into its folder"
+        raise UserError("model.name", model.name, "has no tokenizer", remedy)
     return folder
 
 
 def _local_folder(model: ModelSettings) -> Path:
-    folder, key = Path(model.name).expanduser(), f"model.name: {model.name}"
+    folder = Path(model.name).expanduser()
     if not folder.is_dir():
-        raise UserError(f"{key}: no such folder; name a folder with config.json, or a Hub model such as Qwen/Qwen2.5-3B-Instruct")
+        remedy = "use a folder with config.json, or a Hub model such as Qwen/Qwen2.5-3B-Instruct"
+        raise UserError("model.name", model.name, "is no existing folder", remedy)
     if not (folder / "config.json").is_file():
-        raise UserError(f"{key}: the folder has no config.json; name the folder that save_pretrained wrote")
+        raise UserError("model.name", model.name, "has no config.json", "use the folder that save_pretrained wrote")
     return folder
 
 
-def read_json(path: Path, key: str) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{key}: {path}: not readable as JSON ({error}); copy it again from its source") from None
-
-
 def _download(model: ModelSettings, patterns: list[str]) -> Path:
-    from huggingface_hub import errors as hub
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import errors, snapshot_download
 
-    key = f"model.name: {model.name}"
+    name = model.name
     try:
-        return Path(snapshot_download(model.name, revision=model.revision, allow_patterns=patterns))
-    except hub.GatedRepoError:
-        raise UserError(f"{key}: access must be granted; accept its licence on the Hub, then run: hf auth login") from None
-    except hub.RevisionNotFoundError:
-        raise UserError(
-            f"model.revision: {model.revision}: {model.name} has no such branch, tag or commit; null takes the newest"
-        ) from None
-    except (hub.RepositoryNotFoundError, hub.HFValidationError):
-        raise UserError(
-            f"{key}: neither a folder here nor a model on the Hub; correct the name, or log in if it is private"
-        ) from None
-    except (OSError, hub.HfHubHTTPError):  # the hub's own offline errors are OSErrors too
-        raise UserError(
-            f"{key}: not on this machine, and the Hub cannot be reached; download it where there is a network "
-            f"(hf download {model.name}), or name a local folder"
-        ) from None
-
-
-def remote_code_warning(model: ModelSettings) -> str:
-    """The line for model.trust_remote_code."""
-    pin = "" if model.revision or is_local(model.name) else "; name the commit that you have read in model.revision"
-    return f"warning: model.trust_remote_code: Python code that comes with {model.name} runs here with all your rights{pin}"
+        return Path(snapshot_download(name, revision=model.revision, allow_patterns=patterns))
+    except errors.GatedRepoError:
+        remedy = "accept its licence on the Hub, then run hf auth login"
+        raise UserError("model.name", name, "is open only to accounts that were granted access", remedy) from None
+    except errors.RevisionNotFoundError:
+        problem = f"is no branch, tag or commit of {name}"
+        raise UserError("model.revision", model.revision, problem, "correct it, or use null for the newest") from None
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        remedy = "correct the name, or run hf auth login if the model is private"
+        raise UserError("model.name", name, "is neither a folder here nor a model on the Hub", remedy) from None
+    except (OSError, errors.HfHubHTTPError):  # the library's own offline errors are OSErrors too
+        problem = "is not on this machine, and the Hub cannot be reached"
+        remedy = f"download it where there is a network (hf download {name}), or use a local folder"
+        raise UserError("model.name", name, problem, remedy) from None
