@@ -156,12 +156,10 @@ def toolkit(checkpoint: Path, adapter: Path, system: str) -> Callable[[list[list
     sys.path.insert(0, str(ROOT))
     import inference_example
     from qlora_kit import cli
-    from qlora_kit.adapter.folder import read_adapter
     from qlora_kit.config import GenerationSettings
 
     cli.prepare_libraries()
-    arguments = inference_example.parse_arguments(["--adapter", str(adapter)])
-    generator = inference_example.load_generator(read_adapter(str(adapter)), GenerationSettings(), arguments)
+    generator = inference_example.load_generator(adapter)
 
     def answer(prompts: list[list[int]], count: int) -> None:
         settings = GenerationSettings(max_new_tokens=count, temperature=0, repetition_penalty=1)

@@ -81,12 +81,9 @@ def toolkit(checkpoint: str, adapter: str) -> None:
     sys.path.insert(0, str(ROOT))
     import inference_example
     from qlora_kit import cli
-    from qlora_kit.adapter.folder import read_adapter
-    from qlora_kit.config import GenerationSettings
 
     cli.prepare_libraries()
-    arguments = inference_example.parse_arguments(["--adapter", adapter, "--device", "cpu"])
-    inference_example.load_generator(read_adapter(adapter), GenerationSettings(), arguments)
+    inference_example.load_generator(adapter, device="cpu")
 
 
 def plain(checkpoint: str, adapter: str) -> None:

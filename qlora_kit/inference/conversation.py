@@ -1,11 +1,11 @@
-"""A conversation at the terminal: what is said is answered, what begins with a slash is a command.
+"""Turns and /commands of a conversation.
 
-An adapter of chats gets the whole conversation with each message. One of running text continues each input, and one of
-instructions follows each, without what was said before: so they were trained.
+An adapter trained on chats gets the whole conversation with each input. An adapter trained on running text or instructions
+gets each input alone, because it saw no earlier turns in training.
 """
 
-import difflib
 import json
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,196 +14,161 @@ from typing import Any
 import torch
 
 from qlora_kit.config import GenerationSettings
+from qlora_kit.config_file import closest, did_you_mean
 from qlora_kit.data.chat_template import Message
 from qlora_kit.data.formats import checked_text
 from qlora_kit.errors import BadRecord, UserError
 from qlora_kit.inference.generator import Generated, Generator, replace_settings
 from qlora_kit.inference.terminal import Terminal
 
-FIRST_LINES = {
-    "chat": "Chat: the whole conversation is sent with each message.",
-    "text": "Text: each input is continued; what was said before is not sent.",
-    "instruction": "Instructions: each input is one; what was said before is not sent.",
-}
-COMMANDS = {  # name: its argument, what it does
-    "/help": ("", "this list"),
-    "/reset": ("", "forget the conversation; the system turn stays"),
-    "/system": ("[TEXT]", "what the conversation begins with; without TEXT, nothing"),
-    "/set": ("[KEY VALUE]", "such as /set temperature 0.8; alone, shows all"),
+COMMANDS = {  # name: (its argument, what it does)
+    "/help": ("", "list the commands"),
+    "/reset": ("", "forget the conversation; keep the system message"),
+    "/system": ("[TEXT]", "set the system message; without TEXT, remove it"),
+    "/set": ("[KEY VALUE]", "such as /set temperature 0.8; alone, show all"),
     "/retry": ("", "answer the last input again, with another seed"),
-    "/undo": ("", "take back the last input and its answer"),
-    "/compare": ("", "the last answer again without the adapter, same seed"),
+    "/undo": ("", "remove the last input and its answer"),
+    "/compare": ("", "answer again without the adapter, same seed"),
     "/save": ("FILE", "write the conversation to a new .jsonl file to train on"),
     "/exit": ("", "leave, as Ctrl+D does"),
 }
-HOW_TO_TYPE = (
-    "A line that ends with \\ goes on in the next. A space before / makes it text.\n"
+TYPING_HELP = (
+    "A line that ends with \\ continues on the next. A space before / makes it text.\n"
     "Ctrl+C stops an answer; at an empty prompt, twice leaves."
 )
 
 
 @dataclass(frozen=True)
 class Round:
-    """An input and its answer, with all that it takes to ask again."""
+    """An input and its answer, with all that is needed to answer it again."""
 
     prompt: str
     ids: list[int]
     settings: GenerationSettings
     seed: int
     answer: str
-    cut: bool  # by Ctrl+C or at max_new_tokens
+    was_cut: bool  # by Ctrl+C or at max_new_tokens
 
 
-def messages(rounds: list[Round], system: str) -> list[Message]:
-    """Rounds as training reads them: an answer that was cut is context only, since its end would be no end."""
-    said: list[Message] = [{"role": "system", "content": system}] if system else []
-    for one in worded(rounds):
+def build_messages(rounds: list[Round], system: str) -> list[Message]:
+    """Return the rounds as training reads them: an answer that was cut has weight 0, since its end is not to be learned."""
+    messages: list[Message] = [{"role": "system", "content": system}] if system else []
+    for one in non_empty_rounds(rounds):
         answer = {"role": "assistant", "content": one.answer}
-        said += [{"role": "user", "content": one.prompt}, answer | {"weight": 0} if one.cut else answer]
-    return said
+        messages += [{"role": "user", "content": one.prompt}, answer | {"weight": 0} if one.was_cut else answer]
+    return messages
 
 
-def worded(rounds: list[Round]) -> list[Round]:
-    """Those whose answer has words: training knows no empty answers."""
-    return [said for said in rounds if said.answer.strip()]
-
-
-def run_interactive(generator: Generator, compare: bool = False) -> None:
-    """Answer inputs until their end, /exit, or Ctrl+C twice.
-
-    Args:
-        compare: give each answer without the adapter, too, as /compare does.
-    """
-    terminal = Terminal()
-    conversation = Conversation(generator, terminal, compare)
-    terminal.say(f"{FIRST_LINES[generator.style]} /help lists commands, Ctrl+D leaves.")
-    interrupted = False
-    while True:
-        try:
-            line = terminal.read()
-            interrupted = False
-            with terminal.noting_interrupts():
-                if not conversation.take(line):
-                    return
-        except EOFError:
-            if terminal.typed:
-                terminal.say("")
-            return
-        except KeyboardInterrupt:
-            if not terminal.typed:
-                raise
-            if interrupted and not terminal.half_typed():
-                terminal.say("")
-                return
-            interrupted = not terminal.half_typed()
-            terminal.say("\nCtrl+C again leaves, as /exit and Ctrl+D do." if interrupted else "")
+def non_empty_rounds(rounds: list[Round]) -> list[Round]:
+    """Return the rounds whose answer has words: training accepts no empty answer."""
+    return [one for one in rounds if one.answer.strip()]
 
 
 class Conversation:
-    """What was said, and what to say next. The answers' settings are those of the generator, which /set replaces."""
+    """Answer inputs, run commands, and remember the rounds.
+
+    Args:
+        compare: follow each answer with the base model's, as /compare does.
+    """
 
     def __init__(self, generator: Generator, terminal: Terminal, compare: bool):
         self.generator, self.terminal, self.compare = generator, terminal, compare
-        self.system = generator.system or ""
+        self.style = generator.encoder.style
+        self.system = generator.encoder.system or ""
         self.rounds: list[Round] = []
 
-    def take(self, line: str) -> bool:
-        """Answer an input or do a command; whether to go on."""
+    def respond(self, line: str) -> bool:
+        """Answer an input or run a command; return whether the conversation continues."""
         if not line.strip():
             return True
         try:
             if line.startswith("/"):
-                return self._command(line)
+                return self._run_command(line)
             self._ask(checked_text(line, "the input"), self.generator.seed, self.rounds)
         except UserError as error:
             for problem in error.lines:
-                self.terminal.refuse(problem)
+                self.terminal.say_error(problem)
         except BadRecord as error:
-            self.terminal.refuse(error)
+            self.terminal.say_error(error)
         except torch.OutOfMemoryError:
-            self.terminal.refuse("the GPU's memory is full; /undo or /reset makes the conversation shorter")
+            self.terminal.say_error("the GPU's memory is full. Shorten the conversation with /undo or /reset.")
         return True
 
-    # Answers
-
-    def _ask(self, prompt: str, seed: int, before: list[Round]) -> None:
-        ids = self._encode(prompt, before)
-        self._check_room(ids)
+    def _ask(self, prompt: str, seed: int, earlier: list[Round]) -> None:
+        ids = self._encode(prompt, earlier)
+        self._check_context(ids)
         settings = self.generator.settings
         if self.compare:
-            self.terminal.whisper("with the adapter:")
+            self.terminal.say_dimly("with the adapter:")
         answer, result = self._answer(ids, settings, seed)
-        self.rounds = [*before, Round(prompt, ids, settings, seed, answer, cut=result.stop != "end")]
-        retried = f", seed {seed}" if seed != self.generator.seed else ""
-        silent = "" if answer.strip() else ", no words: left out of the conversation"
-        self.terminal.whisper(self._summary(result, len(ids)) + retried + silent)
+        self.rounds = [*earlier, Round(prompt, ids, settings, seed, answer, was_cut=result.stop != "end")]
+        notes = [f"seed {seed}"] if seed != self.generator.seed else []
+        if not answer.strip():
+            notes.append("no words: left out of the conversation")
+        self._say_summary(result, len(ids), notes)
         if self.compare and result.stop != "interrupted":
             self._compare()
 
-    def _encode(self, prompt: str, before: list[Round]) -> list[int]:
-        if self.generator.style != "chat":
+    def _encode(self, prompt: str, earlier: list[Round]) -> list[int]:
+        if self.style != "chat":
             return self.generator.encode(prompt)
-        return self.generator.encode_chat([*messages(before, self.system), {"role": "user", "content": prompt}])
+        turns = [*build_messages(earlier, self.system), {"role": "user", "content": prompt}]
+        return self.generator.encoder.encode_chat(turns)
 
-    def _check_room(self, ids: list[int]) -> None:
-        room, wanted = self.generator.engine.context, self.generator.settings.max_new_tokens
-        if not room or len(ids) + wanted <= room:
+    def _check_context(self, ids: list[int]) -> None:
+        context, new_tokens = self.generator.engine.context, self.generator.settings.max_new_tokens
+        if not context or len(ids) + new_tokens <= context:
             return
-        shorter = "/undo or /reset" if self.generator.style == "chat" and self.rounds else "a shorter input"
-        fewer = f"/set max_new_tokens {room - len(ids)}"
-        remedies = [shorter] * (wanted < room) + [fewer] * (len(ids) < room)
-        raise UserError(
-            f"the context is full: {len(ids):,} tokens and {wanted:,} new ones exceed the model's {room:,}; "
-            f"{' or '.join(remedies or [shorter])} makes room"
-        )
+        shorter = "/undo or /reset" if self.style == "chat" and self.rounds else "a shorter input"
+        fewer = f"/set max_new_tokens {context - len(ids)}"
+        remedies = [shorter] * (new_tokens < context) + [fewer] * (len(ids) < context)
+        problem = f"{len(ids):,} tokens and {new_tokens:,} new tokens exceed the model's context of {context:,}"
+        raise UserError("input", None, problem, f"use {', or '.join(remedies or [shorter])}")
 
     def _answer(self, ids: list[int], settings: GenerationSettings, seed: int) -> tuple[str, Generated]:
-        """Stream an answer; what of it was shown, and how it went."""
-        own, said = (self.generator.settings, self.generator.seed), []
-        self.generator.settings, self.generator.seed = settings, seed
+        """Stream an answer; return the text that was printed, and the answer as generated."""
+        printed = []
+        stream: Any = self.generator.stream(ids, settings, seed)
         try:
-            stream: Any = self.generator.stream(ids)
             with closing(stream):
                 for piece in stream:
-                    said.append(piece)
-                    self.terminal.answer(piece)
+                    printed.append(piece)
+                    self.terminal.print_answer(piece)
                     if self.terminal.interrupted:
                         break
         finally:
-            self.generator.settings, self.generator.seed = own
-            self.terminal.answer("\n")
+            self.terminal.print_answer("\n")
         assert self.generator.last is not None
-        return "".join(said), self.generator.last
+        return "".join(printed), self.generator.last
 
-    def _summary(self, result: Generated, prompt_tokens: int) -> str:
-        room = self.generator.engine.context
+    def _say_summary(self, result: Generated, prompt_tokens: int, notes: Iterable[str]) -> None:
+        context = self.generator.engine.context
         parts = [
             f"{result.tokens:,} token{'' if result.tokens == 1 else 's'}",
             *([f"{result.tokens_per_second:,.1f} tokens/s"] if result.seconds else []),
-            f"context {prompt_tokens + result.tokens:,}" + (f" of {room:,}" if room else ""),
+            f"context {prompt_tokens + result.tokens:,}" + (f" of {context:,}" if context else ""),
             *{"length": ["cut at max_new_tokens"], "interrupted": ["cut by Ctrl+C"]}.get(result.stop, []),
+            *notes,
         ]
-        return ", ".join(parts)
+        self.terminal.say_dimly(", ".join(parts))
 
-    # Commands
-
-    def _command(self, line: str) -> bool:
+    def _run_command(self, line: str) -> bool:
         name, given = [*line.split(maxsplit=1), ""][:2]
         name = name.lower()
         given = checked_text(given.strip(), name)
         if name not in COMMANDS:
-            raise UserError(f"{name}: unknown command; {_closest(name, list(COMMANDS))}")
+            raise UserError(name, None, "is not a command" + did_you_mean(closest(name, COMMANDS)), "use /help for the list")
         argument = COMMANDS[name][0]
         if given and not argument:
-            raise UserError(f"{line.strip()}: takes nothing behind it; use {name}")
+            raise UserError(name, given, "takes no argument", f"use {name}")
         if not given and argument and not argument.startswith("["):
-            raise UserError(f"{name}: expected {argument} behind it")
+            raise UserError(name, None, f"needs {argument}", f"use {name} {argument}")
         match name:
             case "/help":
                 self._help()
             case "/reset":
                 self.rounds = []
-                self.terminal.whisper("the conversation is empty")
+                self.terminal.say_dimly("the conversation is empty")
             case "/system":
                 self._set_system(given)
             case "/set":
@@ -219,83 +184,76 @@ class Conversation:
         return name != "/exit"
 
     def _help(self) -> None:
-        for name, (argument, what) in COMMANDS.items():
-            self.terminal.say(f"{name} {argument}".ljust(18) + what)
-        self.terminal.say(HOW_TO_TYPE)
+        for name, (argument, effect) in COMMANDS.items():
+            self.terminal.say(f"{name} {argument}".ljust(18) + effect)
+        self.terminal.say(TYPING_HELP)
 
     def _set_system(self, text: str) -> None:
-        if self.generator.style != "chat":
-            raise UserError("/system: only a chat has a system turn; say it in the input")
+        if self.style != "chat":
+            raise UserError("/system", None, "needs an adapter trained on chats", "put the text into the input")
         before, self.system = self.system, text
         try:
-            self._encode("Hi", self.rounds)  # the template may know no system turn
+            self._encode("Hi", self.rounds)  # some templates refuse a system message
         except BadRecord:
             self.system = before
             raise
-        self.terminal.whisper("system turn set" if text else "no system turn")
+        self.terminal.say_dimly("system message set" if text else "no system message")
 
     def _set(self, given: str) -> None:
         if given:
             key, value = [*given.split(maxsplit=1), ""][:2]
             if key not in GenerationSettings.model_fields:
-                raise UserError(f"/set {key}: unknown key; {_closest(key, list(GenerationSettings.model_fields))}")
+                known = GenerationSettings.model_fields
+                problem = "is not a setting" + did_you_mean(closest(key, known))
+                raise UserError(f"/set {key}", None, problem, f"use one of {', '.join(known)}")
             if not value:
-                raise UserError(
-                    f"/set {key}: expected a value behind it, such as /set {key} {getattr(GenerationSettings(), key)}"
-                )
-            self.generator.settings = replace_settings(self.generator.settings, {key: value}, "/set ", "it stays")
-        self.terminal.whisper(", ".join(f"{key} {value}" for key, value in self.generator.settings))
+                raise UserError(f"/set {key}", None, "needs a value", f"use /set {key} {getattr(GenerationSettings(), key)}")
+            settings = self.generator.settings
+            self.generator.settings = replace_settings(settings, {key: value}, "/set ", "use another value; it stays {}")
+        self.terminal.say_dimly(", ".join(f"{key} {value}" for key, value in self.generator.settings))
 
-    def _last(self, command: str) -> Round:
+    def _last_round(self, command: str) -> Round:
         if not self.rounds:
-            raise UserError(f"{command}: nothing was said yet; type an input first")
+            raise UserError(command, None, "needs an answer", "type an input first")
         return self.rounds[-1]
 
     def _retry(self) -> None:
-        last = self._last("/retry")
+        last = self._last_round("/retry")
         if self.generator.settings.temperature == 0:
-            raise UserError("/retry: at temperature 0 the answer is the same for each seed; /set temperature 0.7 first")
+            raise UserError("/retry", None, "gives the same answer at temperature 0", "use /set temperature 0.7 first")
         self._ask(last.prompt, last.seed + 1, self.rounds[:-1])
 
     def _undo(self) -> None:
-        last = self._last("/undo")
+        last = self._last_round("/undo")
         self.rounds = self.rounds[:-1]
-        shown = " ".join(last.prompt.split())
-        self.terminal.whisper(f"taken back: {shown[:59] + '…' if len(shown) > 60 else shown}")
+        prompt = " ".join(last.prompt.split())
+        self.terminal.say_dimly(f"removed: {prompt[:59] + '…' if len(prompt) > 60 else prompt}")
 
     def _compare(self) -> None:
-        if self.generator.fixed:
-            raise UserError(f"/compare: {self.generator.fixed} leaves nothing to compare with; start again without it")
-        last = self._last("/compare")
-        self.terminal.whisper("without the adapter:")
+        if flag := self.generator.fixed:
+            raise UserError("/compare", None, f"cannot be used with {flag}", f"start again without {flag}")
+        last = self._last_round("/compare")
+        self.terminal.say_dimly("without the adapter:")
         with self.generator.adapter_off():
             answer, result = self._answer(last.ids, last.settings, last.seed)
-        same = ", the same answer" if answer == last.answer else ""
-        self.terminal.whisper(self._summary(result, len(last.ids)) + same)
+        self._say_summary(result, len(last.ids), ["the same answer"] if answer == last.answer else [])
 
     def _save(self, file: Path) -> None:
         if file.suffix != ".jsonl":
-            raise UserError(f"/save {file}: training reads .jsonl files; name one")
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self._records())
-        if not lines:
-            raise UserError(f"/save {file}: nothing was said yet; type an input first")
+            raise UserError("/save", file, "is not a .jsonl file, which training reads", "use a name that ends in .jsonl")
+        rounds = non_empty_rounds(self.rounds)
+        if not rounds:
+            raise UserError("/save", file, "needs an answer", "type an input first")
+        records = [rounds] if self.style == "chat" else [[alone] for alone in rounds]
+        lines = "".join(
+            json.dumps({"messages": build_messages(record, self.system)}, ensure_ascii=False) + "\n" for record in records
+        )
         try:
-            with file.open("x", encoding="utf-8") as writing:
-                writing.write(lines)
+            with file.open("x", encoding="utf-8") as saved:
+                saved.write(lines)
         except FileExistsError:
-            raise UserError(f"/save {file}: exists already; name another file") from None
+            raise UserError("/save", file, "exists already", "use another name") from None
         except OSError as error:
-            raise UserError(f"/save {file}: cannot be written ({error.strerror}); name another file") from None
-        cut = sum(said.cut for said in worded(self.rounds))
-        self.terminal.whisper(f"saved in {file}" + (f"; answers that were cut, of weight 0: {cut}" if cut else ""))
-
-    def _records(self) -> list[dict[str, Any]]:
-        """One record of a chat, else one of each round."""
-        said = worded(self.rounds)
-        records = [said] if self.generator.style == "chat" else [[alone] for alone in said]
-        return [{"messages": messages(record, self.system)} for record in records if record]
-
-
-def _closest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+            raise UserError("/save", file, f"cannot be written ({error.strerror})", "use another name") from None
+        cut = sum(one.was_cut for one in rounds)
+        self.terminal.say_dimly(f"saved in {file}" + (f"; answers that were cut, of weight 0: {cut}" if cut else ""))

@@ -1,11 +1,9 @@
-"""Prompts -> answers of the adapter, and of the base model beside them, as text, in columns or as JSON lines.
+"""--mode text, demo and interactive.
 
-Standard output holds answers only; what is said about them goes to standard error. Several plain answers have a line between them
-that holds nothing but a form feed.
+Standard output holds answers only; messages about them go to standard error. A line that holds only a form feed separates two
+plain answers.
 """
 
-import json
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,23 +14,31 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_kit import cli
-from qlora_kit.inference.generator import Generated, Generator, PromptEncoder, check_context
+from qlora_kit.adapter.attach import adapter_norm
+from qlora_kit.inference.conversation import Conversation
+from qlora_kit.inference.generator import Generated, Generator
 from qlora_kit.inference.prompts import Prompt
-from qlora_kit.inference.terminal import HARMLESS, shown
+from qlora_kit.inference.terminal import VISIBLE_CONTROLS, Terminal, format_json, make_printable
 
-CONTROL = re.compile(r"[\x7f-\x9f]")
-BETWEEN = "\f"  # the line between two answers: no text holds one in practice
+SEPARATOR = "\f\n"  # between two answers: no text holds such a line in practice
+FIRST_LINES = {
+    "chat": "Chat: the whole conversation is sent with each message.",
+    "text": "Text: the adapter continues each input; earlier inputs are not sent.",
+    "instruction": "Instructions: the adapter follows each input; earlier inputs are not sent.",
+}
 
 
 @dataclass(frozen=True)
-class Answered:
+class AnsweredPrompt:
+    """A prompt with its answer, and with the base model's where that was asked too."""
+
     prompt: str
     seed: int
     answer: Generated
-    base: Generated | None  # the base model's, where it was asked too
+    base: Generated | None
 
     def as_object(self) -> dict[str, Any]:
-        """A line of --json: the answer, and under `base` the base model's."""
+        """Return the object of a line of --json: the answer, and under `base` the base model's."""
         base = {} if self.base is None else {"base": _fields(self.base)}
         return {"prompt": self.prompt, **_fields(self.answer), "seed": self.seed, **base}
 
@@ -41,23 +47,98 @@ def _fields(answer: Generated) -> dict[str, Any]:
     return {"text": answer.text, "tokens": answer.tokens, "stop": answer.stop, "seconds": round(answer.seconds, 4)}
 
 
-def encode_prompts(prompts: list[Prompt], encoder: PromptEncoder, new_tokens: int, context: int | None) -> list[Prompt]:
-    """The same prompts with their ids.
+class Printer:
+    """Print answered prompts on standard output, and notes about them on standard error."""
 
-    Raises:
-        UserError: one is empty, or too long for an answer of `new_tokens` to fit into the context behind it.
+    def print_answer(self, answered: AnsweredPrompt) -> None:
+        raise NotImplementedError
+
+    def print_note(self, line: str) -> None:
+        print(line, file=sys.stderr)
+
+
+class JsonPrinter(Printer):
+    """Print one object a line."""
+
+    def print_answer(self, answered: AnsweredPrompt) -> None:
+        print(format_json(answered.as_object()), flush=True)
+
+
+class TextPrinter(Printer):
+    """Print the answers alone; where the base model answered too, both answers under their names."""
+
+    def __init__(self) -> None:
+        self.separator = ""
+
+    def print_answer(self, answered: AnsweredPrompt) -> None:
+        if answered.base is not None:
+            print(make_printable(format_rows(answered)), flush=True)
+        else:
+            print(self.separator + make_printable(answered.answer.text), flush=True)
+        self.separator = SEPARATOR
+
+
+class DemoPrinter(Printer):
+    """Print prompts with their answers: two answers in columns on a terminal, else one below the other; notes as well.
+
+    Args:
+        name: of the model that gave `answer`.
     """
-    encoded = [prompt._replace(ids=tuple(encoder.encode(prompt.text, prompt.place))) for prompt in prompts]
-    for prompt in encoded:
-        check_context(prompt.ids, new_tokens, context, prompt.place)
-    return encoded
+
+    def __init__(self, name: str) -> None:
+        self.name, self.console = name, cli.results_console()
+
+    def print_answer(self, answered: AnsweredPrompt) -> None:
+        if answered.base is not None and self.console.is_terminal:
+            self.console.print(format_columns(answered, answered.base))
+        else:
+            print(make_printable(format_rows(answered, self.name)), flush=True)
+
+    def print_note(self, line: str) -> None:
+        print(line)
 
 
-def answer_prompts(generator: Generator, prompts: list[Prompt], batch_size: int, compare: bool) -> Iterator[Answered]:
-    """Answers to encoded prompts in their order, `batch_size` at a time.
+def choose_printer(mode: str | None, as_json: bool, base_only: bool) -> Printer:
+    """Return the printer of --mode text or demo.
 
-    With temperature 0 an answer does not depend on the prompts beside it. Sampled ones share the random numbers of their batch:
-    the same prompts, seed and batch size give the same answers.
+    Args:
+        base_only: the base model gives all answers.
+    """
+    if as_json:
+        return JsonPrinter()
+    return DemoPrinter("base" if base_only else "adapter") if mode == "demo" else TextPrinter()
+
+
+def run_text(generator: Generator, prompts: list[Prompt], batch_size: int, compare: bool, printer: Printer) -> None:
+    """Print the answers to encoded prompts in their order, each as soon as its batch is done.
+
+    Args:
+        batch_size: prompts that are answered at once.
+        compare: answer with the base model, too.
+    """
+    same = compare
+    for answered in answer_prompts(generator, prompts, batch_size, compare):
+        same = same and answered.base is not None and answered.base.text == answered.answer.text
+        printer.print_answer(answered)
+    if same:
+        answers = "the answer is" if len(prompts) == 1 else f"all {len(prompts)} answers are"
+        print(f"The adapter does nothing here: {answers} the base model's.", file=sys.stderr)
+
+
+def run_demo(generator: Generator, prompts: list[Prompt], printer: Printer) -> None:
+    """Print the answers with the adapter and without, then the adapter's norm; without an adapter, the base model's answers."""
+    has_adapter = generator.fixed != "--base_only"
+    run_text(generator, prompts, 1, has_adapter, printer)
+    if has_adapter:
+        norm, projections = adapter_norm(generator.engine.model)
+        printer.print_note(f"adapter norm {norm:.4g}: root of the sum of ‖alpha/rank · B A‖² over {projections} projections")
+
+
+def answer_prompts(generator: Generator, prompts: list[Prompt], batch_size: int, compare: bool) -> Iterator[AnsweredPrompt]:
+    """Yield the answers to encoded prompts in their order, `batch_size` at a time.
+
+    With temperature 0 an answer does not depend on the other prompts of its batch. Sampled answers share the random numbers of
+    their batch: the same prompts, seed and batch size give the same answers.
     """
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
@@ -68,68 +149,56 @@ def answer_prompts(generator: Generator, prompts: list[Prompt], batch_size: int,
             with generator.adapter_off():
                 bases = list(generator.complete(ids))
         for prompt, answer, base in zip(batch, answers, bases, strict=True):
-            yield Answered(prompt.text, generator.seed, answer, base)
+            yield AnsweredPrompt(prompt.text, generator.seed, answer, base)
 
 
-def run_text(generator: Generator, prompts: list[Prompt], batch_size: int, compare: bool, as_json: bool) -> None:
-    """Print one answer after the other, each as soon as its batch is done."""
-    same = True
-    for number, answered in enumerate(answer_prompts(generator, prompts, batch_size, compare)):
-        same = same and answered.base is not None and answered.base.text == answered.answer.text
-        if as_json:
-            lines = as_line(answered.as_object())
-        elif answered.base is not None:
-            lines = shown(beside_each_other(answered))
-        else:
-            lines = f"{BETWEEN}\n" * bool(number) + shown(answered.answer.text)
-        print(lines, flush=True)
-    if compare and same:
-        say_same(len(prompts))
+def run_interactive(generator: Generator, compare: bool = False) -> None:
+    """Answer inputs from standard input until they end, /exit, or Ctrl+C twice.
+
+    Args:
+        compare: follow each answer with the base model's, as /compare does.
+    """
+    terminal = Terminal()
+    conversation = Conversation(generator, terminal, compare)
+    terminal.say(f"{FIRST_LINES[conversation.style]} /help lists commands, Ctrl+D leaves.")
+    interrupted = False
+    while True:
+        try:
+            line = terminal.read()
+            interrupted = False
+            with terminal.record_interrupts():
+                if not conversation.respond(line):
+                    return
+        except EOFError:
+            if terminal.is_typed:
+                terminal.say("")
+            return
+        except KeyboardInterrupt:
+            if not terminal.is_typed:
+                raise
+            if interrupted and not terminal.has_unfinished_line():
+                terminal.say("")
+                return
+            interrupted = not terminal.has_unfinished_line()
+            terminal.say("\nCtrl+C again leaves, as /exit and Ctrl+D do." if interrupted else "")
 
 
-def run_demo(generator: Generator, prompts: list[Prompt], compare: bool, as_json: bool) -> None:
-    """Print one prompt after the other with its answers, in columns on a terminal; without `compare` the base model's alone."""
-    if as_json:
-        return run_text(generator, prompts, 1, compare, as_json)
-    console = cli.results_console()
-    same = True
-    for answered in answer_prompts(generator, prompts, 1, compare):
-        same = same and answered.base is not None and answered.base.text == answered.answer.text
-        if answered.base is not None and console.is_terminal:
-            console.print(columns(answered))
-        else:
-            print(shown(beside_each_other(answered, "adapter" if compare else "base")), flush=True)
-    if compare and same:
-        say_same(len(prompts))
-
-
-def as_line(values: dict[str, Any]) -> str:
-    """JSON in one line that a terminal obeys nowhere: json leaves the characters from 7F to 9F as they are."""
-    return CONTROL.sub(lambda match: f"\\u{ord(match.group()):04x}", json.dumps(values, ensure_ascii=False))
-
-
-def say_same(count: int) -> None:
-    which = "the answer is" if count == 1 else f"all {count} answers are"
-    print(f"The adapter does nothing here: {which} the base model's.", file=sys.stderr)
-
-
-def beside_each_other(answered: Answered, who: str = "adapter") -> str:
-    """Prompt and answers one below the other, for pipes and files."""
-    answers = [("base", answered.base), (who, answered.answer)]
-    blocks = [f"--- {name}, {_speed(answer)}\n{answer.text}" for name, answer in answers if answer is not None]
+def format_rows(answered: AnsweredPrompt, name: str = "adapter") -> str:
+    """Return a prompt and its answers one below the other; `name` is the model that gave `answer`."""
+    answers = [("base", answered.base), (name, answered.answer)]
+    blocks = [f"--- {model}, {_describe_speed(answer)}\n{answer.text}" for model, answer in answers if answer is not None]
     return "\n".join([f"--- prompt: {answered.prompt!r}", *blocks, ""])
 
 
-def columns(answered: Answered) -> Table:
-    title = Text(answered.prompt.strip().translate(HARMLESS))
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", expand=True)
-    assert answered.base is not None
-    for name, answer in (("base", answered.base), ("adapter", answered.answer)):
-        table.add_column(name, footer=_speed(answer), ratio=1, overflow="fold")
-    table.show_footer = True
-    table.add_row(*(Text(answer.text.translate(HARMLESS)) for answer in (answered.base, answered.answer)))
+def format_columns(answered: AnsweredPrompt, base: Generated) -> Table:
+    """Return a prompt as the title of a table with a column for each answer."""
+    title = Text(answered.prompt.strip().translate(VISIBLE_CONTROLS))
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", expand=True, show_footer=True)
+    for model, answer in (("base", base), ("adapter", answered.answer)):
+        table.add_column(model, footer=_describe_speed(answer), ratio=1, overflow="fold")
+    table.add_row(*(Text(answer.text.translate(VISIBLE_CONTROLS)) for answer in (base, answered.answer)))
     return table
 
 
-def _speed(answer: Generated) -> str:
+def _describe_speed(answer: Generated) -> str:
     return f"{answer.tokens} tokens, {answer.tokens_per_second:.1f} tokens/s"

@@ -1,12 +1,21 @@
-"""Prompts from a flag, a file or standard input, each with the place that a message about it names; and those of the demo."""
+"""Prompts from flags, files, standard input; their tokens as the adapter was trained on them."""
 
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from qlora_kit.errors import UserError
+from qlora_kit.data.chat_template import Message
+from qlora_kit.data.formats import TrainOn, prompt_pieces
+from qlora_kit.data.tokenizing import encode
+from qlora_kit.errors import BadRecord, UserError
 
-# Beginnings for an adapter of running text, the first two in Wikitext's form; requests for one of chats or instructions.
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Beginnings for an adapter trained on running text, the first two in Wikitext's form; requests for one trained on chats or
+# instructions.
 DEMO_TEXTS = [
     " = Lighthouse = \n \n A lighthouse is",
     " = River = \n \n A river is a",
@@ -22,63 +31,148 @@ DEMO_REQUESTS = [
 
 
 class Prompt(NamedTuple):
+    """A prompt, the flag and value that name it in messages, and its token ids, which encode_prompts fills in."""
+
     text: str
-    place: str = "--prompt"  # for messages
-    ids: tuple[int, ...] = ()  # as the adapter's own style gives it to the model; empty until then
+    flag: str = "--prompt"
+    value: str | None = None
+    ids: tuple[int, ...] = ()
 
 
 def demo_prompts(style: str) -> list[Prompt]:
-    return [Prompt(text, f"prompt of the demo {text!r}") for text in (DEMO_TEXTS if style == "text" else DEMO_REQUESTS)]
+    """Return the prompts of --mode demo that fit an adapter of this style."""
+    return [Prompt(text, "--mode", f"demo, prompt {text!r}") for text in (DEMO_TEXTS if style == "text" else DEMO_REQUESTS)]
 
 
 def read_prompt(text: str) -> Prompt:
-    """The flag's own text, or all of standard input for `-`, without the line end that `echo` puts behind it.
+    """Return the flag's text as a prompt; `-` reads all of standard input, without the line end that `echo` appends.
 
     Raises:
-        UserError: it is empty, or not UTF-8.
+        UserError: the prompt is empty or not UTF-8.
     """
     if text == "-":
-        text = _standard_input("--prompt -").removesuffix("\n")
+        text = _read_standard_input("--prompt").removesuffix("\n")
     if not text:
-        raise UserError("--prompt: the prompt is empty; give it some text")
-    return Prompt(_checked(text, "--prompt"))
+        raise _empty("--prompt", None)
+    return Prompt(_check_utf8(text, "--prompt", None))
 
 
 def read_prompt_file(name: str) -> list[Prompt]:
-    """One prompt a line; lines of nothing but spaces are left out. `-` is standard input.
+    """Read one prompt a line and skip blank lines; `-` is standard input.
 
     Raises:
-        UserError: the file cannot be read, is not UTF-8, or holds no prompt.
+        UserError: the file cannot be read, is not UTF-8, or has no prompt.
     """
-    key = f"--prompt_file {name}"
+    flag = "--prompt_file"
     if name == "-":
-        text = _standard_input(key)
+        text = _read_standard_input(flag)
     else:
         try:
             text = Path(name).expanduser().read_text(encoding="utf-8-sig")
         except OSError as error:
-            reason = (error.strerror or "cannot be read").lower()
-            raise UserError(f"{key}: {reason}; name a text file with one prompt a line, or - for standard input") from None
+            remedy = "use a text file with one prompt a line, or - for standard input"
+            raise UserError(flag, name, f"cannot be read ({error.strerror})", remedy) from None
         except UnicodeDecodeError as error:
-            raise UserError(f"{key}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
-    lines = enumerate(_checked(text, key).split("\n"), 1)
-    prompts = [Prompt(line, f"{key}, line {number}") for number, line in lines if line.strip()]
+            raise UserError(flag, name, f"is not UTF-8 ({error.reason} at byte {error.start})", "save it as UTF-8") from None
+    lines = enumerate(_check_utf8(text, flag, name).split("\n"), 1)
+    prompts = [Prompt(line, flag, f"{name}, line {number}") for number, line in lines if line.strip()]
     if not prompts:
-        raise UserError(f"{key}: holds no prompt; write one a line")
+        raise UserError(flag, name, "has no prompt", "write one a line")
     return prompts
 
 
-def _standard_input(key: str) -> str:
+def _read_standard_input(flag: str) -> str:
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
-        raise UserError(f"{key}: standard input is not UTF-8 text ({error.reason}); convert it") from None
+        raise UserError(flag, "-", f"standard input is not UTF-8 ({error.reason})", "convert it") from None
 
 
-def _checked(text: str, key: str) -> str:
-    """Python keeps bytes that are no UTF-8 as lone surrogates; no tokenizer takes them."""
+def _check_utf8(text: str, flag: str, value: str | None) -> str:
+    """Refuse lone surrogates, as which Python keeps bytes that are not UTF-8: no tokenizer takes them."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise UserError(f"{key}: not UTF-8 text; convert it") from None
+        raise UserError(flag, value, "is not UTF-8", "convert it") from None
     return text
+
+
+def _empty(flag: str, value: str | None) -> UserError:
+    return UserError(flag, value, "is empty", "give it some text")
+
+
+@dataclass(frozen=True)
+class PromptEncoder:
+    """Turn prompts into the token ids that training would have produced up to the answer.
+
+    Attributes:
+        style: text, chat or instruction: the form of the adapter's training data.
+        stop_ids: tokens that end an answer.
+        train_on: which answers of a chat were trained.
+        system: the system message of a chat; None for none.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase"
+    style: str = "text"
+    stop_ids: list[int] = field(default_factory=list)
+    train_on: TrainOn = "assistant"
+    system: str | None = None
+
+    def encode(self, prompt: str, flag: str = "--prompt", value: str | None = None) -> list[int]:
+        """Return the ids of one prompt in the adapter's style.
+
+        Args:
+            flag, value: name the prompt in messages.
+
+        Raises:
+            UserError: the prompt has no tokens, or the chat template refuses it.
+        """
+        if self.style == "chat":
+            system = [] if self.system is None else [{"role": "system", "content": self.system}]
+            try:
+                return self.encode_chat([*system, {"role": "user", "content": prompt}])
+            except BadRecord as error:
+                if system:
+                    raise UserError("--system", None, str(error), "leave it out") from None
+                raise UserError(flag, value, str(error), "change the prompt") from None
+        text = f"### Instruction:\n{prompt}\n\n### Response:\n" if self.style == "instruction" else prompt
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not ids or not prompt:
+            raise _empty(flag, value)
+        return ids
+
+    def encode_chat(self, messages: list[Message]) -> list[int]:
+        """Return the ids of a conversation whose last turn is the user's.
+
+        Raises:
+            BadRecord: the chat template refuses the turns.
+        """
+        return encode([prompt_pieces(messages, self.tokenizer, self.train_on)], self.tokenizer)[0].ids.tolist()
+
+
+def encode_prompts(prompts: list[Prompt], encoder: PromptEncoder, new_tokens: int, context: int | None) -> list[Prompt]:
+    """Return the prompts with their ids.
+
+    Raises:
+        UserError: a prompt is empty, or leaves no room for `new_tokens` in the model's context.
+    """
+    encoded = [prompt._replace(ids=tuple(encoder.encode(prompt.text, prompt.flag, prompt.value))) for prompt in prompts]
+    for prompt in encoded:
+        check_context(prompt.ids, new_tokens, context, prompt.flag, prompt.value)
+    return encoded
+
+
+def check_context(
+    ids: Sequence[int], new_tokens: int, context: int | None, flag: str = "--prompt", value: str | None = None
+) -> None:
+    """Check that a prompt and its answer fit in the model's context.
+
+    Args:
+        context: tokens at most; None where the model states no limit.
+
+    Raises:
+        UserError: prompt and answer exceed the context.
+    """
+    if context and len(ids) + new_tokens > context:
+        problem = f"{len(ids)} tokens and {new_tokens} new tokens exceed the model's context of {context}"
+        raise UserError(flag, value, problem, "shorten the prompt, or use a smaller --max_new_tokens")

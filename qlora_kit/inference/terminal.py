@@ -1,103 +1,118 @@
-"""A person at a terminal, or a pipe in its place: what is typed, what is said beside the answers, and Ctrl+C.
+"""Line editing, safe output, Ctrl+C.
 
-Answers go to standard output and everything else to standard error. Nothing that is typed is kept on disk.
+Answers go to standard output and everything else to standard error. Nothing that is typed is written to disk.
 """
 
 import io
+import json
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 
-# Control characters in an answer could move the cursor or recolour the window: they are shown as signs of their own.
-HARMLESS = {
-    **{number: 0x2400 + number for number in range(0x20) if chr(number) not in "\t\n"},
+# Control characters in an answer could move the cursor or recolour the window: a terminal gets their symbols instead.
+VISIBLE_CONTROLS = {
+    **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"},
     **dict.fromkeys(range(0x7F, 0xA0), 0xFFFD),
 }
+JSON_ESCAPES = {code: f"\\u{code:04x}" for code in range(0x7F, 0xA0)}  # json.dumps escapes only those below 0x20
 
 
-def shown(text: str) -> str:
-    """Text as it may go to standard output: unchanged to a pipe or a file, harmless to a terminal."""
-    return text.translate(HARMLESS) if sys.stdout.isatty() else text
+def make_printable(text: str) -> str:
+    """Return the text for standard output: unchanged for a pipe or a file, without control characters for a terminal."""
+    return text.translate(VISIBLE_CONTROLS) if sys.stdout.isatty() else text
+
+
+def format_json(values: dict[str, Any]) -> str:
+    """Return JSON in one line, without control characters."""
+    return json.dumps(values, ensure_ascii=False).translate(JSON_ESCAPES)
 
 
 class Terminal:
-    """Reads inputs from standard input, with line editing where a person types them."""
+    """Read inputs from standard input, with line editing where a person types them; print answers and messages.
+
+    Attributes:
+        is_typed: a person types the inputs; False for a pipe.
+        interrupted: Ctrl+C was pressed while record_interrupts lasted.
+    """
 
     def __init__(self) -> None:
-        self.typed = sys.stdin.isatty()
-        self.edited = self.typed and sys.stdout.isatty()  # where input() edits lines
-        self.interrupted = False  # Ctrl+C was pressed while it was noted
-        self.messages = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+        self.is_typed = sys.stdin.isatty()
+        self.is_edited = self.is_typed and sys.stdout.isatty()  # only then does input() edit lines
+        self.interrupted = False
+        self._messages = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
         for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
-            if isinstance(stream, io.TextIOWrapper):  # bytes that are no text come through, to be refused with a reason
+            if isinstance(stream, io.TextIOWrapper):  # input that is not UTF-8 is refused later, with a reason
                 stream.reconfigure(errors=errors)
-        if self.edited:  # only then: some readlines write to standard output as they are loaded
+        if self.is_edited:  # only then: some readlines write to standard output while they are imported
             _load_readline()
 
     def read(self) -> str:
-        """The next input: a line, several that were pasted together, or one that goes on behind a backslash.
+        """Return the next input: a line, several lines that were pasted together, or lines joined by a backslash.
 
         Raises:
-            EOFError: there is none.
+            EOFError: the input has ended.
             KeyboardInterrupt: Ctrl+C was pressed.
         """
-        lines = [self._line("> ")]
+        lines = [self._read_line("> ")]
         while lines[-1].endswith("\\"):
             lines[-1] = lines[-1].removesuffix("\\")
             try:
-                lines.append(self._line("... "))
+                lines.append(self._read_line("... "))
             except EOFError:
                 break
-        return "\n".join(lines).removesuffix("\n")  # which a pasted text ends with
+        return "\n".join(lines).removesuffix("\n")  # a pasted text ends with one
 
-    def _line(self, prompt: str) -> str:
-        if self.edited:
+    def _read_line(self, prompt: str) -> str:
+        if self.is_edited:
             return input(prompt)
-        if self.typed:
+        if self.is_typed:
             print(prompt, end="", file=sys.stderr, flush=True)
         return input()
 
-    def answer(self, piece: str) -> None:
-        """A piece of an answer, at once."""
-        print(shown(piece), end="", flush=True)
+    def print_answer(self, piece: str) -> None:
+        """Print a piece of an answer at once."""
+        print(make_printable(piece), end="", flush=True)
 
     def say(self, line: str) -> None:
-        self.messages.print(line)
+        """Print a message."""
+        self._messages.print(line)
 
-    def whisper(self, line: str) -> None:
-        """A line that matters less than the answer above it."""
-        self.messages.print(line, style="dim")
+    def say_dimly(self, line: str) -> None:
+        """Print a message that matters less than the answer above it."""
+        self._messages.print(line, style="dim")
 
-    def refuse(self, reason: object) -> None:
-        self.messages.print(f"error: {reason}")
+    def say_error(self, reason: object) -> None:
+        """Print a mistake."""
+        self._messages.print(f"error: {reason}")
 
-    def half_typed(self) -> bool:
-        """Whether Ctrl+C was pressed behind words."""
-        return self.edited and "readline" in sys.modules and bool(sys.modules["readline"].get_line_buffer())
+    def has_unfinished_line(self) -> bool:
+        """Return whether Ctrl+C was pressed on a line with text."""
+        return self.is_edited and "readline" in sys.modules and bool(sys.modules["readline"].get_line_buffer())
 
     @contextmanager
-    def noting_interrupts(self) -> Iterator[None]:
-        """Ctrl+C only sets `interrupted` while the context lasts, for an answer to end between two tokens.
+    def record_interrupts(self) -> Iterator[None]:
+        """Make Ctrl+C only set `interrupted` while the context lasts, so that an answer ends between two tokens.
 
-        Where nobody types, it ends the program as anywhere else.
+        Where inputs come from a pipe, Ctrl+C ends the program as everywhere else.
         """
         self.interrupted = False
-        before = signal.signal(signal.SIGINT, self._note) if self.typed else None
+        before = signal.signal(signal.SIGINT, self._record_interrupt) if self.is_typed else None
         try:
             yield
         finally:
-            if self.typed:
+            if self.is_typed:
                 signal.signal(signal.SIGINT, before)
 
-    def _note(self, number: int, frame: object) -> None:
+    def _record_interrupt(self, number: int, frame: object) -> None:
         self.interrupted = True
 
 
 def _load_readline() -> None:
-    """Gives input() editing, the history of this session, and pastes of several lines, where the platform has it."""
+    """Give input() line editing, this session's history, and pastes of several lines, where the platform has readline."""
     try:
         import readline
     except ImportError:  # Windows, whose console edits lines itself

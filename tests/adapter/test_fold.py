@@ -97,13 +97,11 @@ def test_the_command_answers_as_without_the_flag(adapter, root, monkeypatch, cap
 
 
 def test_the_engine_of_graphs_takes_a_folded_model(adapter, root, monkeypatch):
-    from qlora_kit.adapter.folder import read_adapter
     from qlora_kit.config import GenerationSettings
 
     monkeypatch.chdir(root)
-    parsed = inference_example.parse_arguments(["--adapter", str(adapter), "--device", "cpu", "--merged"])
     greedy = GenerationSettings(temperature=0, max_new_tokens=12, repetition_penalty=1)
-    generator = inference_example.load_generator(read_adapter(str(adapter)), greedy, parsed)
+    generator = inference_example.load_generator(adapter, device="cpu", merged=True, settings=greedy)
     ids = [generator.encode("The river")]
     expected = list(generator.engine.steps(ids, greedy, 1, []))
     assert list(GraphEngine(generator.engine.model, captured=False).steps(ids, greedy, 1, [])) == expected
@@ -111,14 +109,12 @@ def test_the_engine_of_graphs_takes_a_folded_model(adapter, root, monkeypatch):
 
 @pytest.mark.gpu
 def test_on_a_gpu_a_folded_model_answers_by_graphs_what_the_library_answers(adapter, root, monkeypatch):
-    from qlora_kit.adapter.folder import read_adapter
     from qlora_kit.config import GenerationSettings
     from qlora_kit.inference.library_engine import LibraryEngine
 
     monkeypatch.chdir(root)
-    parsed = inference_example.parse_arguments(["--adapter", str(adapter), "--device", "cuda", "--merged"])
     greedy = GenerationSettings(temperature=0, max_new_tokens=12, repetition_penalty=1)
-    generator = inference_example.load_generator(read_adapter(str(adapter)), greedy, parsed)
+    generator = inference_example.load_generator(adapter, device="cuda", merged=True, settings=greedy)
     assert isinstance(generator.engine, GraphEngine)
     ids = [generator.encode("The river"), generator.encode("A lighthouse is a tower that")]
     expected = list(LibraryEngine(generator.engine.model, None).steps(ids, greedy, 1, []))

@@ -21,8 +21,10 @@ import train_qlora
 from qlora_kit.config import GenerationSettings
 from qlora_kit.config_file import load_config, override
 from qlora_kit.data.formats import from_messages
-from qlora_kit.inference.conversation import COMMANDS, run_interactive
+from qlora_kit.inference.conversation import COMMANDS
 from qlora_kit.inference.generator import Generator
+from qlora_kit.inference.modes import run_interactive
+from qlora_kit.inference.prompts import PromptEncoder
 from qlora_kit.inference.terminal import Terminal
 
 SPLIT = "👩‍👩‍👧‍👦 says 𓂀𓂀𓂀 and 日本語の文, then ½ ℵ and naïveté. "  # each of these signs is several tokens to the tiny tokenizer
@@ -80,8 +82,8 @@ def converse(tokenizer, monkeypatch, capsys):
     def run(lines, *answers, style="chat", stdin=Typed, context=1024, compare=False, fixed=None, **settings):
         monkeypatch.setattr(sys, "stdin", stdin("".join(f"{line}\n" for line in lines)))
         engine = Scripted(tokenizer, *answers, context=context)
-        chosen, stops = GenerationSettings(**settings), [tokenizer.eos_token_id]
-        run_interactive(Generator(engine, tokenizer, chosen, stops, 42, style, fixed=fixed), compare)
+        encoder = PromptEncoder(tokenizer, style, [tokenizer.eos_token_id])
+        run_interactive(Generator(engine, encoder, GenerationSettings(**settings), fixed=fixed), compare)
         out, err = capsys.readouterr()
         return out, err, engine
 
@@ -109,8 +111,8 @@ def test_a_chat_sends_the_conversation_and_the_first_line_says_so(converse):
 
 
 @pytest.mark.parametrize("style, first, sent", [
-    ("text", "Text: each input is continued", "{}"),
-    ("instruction", "Instructions: each input is one", "### Instruction:\n{}\n\n### Response:\n"),
+    ("text", "Text: the adapter continues each input", "{}"),
+    ("instruction", "Instructions: the adapter follows each input", "### Instruction:\n{}\n\n### Response:\n"),
 ])  # fmt: skip
 def test_other_adapters_get_each_input_alone(converse, style, first, sent):
     _, err, engine = converse([" = River = ", "And?"], "one", "two", style=style)
@@ -142,10 +144,10 @@ def test_a_backslash_joins_lines_also_at_the_end_of_input(converse, tokenizer):
 def test_control_characters_of_an_answer_reach_a_pipe_and_no_terminal(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     terminal = Terminal()
-    terminal.answer("a\x1b[2J\x9b1m\tb\n")
+    terminal.print_answer("a\x1b[2J\x9b1m\tb\n")
     assert capsys.readouterr().out == "a\x1b[2J\x9b1m\tb\n"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    terminal.answer("a\x1b[2J\x9b1m\tb\n")
+    terminal.print_answer("a\x1b[2J\x9b1m\tb\n")
     assert capsys.readouterr().out == "a␛[2J\ufffd1m\tb\n"
 
 
@@ -197,7 +199,7 @@ def test_retry_takes_another_seed_and_replaces_the_answer(converse):
 
 def test_undo_and_reset(converse):
     _, err, engine = converse(["Hi", "More", "/undo", "And?", "/reset", "New"], "one", "two", "three", "four")
-    assert "taken back: More" in err
+    assert "removed: More" in err
     assert [asked[0] for asked in engine.asked[2:]] == [chat("Hi", "one", "And?"), chat("New")]
 
 
@@ -219,7 +221,7 @@ def test_set_changes_the_next_answer(converse):
 
 def test_a_refused_setting_stays_what_it_was_set_to(converse):
     _, err, _ = converse(["/set temperature 0.25", "/set temperature -1"])
-    assert "greater than or equal to 0; it stays 0.25" in err
+    assert "greater than or equal to 0. Use another value; it stays 0.25." in err
 
 
 def test_compare_asks_the_base_model_the_same_and_keeps_the_adapters_answer(converse):
@@ -249,7 +251,7 @@ def test_an_answer_that_ctrl_c_cut_is_not_compared(converse):
 @pytest.mark.parametrize("flag", ["--merged", "--base_only"])
 def test_there_is_nothing_to_compare_with(converse, flag):
     out, err, engine = converse(["Hi", "/compare"], "Hello!", fixed=flag)
-    assert out == "Hello!\n" and len(engine.asked) == 1 and f"error: /compare: {flag} leaves nothing" in err
+    assert out == "Hello!\n" and len(engine.asked) == 1 and f"error: /compare: cannot be used with {flag}" in err
 
 
 def test_what_is_saved_is_trained_on_but_for_answers_that_were_cut(converse, tmp_path, tokenizer):
@@ -261,7 +263,7 @@ def test_what_is_saved_is_trained_on_but_for_answers_that_were_cut(converse, tmp
         ("system", "Be brief.", None), ("user", "Hé 日本", None), ("assistant", "Hello!", None), ("user", "a\nb", None),
         ("assistant", "one", 0), ("user", "Last?", None), ("assistant", "The end.", None),
     ]  # fmt: skip
-    assert "of weight 0: 1" in err and f"error: /save {file}: exists already" in err
+    assert "of weight 0: 1" in err and f"error: /save: {file}: exists already" in err
     train, _ = train_qlora.prepare_dataset(
         override(load_config(Path("configs/instruct.yaml")), {"data.dataset": str(file), "data.eval_split": None}), tokenizer
     )
@@ -280,21 +282,21 @@ def test_rounds_that_were_sent_alone_are_saved_alone(converse, tmp_path):
 
 @pytest.mark.parametrize("line, words", [
     ("/rset", ["/rset", "did you mean /reset?"]),
-    ("/", ["unknown command", "/help"]),
-    ("/reset now", ["takes nothing"]),
+    ("/", ["is not a command", "/help"]),
+    ("/reset now", ["takes no argument"]),
     ("/save", ["/save", "FILE"]),
     ("/save notes.txt", ["notes.txt", ".jsonl"]),
-    ("/save chat.jsonl", ["nothing was said"]),
-    ("/retry", ["nothing was said"]),
-    ("/undo", ["nothing was said"]),
-    ("/compare", ["nothing was said"]),
+    ("/save chat.jsonl", ["needs an answer"]),
+    ("/retry", ["needs an answer"]),
+    ("/undo", ["needs an answer"]),
+    ("/compare", ["needs an answer"]),
     ("/set temperature", ["/set temperature", "value"]),
     ("/set temprature 1", ["/set temprature", "did you mean temperature?"]),
     ("/set lora.rank 1", ["/set lora.rank", "top_k"]),
     ("/set temperature -1", ["/set temperature", "-1", "; it stays 0.7"]),
     ("/set temperature warm", ["/set temperature", "warm"]),
     ("/set temperature nan", ["/set temperature", "nan"]),
-    ("/set temperature 1e-30", ["/set temperature", "should be 0, for the likeliest token"]),  # logits / 1e-30 overflow
+    ("/set temperature 1e-30", ["/set temperature", "should be 0, which always takes the likeliest token"]),  # logits / 1e-30 overflow
     ("/set temperature 1e300", ["/set temperature", "100"]),
     ("/set repetition_penalty 1e-40", ["/set repetition_penalty", "0.01"]),
     ("/set repetition_penalty 1e300", ["/set repetition_penalty", "100"]),
@@ -319,9 +321,9 @@ def test_a_mistake_is_one_line_and_ends_nothing(converse, line, words):
 
 def test_a_command_that_does_not_fit_the_adapter(converse, tmp_path):
     _, err, _ = converse(["/system Be brief."], style="text")
-    assert "error: /system: only a chat has a system turn" in err
+    assert "error: /system: needs an adapter trained on chats" in err
     _, err, _ = converse(["Hi", "/retry", f"/save {tmp_path}/none/chat.jsonl"], "one", temperature=0)
-    assert "error: /retry: at temperature 0" in err and "No such file" in err
+    assert "error: /retry: gives the same answer at temperature 0" in err and "No such file" in err
 
 
 def test_a_template_without_system_turns_refuses_one_and_the_chat_goes_on(converse, tokenizer, monkeypatch):
@@ -336,13 +338,13 @@ def test_a_full_context_is_refused_with_what_makes_room(converse, tokenizer):
     lines = ["Hi", "And then?", "/reset", "And then?"]
     out, err, _ = converse(lines, "Hello!", "Yes.", context=used + 9, max_new_tokens=10)
     (problem,) = [said for said in err.splitlines() if "error:" in said]
-    assert f"context is full: {used} tokens and 10 new ones exceed the model's {used + 9}" in problem
-    assert "/undo or /reset" in problem and "/set max_new_tokens 9" in problem
+    assert f"error: input: {used} tokens and 10 new tokens exceed the model's context of {used + 9}. " in problem
+    assert problem.endswith("Use /undo or /reset, or /set max_new_tokens 9.")
     assert out == "Hello!\nYes.\n"
     _, err, _ = converse(["word " * 50], context=20, max_new_tokens=10)
-    assert "; a shorter input makes room" in err
+    assert ". Use a shorter input." in err
     _, err, _ = converse(["Hi"], context=100, max_new_tokens=100)
-    assert re.search(r"; /set max_new_tokens \d\d makes room", err)
+    assert re.search(r"\. Use /set max_new_tokens \d\d\.", err)
 
 
 # --- a real terminal --------------------------------------------------------------------------------------------------------
@@ -423,9 +425,9 @@ def test_a_conversation_in_a_narrow_terminal(root, chat_adapter, tmp_path):
         assert window.wait_for(r"> $").lstrip().startswith("Chat: the whole conversation is sent")
 
         assert "tokens/s" in window.ask(f"名x{BACKSPACE}前は、" + "とても長い" * 8 + "?")  # a wide sign, and a line that wraps
-        assert "taken back: 名前は、とても長い" in window.ask("/undo")
+        assert "removed: 名前は、とても長い" in window.ask("/undo")
         window.ask(PASTE.format("one\rtwo\r"))
-        assert "taken back: one two" in window.ask("/undo")
+        assert "removed: one two" in window.ask("/undo")
         assert "did you mean /retry?" in window.ask("/rety")
         window.ask("/set repetition_penalty 1")  # the likeliest words repeat themselves without an end
         assert "temperature 0" in window.ask("/set temperature 0")
@@ -460,12 +462,14 @@ def test_a_conversation_in_a_narrow_terminal(root, chat_adapter, tmp_path):
 SCRIPT = """\
 from transformers import AutoTokenizer
 from qlora_kit.inference.generator import Generator
-from qlora_kit.inference.conversation import run_interactive
+from qlora_kit.inference.modes import run_interactive
+from qlora_kit.inference.prompts import PromptEncoder
 from qlora_kit.config import GenerationSettings
 from tests.inference.test_conversation import SPLIT, Scripted
 tokenizer = AutoTokenizer.from_pretrained("assets/tiny-qwen2")
 engine = Scripted(tokenizer, SPLIT * 3, pause=0.003)
-run_interactive(Generator(engine, tokenizer, GenerationSettings(max_new_tokens=900), [tokenizer.eos_token_id], 1))
+encoder = PromptEncoder(tokenizer, stop_ids=[tokenizer.eos_token_id])
+run_interactive(Generator(engine, encoder, GenerationSettings(max_new_tokens=900)))
 """
 
 

@@ -9,6 +9,7 @@ from qlora_kit.config import GenerationSettings
 from qlora_kit.data.formats import chat_pieces, instruction_pieces
 from qlora_kit.data.tokenizing import encode
 from qlora_kit.inference.generator import Generator
+from qlora_kit.inference.prompts import PromptEncoder
 
 THREE_ROUNDS = [
     {"role": "user", "content": "What ends a turn?"},
@@ -46,7 +47,7 @@ class Script:
 
 
 def generator(tokenizer, *ids: int, **options) -> Generator:
-    return Generator(Script(*ids), tokenizer, GenerationSettings(), [], 1, **options)
+    return Generator(Script(*ids), PromptEncoder(tokenizer, **options), GenerationSettings())
 
 
 def trained_prompts(messages, tokenizer, train_on="assistant") -> list[list[int]]:
@@ -60,13 +61,14 @@ def trained_prompts(messages, tokenizer, train_on="assistant") -> list[list[int]
 def test_a_chats_prompt_is_what_training_saw_before_each_answer(tokenizer, before):
     messages = before + THREE_ROUNDS
     speaker = generator(tokenizer, style="chat")
-    prompts = [speaker.encode_chat(messages[:number]) for number, turn in enumerate(messages) if turn["role"] == "assistant"]
+    answers = [number for number, turn in enumerate(messages) if turn["role"] == "assistant"]
+    prompts = [speaker.encoder.encode_chat(messages[:number]) for number in answers]
     assert len(prompts) == 3 and prompts == trained_prompts(messages, tokenizer)
 
 
 def test_earlier_answers_are_not_cut_out_where_the_last_one_was_trained_alone(tokenizer):
     speaker = generator(tokenizer, style="chat", train_on="last")
-    assert [speaker.encode_chat(THREE_ROUNDS[:-1])] == trained_prompts(THREE_ROUNDS, tokenizer, "last")
+    assert [speaker.encoder.encode_chat(THREE_ROUNDS[:-1])] == trained_prompts(THREE_ROUNDS, tokenizer, "last")
 
 
 def test_a_template_that_leaves_out_earlier_thoughts(tiny_dir):
@@ -77,7 +79,7 @@ def test_a_template_that_leaves_out_earlier_thoughts(tiny_dir):
     )
     messages = [dict(turn) for turn in THREE_ROUNDS]
     messages[1]["content"] = "<think>hm</think>\nYes"
-    assert [generator(tokenizer, style="chat").encode_chat(messages[:-1])] == trained_prompts(messages, tokenizer, "last")
+    assert [generator(tokenizer, style="chat").encoder.encode_chat(messages[:-1])] == trained_prompts(messages, tokenizer, "last")
 
 
 def test_an_instructions_prompt_is_what_training_saw(tokenizer):

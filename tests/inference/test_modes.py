@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,12 +25,12 @@ from qlora_kit.config_file import load_config, override
 from qlora_kit.data.dataset import load_blocks
 from qlora_kit.errors import UserError
 from qlora_kit.inference import compare
-from qlora_kit.inference.compare import Comparison, evaluation_blocks
+from qlora_kit.inference.compare import evaluation_blocks, judge_difference
 from qlora_kit.inference.generator import Generated, Generator
 from qlora_kit.inference.library_engine import LibraryEngine
-from qlora_kit.inference.modes import Answered, columns, run_text
-from qlora_kit.inference.prompts import DEMO_TEXTS, Prompt, demo_prompts
-from qlora_kit.model.perplexity import Difference, Perplexity
+from qlora_kit.inference.modes import AnsweredPrompt, choose_printer, format_columns, run_text
+from qlora_kit.inference.prompts import DEMO_TEXTS, Prompt, PromptEncoder, demo_prompts
+from qlora_kit.model.perplexity import Difference
 
 PROMPT = "The river"
 
@@ -39,10 +40,9 @@ def in_the_repository(root, monkeypatch):
     monkeypatch.chdir(root)
 
 
-def load(adapter: Path, *arguments: str, **settings) -> Generator:
-    parsed = inference_example.parse_arguments(["--adapter", str(adapter), "--device", "cpu", *arguments])
+def load(adapter: Path, base_only: bool = False, **settings) -> Generator:
     chosen = {"max_new_tokens": 12, "temperature": 0.0, "repetition_penalty": 1.0} | settings
-    return inference_example.load_generator(read_adapter(str(adapter)), GenerationSettings(**chosen), parsed)
+    return inference_example.load_generator(adapter, device="cpu", base_only=base_only, settings=chosen)
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +58,7 @@ def greedy(adapter, root) -> Generator:
 def sampling(generator: Generator, seed: int = 1, **settings) -> Generator:
     """The same loaded model with other settings."""
     chosen = GenerationSettings(**{"max_new_tokens": 12, "temperature": 1.0} | settings)
-    return Generator(generator.engine, generator.tokenizer, chosen, generator.stop_ids, seed)
-
-
-def complete(generator: Generator, prompt: str) -> Generated:
-    return generator.complete([generator.encode(prompt)])[0]
+    return Generator(generator.engine, generator.encoder, chosen, seed)
 
 
 def text_mode(adapter, capsys, *arguments: str) -> str:
@@ -75,42 +71,43 @@ def text_mode(adapter, capsys, *arguments: str) -> str:
 
 def test_temperature_0_takes_the_likeliest_token_each_time(greedy):
     """Against a loop over plain forward passes, without generate() and without a cache."""
-    ids = greedy.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    ids = greedy.encoder.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     length = ids.shape[1]
     with torch.no_grad():
         for _ in range(12):
             ids = torch.cat([ids, greedy.engine.model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
-    answer = complete(greedy, PROMPT)
-    assert answer.text == greedy.tokenizer.decode(ids[0, length:], skip_special_tokens=True)
-    assert answer.text == complete(greedy, PROMPT).text
+    answer = greedy.answer(PROMPT)
+    assert answer.text == greedy.encoder.tokenizer.decode(ids[0, length:], skip_special_tokens=True)
+    assert answer.text == greedy.answer(PROMPT).text
     assert answer.tokens == 12 and answer.tokens_per_second > 0
 
 
 def test_the_seed_fixes_the_text_whatever_came_before(greedy):
     one = sampling(greedy, seed=1)
-    first = complete(one, PROMPT).text
-    complete(one, "something else")
+    first = one.answer(PROMPT).text
+    one.answer("something else")
     torch.rand(7)
-    assert complete(one, PROMPT).text == first
-    assert complete(sampling(greedy, seed=1), PROMPT).text == first
-    assert any(complete(sampling(greedy, seed=seed), PROMPT).text != first for seed in (2, 3))
+    assert one.answer(PROMPT).text == first
+    assert sampling(greedy, seed=1).answer(PROMPT).text == first
+    assert any(sampling(greedy, seed=seed).answer(PROMPT).text != first for seed in (2, 3))
 
 
 def test_streamed_pieces_add_up_to_the_complete_text(greedy):
     generator = sampling(greedy, max_new_tokens=40)
     pieces = list(generator.stream(greedy.encode(PROMPT)))
     assert len([piece for piece in pieces if piece]) > 3
-    assert "".join(pieces) == complete(generator, PROMPT).text
+    assert "".join(pieces) == generator.answer(PROMPT).text
 
 
 def test_a_text_ends_at_the_separator(greedy):
     """The separator is not the tokenizer's end of turn, and is not printed."""
-    separator = greedy.tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    assert separator in greedy.stop_ids and greedy.tokenizer.eos_token_id in greedy.stop_ids
+    separator = greedy.encoder.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert separator in greedy.encoder.stop_ids and greedy.encoder.tokenizer.eos_token_id in greedy.encoder.stop_ids
     ids = greedy.encode(PROMPT)
     likeliest = greedy.engine.model(torch.tensor([ids])).logits[0, -1].argmax().item()
-    ending = Generator(greedy.engine, greedy.tokenizer, greedy.settings, [likeliest], seed=1)  # as if it were the separator
-    assert complete(ending, PROMPT).tokens == 1
+    as_if_separator = replace(greedy.encoder, stop_ids=[likeliest])
+    ending = Generator(greedy.engine, as_if_separator, greedy.settings)
+    assert ending.answer(PROMPT).tokens == 1
 
 
 def test_a_reader_that_stops_early_leaves_no_thread_behind(greedy):
@@ -132,12 +129,12 @@ def test_a_failure_while_streaming_reaches_the_reader(greedy, monkeypatch):
 
 
 def test_the_adapter_changes_the_answer_and_base_only_leaves_it_out(adapter, greedy):
-    base = load(adapter, "--base_only")
+    base = load(adapter, base_only=True)
     ids = torch.tensor([greedy.encode(PROMPT)])
     with torch.no_grad():
         assert (base.engine.model(ids).logits - greedy.engine.model(ids).logits).abs().max() > 0.1
     assert not hasattr(base.engine.model, "peft_config")
-    assert complete(base, PROMPT).text != complete(greedy, PROMPT).text
+    assert base.answer(PROMPT).text != greedy.answer(PROMPT).text
 
 
 # --- modes --------------------------------------------------------------------------------------------------------------
@@ -146,7 +143,7 @@ def test_the_adapter_changes_the_answer_and_base_only_leaves_it_out(adapter, gre
 def test_text_mode_prints_the_generated_text_alone(adapter, capsys):
     generator = load(adapter, max_new_tokens=8)
     assert text_mode(adapter, capsys, "--prompt", PROMPT, "--temperature", "0", "--repetition_penalty", "1") == (
-        complete(generator, PROMPT).text + "\n"
+        generator.answer(PROMPT).text + "\n"
     )
 
 
@@ -163,10 +160,10 @@ MANY = ["The river", "A lighthouse is in the", "In the spring of that year the c
 def test_a_greedy_answer_does_not_depend_on_the_prompts_beside_it(greedy, repetition_penalty):
     """Nor does the penalty fall on what fills up a shorter prompt: the padding token is here one that an answer begins with."""
     alone = sampling(greedy, temperature=0.0, repetition_penalty=repetition_penalty, max_new_tokens=20)
-    expected = [complete(alone, prompt).text for prompt in MANY]
+    expected = [alone.answer(prompt).text for prompt in MANY]
     (first,) = next(alone.engine.steps([alone.encode(MANY[0])], alone.settings, 1, []))
     engine = LibraryEngine(greedy.engine.model, pad_id=first)
-    batch = Generator(engine, greedy.tokenizer, alone.settings, alone.stop_ids, seed=1)
+    batch = Generator(engine, alone.encoder, alone.settings, seed=1)
     assert [answer.text for answer in batch.complete([batch.encode(prompt) for prompt in MANY])] == expected
 
 
@@ -179,14 +176,14 @@ def prompt_file(tmp_path) -> str:
 def test_a_file_of_prompts_has_an_answer_for_each_line(adapter, greedy, tmp_path, capsys):
     flags = ["--temperature", "0", "--repetition_penalty", "1", "--prompt_file", prompt_file(tmp_path), "--batch_size", "2"]
     alone = sampling(greedy, temperature=0.0, repetition_penalty=1.0, max_new_tokens=8)
-    assert text_mode(adapter, capsys, *flags).removesuffix("\n").split("\n\f\n") == [complete(alone, p).text for p in MANY]
+    assert text_mode(adapter, capsys, *flags).removesuffix("\n").split("\n\f\n") == [alone.answer(p).text for p in MANY]
 
 
 def test_json_has_one_object_a_line(adapter, greedy, tmp_path, capsys):
     flags = ["--temperature", "0", "--repetition_penalty", "1", "--prompt_file", prompt_file(tmp_path), "--json", "--seed", "5"]
     objects = [json.loads(line) for line in text_mode(adapter, capsys, *flags).splitlines()]
     alone = sampling(greedy, temperature=0.0, repetition_penalty=1.0, max_new_tokens=8)
-    expected = [complete(alone, prompt) for prompt in MANY]
+    expected = [alone.answer(prompt) for prompt in MANY]
     assert [found["prompt"] for found in objects] == MANY
     assert [(found["text"], found["tokens"], found["stop"]) for found in objects] == [
         (e.text, e.tokens, e.stop) for e in expected
@@ -245,15 +242,20 @@ class Saying:
 @pytest.mark.parametrize("flags", [[], ["--compare"], ["--json"], ["--json", "--compare"]])
 def test_what_a_terminal_would_obey_reaches_pipes_and_no_terminal(greedy, capsys, monkeypatch, flags):
     said = "a\x1b[2J\x9b1mb\x07"
-    speaker = Generator(Saying(greedy.tokenizer(said)["input_ids"]), greedy.tokenizer, GenerationSettings(), [], 1)
-    asked = ([Prompt("x", ids=(1,)), Prompt("\x1b]0;y", ids=(1,))], 2, "--compare" in flags, "--json" in flags)
-    run_text(speaker, *asked)
+    tokenizer = greedy.encoder.tokenizer
+    speaker = Generator(Saying(tokenizer(said)["input_ids"]), PromptEncoder(tokenizer), GenerationSettings())
+    prompts = [Prompt("x", ids=(1,)), Prompt("\x1b]0;y", ids=(1,))]
+
+    def run():
+        run_text(speaker, prompts, 2, "--compare" in flags, choose_printer("text", "--json" in flags, base_only=False))
+
+    run()
     piped = capsys.readouterr().out
     assert ("--json" in flags) or piped.count(said) == (4 if flags else 2)
     if "--json" in flags:
         assert {json.loads(line)["text"] for line in piped.splitlines()} == {said}
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    run_text(speaker, *asked)
+    run()
     seen = capsys.readouterr().out
     assert [sign for sign in seen.replace("\n\f\n", "") if (sign < " " and sign != "\n") or "\x7f" <= sign <= "\x9f"] == []
     assert "[2J" in seen and ("--json" in flags or "␛[2J" in seen)
@@ -261,9 +263,9 @@ def test_what_a_terminal_would_obey_reaches_pipes_and_no_terminal(greedy, capsys
 
 def test_columns_stand_beside_each_other_and_hold_no_escape_sequence():
     base = Generated("plain \x1b[31mred", 3, 1.0, "length")
-    answered = Answered("prompt [bold]", 1, Generated("[dim]adapter", 4, 2.0, "end"), base)
+    answered = AnsweredPrompt("prompt [bold]", 1, Generated("[dim]adapter", 4, 2.0, "end"), base)
     console = Console(file=io.StringIO(), width=60, force_terminal=False)
-    console.print(columns(answered))
+    console.print(format_columns(answered, base))
     printed = console.file.getvalue()
     (words,) = [line for line in printed.splitlines() if "plain" in line]
     assert words.split() == ["plain", "␛[31mred", "[dim]adapter"]
@@ -284,7 +286,7 @@ def test_perplexity_of_both_agrees_with_the_librarys_loss(adapter, greedy, capsy
     inference_example.main(["--adapter", str(adapter), "--device", "cpu", "--perplexity", name, "--json"])
     out, err = capsys.readouterr()
     found = json.loads(out)["perplexity"]
-    tokens = greedy.tokenizer(Path(name).read_text(encoding="utf-8"))["input_ids"]
+    tokens = greedy.encoder.tokenizer(Path(name).read_text(encoding="utf-8"))["input_ids"]
     blocks = [{"input_ids": torch.tensor(tokens[at : at + 64])} for at in range(0, len(tokens) - 63, 64)]
     after = library_loss(greedy.engine.model, blocks)
     with greedy.adapter_off():
@@ -311,8 +313,8 @@ def test_perplexity_stands_beside_answers_on_standard_error(adapter, capsys):
 
 def test_perplexity_on_the_data_of_training_is_on_what_was_held_out(greedy):
     config = override(load_config(Path("configs/tiny.yaml")), {"data.max_length": 64})
-    _, held_out = load_blocks(config, greedy.tokenizer)
-    blocks, what = evaluation_blocks(config.data.dataset, config, greedy.tokenizer)
+    _, held_out = load_blocks(config, greedy.encoder.tokenizer)
+    blocks, what = evaluation_blocks(config.data.dataset, config, greedy.encoder.tokenizer)
     assert blocks.fingerprint() == held_out.fingerprint() and "held out" in what
 
 
@@ -327,7 +329,7 @@ def test_a_text_is_measured_whatever_format_the_run_states_and_though_it_stopped
         "data.max_length": 64, "data.format": "alpaca", "training.early_stopping_patience": 2, "training.save_steps": 10,
         "training.eval_steps": 10,
     })  # fmt: skip
-    blocks, what = evaluation_blocks("samples/README.md", config, greedy.tokenizer)
+    blocks, what = evaluation_blocks("samples/README.md", config, greedy.encoder.tokenizer)
     assert what == "samples/README.md" and len(blocks) > 5
 
 
@@ -336,7 +338,7 @@ def test_a_data_set_that_cannot_be_had_is_named_by_its_flag(greedy):
     trained = override(config, {"data.dataset": "nobody/has-this", "data.eval_split": "validation"})
     for found_in in (config, trained):
         with pytest.raises(UserError) as error:
-            evaluation_blocks("nobody/has-this", found_in, greedy.tokenizer)
+            evaluation_blocks("nobody/has-this", found_in, greedy.encoder.tokenizer)
         (problem,) = error.value.lines
         assert problem.startswith("--perplexity: nobody/has-this: not on this machine")
         assert problem.endswith("--perplexity FILE") and "data.dataset" not in problem
@@ -352,7 +354,7 @@ def test_a_subset_may_follow_the_name_of_a_data_set(greedy, monkeypatch):
 
     monkeypatch.setattr(compare, "open_source", open_source)
     config = override(load_config(Path("configs/tiny.yaml")), {"data.max_length": 64})
-    _, what = evaluation_blocks("Salesforce/wikitext:wikitext-2-raw-v1", config, greedy.tokenizer)
+    _, what = evaluation_blocks("Salesforce/wikitext:wikitext-2-raw-v1", config, greedy.encoder.tokenizer)
     assert opened == [("wikitext-2-raw-v1", ["Salesforce/wikitext"], "test")]
     assert what.startswith("Salesforce/wikitext:wikitext-2-raw-v1, split test")
 
@@ -361,14 +363,13 @@ def test_a_subset_may_follow_the_name_of_a_data_set(greedy, monkeypatch):
     (-0.5, 0.1, "better"), (0.5, 0.1, "worse"), (0.1, 0.1, "no difference"), (0.0, 0.0, "nothing"), (1.0, math.nan, "one block"),
 ])  # fmt: skip
 def test_a_verdict_needs_two_standard_errors(loss, error, words):
-    result = Perplexity(1.0, math.e, 0.1, 10, 2)
-    assert words in Comparison("text", result, result, Difference(loss, error), "definition").verdict()
+    assert words in judge_difference(Difference(loss, error))
 
 
 def test_flags_go_over_the_adapters_own_settings(adapter):
     source = read_adapter(str(adapter))
     parsed = inference_example.parse_arguments(["--top_p", "0.5", "--max-new-tokens", "3"])
-    settings = inference_example.sampling_settings(parsed, source.config)
+    settings = inference_example.sampling_settings(parsed, source.config.generation)
     assert (settings.top_p, settings.max_new_tokens) == (0.5, 3)
     assert settings.temperature == 0.5  # what configs/tiny.yaml sets
 
@@ -392,8 +393,8 @@ def test_interactive_answers_each_line_and_ends_at_end_of_input(adapter, greedy,
     ])  # fmt: skip
     out, err = capsys.readouterr()
     alone = sampling(greedy, max_new_tokens=4, temperature=0.0, repetition_penalty=1.0)
-    assert out == "".join(f"{complete(alone, prompt).text}\n" for prompt in ("The river", "The city"))
-    assert err.count("error:") == 1 and "context is full" in err  # the long prompt is refused and the next one answered
+    assert out == "".join(f"{alone.answer(prompt).text}\n" for prompt in ("The river", "The city"))
+    assert err.count("error:") == 1 and "exceed the model's context" in err  # and the next prompt is answered
 
 
 @pytest.mark.parametrize("mode", [["demo"], ["text", "--prompt", "x", "--json"]])
@@ -423,7 +424,7 @@ def test_a_plain_peft_adapter_works_and_what_is_assumed_is_said(adapter, tmp_pat
         "--temperature", "0", "--repetition_penalty", "1",
     ])  # fmt: skip
     captured = capsys.readouterr()
-    assert captured.out == complete(greedy, PROMPT).text + "\n"
+    assert captured.out == greedy.answer(PROMPT).text + "\n"
     assert "no run.json" in captured.err and "assets/tiny-qwen2" in captured.err and "NF4" in captured.err
 
 
@@ -444,15 +445,15 @@ def test_what_is_assumed_without_run_json_is_what_is_done(adapter, tmp_path, cap
 def test_an_adapter_that_a_gpu_trained_speaks_on_a_cpu(adapter, tmp_path, trained_in):
     """The dtype of its training is no setting of inference: what this machine cannot compute in is replaced, not refused."""
     folder = copy(adapter, tmp_path / "moved")
-    passport = json.loads((folder / "run.json").read_text())
-    passport["quantization"]["compute_dtype"] = trained_in
-    (folder / "run.json").write_text(json.dumps(passport))
+    provenance = json.loads((folder / "run.json").read_text())
+    provenance["quantization"]["compute_dtype"] = trained_in
+    (folder / "run.json").write_text(json.dumps(provenance))
     generator = load(folder)
     assert (
         generator.engine.model.get_input_embeddings().weight.dtype
         == {"float16": torch.float32, "bfloat16": torch.bfloat16}[trained_in]
     )
-    assert complete(generator, PROMPT).tokens == 12
+    assert generator.answer(PROMPT).tokens == 12
 
 
 def test_the_base_model_is_found_from_another_working_folder(adapter, tmp_path, monkeypatch, tiny_dir):
@@ -505,7 +506,7 @@ def test_an_adapter_of_another_model(adapter, tmp_path):
 @pytest.mark.parametrize("arguments, words", [
     (["--prompt", ""], ["--prompt", "empty"]),
     ([], ["--prompt", "--mode text"]),
-    (["--prompt", "x", "--temperature", "-1"], ["--temperature: '-1'", "; the adapter's own is 0.5"]),
+    (["--prompt", "x", "--temperature", "-1"], ["--temperature: '-1'", ". Leave it out for the adapter's own 0.5."]),
     (["--prompt", "x", "--temperature", "warm"], ["--temperature: 'warm'"]),
     (["--prompt", "x", "--top_p", "0"], ["--top_p: '0'", "greater than 0"]),
     (["--prompt", "x", "--top_p", "2"], ["--top_p: '2'", "less than or equal to 1"]),
@@ -514,20 +515,20 @@ def test_an_adapter_of_another_model(adapter, tmp_path):
     (["--prompt", "word " * 1100], ["--prompt", "1024", "--max_new_tokens"]),
     (["--prompt", "x", "--max_new_tokens", "1024"], ["--prompt", "1024", "--max_new_tokens"]),
     (["--prompt", "x", "--prompt_file", "y"], ["--prompt", "--prompt_file"]),
-    (["--prompt_file", "no-such-file.txt"], ["--prompt_file no-such-file.txt", "no such file"]),
+    (["--prompt_file", "no-such-file.txt"], ["--prompt_file: no-such-file.txt", "No such file"]),
     (["--prompt", "x", "--perplexity", "samples"], ["--perplexity", "name one kind at a time"]),
-    (["--prompt_file", "samples"], ["--prompt_file samples", "directory"]),
-    (["--prompt_file", "/dev/null"], ["--prompt_file /dev/null", "no prompt"]),
+    (["--prompt_file", "samples"], ["--prompt_file: samples", "directory"]),
+    (["--prompt_file", "/dev/null"], ["--prompt_file: /dev/null", "no prompt"]),
     (["--prompt_file", "assets/training_curves_tiny.png"], ["--prompt_file", "UTF-8"]),
     (["--prompt", "x\udcff"], ["--prompt", "UTF-8"]),
-    (["--prompt", "x", "--system", "Be brief."], ["--system", "running text"]),
+    (["--prompt", "x", "--system", "Be brief."], ["--system", "not trained on chats"]),
     (["--prompt", "x", "--compare", "--base_only"], ["--compare", "--base_only"]),
     (["--prompt", "x", "--batch_size", "0"], ["--batch_size", "0"]),
     (["--prompt", "x", "--batch_size", "many"], ["--batch_size", "many"]),
     (["--prompt", "x", "--seed", "-1"], ["--seed", "-1"]),
     (["--prompt", "x", "--seed", str(2**70)], ["--seed"]),
     (["--prompt", "x", "--perplexity", "no-such-file.txt"], ["--perplexity", "no-such-file.txt"]),
-    (["--prompt", "x", "--perplexity", "samples/articles.txt"], ["--perplexity", "nothing was held out"]),
+    (["--prompt", "x", "--perplexity", "samples/articles.txt"], ["--perplexity: samples/articles.txt", "held nothing out"]),
     (["--prompt", "x", "--perplexity", "pyproject.toml"], ["--perplexity", "pyproject.toml"]),
     (["--mode", "demo", "--prompt", "x"], ["--prompt", "demo"]),
     (["--mode", "interactive", "--json"], ["--json", "--mode"]),
@@ -575,10 +576,10 @@ def test_a_prompt_that_is_too_long_is_refused_before_weights_are_loaded(adapter,
     """The base model's folder holds none."""
     folder, base = copy(adapter, tmp_path / "adapter"), tmp_path / "base"
     shutil.copytree(root / "assets" / "tiny-qwen2", base, ignore=shutil.ignore_patterns("*.safetensors"))
-    passport = json.loads((folder / "run.json").read_text())
-    passport["base_model"] = {"name": str(base), "revision": None, "folder": str(base)}
-    (folder / "run.json").write_text(json.dumps(passport))
-    with pytest.raises(UserError, match=r"--prompt: 1.* context of 1024|prompt of the demo .* context of 1024"):
+    provenance = json.loads((folder / "run.json").read_text())
+    provenance["base_model"] = {"name": str(base), "revision": None, "folder": str(base)}
+    (folder / "run.json").write_text(json.dumps(provenance))
+    with pytest.raises(UserError, match=r"--prompt: 1.* context of 1024|--mode: demo, prompt .* context of 1024"):
         inference_example.main(["--adapter", str(folder), *flags])
     with pytest.raises(UserError, match=r"no \*\.safetensors weights"):
         inference_example.main(["--adapter", str(folder), "--prompt", "short"])
@@ -590,7 +591,7 @@ def test_a_prompt_that_is_too_long_is_refused_before_weights_are_loaded(adapter,
 def test_a_pipe_that_was_closed_before_is_one_line(monkeypatch, closed, flags):
     """Python then has None in its place."""
     monkeypatch.setattr(sys, closed, None)
-    with pytest.raises(UserError, match=f"standard {'input' if closed == 'stdin' else 'output'}: closed; "):
+    with pytest.raises(UserError, match=f"standard {'input' if closed == 'stdin' else 'output'}: is closed. "):
         inference_example.main(["--adapter", "no-such-folder", *flags])
 
 
@@ -606,7 +607,7 @@ def test_pipes_are_utf_8_whatever_the_locale(monkeypatch):
 def test_a_gpu_that_is_not_there_is_named_by_the_flag(adapter):
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    with pytest.raises(UserError, match=r"--device: cuda: .*; .*, or use --device auto"):
+    with pytest.raises(UserError, match=r"--device: cuda: needs a GPU.* or use auto"):
         inference_example.main(["--adapter", str(adapter), "--prompt", "x", "--device", "cuda"])
 
 
