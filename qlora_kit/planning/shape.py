@@ -4,13 +4,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-# NF4 and FP4 keep one absmax per 64 weights: fp32, or (double quantization) 8 bits plus an fp32 per 256 of them.
-# QLoRA (arXiv 2305.14314), section 3: 4.5 and 4.127 bits per parameter.
+# Bytes per weight. NF4 and FP4 store one absmax per 64 weights: in fp32, or (double quantization) in 8 bits plus one fp32 number
+# per 256 of them. QLoRA (arXiv 2305.14314), section 3: 4.5 and 4.127 bits per parameter.
 BYTES_4BIT = 0.5 + 4 / 64
 BYTES_4BIT_DOUBLE = 0.5 + 1 / 64 + 4 / (64 * 256)
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
-NEEDED = ("num_attention_heads", "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
-# The shapes of the models that configs name, as their config.json state them, so that the estimate needs no download.
+REQUIRED = ("num_attention_heads", "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
+# The config.json of the models that the shipped configs name, so that an estimate needs no download.
 KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-3B-Instruct": {
         "model_type": "qwen2",
@@ -33,14 +33,13 @@ KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
-# Logits that exist at a time (fast/loss.py): 128 MiB in bf16.
-PIECE_LOGITS = 2**26
-HEAD_ROWS = 8192  # on the GPU at a time, of a head that is not there as a whole: 32 MiB at 2,048 columns in bf16
+PIECE_LOGITS = 2**26  # logits that model/loss.py computes at a time: 128 MiB in bf16
+HEAD_ROWS = 8192  # rows of an offloaded or sharded output head on the GPU at a time: 32 MiB at 2,048 columns in bf16
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a Llama-like decoder; all in elements."""
+    """The sizes of a Llama-like decoder, in elements."""
 
     model_type: str
     layers: int
@@ -53,7 +52,7 @@ class ModelShape:
     tied_embedding: bool
 
     def projections(self) -> dict[str, tuple[int, int]]:
-        """Linear layers of one decoder layer: name -> (in_features, out_features)."""
+        """Return the linear layers of one decoder layer: name -> (in_features, out_features)."""
         query, key_value = self.heads * self.head_size, self.kv_heads * self.head_size
         return {
             "q_proj": (self.hidden, query),
@@ -66,15 +65,15 @@ class ModelShape:
         }
 
     def projection_parameters(self) -> int:
-        """Weights that 4-bit loading packs."""
+        """Return the number of weights that 4-bit loading packs."""
         return self.layers * sum(fan_in * fan_out for fan_in, fan_out in self.projections().values())
 
     def embedding_parameters(self) -> int:
-        """Token embedding, and the output head where it is not the same tensor."""
+        """Return the parameters of the token embedding, and of the output head where it is a tensor of its own."""
         return self.vocabulary * self.hidden * (1 if self.tied_embedding else 2)
 
     def other_parameters(self) -> int:
-        """Norms, and the biases of Qwen2's q, k and v projections."""
+        """Return the parameters of the norms, and of the biases of Qwen2's q, k and v projections."""
         norms = (2 * self.layers + 1) * self.hidden
         if self.model_type == "qwen3":  # a norm over each head of q and k
             norms += self.layers * 2 * self.head_size
@@ -82,22 +81,23 @@ class ModelShape:
         return norms + biases
 
     def parameters(self) -> int:
+        """Return the number of all parameters."""
         return self.projection_parameters() + self.embedding_parameters() + self.other_parameters()
 
     def lora_parameters(self, rank: int, target_modules: list[str] | str) -> int:
-        """A (rank, in) and B (out, rank) for each targeted projection. LoRA (arXiv 2106.09685), section 4.1."""
+        """Return the parameters of A (rank, in) and B (out, rank) of each target. LoRA (arXiv 2106.09685), section 4.1."""
         chosen = [size for name, size in self.projections().items() if target_modules == "all-linear" or name in target_modules]
         return self.layers * rank * sum(fan_in + fan_out for fan_in, fan_out in chosen)
 
     def training_flops_per_token(self, recompute: bool) -> int:
-        """Products with frozen weights: forward, gradient of the input, and the forward again when recomputed."""
+        """Return the work of the products with frozen weights: forward pass, input gradients, and recomputation if any."""
         passes = 3 if recompute else 2
         return 2 * passes * self.projection_parameters() + 2 * 2 * self.vocabulary * self.hidden
 
 
 def read_shape(model_config: dict[str, Any]) -> ModelShape | None:
-    """The shape that a config.json states, or None for an architecture that is not built like Llama, or sizes left out."""
-    if model_config.get("model_type") not in LLAMA_LIKE or not set(NEEDED) <= model_config.keys():
+    """Return the shape that a config.json states; None if the model is not Llama-like or a size is missing."""
+    if model_config.get("model_type") not in LLAMA_LIKE or not set(REQUIRED) <= model_config.keys():
         return None
     heads, hidden = model_config["num_attention_heads"], model_config["hidden_size"]
     return ModelShape(
@@ -114,6 +114,10 @@ def read_shape(model_config: dict[str, Any]) -> ModelShape | None:
 
 
 def vocabulary_piece(tokens: int, vocabulary: int) -> int:
-    """Rows of the output head whose logits for `tokens` positions are taken at once, in pieces of nearly one size."""
+    """Return the rows of one piece of the output head: pieces of nearly equal size, each of about PIECE_LOGITS logits at most.
+
+    Args:
+        tokens: positions that have logits.
+    """
     pieces = math.ceil(tokens * vocabulary / PIECE_LOGITS)
     return 64 * math.ceil(vocabulary / pieces / 64)

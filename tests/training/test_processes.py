@@ -167,7 +167,7 @@ def test_processes_share_a_step_evenly_or_not_at_all(root):
     usual = config(root)  # 1 x 16
     for count in (1, 2, 16):
         check_division(usual, count)
-    with pytest.raises(UserError, match=r"3 processes: do not divide the 16 sequences .*training.batch_size"):
+    with pytest.raises(UserError, match=r"number of processes: 3: does not divide the 16 sequences .*training.batch_size"):
         check_division(usual, 3)
     with pytest.raises(UserError, match=r"performance.micro_batch: 4: does not divide the 2 sequences of each process"):
         check_division(config(root, **{"performance.micro_batch": 4}), 8)

@@ -1,0 +1,159 @@
+"""Runs that do not fit: which are refused, and the cheapest change that fits."""
+
+import pytest
+
+from qlora_kit.config import GIB, Config
+from qlora_kit.config_file import override, parse_set
+from qlora_kit.errors import UserError
+from qlora_kit.planning.fit import check_fit, plan_table, remedy
+from qlora_kit.planning.plan import Plan, make_plan
+
+SAME_RESULT = {"performance.micro_batch", "training.gradient_checkpointing", "training.optim", "performance.offload_embedding"}
+WIDE = {"lora.rank": 64, "data.max_length": 1024}
+FIFTEEN = {"training.batch_size": 3, "training.gradient_accumulation_steps": 5}  # no power of two divides 15
+ONE = {"training.batch_size": 1, "training.gradient_accumulation_steps": 1}
+OFFLOADED = {"performance.offload_embedding": True, "training.optim": "adamw_torch"}
+SHORT = {"data.max_length": 64, "training.gradient_accumulation_steps": 48}
+
+
+def changes_of(advice: str) -> dict:
+    """Return the keys and values of the flags in a remedy."""
+    flags = advice.removeprefix("add ").removesuffix(", the cheapest change that fits")
+    words = flags.replace("--rank ", "--set lora.rank=").replace("--max_length ", "--set data.max_length=").split()
+    assert words[::2] == ["--set"] * (len(words) // 2)
+    return parse_set(words[1::2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "gib", "expected"),
+    [
+        # Only keys that change are named, and changes that leave the result the same come first.
+        ({"performance.micro_batch": 16}, 2.6, "--set performance.micro_batch=auto"),
+        ({"training.gradient_checkpointing": False}, 3, "--set training.gradient_checkpointing=auto"),
+        ({"training.optim": "adamw_torch"}, 2.6, "--set training.optim=paged_adamw_32bit"),
+        ({"training.optim": "adamw_8bit"}, 2.6, "--set training.optim=paged_adamw_8bit"),
+        ({}, 2.4, "--set performance.offload_embedding=true"),
+        ({"quantization.load_in_4bit": False}, 3, "--set quantization.load_in_4bit=true"),
+        ({"quantization.compute_dtype": "float32"}, 3, "--set performance.offload_embedding=true"),
+        (
+            {"quantization.compute_dtype": "float32", "performance.offload_embedding": True},
+            2.1,
+            "--set quantization.compute_dtype=auto",
+        ),
+        ({"data.max_length": 4096}, 2.5, "--set performance.offload_embedding=true --max_length 2048"),
+        ({}, 1.95, "--set performance.offload_embedding=true --max_length 256"),
+        ({"lora.rank": 64, "data.max_length": 64}, 2.1, "--set performance.offload_embedding=true --rank 32"),
+    ],
+    ids=str,
+)
+def test_the_cheapest_change_that_fits(qwen_3b, changes, gib, expected):
+    assert remedy(override(Config(), changes), qwen_3b, gib * GIB) == f"add {expected}, the cheapest change that fits"
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "gib"),
+    [
+        ("0.5B", {}, 0.5), ("0.5B", {}, 0.8), ("0.5B", WIDE, 0.8), ("0.5B", WIDE, 1.0), ("3B", {}, 2.0), ("3B", {}, 2.4),
+        ("3B", WIDE, 3.0), ("3B", FIFTEEN, 2.0), ("3B", ONE, 2.4), ("3B", OFFLOADED, 2.0), ("3B", OFFLOADED, 2.2),
+        ("3B", SHORT, 2.0), ("3B", {"lora.rank": 2}, 1.8), ("7B", {"lora.rank": 2}, 4.0),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_remedy_that_leaves_the_result_the_same_fits(shapes, model, changes, gib):
+    config, shape, limit = override(Config(), changes), shapes[model], gib * GIB
+    assert make_plan(config, shape, limit).peak > limit
+    remedied = changes_of(remedy(config, shape, limit))
+    assert set(remedied) <= SAME_RESULT
+    assert make_plan(override(config, remedied), shape, limit).peak <= limit
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "gib"),
+    [
+        ("0.5B", {}, 0.4), ("0.5B", WIDE, 0.7), ("3B", {}, 1.8), ("3B", WIDE, 1.8), ("3B", WIDE, 2.4), ("3B", OFFLOADED, 1.8),
+        ("3B", SHORT, 1.7), ("3B", {"data.max_length": 32}, 1.8), ("7B", {}, 4.0), ("7B", OFFLOADED, 4.0), ("7B", SHORT, 4.0),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_remedy_changes_the_result_only_when_nothing_else_fits_and_raises_no_setting(shapes, model, changes, gib):
+    config, shape, limit = override(Config(), changes), shapes[model], gib * GIB
+    same = override(config, {"performance.offload_embedding": True, "training.optim": "paged_adamw_32bit"})
+    assert make_plan(same, shape, limit).peak > limit
+    remedied = changes_of(remedy(config, shape, limit))
+    assert set(remedied) - SAME_RESULT
+    changed = override(config, remedied)
+    assert make_plan(changed, shape, limit).peak <= limit
+    assert changed.lora.rank <= config.lora.rank and changed.data.max_length <= config.data.max_length
+
+
+@pytest.mark.parametrize(("model", "gib"), [("0.5B", 0.3), ("3B", 1.7), ("7B", 3.7)])
+def test_a_model_that_no_setting_makes_fit_has_to_be_smaller(shapes, model, gib):
+    advice = remedy(Config(), shapes[model], gib * GIB)
+    assert advice == "use a smaller base model: no setting makes this one fit"
+
+
+def refuse(config: Config, shape, gib: float) -> str:
+    """Return the one problem of a run that cannot fit into `gib` GiB."""
+    with pytest.raises(UserError) as refused:
+        check_fit(make_plan(config, shape, gib * GIB), config, shape, gib * GIB)
+    (line,) = refused.value.lines
+    return line
+
+
+def test_a_run_that_cannot_fit_is_one_line_with_key_value_and_remedy(qwen_3b):
+    assert refuse(override(Config(), {"performance.vram_limit_gib": 2.2}), qwen_3b, 2.2) == (
+        "performance.vram_limit_gib: 2.2: is too little for Qwen/Qwen2.5-3B-Instruct, which needs 2.58 GiB with these settings, "
+        "1.33 for weights. Add --set performance.offload_embedding=true, the cheapest change that fits."
+    )
+
+
+def test_a_cap_below_the_size_of_the_weights_asks_for_a_smaller_model(qwen_3b):
+    line = refuse(override(Config(), {"performance.vram_limit_gib": 1}), qwen_3b, 1.0)
+    assert line.startswith("performance.vram_limit_gib: 1.0: ") and "Use a smaller base model: no setting" in line
+
+
+@pytest.mark.parametrize("cap", [8, None])
+def test_free_memory_is_named_where_it_is_less_than_the_cap(qwen_3b, cap):
+    line = refuse(override(Config(), {"performance.vram_limit_gib": cap}), qwen_3b, 2.0)
+    assert line.startswith("free GPU memory: 2.00 GiB: is too little for ")
+
+
+def test_a_run_is_refused_only_more_than_8_percent_above_the_limit(qwen_3b):
+    plan = make_plan(Config(), qwen_3b, 2.0 * GIB)
+    check_fit(plan, Config(), qwen_3b, plan.peak / 1.079)
+    with pytest.raises(UserError):
+        check_fit(plan, Config(), qwen_3b, plan.peak / 1.081)
+    check_fit(plan, Config(), qwen_3b, None)  # a CPU
+
+
+@pytest.mark.parametrize("limit", [None, 8.0 * GIB])
+def test_a_run_without_a_prediction_is_not_refused(qwen_3b, limit):
+    check_fit(Plan(4, 0, {}), Config(), None, limit)
+    check_fit(Plan(2, 36, {}), override(Config(), {"performance.fused_lora": False}), qwen_3b, limit)
+
+
+def test_the_table_adds_up_and_names_the_plan(qwen_3b):
+    config = override(Config(), {"performance.vram_limit_gib": 8})
+    plan = make_plan(config, qwen_3b, 8 * GIB)
+    title, *rows, verdict = plan_table(plan, config, qwen_3b, 8 * GIB, "performance.vram_limit_gib").splitlines()
+    assert title == (
+        f"Qwen/Qwen2.5-3B-Instruct: {plan.micro_batch} x {16 // plan.micro_batch} sequences of 512 tokens, rank 16, "
+        f"{plan.recomputed} of 36 layers recomputed"
+    )
+    shown = {row[2:28].strip(): float(row[28:].removesuffix(" GiB")) for row in rows}
+    assert list(shown)[: len(plan.parts)] == list(plan.parts)
+    assert sum(shown[name] for name in plan.parts) == pytest.approx(shown["sum: torch's allocator"], abs=0.05)
+    assert shown["paged optimizer state"] == round(2 * 29_933_568 / GIB, 2)
+    assert verdict == f"Fits: {plan.peak / GIB:.2f} of 8.00 GiB (performance.vram_limit_gib)."
+
+
+def test_the_state_of_an_optimizer_without_paging_is_counted_once(qwen_3b):
+    config = override(Config(), {"training.optim": "adamw_8bit"})
+    table = plan_table(make_plan(config, qwen_3b, 8 * GIB), config, qwen_3b, 8 * GIB, "a card")
+    assert "optimizer state             0.06 GiB" in table and "paged optimizer state       0.00 GiB" in table
+
+
+def test_the_verdict_follows_the_limit(qwen_3b):
+    plan = make_plan(Config(), qwen_3b, 2.5 * GIB)
+    for limit, word in ((plan.peak, "Fits: "), (plan.peak - 1, "Does not fit: ")):
+        assert plan_table(plan, Config(), qwen_3b, limit, "a card").splitlines()[-1].startswith(word)
