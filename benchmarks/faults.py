@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from tiny_runs import STEPS, Child, outcome, start
 
-from qlora_kit.output.checkpoints import candidates, newest_valid
+from qlora_kit.output.checkpoints import find_newest_valid, list_checkpoints
 
 
 class Fault(NamedTuple):
@@ -90,7 +90,7 @@ def full_disk(place: Path, expected: tuple) -> Fault:
             (folder / "filler").write_bytes(bytes(free - 300_000))
             os.kill(child.pid, signal.SIGCONT)
             status, said = child.wait(), last_line(folder)
-            valid, _ = newest_valid(candidates(folder / "checkpoints"))
+            valid, _ = find_newest_valid(list_checkpoints(folder / "checkpoints"))
             (folder / "filler").unlink()
             kept = status == 1 and said.startswith("error: ") and valid is not None and valid.step >= step
             right += kept and goes_on(folder, expected)
@@ -121,7 +121,7 @@ def damaged(change: Callable[[Path], None]) -> Callable[[Path, tuple], Fault]:
     def fault(place: Path, expected: tuple) -> Fault:
         begun = place / f"begun-{change.__name__}"
         killed_at(begun, 4)
-        newest = newest_valid(candidates(begun / "checkpoints"))[0]
+        newest = find_newest_valid(list_checkpoints(begun / "checkpoints"))[0]
         assert newest is not None
         files, right = [*newest.files, "manifest.json"], 0
         for name in files:
@@ -175,7 +175,7 @@ def no_number(place: Path, expected: tuple) -> Fault:
     for step in range(1, STEPS + 1):
         folder = place / f"nan-{step}"
         status, said = start(folder, inject=poison(step)).wait(), last_line(folder)
-        valid, _ = newest_valid(candidates(folder / "checkpoints"))
+        valid, _ = find_newest_valid(list_checkpoints(folder / "checkpoints"))
         stopped = status == 1 and f"the loss is nan at step {step} " in said and (valid.step if valid else 0) == step - 1
         right += stopped and goes_on(folder, expected)
     return Fault(STEPS, right, said)

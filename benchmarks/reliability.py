@@ -34,7 +34,7 @@ from faults import FAULTS, Fault, Skipped
 from tiny_runs import ROOT, STEPS, Child, outcome, start
 
 from qlora_kit import cli
-from qlora_kit.output.checkpoints import candidates, newest_valid
+from qlora_kit.output.checkpoints import find_newest_valid, list_checkpoints
 
 OWN_PROCESS = 10  # every tenth
 SHARE_IN_TRAINING = 0.75  # of the stops
@@ -44,8 +44,9 @@ SHARE_IN_A_SAVE = 0.6  # of the kills; fewer hit, as a save takes some 20 ms
 def steps_done(folder: Path) -> int:
     """Optimizer steps that the folder shows to be over: their checkpoint is there, or being written."""
     with suppress(FileNotFoundError):
-        names = os.listdir(folder / "checkpoints")
-        return max((int(name.rpartition("-")[2]) for name in names if name.startswith(("checkpoint-", ".saving-"))), default=0)
+        root = folder / "checkpoints"
+        folders = [*list_checkpoints(root), *list_checkpoints(root / ".saving")]
+        return max((int(path.name.rpartition("-")[2]) for path in folders), default=0)
     return 0
 
 
@@ -126,7 +127,7 @@ class Trial:
         self.found[f"stops by {number.name}"] += 1
         self.found["stops after a step"] += bool(stopped)
         self.found["stops with another exit status"] += status not in (128 + number, -number)
-        valid, _ = newest_valid(candidates(folder / "checkpoints"))
+        valid, _ = find_newest_valid(list_checkpoints(folder / "checkpoints"))
         if stopped:
             step = int(stopped.group(1))
             self.found["stops more than a step late"] += step - seen > 2  # the one under way, and one more

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}  # forks inherit no threads
 
 from qlora_kit import cli  # noqa: E402
-from qlora_kit.output.checkpoints import candidates  # noqa: E402
+from qlora_kit.output.checkpoints import list_checkpoints  # noqa: E402
 
 STEPS = 6
 SETTINGS = [
@@ -60,7 +60,7 @@ def start(folder: Path, own_process: bool = False, flags: Sequence[str] = (), in
         inject: called in the forked child before the run, to inject a fault.
     """
     flags = [*SETTINGS, *flags, "--output_dir", str(folder)]
-    if candidates(folder / "checkpoints") or any(folder.glob("checkpoints/.replaced-*")):
+    if list_checkpoints(folder / "checkpoints") or any(folder.glob("checkpoints/.replaced/checkpoint-*")):
         flags.append("--resume")
     elif (folder / "adapter_model.safetensors").exists():
         raise SystemExit(f"{folder}: an adapter and no checkpoint")

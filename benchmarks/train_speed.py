@@ -157,8 +157,8 @@ def measure(section: str, run: Toolkit | Rival, job: Job, limit_seconds: float) 
 
 
 def measure_toolkit(row: Row, run: Toolkit, job: Job, limit_seconds: float) -> None:
-    passport, metrics, row.log = run_toolkit(job, run.flags(), limit_seconds)
-    memory = passport["memory_gib"]
+    provenance, metrics, row.log = run_toolkit(job, run.flags(), limit_seconds)
+    memory = provenance["memory_gib"]
     row.step_tokens_per_second = [entry["tokens_per_second"] for entry in metrics if "tokens_per_second" in entry]
     row.peak_reserved_gib, row.peak_allocated_gib = memory["peak_reserved"], memory["peak_allocated"]
     row.predicted_gib = memory["predicted_peak"]

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.errors import Failed
-from qlora_kit.output.checkpoints import SAVING, flush, refused_by_the_disk
-from qlora_kit.output.folder import ADAPTER_FILES, TOKENIZER_BYTES
+from qlora_kit.output.folder import ADAPTER_FILES, SAVING, TOKENIZER_BYTES, flush, report_disk_errors
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -23,7 +22,7 @@ def save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folde
     """
     size = 4.0 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) + TOKENIZER_BYTES
     with (
-        refused_by_the_disk("the adapter", folder, size),
+        report_disk_errors("the adapter", folder, size),
         tempfile.TemporaryDirectory(dir=folder, prefix=SAVING) as staging,
     ):
         write_adapter(model, Path(staging))

@@ -1,13 +1,12 @@
-"""Checkpoints on disk: each is whole and verified, or it is not there.
+"""Checkpoints: complete and verified, or absent.
 
-    checkpoints/checkpoint-N/   files of step N, and manifest.json, written last: size and SHA-256 of every one of them
-    checkpoints/.saving-N/      is being written; becomes checkpoint-N by one rename
-    checkpoints/.replaced-N/    stood where a checkpoint of the same step is put in this moment
-    checkpoints/.removed-N/     is being deleted
+    checkpoints/checkpoint-N/             the files of step N, and manifest.json: the size and SHA-256 of each of them
+    checkpoints/.saving/checkpoint-N/     is being written; becomes checkpoint-N by one rename
+    checkpoints/.replaced/checkpoint-N/   an earlier checkpoint of that step, until the rename is done
+    checkpoints/.removed/checkpoint-N/    is being deleted
 
-A process may be killed, or the power fail, between any two lines of this file: a checkpoint that stood before still stands. Files
-are flushed to disk before the rename, and the folder that holds them after it, since a file system may do the rename first.
-Imports no torch.
+The Trainer names a checkpoint's folder checkpoint-N, so that the folder to write into has that name as well. A process may be
+killed, or the power fail, at any point: earlier checkpoints stay valid (see `staged_folder`). Imports no torch.
 """
 
 import errno
@@ -21,37 +20,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.config import MIB
 from qlora_kit.errors import Failed
+from qlora_kit.output.folder import CHECKPOINT_PREFIX, REMOVED, REPLACED, SAVING, missing_space, report_disk_errors, staged_folder
 
 MANIFEST = "manifest.json"
-PREFIX, SAVING, REPLACED, REMOVED = "checkpoint-", ".saving-", ".replaced-", ".removed-"
-BESIDE = MIB  # of a checkpoint's bytes: headers, states of the loop and of random numbers, the log so far
 
 
-class Invalid(Exception):
-    """Why a folder is no checkpoint to go on from."""
+class InvalidCheckpoint(Exception):
+    """The reason why a run cannot be resumed from a folder."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint by its manifest; `run` is what the run said of itself when it saved."""
+    """The content of a checkpoint's manifest.
+
+    Attributes:
+        number: counts checkpoints in the order of writing. A run resumed from an earlier step writes lower steps later.
+        run: JSON that the run added when it saved.
+        files: name -> {"bytes": size, "sha256": digest}.
+    """
 
     folder: Path
     step: int
-    number: int  # in the order of writing: after going on from an earlier step, the newest is not that of the highest step
+    number: int
     run: dict[str, Any]
-    files: dict[str, dict[str, Any]]  # name -> bytes, sha256
-
-
-# --- reading ------------------------------------------------------------------------------------------------------------
+    files: dict[str, dict[str, Any]]
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """What stands in a checkpoint's manifest, which is checked against itself; the other files are not looked at.
+    """Read a checkpoint's manifest and check it against its own hash; the other files are not read.
 
     Raises:
-        Invalid: it is missing or damaged.
+        InvalidCheckpoint: it is missing or damaged.
     """
     try:
         content = json.loads((folder / MANIFEST).read_bytes())
@@ -60,223 +60,136 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             raise ValueError
         return Checkpoint(folder, content["step"], content["number"], content["run"], content["files"])
     except FileNotFoundError:
-        raise Invalid(f"has no {MANIFEST}, which is written last") from None
+        raise InvalidCheckpoint(f"has no {MANIFEST}, which is written last") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise Invalid(f"{MANIFEST} is damaged") from None
+        raise InvalidCheckpoint(f"{MANIFEST} is damaged") from None
 
 
 def verify(checkpoint: Checkpoint) -> None:
-    """Hold every file to its size and hash.
+    """Check the size and the hash of every file.
 
     Raises:
-        Invalid: one is missing, cannot be read, or is not what was written.
+        InvalidCheckpoint: a file is missing, cannot be read, or was changed.
     """
     for name, expected in checkpoint.files.items():
         path = checkpoint.folder / name
         try:
             size = path.stat().st_size
             if size != expected["bytes"]:
-                raise Invalid(f"{name} holds {size:,} bytes of {expected['bytes']:,}")
+                raise InvalidCheckpoint(f"{name} has {size:,} bytes instead of {expected['bytes']:,}")
             if _digest(path) != expected["sha256"]:
-                raise Invalid(f"{name} is not what was written (its SHA-256 differs)")
+                raise InvalidCheckpoint(f"{name} was changed after it was written (its SHA-256 differs)")
         except FileNotFoundError:
-            raise Invalid(f"{name} is missing") from None
+            raise InvalidCheckpoint(f"{name} is missing") from None
         except OSError as error:
-            raise Invalid(f"{name} cannot be read ({error.strerror})") from None
+            raise InvalidCheckpoint(f"{name} cannot be read ({error.strerror})") from None
 
 
-def candidates(root: Path) -> list[Path]:
-    return sorted(path for path in root.glob(f"{PREFIX}*") if path.is_dir())
+def list_checkpoints(root: Path) -> list[Path]:
+    """Return the checkpoint folders in `root`, valid or not."""
+    return sorted(path for path in root.glob(f"{CHECKPOINT_PREFIX}*") if path.is_dir())
 
 
-def newest_valid(folders: list[Path]) -> tuple[Checkpoint | None, list[str]]:
-    """The valid checkpoint that was written last, and a line for each that would have come before it and is not valid."""
-    read, passed_over = [], []
+def find_newest_valid(folders: list[Path]) -> tuple[Checkpoint | None, list[str]]:
+    """Find the valid checkpoint that was written last.
+
+    Returns:
+        It, or None; and a line for each invalid checkpoint that would have been preferred.
+    """
+    read, invalid = [], []
     for folder in folders:
         try:
             read.append(read_checkpoint(folder))
-        except Invalid as reason:
-            passed_over.append(f"{folder}: {reason}")
+        except InvalidCheckpoint as reason:
+            invalid.append(f"{folder}: {reason}")
     for checkpoint in sorted(read, key=lambda one: one.number, reverse=True):
         try:
             verify(checkpoint)
-            return checkpoint, passed_over
-        except Invalid as reason:
-            passed_over.append(f"{checkpoint.folder}: {reason}")
-    return None, passed_over
+            return checkpoint, invalid
+        except InvalidCheckpoint as reason:
+            invalid.append(f"{checkpoint.folder}: {reason}")
+    return None, invalid
 
 
-# --- writing ------------------------------------------------------------------------------------------------------------
+def describe_resume_point(root: Path) -> str:
+    """Say which checkpoint a run that ends now can be resumed from."""
+    newest, _ = find_newest_valid(list_checkpoints(root))
+    return f"{newest.folder.name} is complete, continue from it with --resume" if newest else "there is no earlier checkpoint"
 
 
 @contextmanager
-def saving(root: Path, step: int, run: dict[str, Any], needed: float) -> Iterator[Path]:
-    """A folder to write the checkpoint of `step` into; it stands as checkpoints/checkpoint-N when the block has ended well.
+def staged_checkpoint(root: Path, step: int, run: dict[str, Any], needed: float) -> Iterator[Path]:
+    """Give a folder to write the checkpoint of `step` into; make it checkpoint-N in `root` if the block succeeds.
 
     Args:
-        run: what the manifest is to say of the run, as JSON.
-        needed: bytes that the checkpoint will take.
+        run: JSON to add to the manifest.
+        needed: bytes that the checkpoint takes.
 
     Raises:
-        Failed: there is no room, or the disk refuses; what stood before still stands.
+        Failed: there is no space, or the disk cannot be written; earlier checkpoints stay.
     """
-    staging, place = root / f"{SAVING}{step}", root / f"{PREFIX}{step}"
+    staging, place, aside = (folder / f"{CHECKPOINT_PREFIX}{step}" for folder in (root / SAVING, root, root / REPLACED))
     try:
-        with refused_by_the_disk(f"the checkpoint of step {step}", root, needed), _as_if_not_begun(root):
-            check_room(root, needed)
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
-            yield staging
-            number = 1 + max((one.number for one in _readable(root)), default=0)
-            _seal(staging, {"step": step, "number": number, "run": run})
-            _put(staging, place)
+        with report_disk_errors(f"the checkpoint of step {step}", root, needed):
+            if missing_space(root, needed) > 0:
+                raise OSError(errno.ENOSPC, "the disk is too full")
+            with staged_folder(place, staging, aside) as folder:
+                yield folder
+                number = 1 + max((one.number for one in _readable(root)), default=0)
+                _write_manifest(folder, {"step": step, "number": number, "run": run})
     except Failed as failure:
-        raise Failed(f"{failure}; {what_stands(root)}") from failure
-
-
-def what_stands(root: Path) -> str:
-    """What a run that ends here leaves to go on from, in words."""
-    before, _ = newest_valid(candidates(root))
-    return f"{before.folder.name} stands, go on from it with --resume" if before else "no checkpoint was written before it"
-
-
-@contextmanager
-def _as_if_not_begun(root: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception:
-        clean(root)  # also gives its room back
-        raise
-
-
-def _seal(folder: Path, content: dict[str, Any]) -> None:
-    """Flush what was written, and write the manifest after it."""
-    files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        flush(path)
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
-    content = content | {"files": files}
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps(content | {"sha256": _digest_of(content)}, indent=1) + "\n", encoding="utf-8")
-    flush(manifest)
-    flush(folder)
-
-
-def _put(staging: Path, place: Path) -> None:
-    """By one rename; a folder cannot take the place of one that holds files, so an earlier one of that step steps aside."""
-    aside = place.with_name(place.name.replace(PREFIX, REPLACED))
-    if place.exists():
-        os.rename(place, aside)
-    os.rename(staging, place)
-    flush(place.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+        raise Failed(f"{failure}; {describe_resume_point(root)}") from failure
+    finally:
+        for name in (SAVING, REPLACED):
+            with suppress(OSError):  # it does not exist
+                (root / name).rmdir()
 
 
 def clean(root: Path) -> None:
-    """Remove what a killed run left half-done; a checkpoint that had stepped aside for one that never came goes back."""
-    for aside in root.glob(f"{REPLACED}*"):
-        place = aside.with_name(aside.name.replace(REPLACED, PREFIX))
-        if not place.exists():
-            os.rename(aside, place)
+    """Remove what a killed run left half-done, and put a replaced checkpoint back if its successor is missing."""
+    for aside in list_checkpoints(root / REPLACED):
+        if not (root / aside.name).exists():
+            os.rename(aside, root / aside.name)
     for name in (SAVING, REPLACED, REMOVED):
-        for left in root.glob(f"{name}*"):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(root / name, ignore_errors=True)
 
 
-def rotate(root: Path, limit: int | None, needed: Path | None = None) -> None:
-    """Keep the newest, the one with the best evaluation, and of the others the newest, `limit` in all; None keeps all.
+def rotate(root: Path, limit: int | None, protected: Path | None = None) -> None:
+    """Keep the newest checkpoint, the one with the best evaluation, and the newest of the others, `limit` in all.
 
-    To be called when a checkpoint was just written: the newest is then valid, and others, valid or not, may go. With a limit of 1
-    the best still stays beside the newest.
+    Call it right after a checkpoint was written: the newest one is then valid, and invalid ones may be deleted.
 
     Args:
-        needed: stays in any case: what early stopping would go back to.
+        limit: 1 still keeps the best checkpoint next to the newest; None keeps all.
+        protected: never deleted; the checkpoint early stopping would restore.
     """
     if limit is None:
         return
     by_age = sorted(_readable(root), key=lambda one: one.number, reverse=True)
     evaluated = [one for one in by_age if one.run.get("eval_loss") is not None]
     best = min(evaluated, key=lambda one: one.run["eval_loss"], default=None)
-    kept = [one for one in by_age if one is by_age[0] or one is best or one.folder == needed]
+    kept = [one for one in by_age if one is by_age[0] or one is best or one.folder == protected]
     kept += [one for one in by_age if one not in kept][: max(0, limit - len(kept))]
-    for folder in set(candidates(root)) - {one.folder for one in kept}:
-        gone = folder.with_name(folder.name.replace(PREFIX, REMOVED))
-        os.rename(folder, gone)  # so that a half-deleted one is never met as a checkpoint
-        shutil.rmtree(gone, ignore_errors=True)
-
-
-def flush(path: Path) -> None:
-    """Have the disk itself hold a file, or the names in a folder."""
-    if path.is_dir() and os.name == "nt":
-        return  # cannot be opened there
-    handle = os.open(path, os.O_RDWR if path.is_file() and os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that a reader, also after a crash, meets the old text or the new one."""
-    staged = path.with_name(f".{path.name}")
-    staged.write_text(text, encoding="utf-8")
-    flush(staged)
-    os.replace(staged, path)
-
-
-# --- room on the disk ---------------------------------------------------------------------------------------------------
-
-
-def checkpoint_bytes(parameters: int, optimizer_bytes: float) -> float:
-    """Return the size of a checkpoint: of each adapter parameter its fp32 value and `optimizer_bytes` of optimizer state."""
-    return (4.0 + optimizer_bytes) * parameters + BESIDE
-
-
-def missing_bytes(folder: Path, needed: float) -> float:
-    """How much more than what is free where `folder` is, or will be."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return needed - shutil.disk_usage(there).free
-
-
-def check_room(folder: Path, needed: float) -> None:
-    """
-    Raises:
-        OSError: ENOSPC, before anything is written, when less than `needed` bytes are free.
-    """
-    if missing_bytes(folder, needed) > 0:
-        raise OSError(errno.ENOSPC, "the disk is too full")
-
-
-@contextmanager
-def refused_by_the_disk(what: str, folder: Path, needed: float) -> Iterator[None]:
-    """Turn what writing raises on a full, read-only or broken disk into one line.
-
-    Raises:
-        Failed: what could not be written, why, and how much room is missing.
-    """
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        # torch.save raises what its zip writer says, which speaks of positions in the file.
-        if isinstance(error, RuntimeError) and "inline_container.cc" not in str(error):
-            raise
-        reason = error.strerror if isinstance(error, OSError) else "the disk took only a part of it"
-        missing = missing_bytes(folder, needed) / MIB
-        room = f"; {missing:.1f} MiB of {needed / MIB:.1f} are missing" if missing > 0 else ""
-        raise Failed(f"{what} cannot be written to {folder} ({reason}{room})") from error
-
-
-# --- beneath ------------------------------------------------------------------------------------------------------------
+    for folder in set(list_checkpoints(root)) - {one.folder for one in kept}:
+        (root / REMOVED).mkdir(exist_ok=True)
+        os.rename(folder, root / REMOVED / folder.name)  # a half-deleted folder must not look like a checkpoint
+    shutil.rmtree(root / REMOVED, ignore_errors=True)
 
 
 def _readable(root: Path) -> list[Checkpoint]:
     found = []
-    for folder in candidates(root):
-        with suppress(Invalid):
+    for folder in list_checkpoints(root):
+        with suppress(InvalidCheckpoint):
             found.append(read_checkpoint(folder))
     return found
+
+
+def _write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in paths}
+    content = content | {"files": files}
+    text = json.dumps(content | {"sha256": _digest_of(content)}, indent=1) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
 def _digest(path: Path) -> str:

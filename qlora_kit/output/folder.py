@@ -1,63 +1,176 @@
-"""The output folder of a run: may it be written, what does it hold, where to go on from, and how results are put into it.
-
-A file that marks a run as finished (the adapter's weights) is moved into place last, so that it is whole or absent.
-"""
+"""The output folder: the names of its files, whether a run may write there, disk space, and atomic writes."""
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from qlora_kit.config import MIB
-from qlora_kit.errors import UserError
-from qlora_kit.output.checkpoints import (
-    PREFIX,
-    REPLACED,
-    checkpoint_bytes,
-    missing_bytes,
-)
+from qlora_kit.config import GIB, MIB
+from qlora_kit.errors import Failed, UserError
 
-CONFIG, PASSPORT, CHECKPOINTS = "config.yaml", "run.json", "checkpoints"
+CONFIG, PROVENANCE, CHECKPOINTS = "config.yaml", "run.json", "checkpoints"
 LOG, METRICS, CURVES = "training_log.txt", "metrics.jsonl", "training_curves.png"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
-OUTPUT_FILES = (*ADAPTER_FILES, LOG, METRICS, CURVES, CONFIG, PASSPORT)  # --overwrite removes these and the checkpoints
+OUTPUT_FILES = (*ADAPTER_FILES, LOG, METRICS, CURVES, CONFIG, PROVENANCE)  # --overwrite removes these and the checkpoints
+CHECKPOINT_PREFIX = "checkpoint-"  # followed by the step: a folder in CHECKPOINTS
+SAVING, REPLACED, REMOVED = ".saving", ".replaced", ".removed"  # exist only while a checkpoint is written or removed
 TOKENIZER_BYTES = 16 * MIB  # Qwen's is 11 MiB; the log and the curves are small
+CHECKPOINT_EXTRA_BYTES = MIB  # file headers, the states of the loop and the random generators, the log so far
 
 
 def check_output_dir(name: str, overwrite: bool, resume: bool) -> Path:
-    """The output folder, when a run may write there. Creates and removes nothing.
+    """Return the output folder if a run may write there; create and remove nothing.
 
     Raises:
-        UserError: it cannot be written, or holds a run that was neither to be resumed nor overwritten.
+        UserError: it cannot be written, or holds a run and neither `overwrite` nor `resume` is set.
     """
-    folder = Path(name).expanduser()
-    key = f"training.output_dir: {name}"
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    folder, key = Path(name).expanduser(), "training.output_dir"
+    existing = existing_parent(folder)
     if not existing.is_dir():
-        raise UserError(f"{key}: {existing} is a file, not a folder; name another --output_dir")
+        raise UserError(key, name, f"{existing} is a file, not a folder", "use another --output_dir")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{key}: cannot be written; change its permissions or name another --output_dir")
-    begun = [*folder.glob(f"{CHECKPOINTS}/{PREFIX}*"), *folder.glob(f"{CHECKPOINTS}/{REPLACED}*")]
-    finished, unfinished = (folder / ADAPTER_FILES[0]).exists(), bool(begun)
-    if not resume and not overwrite and (finished or unfinished):
-        what = "a finished adapter" if finished else "an unfinished run"
-        raise UserError(
-            f"{key}: already holds {what}; continue it with --resume, replace it with --overwrite, or name another --output_dir"
-        )
+        raise UserError(key, name, "cannot be written", "change its permissions or use another --output_dir")
+    finished = (folder / ADAPTER_FILES[0]).exists()
+    begun = any(any((folder / CHECKPOINTS).glob(f"{parent}{CHECKPOINT_PREFIX}*")) for parent in ("", f"{REPLACED}/"))
+    if not resume and not overwrite and (finished or begun):
+        content = "a finished adapter" if finished else "an unfinished run"
+        remedy = "continue it with --resume, replace it with --overwrite, or use another --output_dir"
+        raise UserError(key, name, f"already holds {content}", remedy)
     return folder
 
 
-def check_disk(folder: Path, parameters: int, optimizer_bytes: float) -> None:
-    """Refuse a run whose first checkpoint and adapter would not fit on the disk.
+# Disk space
+
+
+def existing_parent(path: Path) -> Path:
+    """Return the path itself if it exists, else its nearest ancestor that does."""
+    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+
+
+def missing_space(folder: Path, needed: float) -> float:
+    """Return how many of the `needed` bytes the disk of a folder, which may not exist yet, lacks; negative if it has more."""
+    return needed - shutil.disk_usage(existing_parent(folder)).free
+
+
+def require_space(key: str, folder: Path, needed: float) -> None:
+    """Check that the disk of a folder has `needed` bytes free.
 
     Args:
-        parameters: of the adapter.
+        key: the flag or the dotted config key that names the folder.
 
     Raises:
-        UserError: with what is missing.
+        UserError: it has less.
     """
-    needed = checkpoint_bytes(parameters, optimizer_bytes) + 4.0 * parameters + TOKENIZER_BYTES
-    missing = missing_bytes(folder, needed)
+    missing = missing_space(folder, needed)
     if missing > 0:
-        raise UserError(
-            f"training.output_dir: {folder}: {missing / MIB:,.0f} MiB are missing on that disk of the {needed / MIB:,.0f} that a "
-            "checkpoint and the adapter take; make room, or name another --output_dir"
-        )
+        problem = f"needs {_size(needed)}, and its disk has {_size(needed - missing)} free"
+        raise UserError(key, folder, problem, f"free {_size(missing)} there, or set {key} to a folder on another disk")
+
+
+def check_disk(folder: Path, parameters: int, optimizer_bytes: float) -> None:
+    """Check that the first checkpoint and the adapter of a run fit on the disk.
+
+    Args:
+        parameters: those of the adapter.
+        optimizer_bytes: bytes of optimizer state for each of them.
+
+    Raises:
+        UserError: they do not.
+    """
+    adapter = 4.0 * parameters + TOKENIZER_BYTES
+    require_space("training.output_dir", folder, checkpoint_bytes(parameters, optimizer_bytes) + adapter)
+
+
+def checkpoint_bytes(parameters: int, optimizer_bytes: float) -> float:
+    """Return the size of a checkpoint: for each adapter parameter its fp32 value and `optimizer_bytes` of optimizer state."""
+    return (4.0 + optimizer_bytes) * parameters + CHECKPOINT_EXTRA_BYTES
+
+
+def _size(number: float) -> str:
+    return f"{number / GIB:,.2f} GiB" if number >= GIB else f"{number / MIB:,.0f} MiB"
+
+
+@contextmanager
+def report_disk_errors(what: str, folder: Path, needed: float) -> Iterator[None]:
+    """Turn the errors that writing raises on a full, read-only or broken disk into one line.
+
+    Args:
+        what: the thing that is written, as the subject of the sentence.
+        needed: its size in bytes.
+
+    Raises:
+        Failed: it cannot be written; names the reason and how much space is missing.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch.save raises the message of its zip writer, which mentions positions in the file only.
+        if isinstance(error, RuntimeError) and "inline_container.cc" not in str(error):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else "the disk accepted only a part of it"
+        missing = missing_space(folder, needed) / MIB
+        space = f"; {missing:.1f} MiB of {needed / MIB:.1f} are missing" if missing > 0 else ""
+        raise Failed(f"{what} cannot be written to {folder} ({reason}{space})") from error
+
+
+# Atomic writes: a process may be killed, or the power fail, between any two lines. Files are flushed to the disk before the
+# rename that makes them visible, and the folder that holds them after it, because a file system may do the rename first.
+
+
+@contextmanager
+def staged_folder(place: Path, staging: Path, aside: Path | None = None) -> Iterator[Path]:
+    """Give an empty folder to write into; move it to `place` by one rename if the block succeeds, remove it if not.
+
+    Args:
+        staging: the folder to write into, on the same file system as `place`.
+        aside: where a folder at `place` waits for the rename, which cannot replace a folder with files; after a failure it
+            returns to `place`. None keeps that folder and drops the staged one.
+    """
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        _flush_tree(staging)
+        if aside and place.exists():
+            aside.parent.mkdir(exist_ok=True)
+            os.rename(place, aside)
+        try:
+            os.rename(staging, place)
+        except OSError:
+            if aside or not place.is_dir():
+                raise
+        flush(place.parent)
+    finally:
+        if aside and aside.exists() and not place.exists():
+            os.rename(aside, place)
+        for left in filter(None, (staging, aside)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _flush_tree(folder: Path) -> None:
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            _flush_tree(path)
+        else:
+            flush(path)
+    flush(folder)
+
+
+def flush(path: Path) -> None:
+    """Make the disk store a file, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a text file so that a reader finds the old text or the new one, also after a crash."""
+    staged = path.with_name(f".{path.name}")
+    staged.write_text(text, encoding="utf-8")
+    flush(staged)
+    os.replace(staged, path)

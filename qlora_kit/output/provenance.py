@@ -9,8 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.output.checkpoints import replace_text
-from qlora_kit.output.folder import PASSPORT
+from qlora_kit.output.folder import PROVENANCE, replace_text
 from qlora_kit.secrets import redact
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
@@ -28,6 +27,6 @@ def command_line() -> str:
     return redact(shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]))
 
 
-def write_passport(folder: Path, passport: dict[str, Any]) -> None:
+def write_provenance(folder: Path, provenance: dict[str, Any]) -> None:
     """Write run.json in one step, so that a reader never meets half of it."""
-    replace_text(folder / PASSPORT, json.dumps(passport, indent=2, ensure_ascii=False) + "\n")
+    replace_text(folder / PROVENANCE, json.dumps(provenance, indent=2, ensure_ascii=False) + "\n")

@@ -20,7 +20,8 @@ from qlora_kit.errors import UserError
 from qlora_kit.fast.micro_step import MicroStep
 from qlora_kit.model.device import is_out_of_memory
 from qlora_kit.model.perplexity import Perplexity
-from qlora_kit.output.checkpoints import PREFIX, checkpoint_bytes, newest_valid, read_checkpoint, rotate, saving
+from qlora_kit.output.checkpoints import find_newest_valid, read_checkpoint, rotate, staged_checkpoint
+from qlora_kit.output.folder import CHECKPOINT_PREFIX, checkpoint_bytes
 from qlora_kit.planning.plan import plan_inputs
 from qlora_kit.training.processes import Team
 from qlora_kit.training.progress import ProgressCallback
@@ -77,13 +78,13 @@ class ResumableTrainer(Trainer):
         """
         root, state = self._root(), self.state
         if state.best_global_step == state.global_step:
-            state.best_model_checkpoint = str(root / f"{PREFIX}{state.global_step}")
+            state.best_model_checkpoint = str(root / f"{CHECKPOINT_PREFIX}{state.global_step}")
         callbacks: Any = state.stateful_callbacks
         callbacks |= {type(one).__name__: one.state() for one in [*self._patience(), self.control]}
         about, random_numbers = self._about(), self.team.gather(self._random_numbers())
         if not self.team.leads:
             return
-        with saving(root, state.global_step, about, self._bytes()) as folder:
+        with staged_checkpoint(root, state.global_step, about, self._bytes()) as folder:
             self._save(str(folder))
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
@@ -184,8 +185,8 @@ class ResumableTrainer(Trainer):
 
     def _find_best(self) -> None:
         """Where the best checkpoint is now, if it is there and valid; else the best is what is evaluated from here on."""
-        state, folder = self.state, self._root() / f"{PREFIX}{self.state.best_global_step}"
-        state.best_model_checkpoint = str(folder) if newest_valid([folder])[0] else None
+        state, folder = self.state, self._root() / f"{CHECKPOINT_PREFIX}{self.state.best_global_step}"
+        state.best_model_checkpoint = str(folder) if find_newest_valid([folder])[0] else None
         if state.best_model_checkpoint is None:
             state.best_metric = state.best_global_step = None
 

@@ -14,8 +14,8 @@ from qlora_kit.data.chat_template import find_stop_ids
 from qlora_kit.model.fingerprint import weights_fingerprint
 from qlora_kit.model.hub import is_local, model_folder, remote_code_warning
 from qlora_kit.model.tokenizer import separator_id, tokenizer_fingerprint, vocabulary_fingerprint
-from qlora_kit.output.checkpoints import SAVING, Checkpoint, replace_text
-from qlora_kit.output.folder import CHECKPOINTS, CONFIG, CURVES, LOG, OUTPUT_FILES
+from qlora_kit.output.checkpoints import Checkpoint
+from qlora_kit.output.folder import CHECKPOINTS, CONFIG, CURVES, LOG, OUTPUT_FILES, SAVING, replace_text
 from qlora_kit.output.log import RunLog
 from qlora_kit.output.provenance import command_line, now, versions
 from qlora_kit.planning.plan import Plan
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class RunReport:
-    """Tells the reader what was asked, predicted and measured; keeps what the passport will state."""
+    """Tells the reader what was asked, predicted and measured; keeps what the provenance will state."""
 
     def __init__(self, config: Config, machine: "Machine", plan: Plan, team: Team = ALONE):
         self.config, self.machine, self.plan, self.team = config, machine, plan, team
@@ -172,7 +172,7 @@ def open_output(folder: Path, report: RunReport, checkpoint: Checkpoint | None, 
     report.log.open(folder, checkpoint.folder if checkpoint else None)
 
 
-def build_passport(
+def build_provenance(
     report: RunReport, tokenizer: "PreTrainedTokenizerBase", before: "Perplexity | None", after: "Perplexity | None", **how: Any
 ) -> dict[str, Any]:
     """Where an adapter comes from and how to load it: inference_example.py goes by this.

@@ -6,7 +6,7 @@ from typing import Any
 from qlora_kit.config import Config
 from qlora_kit.config_file import load_config
 from qlora_kit.errors import UserError
-from qlora_kit.output.checkpoints import MANIFEST, Checkpoint, candidates, clean, newest_valid
+from qlora_kit.output.checkpoints import MANIFEST, Checkpoint, clean, find_newest_valid, list_checkpoints
 from qlora_kit.output.folder import CHECKPOINTS, CONFIG
 from qlora_kit.training.processes import Team
 
@@ -34,8 +34,8 @@ def find_checkpoint(folder: Path, config: Config, wanted: str) -> tuple[Checkpoi
         UserError: there is none, or the settings are not those of the run that wrote it.
     """
     named = Path(wanted).expanduser() if wanted else folder / CHECKPOINTS
-    found = candidates(named) or candidates(named / CHECKPOINTS) or [named] * bool(wanted)
-    checkpoint, passed_over = newest_valid([path for path in found if path.is_dir()])
+    found = list_checkpoints(named) or list_checkpoints(named / CHECKPOINTS) or [named] * bool(wanted)
+    checkpoint, passed_over = find_newest_valid([path for path in found if path.is_dir()])
     lines = [f"Passed over, not valid: {line}" for line in passed_over]
     if checkpoint is None:
         problem = (
@@ -117,7 +117,7 @@ def check_same_material(checkpoint: Checkpoint, material: dict[str, Any]) -> Non
 
 
 def check_end(checkpoint: Checkpoint, config: Config, blocks: int) -> None:
-    """Refuse to resume behind the end: adapter, settings and passport would speak of different runs.
+    """Refuse to resume behind the end: adapter, settings and provenance would speak of different runs.
 
     Raises:
         UserError: the checkpoint has more steps than the settings ask for.

@@ -20,7 +20,7 @@ from qlora_kit.fast.micro_step import MicroStep
 from qlora_kit.model.device import is_out_of_memory
 from qlora_kit.model.loss import IGNORED, token_losses
 from qlora_kit.model.perplexity import Perplexity, as_metrics, from_block_losses, library_losses, measure_block_losses
-from qlora_kit.output.checkpoints import what_stands
+from qlora_kit.output.checkpoints import describe_resume_point
 from qlora_kit.training.checkpointing import ResumableTrainer
 from qlora_kit.training.progress import ProgressCallback
 from qlora_kit.training.step_guard import StepGuard, numbered
@@ -69,7 +69,7 @@ class QLoraTrainer(ResumableTrainer):
         self.stopping = StopCallback(self.team)
         self.add_callback(self.stopping)
         self.last_measured: tuple[int, Perplexity] | None = None
-        self.guard = StepGuard(progress.report, self._batch, lambda: what_stands(self._root()), self._silent)
+        self.guard = StepGuard(progress.report, self._batch, lambda: describe_resume_point(self._root()), self._silent)
         self.loss_before: torch.Tensor | None = None  # summed up since the last logged step, without the step at hand
         self.step_tokens = 0
 
@@ -252,7 +252,7 @@ class QLoraTrainer(ResumableTrainer):
             return result
         raise Failed(
             f"the evaluation loss is {result.loss} after step {self.state.global_step}: stopped, and no adapter was written; "
-            f"{self.guard.advice()}; {what_stands(self._root())}"
+            f"{self.guard.advice()}; {describe_resume_point(self._root())}"
         )
 
     def measure_base(self) -> Perplexity | None:
@@ -265,7 +265,7 @@ class QLoraTrainer(ResumableTrainer):
         return result
 
     def how_it_went(self) -> dict[str, Any]:
-        """For the passport: steps of the adapter and of the run, why it ended, the steps that the guard left out."""
+        """For the provenance: steps of the adapter and of the run, why it ended, the steps that the guard left out."""
         last = self.state.global_step
         ended = "after the last step" if last >= self.steps else "early, as training.early_stopping_patience asks"
         return {"optimizer_steps": self.kept_step, "last_step": last, "ended": ended, "skipped_steps": self.guard.skipped}

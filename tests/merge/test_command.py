@@ -29,7 +29,7 @@ PAIR = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
 
 
 def make_adapter(base: Path, folder: Path, quantization: dict | None = None, style: str = "text", **settings) -> Path:
-    """An adapter of random matrices, with the passport and the tokenizer that a run leaves beside it."""
+    """An adapter of random matrices, with the provenance and the tokenizer that a run leaves beside it."""
     torch.manual_seed(1)
     lora = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": PROJECTIONS, "task_type": "CAUSAL_LM"} | settings)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), lora)
@@ -38,11 +38,11 @@ def make_adapter(base: Path, folder: Path, quantization: dict | None = None, sty
             torch.nn.init.normal_(parameter, std=0.05)
     model.save_pretrained(folder, save_embedding_layers=False)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-    passport = {
+    provenance = {
         "base_model": {"name": str(base), "revision": None, "folder": str(base)}, "trust_remote_code": False,
         "quantization": quantization or {"load_in_4bit": False}, "prompt_style": style, "separator_id": 6141,
     }  # fmt: skip
-    (folder / "run.json").write_text(json.dumps(passport))
+    (folder / "run.json").write_text(json.dumps(provenance))
     return folder
 
 
@@ -410,11 +410,11 @@ def with_tensors(adapter: Path, folder: Path, **tensors) -> Path:
 
 
 def on_base(adapter: Path, folder: Path, base: Path) -> Path:
-    """The adapter with another base model in its passport."""
+    """The adapter with another base model in its provenance."""
     shutil.copytree(adapter, folder)
-    passport = json.loads((folder / "run.json").read_text())
-    passport["base_model"] |= {"name": str(base), "folder": str(base)}
-    (folder / "run.json").write_text(json.dumps(passport))
+    provenance = json.loads((folder / "run.json").read_text())
+    provenance["base_model"] |= {"name": str(base), "folder": str(base)}
+    (folder / "run.json").write_text(json.dumps(provenance))
     return folder
 
 

@@ -21,8 +21,7 @@ from qlora_kit import cli
 from qlora_kit.config_file import load_config
 from qlora_kit.errors import Failed, UserError
 from qlora_kit.fast.micro_step import MicroStep
-from qlora_kit.output import checkpoints
-from qlora_kit.output.checkpoints import candidates, clean, newest_valid, rotate, saving
+from qlora_kit.output.checkpoints import clean, find_newest_valid, list_checkpoints, rotate, staged_checkpoint
 from qlora_kit.output.folder import check_disk, check_output_dir
 from qlora_kit.output.lock import LOCK, OutputLock
 from qlora_kit.planning.plan import Plan, plan_inputs, resume_plan
@@ -43,7 +42,7 @@ def in_the_repository(root, monkeypatch):
 
 
 def write(root: Path, step: int, text: str = "weights", **run) -> Path:
-    with saving(root, step, run, needed=0) as folder:
+    with staged_checkpoint(root, step, run, needed=0) as folder:
         (folder / "adapter.txt").write_text(f"{text} of step {step}")
         (folder / "optimizer.txt").write_text("moments")
     return root / f"checkpoint-{step}"
@@ -74,8 +73,8 @@ def test_everything_is_flushed_before_the_name_is_given_and_the_name_after_it(tm
     monkeypatch.setattr(os, "fsync", lambda handle: (calls.append(os.readlink(where / str(handle))), fsync(handle)))
     monkeypatch.setattr(os, "rename", lambda *paths: (calls.append("rename"), rename(*paths)))
     write(tmp_path, 3)
-    staging = f"{tmp_path}/.saving-3"
-    files = [f"{staging}/adapter.txt", f"{staging}/optimizer.txt", f"{staging}/manifest.json"]
+    staging = f"{tmp_path}/.saving/checkpoint-3"
+    files = [f"{staging}/adapter.txt", f"{staging}/manifest.json", f"{staging}/optimizer.txt"]
     assert calls == [*files, staging, "rename", str(tmp_path)]
 
 
@@ -87,9 +86,9 @@ def damage(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("fault, reason", [
-    (lambda folder: damage(folder, "adapter.txt"), r"adapter.txt is not what was written \(its SHA-256 differs\)"),
+    (lambda folder: damage(folder, "adapter.txt"), r"adapter.txt was changed after it was written \(its SHA-256 differs\)"),
     (lambda folder: damage(folder, "manifest.json"), "manifest.json is damaged"),
-    (lambda folder: os.truncate(folder / "adapter.txt", 5), "adapter.txt holds 5 bytes of 17"),
+    (lambda folder: os.truncate(folder / "adapter.txt", 5), "adapter.txt has 5 bytes instead of 17"),
     (lambda folder: os.truncate(folder / "manifest.json", 50), "manifest.json is damaged"),
     (lambda folder: os.truncate(folder / "manifest.json", 0), "manifest.json is damaged"),
     (lambda folder: (folder / "optimizer.txt").unlink(), "optimizer.txt is missing"),
@@ -99,7 +98,7 @@ def damage(folder: Path, name: str) -> None:
 def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, fault, reason):
     older, newer = write(tmp_path, 1), write(tmp_path, 2)
     fault(newer)
-    checkpoint, passed_over = newest_valid(candidates(tmp_path))
+    checkpoint, passed_over = find_newest_valid(list_checkpoints(tmp_path))
     assert checkpoint.folder == older and (checkpoint.step, checkpoint.number) == (1, 1)
     (line,) = passed_over
     assert re.fullmatch(f"{newer}: {reason}", line), line
@@ -113,7 +112,7 @@ def test_every_single_bit_of_a_manifest_matters(tmp_path, at):
     place = at * (len(content) - 1) // 10
     content[place] ^= 2
     (folder / "manifest.json").write_bytes(content)
-    checkpoint, passed_over = newest_valid([folder])
+    checkpoint, passed_over = find_newest_valid([folder])
     # White space between words may change without changing what they say.
     assert (checkpoint is None and len(passed_over) == 1) or bytes(content[place : place + 1]).isspace()
 
@@ -152,7 +151,7 @@ def test_a_kill_at_any_point_of_a_save_leaves_a_valid_checkpoint_and_no_rubbish(
         write(root, 1)
         killed = killed_in_a_save(root, step, count)
         clean(root)
-        checkpoint, passed_over = newest_valid(candidates(root))
+        checkpoint, passed_over = find_newest_valid(list_checkpoints(root))
         text = (checkpoint.folder / "adapter.txt").read_text()
         assert text in ("weights of step 1", f"new of step {step}") and passed_over == []
         assert all(name.startswith("checkpoint-") for name in names(root))
@@ -165,8 +164,8 @@ def test_a_kill_at_any_point_of_a_save_leaves_a_valid_checkpoint_and_no_rubbish(
 
 def test_leftovers_of_a_killed_run_are_removed(tmp_path):
     write(tmp_path, 1)
-    for name in (".saving-2", ".removed-1", ".replaced-1"):
-        (tmp_path / name).mkdir()
+    for name in (".saving/checkpoint-2", ".removed/checkpoint-1", ".replaced/checkpoint-1"):
+        (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "half").touch()
     clean(tmp_path)
     assert names(tmp_path) == ["checkpoint-1"]
@@ -174,7 +173,9 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path):
 
 
 def test_an_output_folder_whose_only_checkpoint_stepped_aside_is_no_empty_one(tmp_path):
-    os.rename(write(tmp_path / "checkpoints", 4), tmp_path / "checkpoints" / ".replaced-4")
+    place, aside = write(tmp_path / "checkpoints", 4), tmp_path / "checkpoints" / ".replaced"
+    aside.mkdir()
+    os.rename(place, aside / place.name)
     with pytest.raises(UserError, match="an unfinished run"):
         check_output_dir(str(tmp_path), overwrite=False, resume=False)
 
@@ -207,7 +208,7 @@ def test_an_invalid_checkpoint_goes_when_a_newer_one_stands(tmp_path):
 def test_the_newest_is_the_one_written_last_when_a_run_went_back(tmp_path):
     for step in (1, 5, 2):
         write(tmp_path, step)
-    assert newest_valid(candidates(tmp_path))[0].step == 2
+    assert find_newest_valid(list_checkpoints(tmp_path))[0].step == 2
     rotate(tmp_path, 1)
     assert names(tmp_path) == ["checkpoint-2"]
 
@@ -217,10 +218,10 @@ def test_the_newest_is_the_one_written_last_when_a_run_went_back(tmp_path):
 
 def test_too_little_room_is_found_before_anything_is_written(tmp_path, monkeypatch):
     write(tmp_path, 1)
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 3 * 2**20))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 3 * 2**20))
     with (
-        pytest.raises(Failed, match=r"step 2 .* 7\.0 MiB of 10\.0 are missing\); checkpoint-1 stands, .*--resume"),
-        saving(tmp_path, 2, {}, needed=10 * 2**20),
+        pytest.raises(Failed, match=r"step 2 .* 7\.0 MiB of 10\.0 are missing\); checkpoint-1 is complete, .*--resume"),
+        staged_checkpoint(tmp_path, 2, {}, needed=10 * 2**20),
     ):
         pytest.fail("began to write")
     assert names(tmp_path) == ["checkpoint-1"]
@@ -242,7 +243,7 @@ def test_a_disk_that_refuses_anywhere_in_a_save_is_one_line(tmp_path, monkeypatc
     with pytest.raises(Failed) as failure:
         write(tmp_path, 2)
     assert os.strerror(number) in str(failure.value) and "\n" not in str(failure.value)
-    assert newest_valid(candidates(tmp_path))[0].step == (1 if call < 5 else 2)  # the last is after the rename
+    assert find_newest_valid(list_checkpoints(tmp_path))[0].step == (1 if call < 5 else 2)  # the last is after the rename
     assert not any(name.startswith(".") for name in names(tmp_path))
 
 
@@ -270,19 +271,19 @@ def test_a_disk_that_really_fills_up_is_one_line_whoever_writes(small_disk, libr
         "plain": lambda path: path.write_bytes(bytes(2**21)),
     }
     with (
-        pytest.raises(Failed, match=r"step 2 cannot be written .* MiB of 2\.0 are missing\); checkpoint-1 stands") as failure,
-        saving(small_disk, 2, {}, needed=2**21) as folder,
+        pytest.raises(Failed, match=r"step 2 cannot be written .* MiB of 2\.0 are missing\); checkpoint-1 is complete") as failure,
+        staged_checkpoint(small_disk, 2, {}, needed=2**21) as folder,
     ):
         pytest.fail("was not refused")
-    with pytest.raises(Failed, match="checkpoint-1 stands") as failure, saving(small_disk, 2, {}, needed=0) as folder:
+    with pytest.raises(Failed, match="checkpoint-1 is complete") as failure, staged_checkpoint(small_disk, 2, {}, needed=0) as folder:
         ways[library](folder / "big")
     assert "\n" not in str(failure.value)
     assert names(small_disk) == ["checkpoint-1"]  # what was begun gave its room back
-    assert newest_valid(candidates(small_disk))[0].step == 1
+    assert find_newest_valid(list_checkpoints(small_disk))[0].step == 1
 
 
 def test_another_error_while_saving_stays_what_it_is(tmp_path):
-    with pytest.raises(RuntimeError, match="a mistake of ours"), saving(tmp_path, 2, {}, needed=0):
+    with pytest.raises(RuntimeError, match="a mistake of ours"), staged_checkpoint(tmp_path, 2, {}, needed=0):
         raise RuntimeError("a mistake of ours")
 
 
@@ -298,8 +299,8 @@ def test_a_full_disk_beside_a_save_is_one_line_and_status_1(capsys):
 
 def test_a_run_that_cannot_leave_a_checkpoint_and_its_adapter_does_not_begin(tmp_path, monkeypatch):
     """29,933,568 parameters at 4 bytes twice and 2 for the moments, 1 MiB beside and 16 for the tokenizer: 302.5 MiB."""
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 200 * 2**20))
-    with pytest.raises(UserError, match=r"training\.output_dir: .*new: 102 MiB are missing .* of the 302 .*--output_dir"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 200 * 2**20))
+    with pytest.raises(UserError, match=r"training\.output_dir: .*new: needs 302 MiB, .* 200 MiB free. Free 102 MiB there, or set training.output_dir"):
         check_disk(tmp_path / "new", 29_933_568, 2.0)
     check_disk(tmp_path / "new", 10_000_000, 2.0)
 
@@ -423,7 +424,7 @@ def test_a_run_resumed_around_a_step_that_was_left_out_is_the_uninterrupted_one(
         assert (part / "training_log.txt").read_text().count("is left out") == 1
     bad.append(6)
     again = [*flags, "--output_dir", str(part), "--resume", str(part / "checkpoints" / "checkpoint-5")]
-    with pytest.raises(Failed, match=r"nan at step 6.*max_skipped_steps=2.*checkpoint-\d stands"):
+    with pytest.raises(Failed, match=r"nan at step 6.*max_skipped_steps=2.*checkpoint-\d is complete"):
         train_qlora.main(again)
     train_qlora.main([*again, "--set", "training.max_skipped_steps=2"])
     assert "Changed since: training.max_skipped_steps: 2, was 1" in (part / "training_log.txt").read_text()
@@ -474,13 +475,13 @@ def go_on(begun, tmp_path):
 
 def test_a_damaged_newest_checkpoint_costs_its_steps_and_not_the_run(begun, go_on, capsys):
     damage(go_on.out / "checkpoints" / "checkpoint-2", "optimizer.pt")
-    (go_on.out / "checkpoints" / ".saving-3").mkdir()
+    (go_on.out / "checkpoints" / ".saving" / "checkpoint-3").mkdir(parents=True)
     assert go_on() == begun[1]
     log = (go_on.out / "training_log.txt").read_text()
     for text in (capsys.readouterr().err, log):
-        assert "checkpoint-2: optimizer.pt is not what was written" in text and "Going on from step 1" in text
+        assert "checkpoint-2: optimizer.pt was changed after it was written" in text and "Going on from step 1" in text
     assert names(go_on.out / "checkpoints") == [f"checkpoint-{step}" for step in (1, 2, 3, 4)]
-    assert newest_valid([go_on.out / "checkpoints" / "checkpoint-2"])[1] == []  # written anew
+    assert find_newest_valid([go_on.out / "checkpoints" / "checkpoint-2"])[1] == []  # written anew
 
 
 def test_without_a_valid_checkpoint_each_is_named_and_nothing_is_touched(go_on):
@@ -544,15 +545,15 @@ def test_a_disk_that_fills_up_in_a_run_ends_it_in_one_line(go_on, monkeypatch, c
         saves.append(path)
         return shutil._ntuple_diskusage(0, 0, 2**40 if len(saves) < 3 else 0)  # before the run, step 3, step 4
 
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", free)
+    monkeypatch.setattr(shutil, "disk_usage", free)
     with pytest.raises(SystemExit) as ending:
         cli.run(go_on)
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert ending.value.code == 1
-    assert last.startswith("error: the checkpoint of step 4 cannot be written") and "checkpoint-3 stands" in last
+    assert last.startswith("error: the checkpoint of step 4 cannot be written") and "checkpoint-3 is complete" in last
     monkeypatch.undo()
     monkeypatch.chdir(Path(__file__).parents[2])
-    assert newest_valid(candidates(go_on.out / "checkpoints"))[0].step == 3
+    assert find_newest_valid(list_checkpoints(go_on.out / "checkpoints"))[0].step == 3
 
 
 def test_early_stopping_counts_on_where_it_was(tmp_path):

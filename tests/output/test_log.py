@@ -11,11 +11,11 @@ from qlora_kit.config import GIB, Config
 from qlora_kit.config_file import load_config, override
 from qlora_kit.errors import UserError
 from qlora_kit.model.perplexity import as_metrics, from_block_losses, recorded_base
-from qlora_kit.output.checkpoints import saving
+from qlora_kit.output.checkpoints import staged_checkpoint
 from qlora_kit.output.curves import plot_training_curves, read_metrics
 from qlora_kit.output.folder import CURVES, LOG, METRICS, check_output_dir
 from qlora_kit.output.log import RunLog
-from qlora_kit.output.provenance import write_passport
+from qlora_kit.output.provenance import write_provenance
 from qlora_kit.planning.plan import Plan
 from qlora_kit.training.machine import Machine
 from qlora_kit.training.report import RunReport, open_output
@@ -172,7 +172,7 @@ def finish(folder):
 
 def write_checkpoint(folder, step: int):
     """Of a default run."""
-    with saving(folder / "checkpoints", step, {}, needed=0) as staging:
+    with staged_checkpoint(folder / "checkpoints", step, {}, needed=0) as staging:
         finish(staging)
         (staging / "config.yaml").write_text(Config().to_yaml())
     return folder / "checkpoints" / f"checkpoint-{step}"
@@ -226,8 +226,8 @@ def test_overwriting_removes_the_run_and_nothing_else(tmp_path):
     assert load_config(tmp_path / "config.yaml") == config
 
 
-def test_the_passport_is_written_whole_and_leaves_no_other_file(tmp_path):
-    write_passport(tmp_path, {"seed": 1, "command": "größer"})
+def test_the_provenance_is_written_whole_and_leaves_no_other_file(tmp_path):
+    write_provenance(tmp_path, {"seed": 1, "command": "größer"})
     assert json.loads((tmp_path / "run.json").read_text(encoding="utf-8")) == {"seed": 1, "command": "größer"}
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 

@@ -52,10 +52,10 @@ def test_training_on_the_gpu_lowers_the_loss_and_leaves_an_adapter_that_loads(tm
     from peft import PeftModel
 
     train_qlora.main([*TINY, "--max_steps", "4", "--output_dir", str(tmp_path / "out")])
-    passport = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert passport["perplexity"]["adapter"]["loss"] < passport["perplexity"]["base"]["loss"]
-    assert passport["memory_gib"]["peak_reserved"] > 0 and passport["memory_gib"]["predicted_peak"] > 0
-    assert "cuda" in passport["hardware"][0]
+    provenance = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert provenance["perplexity"]["adapter"]["loss"] < provenance["perplexity"]["base"]["loss"]
+    assert provenance["memory_gib"]["peak_reserved"] > 0 and provenance["memory_gib"]["predicted_peak"] > 0
+    assert "cuda" in provenance["hardware"][0]
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert all(line["memory_gib"] > 0 for line in lines if "loss" in line)
     ids = torch.arange(100, 132, device="cuda")[None]

@@ -446,7 +446,7 @@ def test_what_is_no_number_ends_the_run_before_the_optimizer_sees_it(make_traine
     shuffled = torch.utils.data.RandomSampler(range(8), generator=torch.Generator().manual_seed(42))
     blocks = ", ".join(str(number + 1) for number in list(shuffled)[4:])
     assert f"nan at step 2 (blocks {blocks}, 60 trained tokens, computed in float32)" in line  # 4 x 15 are predicted
-    assert "--learning_rate (now 0.002)" in line and "checkpoint-1 stands" in line
+    assert "--learning_rate (now 0.002)" in line and "checkpoint-1 is complete" in line
     assert trainer.state.global_step == 1
     saved = load_file(make_trainer.folder / "checkpoints" / "checkpoint-1" / "adapter_model.safetensors")
     kept = get_peft_model_state_dict(trainer.adapted)
@@ -550,7 +550,7 @@ def test_an_adapter_that_is_no_number_is_not_put_into_a_checkpoint(make_trainer)
                 next(p for p in model.parameters() if p.requires_grad).data[0, 0] = math.inf
 
     trainer.add_callback(Overflow())
-    with pytest.raises(Failed, match=r"no numbers.*; checkpoint-1 stands"):
+    with pytest.raises(Failed, match=r"no numbers.*; checkpoint-1 is complete"):
         trainer.train()
     assert [path.name for path in (make_trainer.folder / "checkpoints").iterdir()] == ["checkpoint-1"]
 
