@@ -1,19 +1,19 @@
-"""Decoding speed with a 4-bit base and an adapter: the toolkit beside transformers with peft, and Unsloth, in one go on one GPU.
+"""Decoding speed with a 4-bit base and an adapter: the toolkit, transformers with peft, and Unsloth, in one go on one GPU.
 
     python benchmarks/decode_speed.py --tokenizer DIR --json decode.json
     python benchmarks/decode_speed.py --tokenizer DIR --systems toolkit
 
-A random checkpoint of Qwen2.5-3B's true shape with a random adapter of rank 16 on all seven projections; greedy, 128 new tokens
-whatever is written, after a first answer that warms up. Each system runs in a process of its own and measures
+A random checkpoint of Qwen2.5-3B's true shape with a random adapter of rank 16 on all seven projections; greedy decoding of 128
+new tokens without stop tokens, after one warm-up answer. Each system runs in a separate process and measures
 
-    load            seconds from the first import to a model, with its tokenizer, that can answer
+    load            seconds from the first import to a model and tokenizer that can answer
     first token     milliseconds to the first token of a 512-token prompt
-    1 prompt        tokens per second at a prompt of 64 tokens, first token left out
-    16 prompts      the same of 16 such prompts in one batch, tokens of all together
+    1 prompt        tokens per second for a prompt of 64 tokens, without the first token
+    16 prompts      the same for 16 such prompts in one batch, tokens of all prompts
     peak            GiB that torch's allocator reserved at most
 
-Each number is the median of --repeats answers. A system that is not installed, or fails, is a row that says so. Exit status 1
-when the toolkit gave no number.
+Each number is the median of --repeats answers. The row of a system that is not installed or fails states the reason. The exit
+status is 1 if the toolkit failed.
 """
 
 import argparse
@@ -37,7 +37,7 @@ COLUMNS = ("load", "first token", "1 prompt", "16 prompts", "peak")
 
 
 def main() -> None:
-    if "--one" in sys.argv:  # in a process of its own
+    if "--one" in sys.argv:  # the separate process of one system
         system, checkpoint, adapter, repeats = sys.argv[sys.argv.index("--one") + 1 :][:4]
         return print(json.dumps(measure(system, Path(checkpoint), Path(adapter), int(repeats))))
     arguments = parse_arguments()
@@ -93,7 +93,7 @@ def row_of(system: str, checkpoint: Path, adapter: Path, arguments: argparse.Nam
 
 
 def line_of(system: str, row: dict[str, Any], toolkit: dict[str, Any] | None) -> str:
-    """A row of the table; behind a speed, how many times as fast the toolkit is."""
+    """Return a row of the table; each speed is followed by the toolkit's speed divided by it."""
     if "error" in row:
         return f"| {system} | {row['error'].replace('|', '/')} |{' - |' * (len(COLUMNS) - 1)}"
     cells = [f"{row['load']:.1f} s", f"{row['first token']:.0f} ms"]
@@ -104,7 +104,7 @@ def line_of(system: str, row: dict[str, Any], toolkit: dict[str, Any] | None) ->
 
 
 def make_adapter(checkpoint: Path, folder: Path) -> None:
-    """A PEFT adapter whose B is not zero."""
+    """Write a random PEFT adapter whose B is not zero."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -121,7 +121,7 @@ def make_adapter(checkpoint: Path, folder: Path) -> None:
     model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
 
 
-# In a process of its own
+# Below: what runs in the separate process of one system.
 
 
 def measure(system: str, checkpoint: Path, adapter: Path, repeats: int) -> dict[str, float]:
@@ -174,7 +174,7 @@ def plain(checkpoint: Path, adapter: Path, system: str) -> Callable[[list[list[i
     from rivals import four_bit_model
     from transformers import AutoTokenizer
 
-    AutoTokenizer.from_pretrained(checkpoint)  # the other systems load it, and nobody talks to a model without one
+    AutoTokenizer.from_pretrained(checkpoint)  # the other systems load it too
     model = four_bit_model(checkpoint)
     return by_generate(PeftModel.from_pretrained(model, adapter).eval() if "peft" in system else model.eval())
 

@@ -1,14 +1,14 @@
-"""What it takes to load a 4-bit base model, its tokenizer and an adapter: the toolkit beside transformers with peft.
+"""Time and memory to load a 4-bit base model, its tokenizer and an adapter: the toolkit, and transformers with peft.
 
     python benchmarks/load_time.py
     python benchmarks/load_time.py --checkpoint DIR --repeats 9
 
-A random adapter of rank 16 on all seven projections, on the CPU. Each system loads in a process of its own, in turns, from the
+A random adapter of rank 16 on all seven projections, on the CPU. Each system loads in separate processes, in turns, from the
 first import to a model that can answer:
 
-    seconds         on the clock, which other programs lengthen
-    CPU seconds     of all threads
-    peak            GiB that the process held at most, of it file pages that the system may take back
+    seconds         wall-clock time, which other programs lengthen
+    CPU seconds     sum over all threads
+    peak            GiB of resident memory at most, including file pages that the system may free
 
 Each number is the median of --repeats processes.
 """
@@ -32,14 +32,16 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 def main() -> None:
-    if "--one" in sys.argv:  # in a process of its own
+    if "--one" in sys.argv:  # the separate process of one system
         system, checkpoint, adapter = sys.argv[sys.argv.index("--one") + 1 :][:3]
         return print(json.dumps(measure(system, checkpoint, adapter)))
     arguments = parse_arguments()
     with tempfile.TemporaryDirectory() as folder:
         adapter = Path(folder, "adapter")
         in_own_process(make_adapter, arguments.checkpoint, adapter)
-        (adapter / "config.yaml").write_text("quantization:\n  compute_dtype: bfloat16\n", encoding="utf-8")  # of both systems
+        (adapter / "config.yaml").write_text(
+            "quantization:\n  compute_dtype: bfloat16\n", encoding="utf-8"
+        )  # as plain() computes
         rounds = [[load(system, arguments.checkpoint, adapter) for system in SYSTEMS] for _ in range(arguments.repeats)]
     print("| system | seconds | CPU seconds | peak |\n|---|---|---|---|")
     for system, results in zip(SYSTEMS, zip(*rounds, strict=True), strict=True):
@@ -59,13 +61,13 @@ def parse_arguments() -> argparse.Namespace:
 
 def load(system: str, checkpoint: Path, adapter: Path) -> list[float]:
     command = [sys.executable, str(Path(__file__).resolve()), "--one", system, str(checkpoint), str(adapter)]
-    # Both wait for other threads in the same way: the toolkit sets this for itself.
+    # The toolkit sets OMP_WAIT_POLICY for itself; transformers with peft gets it too.
     environment = os.environ | {"OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
     written = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
     return json.loads(written.splitlines()[-1])
 
 
-# In a process of its own
+# Below: what runs in the separate process of one system.
 
 
 def measure(system: str, checkpoint: str, adapter: str) -> tuple[float, float, float]:
