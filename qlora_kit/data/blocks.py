@@ -203,7 +203,7 @@ def text_blocks(stored: Tokens, length: int, key: str) -> Blocks:
         UserError: no text, or not even one block of it.
     """
     if not len(stored):
-        raise UserError(f"{key}: holds no text; name another source")
+        raise UserError(key, None, "holds no text", "use another source")
     import numpy as np
 
     blocks = cut_into_blocks(stored.ids, length, len(stored), stored.about["join_rule"], key)
@@ -219,6 +219,7 @@ def cut_into_blocks(stream: "np.ndarray", length: int, documents: int, join_rule
     count = len(stream) // length
     if count == 0:
         shorter = f", or --max_length {len(stream)}" if len(stream) >= 8 else ""
-        raise UserError(f"{key}: {len(stream)} tokens do not fill one block of data.max_length {length}; use more text{shorter}")
+        problem = f"has {len(stream)} tokens, which do not fill one block of data.max_length {length}"
+        raise UserError(key, None, problem, f"use more text{shorter}")
     ids = stream[: count * length].reshape(count, length)
     return Blocks(ids, documents, join_rule, tail_tokens=len(stream) - count * length)

@@ -37,9 +37,7 @@ def apply_chat_template(messages: list[Message], tokenizer: Any, add_generation_
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except (TemplateError, ValueError) as error:
-        raise BadRecord(
-            f"the chat template refuses the turns ({' '.join(str(error).split())}); expected turns it knows"
-        ) from None
+        raise BadRecord(f"the chat template refuses the turns ({' '.join(str(error).split())})") from None
 
 
 def _by_fallback(messages: list[Message], end: str, prompting: bool) -> str:
@@ -72,8 +70,8 @@ def end_of_turn(tokenizer: Any) -> str:
     token = control_tokens(tokenizer).search(behind)
     if not token:
         raise BadRecord(
-            f"its answer would be followed by {behind!r}, no control token, so that the model would not learn to stop; "
-            "expected a tokenizer with an end-of-sequence token, and a chat template that ends turns with it or another one"
+            f"the chat template ends an answer with {behind!r}, expected an end-of-sequence or other control token, "
+            "without which the model would not learn to stop"
         )
     return token[0]
 
@@ -102,11 +100,8 @@ def _by_prompt(turns: list[Message], number: int, whole: str, tokenizer: Any, en
     answered = apply_chat_template(turns[: number + 1], tokenizer)
     at = answered.rfind(end, len(prompt))
     if at < 0 or not whole.startswith(prompt) or not whole.startswith(answered[: at + len(end)]):
-        remedy = "; train the last answer only" if number < len(turns) - 1 else ""
-        raise BadRecord(
-            f"the chat template does not write turn {number + 1} as it would be generated; "
-            f"expected the prompt for it, the answer, then what follows{remedy}"
-        )
+        remedy = " (data.train_on: last trains the last answer only)" if number < len(turns) - 1 else ""
+        raise BadRecord(f"the chat template does not render turn {number + 1} as the model would generate it{remedy}")
     return len(prompt), at + len(end)
 
 

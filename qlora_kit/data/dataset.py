@@ -86,7 +86,9 @@ def _record_parts(
 ) -> tuple[RecordBlocks, RecordBlocks]:
     stored = tokenize_records(source, data, tokenizer)
     if len(stored) < 2:
-        raise UserError(f"data.eval_split: {share[0]}: no share of a single record can be held out; use null, or a file")
+        raise UserError(
+            "data.eval_split", share[0], "is a share of a single record, which cannot be divided", "use null, or a file"
+        )
     chosen = draw(len(stored), *share)
     train = [number for number in range(len(stored)) if number not in chosen]
     pad = padding_id(tokenizer)
@@ -123,7 +125,7 @@ def tokenize_records(source: Source, data: DataSettings, tokenizer: "PreTrainedT
         ends = set()
         for batch in _batches(source, data, tokenizer):
             for rendered, record in zip(batch, encode([rendered.pieces for rendered in batch], tokenizer), strict=True):
-                with placed(rendered.place):
+                with placed(rendered.name, rendered.place):
                     check(record, rendered.end)
                 writer.append(record.ids, record.trained)
                 writer.end()
@@ -136,7 +138,8 @@ def tokenize_records(source: Source, data: DataSettings, tokenizer: "PreTrainedT
 class Rendered(NamedTuple):
     """A record ready to be tokenized."""
 
-    place: str
+    name: str  # of its file
+    place: str  # in the file
     pieces: list[Piece]
     end: int  # the token that ends its answers
 
@@ -144,10 +147,10 @@ class Rendered(NamedTuple):
 def _batches(source: Source, data: DataSettings, tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[Rendered]]:
     batch: list[Rendered] = []
     characters = 0
-    for place, kind, record in source.records():
-        with placed(place):
-            pieces = record_pieces(record, kind, tokenizer, data.text_field, data.train_on)
-            batch.append(Rendered(place, pieces, end_id(kind, tokenizer)))
+    for part, place, record in source.records():
+        with placed(part.name, place):
+            pieces = record_pieces(record, part.format, tokenizer, data.text_field, data.train_on)
+            batch.append(Rendered(part.name, place, pieces, end_id(part.format, tokenizer)))
         characters += sum(len(piece.text) for piece in pieces)
         if len(batch) == RECORDS_AT_ONCE or characters > CHARACTERS_AT_ONCE:
             yield batch
@@ -164,10 +167,8 @@ def _cached(key: str, write: Callable[[TokenWriter], None]) -> Tokens:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR):
                 raise
-            raise UserError(
-                f"HF_DATASETS_CACHE: {folder.parent}: cannot be written ({error.strerror}); "
-                "make room there, or name another folder"
-            ) from None
+            problem = f"cannot be written ({error.strerror})"
+            raise UserError("HF_DATASETS_CACHE", folder.parent, problem, "free space there, or use another folder") from None
         found = read_tokens(folder)
     assert found is not None
     return found

@@ -33,7 +33,7 @@ TEXTS = ("text", "instruction")  # formats that differ by what the text says, no
 class Part:
     """A text file, or a table: a file of records, or one split of a Hub data set."""
 
-    where: str  # the setting and the file, as messages name them
+    name: str  # the path, or the data set and its split: the key of messages
     fingerprint: str  # of the content
     path: Path | None  # of a text file
     rows: Callable[[], Iterator[Row]]  # of a table, from the beginning at each call
@@ -41,23 +41,12 @@ class Part:
 
 
 @contextmanager
-def placed(place: str) -> Iterator[None]:
+def placed(name: str, place: str) -> Iterator[None]:
     """Say where a bad record is."""
     try:
         yield
     except BadRecord as error:
-        raise UserError(f"{place}: {error}") from None
-
-
-def recognise_format(record: dict[str, Any], text_field: str) -> str:
-    """
-    Raises:
-        BadRecord: the keys are those of no format.
-    """
-    try:
-        return recognise(record, text_field)
-    except BadRecord as error:
-        raise BadRecord(f"{error} (data.text_field)") from None
+        raise UserError(name, None, f"{place}: {error}", "correct the record, or remove it") from None
 
 
 def check_format(record: dict[str, Any], expected: str, text_field: str) -> None:
@@ -65,17 +54,17 @@ def check_format(record: dict[str, Any], expected: str, text_field: str) -> None
     Raises:
         BadRecord: the record is of another format than `expected`.
     """
-    found = recognise_format(record, text_field)
+    found = recognise(record, text_field)
     if found != expected and not {found, expected} <= set(TEXTS):
-        raise BadRecord(f"is of format {found}, and those before it {expected}; expected one format in a file")
+        raise BadRecord(f"the format is {found} and that of the records before it {expected}")
 
 
 def read_documents(part: Part, text_field: str) -> Iterator[Fragment]:
     """Documents that hold more than blanks."""
     if part.path:
         if join_rule(part, text_field) == AT_TITLES:
-            return join_lines(read_text_lines(part.path, part.where))
-        return _one_document(read_text(part.path, part.where), part.where)
+            return join_lines(read_text_lines(part.path))
+        return _one_document(part.path)
     if join_rule(part, text_field) == AT_TITLES:
         return join_lines(text.rstrip("\r\n") + "\n" for text in _texts(part, text_field))
     return ((text, True) for text in _texts(part, text_field) if text.strip())
@@ -85,21 +74,21 @@ def read_documents(part: Part, text_field: str) -> Iterator[Fragment]:
 def join_rule(part: Part, text_field: str) -> str:
     """How the rows of a part become documents."""
     if part.path:
-        return AT_TITLES if _has_title(read_text_lines(part.path, part.where)) else A_FILE
+        return AT_TITLES if _has_title(read_text_lines(part.path)) else A_FILE
     return AT_TITLES if _has_title(text.rstrip("\r\n") for text in _texts(part, text_field)) else A_ROW
 
 
 def _texts(part: Part, text_field: str) -> Iterator[str]:
     """The text of each row of a table; one without a value is empty."""
     for place, record in part.rows():
-        with placed(f"{part.where}: {place}"):
+        with placed(part.name, place):
             text = _text(record, text_field)
         yield text
 
 
 def _text(record: dict[str, Any], text_field: str) -> str:
     if text_field not in record:
-        raise BadRecord(f"has the keys {', '.join(map(str, record)) or 'none'}; expected {text_field} in each (data.text_field)")
+        raise BadRecord(f"{text_field} is missing among the keys {', '.join(map(str, record)) or 'none'} (data.text_field)")
     if record[text_field] is None:
         return ""
     text = checked_text(record[text_field], text_field)
@@ -130,7 +119,7 @@ def join_lines(lines: Iterable[str]) -> Iterator[Fragment]:
         yield text if text.endswith("\n") else text + "\n", True
 
 
-def _one_document(chunks: Iterable[str], where: str) -> Iterator[Fragment]:
+def _one_document(path: Path) -> Iterator[Fragment]:
     """A text without titles.
 
     Raises:
@@ -138,9 +127,10 @@ def _one_document(chunks: Iterable[str], where: str) -> Iterator[Fragment]:
     """
 
     def checked() -> Iterator[str]:
-        for chunk in chunks:
+        for chunk in read_text(path):
             if len(chunk) > LONGEST_WORD and not re.search(r"\s", chunk):
-                raise UserError(f"{where}: {LONGEST_WORD:,} characters without a space or line end; break it into lines of text")
+                problem = f"holds {LONGEST_WORD:,} characters without a space or line end"
+                raise UserError(path, None, problem, "break it into lines of text")
             yield chunk
 
     return _ending(checked())

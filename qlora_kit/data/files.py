@@ -23,11 +23,8 @@ SPACE = re.compile(r"\s*")
 csv.field_size_limit(LONGEST_RECORD)
 
 
-def read_text(path: Path, where: str) -> Iterator[str]:
+def read_text(path: Path) -> Iterator[str]:
     """A text file in chunks of CHUNK characters, line ends as `\\n`.
-
-    Args:
-        where: the setting and the file, as messages name them.
 
     Raises:
         UserError: not UTF-8, or NUL bytes.
@@ -36,10 +33,10 @@ def read_text(path: Path, where: str) -> Iterator[str]:
         with path.open(encoding="utf-8-sig") as file:
             while chunk := file.read(CHUNK):
                 if "\0" in chunk:
-                    raise UserError(f"{where}: not text (it holds NUL bytes); save it as UTF-8 text")
+                    raise UserError(path, None, "holds NUL bytes, so it is not text", "save it as UTF-8 text")
                 yield chunk
     except UnicodeDecodeError:
-        raise UserError(f"{where}: not UTF-8 text (byte {_first_bad_byte(path)}); save it as UTF-8") from None
+        raise UserError(path, None, f"is not UTF-8 text (byte {_first_bad_byte(path)})", "save it as UTF-8") from None
 
 
 def _first_bad_byte(path: Path) -> int:
@@ -55,10 +52,10 @@ def _first_bad_byte(path: Path) -> int:
     return done - len(decoder.getstate()[0])  # the file ends within a character
 
 
-def read_text_lines(path: Path, where: str) -> Iterator[str]:
+def read_text_lines(path: Path) -> Iterator[str]:
     """The lines of a text file with their ends; one longer than CHUNK characters comes in parts."""
     rest = ""
-    for chunk in read_text(path, where):
+    for chunk in read_text(path):
         *lines, rest = (rest + chunk).split("\n")
         yield from (f"{line}\n" for line in lines)
         if len(rest) > CHUNK:
@@ -68,47 +65,47 @@ def read_text_lines(path: Path, where: str) -> Iterator[str]:
         yield rest
 
 
-def read_records(path: Path, where: str) -> Iterator[Row]:
+def read_records(path: Path) -> Iterator[Row]:
     """The records of a .json, .jsonl, .csv or .parquet file.
 
     Raises:
         UserError: broken at a line or record, or a record longer than LONGEST_RECORD.
     """
     read = {".jsonl": _read_json_lines, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
-    return read[path.suffix.lower()](path, where)
+    return read[path.suffix.lower()](path)
 
 
-def _lines(path: Path, where: str) -> Iterator[tuple[int, str]]:
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Lines by number, ends as `\\n`."""
     with path.open("rb") as file:
         number = 0
         while line := file.readline(LONGEST_RECORD + 1):
             number += 1
             if len(line) > LONGEST_RECORD:
-                raise UserError(
-                    f"{where}: line {number} is longer than {LONGEST_RECORD:,} bytes; put one record on each line, or split it"
-                )
+                problem = f"line {number} is longer than {LONGEST_RECORD:,} bytes"
+                raise UserError(path, None, problem, "put one record on each line, or split it")
             if b"\0" in line:
-                raise UserError(f"{where}: line {number} holds NUL bytes; save the file as UTF-8 text")
+                raise UserError(path, None, f"line {number} holds NUL bytes", "save the file as UTF-8 text")
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise UserError(f"{where}: line {number}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+                problem = f"line {number} is not UTF-8 text (byte {error.start})"
+                raise UserError(path, None, problem, "save the file as UTF-8") from None
             yield number, text[:-2] + "\n" if text.endswith("\r\n") else text
 
 
-def _read_json_lines(path: Path, where: str) -> Iterator[Row]:
-    for number, line in _lines(path, where):
+def _read_json_lines(path: Path) -> Iterator[Row]:
+    for number, line in _lines(path):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             reason = _where_broken(error, 0)[1]
-            raise UserError(f"{where}: line {number}: broken JSON ({reason}); mend this line") from None
+            raise UserError(path, None, f"line {number} is not valid JSON ({reason})", "correct the line") from None
         if isinstance(record, list) and number == 1:
-            raise UserError(f"{where}: line 1: begins an array; put one object on each line, or name the file .json")
-        yield f"line {number}", _object(record, f"{where}: line {number}")
+            raise UserError(path, None, "line 1 begins an array", "put one object on each line, or rename the file to .json")
+        yield f"line {number}", _object(path, f"line {number}", record)
 
 
 def _where_broken(error: Exception, at: int) -> tuple[int, str]:
@@ -118,21 +115,23 @@ def _where_broken(error: Exception, at: int) -> tuple[int, str]:
     return at, "nested too deep, or a number too long"
 
 
-def _object(record: Any, place: str) -> dict[str, Any]:
+def _object(path: Path, place: str, record: Any) -> dict[str, Any]:
     if not isinstance(record, dict):
-        raise UserError(f"{place}: holds {type(record).__name__}; expected an object with named fields")
+        raise UserError(
+            path, None, f"{place} holds {type(record).__name__}, expected an object", "name the fields of each record"
+        )
     return record
 
 
-def _read_json(path: Path, where: str) -> Iterator[Row]:
+def _read_json(path: Path) -> Iterator[Row]:
     """An array of objects, or objects one after the other."""
-    stream, number = _JsonStream(path, where), 0
+    stream, number = _JsonStream(path), 0
     is_array = stream.skip("[")
     while (stream.peek() != "]") if is_array else stream.peek():
         if is_array and number:
             stream.expect(",")
         number += 1
-        yield f"record {number}", _object(stream.value(), f"{where}: record {number}")
+        yield f"record {number}", _object(path, f"record {number}", stream.value())
     if is_array:
         stream.expect("]")
         if stream.peek():
@@ -142,8 +141,8 @@ def _read_json(path: Path, where: str) -> Iterator[Row]:
 class _JsonStream:
     """Reads JSON values off a file, of which no more than a record and a chunk is held."""
 
-    def __init__(self, path: Path, where: str):
-        self.chunks, self.where = read_text(path, where), where
+    def __init__(self, path: Path):
+        self.chunks, self.path = read_text(path), path
         self.text, self.at, self.line = "", 0, 1  # `line` is that of the beginning of `text`
         self.decode = json.JSONDecoder().raw_decode
 
@@ -180,10 +179,8 @@ class _JsonStream:
                 at, reason = _where_broken(error, self.at)
                 may_go_on = at >= len(self.text) - LONGEST_TOKEN or reason.startswith("Unterminated string")
                 if len(self.text) - self.at > LONGEST_RECORD:
-                    raise UserError(
-                        f"{self.where}: the record that begins on line {self.line_number()} does not end within "
-                        f"{LONGEST_RECORD:,} characters; close it, or split it"
-                    ) from None
+                    problem = f"the record on line {self.line_number()} is longer than {LONGEST_RECORD:,} characters"
+                    raise UserError(self.path, None, problem, "close it, or split it") from None
                 offset = at - self.at
                 if not may_go_on or not self.more():
                     self.at += offset
@@ -193,12 +190,12 @@ class _JsonStream:
         return self.line + self.text.count("\n", 0, self.at)
 
     def fail(self, reason: str) -> NoReturn:
-        raise UserError(f"{self.where}: line {self.line_number()}: broken JSON ({reason}); mend this line")
+        raise UserError(self.path, None, f"line {self.line_number()} is not valid JSON ({reason})", "correct the line")
 
 
-def _read_csv(path: Path, where: str) -> Iterator[Row]:
+def _read_csv(path: Path) -> Iterator[Row]:
     number = 0
-    rows = csv.reader((line for _, line in _lines(path, where)), strict=True)
+    rows = csv.reader((line for _, line in _lines(path)), strict=True)
     try:
         header = next(rows, [])
         for row in rows:
@@ -206,18 +203,15 @@ def _read_csv(path: Path, where: str) -> Iterator[Row]:
                 continue
             number += 1
             if len(row) != len(header):
-                raise UserError(
-                    f"{where}: record {number} (line {rows.line_num}) has {len(row)} fields where the header has {len(header)}; "
-                    "quote fields that hold commas"
-                )
+                problem = f"record {number} (line {rows.line_num}) has {len(row)} fields and the header {len(header)}"
+                raise UserError(path, None, problem, "quote fields that contain commas")
             yield f"record {number}", dict(zip(header, row, strict=True))
     except csv.Error as error:
-        raise UserError(
-            f"{where}: record {number + 1} (line {rows.line_num}): not readable as CSV ({error}); look for an open quote"
-        ) from None
+        problem = f"record {number + 1} (line {rows.line_num}) is not valid CSV ({error})"
+        raise UserError(path, None, problem, "look for an open quote") from None
 
 
-def _read_parquet(path: Path, where: str) -> Iterator[Row]:
+def _read_parquet(path: Path) -> Iterator[Row]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -229,7 +223,7 @@ def _read_parquet(path: Path, where: str) -> Iterator[Row]:
                     number += 1
                     yield f"record {number}", record
     except UnicodeDecodeError:
-        raise UserError(f"{where}: after record {number}: not UTF-8 text; save it as UTF-8") from None
+        raise UserError(path, None, f"text after record {number} is not UTF-8", "save it as UTF-8") from None
     except (ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{where}: not readable as parquet ({reason}); write it again") from None
+        raise UserError(path, None, f"is not readable as parquet ({reason})", "write it again") from None

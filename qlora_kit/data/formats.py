@@ -86,8 +86,8 @@ def recognise(record: dict[str, Any], text_field: str = "text") -> str:
         text = record[text_field]
         return "instruction" if isinstance(text, str) and INSTRUCTION.search(text) and RESPONSE.search(text) else "text"
     raise BadRecord(
-        f"has the keys {', '.join(map(str, record)) or 'none'}; expected messages, conversations, instruction and output, "
-        f"prompt and completion, or {text_field}"
+        f"the keys are {', '.join(map(str, record)) or 'none'}, expected messages, conversations, instruction and output, "
+        f"prompt and completion, or {text_field} (data.text_field)"
     )
 
 
@@ -128,7 +128,7 @@ def _text(record: dict[str, Any], key: str, missing: str | None = None) -> str:
     if value is None and missing is not None:
         return missing
     if key not in record:
-        raise BadRecord(f"{key} is missing; expected text")
+        raise BadRecord(f"{key} is missing, expected text")
     return checked_text(value, key)
 
 
@@ -139,13 +139,13 @@ def checked_text(value: Any, what: str) -> str:
         BadRecord: it is not text, or holds what text cannot: NUL, or half a character (an emoji's `\\ud83d` alone, in JSON).
     """
     if not isinstance(value, str):
-        raise BadRecord(f"{what} holds {type(value).__name__}; expected text")
+        raise BadRecord(f"{what} holds {type(value).__name__}, expected text")
     if "\0" in value:
-        raise BadRecord(f"{what} holds NUL at character {value.index(chr(0)) + 1}; expected text")
+        raise BadRecord(f"{what} holds NUL at character {value.index(chr(0)) + 1}, expected text")
     try:
         value.isascii() or value.encode()
     except UnicodeEncodeError as error:
-        raise BadRecord(f"{what} holds half a character (a lone surrogate) at {error.start + 1}; expected whole ones") from None
+        raise BadRecord(f"{what} holds half a character (a lone surrogate) at character {error.start + 1}") from None
     return value
 
 
@@ -153,20 +153,20 @@ def _turns(record: dict[str, Any], key: str, role_keys: tuple[str, str], content
     turns = record.get(key)
     if not isinstance(turns, list) or not turns:
         what = "no turn" if isinstance(turns, list) else type(turns).__name__
-        raise BadRecord(f"{key} holds {what}; expected a list of turns")
+        raise BadRecord(f"{key} holds {what}, expected a list of turns")
     return [_turn(turn, f"turn {number} of {key}", role_keys, content_keys) for number, turn in enumerate(turns, 1)]
 
 
 def _turn(turn: Any, where: str, role_keys: tuple[str, str], content_keys: tuple[str, str]) -> Message:
     if not isinstance(turn, dict):
-        raise BadRecord(f"{where} is {type(turn).__name__}; expected {role_keys[0]} and {content_keys[0]}")
+        raise BadRecord(f"{where} is {type(turn).__name__}, expected {role_keys[0]} and {content_keys[0]}")
     role_key = next((name for name in role_keys if name in turn), role_keys[0])
     content_key = next((name for name in content_keys if name in turn), content_keys[0])
     role, weight = turn.get(role_key), turn.get("weight")
     if not isinstance(role, str) or role not in ROLES:
-        raise BadRecord(f"{where} has {role_key} {role!r}; expected {', '.join(ROLES)}")
+        raise BadRecord(f"{where} has {role_key} {role!r}, expected {', '.join(ROLES)}")
     if weight not in (None, 0, 1):
-        raise BadRecord(f"{where} has weight {weight!r}; expected 0 or 1")
+        raise BadRecord(f"{where} has weight {weight!r}, expected 0 or 1")
     message = {"role": ROLES[role], "content": checked_text(turn.get(content_key), f"{content_key} of {where}")}
     return message | {"weight": 0} if weight == 0 else message
 
@@ -183,12 +183,12 @@ def _checked(messages: list[Message]) -> list[Message]:
         if message["role"] != expected:
             place = number + 1 + len(messages) - len(turns)
             raise BadRecord(
-                f"turn {place} is {message['role']}; expected {expected}: user and assistant take turns, system only first"
+                f"turn {place} is {message['role']}, expected {expected}: user and assistant take turns, system only first"
             )
         if expected == "assistant" and not message["content"].strip():
-            raise BadRecord("an answer is empty; expected text to train on")
+            raise BadRecord("an answer is empty, expected text to train on")
     if not turns or turns[-1]["role"] != "assistant":
-        raise BadRecord("ends without an answer; expected an assistant turn last")
+        raise BadRecord("the last turn is no answer, expected an assistant turn")
     return messages
 
 
@@ -251,7 +251,7 @@ def instruction_pieces(text: str, end: str, train_on: TrainOn = "assistant") -> 
         BadRecord: an instruction without a response, or no `end`.
     """
     if not end:
-        raise BadRecord("the tokenizer has no token to end a response with, so that the model would not learn to stop")
+        raise BadRecord("the tokenizer has no end-of-sequence token, so the model would not learn to stop")
     whole, spans, at = "", [], 0
     while response := RESPONSE.search(text, at):
         following = INSTRUCTION.search(text, response.end())
@@ -259,13 +259,13 @@ def instruction_pieces(text: str, end: str, train_on: TrainOn = "assistant") -> 
         answer = text[response.end() : stop].rstrip()
         words = answer.removesuffix(end)
         if not words.strip():
-            raise BadRecord("a response is empty; expected text to train on")
+            raise BadRecord("a response is empty, expected text to train on")
         whole += text[at : response.end()] + words + end
         spans.append((len(whole) - len(words + end), len(whole)))
         whole += text[response.end() + len(answer) : stop] if following else ""
         at = stop
     if not spans or at < len(text):
-        raise BadRecord("ends with an instruction; expected ### Response: behind it")
+        raise BadRecord("the text ends with an instruction, expected ### Response: after it")
     if train_on == "all":
         spans = [(0, len(whole))]
     return _pieces(whole, spans[-1:] if train_on == "last" else spans)

@@ -36,10 +36,9 @@ def build_record_blocks(stored: Tokens, numbers: Sequence[int], data: DataSettin
         lengths[number] = len(shorten(record, data.max_length, data.too_long, data.train_on) or ())
     kept = np.flatnonzero(lengths)
     if not len(kept):
-        raise UserError(
-            f"{key}: none of {len(full):,} records fits into data.max_length {data.max_length}; "
-            f"the shortest has {full.min():,} tokens, the longest {full.max():,}"
-        )
+        problem = f"has no record that fits into data.max_length {data.max_length} (records: {len(full):,}, "
+        problem += f"the shortest of {full.min():,} tokens, the longest of {full.max():,})"
+        raise UserError(key, None, problem, "use a larger --max_length")
     begins = ends - lengths  # what is cut stands to the left
     order, bounds = pack(lengths[kept], data.max_length) if data.packing else (np.arange(len(kept)), np.arange(len(kept) + 1))
     counts = Counts(

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.config import DataSettings
-from qlora_kit.data.documents import Part, check_format, join_rule, placed, read_documents, recognise_format
+from qlora_kit.data.documents import Part, check_format, join_rule, placed, read_documents
 from qlora_kit.data.files import Row, read_records
+from qlora_kit.data.formats import recognise
 from qlora_kit.data.tokenizing import Fragment
 from qlora_kit.errors import UserError
 from qlora_kit.model.hub import FILE_SUFFIXES, is_local
@@ -43,8 +44,8 @@ class Source:
         said = [(part.fingerprint, part.format) for part in self.parts]
         return hashlib.sha256(repr((said, self.text_field)).encode()).hexdigest()
 
-    def records(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
-        """Place, format and fields of each record.
+    def records(self) -> Iterator[tuple[Part, str, dict[str, Any]]]:
+        """File, place in it and fields of each record.
 
         Raises:
             UserError: a record of another format than those before it.
@@ -52,9 +53,9 @@ class Source:
         for part in self.parts:
             for place, record in part.rows():
                 if self.mixed_is_wrong:
-                    with placed(f"{part.where}: {place}"):
+                    with placed(part.name, place):
                         check_format(record, part.format, self.text_field)
-                yield f"{part.where}: {place}", part.format, record
+                yield part, place, record
 
     def documents(self) -> Iterator[Fragment]:
         for part in self.parts:
@@ -77,15 +78,13 @@ def check_source(data: DataSettings) -> None:
     local = [name for name in data.names if is_local(name)]
     for name in local:
         for path in source_files(name):
-            _check_file(path, "data.dataset")
+            _check_file(path)
     if isinstance(data.eval_split, str) and is_file_name(data.eval_split):
         for path in source_files(data.eval_split, "data.eval_split"):
-            _check_file(path, "data.eval_split")
+            _check_file(path)
     elif local and isinstance(data.eval_split, str) and data.eval_split != data.train_split:
-        raise UserError(
-            f"data.eval_split: {data.eval_split}: a local source has no named splits; "
-            "hold out a share (--set data.eval_split=0.1), name another file, or null for no evaluation"
-        )
+        remedy = "use a share (--set data.eval_split=0.1), another file, or null for no evaluation"
+        raise UserError("data.eval_split", data.eval_split, "is a named split, which a local source does not have", remedy)
 
 
 def is_file_name(eval_split: str) -> bool:
@@ -97,32 +96,30 @@ def source_files(name: str, key: str = "data.dataset") -> list[Path]:
     """The files of a local source in a stable order."""
     path = Path(name).expanduser()
     if not path.exists():
-        raise UserError(f"{key}: {name}: no such file or folder; name a text file, or a Hub data set such as Salesforce/wikitext")
+        raise UserError(key, name, "does not exist", "use a text file, or a Hub data set such as Salesforce/wikitext")
     if path.is_file():
         return [path]
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in FILE_SUFFIXES and file.is_file())
     if not files:
-        raise UserError(f"{key}: {name}: the folder holds no {' '.join(FILE_SUFFIXES)} file; add one")
+        raise UserError(key, name, f"has no {' '.join(FILE_SUFFIXES)} file", "add one")
     return files
 
 
-def _check_file(path: Path, key: str) -> None:
+def _check_file(path: Path) -> None:
     try:
         with path.open("rb") as file:
             start = file.read(65536)
     except OSError as error:
-        raise UserError(f"{key}: {path}: cannot be read ({error.strerror}); check its permissions") from None
+        raise UserError(path, None, f"cannot be read ({error.strerror})", "check its permissions") from None
     if not start.removeprefix(b"\xef\xbb\xbf").strip():
-        raise UserError(f"{key}: {path}: the file is empty; put text into it, or name another")
+        raise UserError(path, None, "is empty", "put text into it, or use another file")
     if path.suffix.lower() in TABLE_SUFFIXES:
         return
     if path.suffix.lower() not in FILE_SUFFIXES:
-        kinds = " ".join(FILE_SUFFIXES)
-        raise UserError(
-            f"{key}: {path}: not a kind of file that is read ({kinds}); convert it, or rename it to .txt if it is text"
-        )
+        problem = f"has a suffix other than {' '.join(FILE_SUFFIXES)}"
+        raise UserError(path, None, problem, "convert it, or rename it to .txt if it is text")
     if b"\0" in start:
-        raise UserError(f"{key}: {path}: not text (it holds NUL bytes); save it as UTF-8 text")
+        raise UserError(path, None, "holds NUL bytes, so it is not text", "save it as UTF-8 text")
 
 
 def estimate_tokens(data: DataSettings) -> float | None:
@@ -150,7 +147,7 @@ def open_source(data: DataSettings, names: list[str], split: str, key: str) -> S
     parts: list[Part] = []
     for name in names:
         if is_local(name):
-            parts += [_file(path, key) for path in source_files(name, key)]
+            parts += [_file(path) for path in source_files(name, key)]
         else:
             parts.append(_hub_table(data, name, split, key))
     parts = [replace(part, format=_format(part, data)) for part in parts]
@@ -158,20 +155,18 @@ def open_source(data: DataSettings, names: list[str], split: str, key: str) -> S
     if "text" in source.formats and not source.is_text:
         text, other = (next(part for part in parts if (part.format == "text") == is_text) for is_text in (True, False))
         raise UserError(
-            f"{text.where} is running text, and {other.where.removeprefix(key + ': ')} holds {other.format} records; "
-            "name one kind at a time"
+            key, text.name, f"is running text, and {other.name} holds {other.format} records", "use one kind at a time"
         )
     return source
 
 
-def _file(path: Path, key: str) -> Part:
-    _check_file(path, key)
-    where = f"{key}: {path}"
+def _file(path: Path) -> Part:
+    _check_file(path)
     with path.open("rb") as file:
         fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
     if path.suffix.lower() in TABLE_SUFFIXES:
-        return Part(where, fingerprint, None, lambda: read_records(path, where))
-    return Part(where, fingerprint, path, lambda: iter(()))
+        return Part(str(path), fingerprint, None, lambda: read_records(path))
+    return Part(str(path), fingerprint, path, lambda: iter(()))
 
 
 def _format(part: Part, data: DataSettings) -> str:
@@ -181,17 +176,16 @@ def _format(part: Part, data: DataSettings) -> str:
     """
     if part.path:
         if data.format not in ("auto", "text"):
-            raise UserError(
-                f"data.format: {data.format}: {part.path} is running text; convert it to .jsonl, or set data.format to auto"
-            )
+            remedy = "convert it to .jsonl, or set data.format to auto"
+            raise UserError("data.format", data.format, f"cannot be the format of {part.path}, which is running text", remedy)
         return "text"
     place, record = next(part.rows(), ("", None))
     if record is None:
-        raise UserError(f"{part.where}: holds no record; put records into it, or name another")
+        raise UserError(part.name, None, "has no record", "put records into it, or use another file")
     if data.format != "auto":
         return data.format
-    with placed(f"{part.where}: {place}"):
-        return recognise_format(record, data.text_field)
+    with placed(part.name, place):
+        return recognise(record, data.text_field)
 
 
 # The Hub
@@ -202,32 +196,30 @@ def _hub_table(data: DataSettings, name: str, split: str, flag: str) -> Part:
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
     in_config = not flag.startswith("--")  # then `flag` may be data.eval_split, which names a split of data.dataset
-    key = f"data.dataset: {name}" if in_config else f"{flag}: {name}"
+    key = "data.dataset" if in_config else flag
     try:
         table = load_dataset(_downloaded(name), data.subset, split=split)
     except (ConnectionError, OSError) as error:
         if isinstance(error, DatasetNotFoundError) and not os.environ.get("HF_HUB_OFFLINE"):
-            raise UserError(
-                f"{key}: neither a file here nor a data set on the Hub; correct the name, or log in if it is private"
-            ) from None
-        raise UserError(
-            f"{key}: not on this machine, and the Hub cannot be reached; download it where there is a network "
-            f"(hf download --repo-type dataset {name}), or name a local text file: {'--dataset' if in_config else flag} FILE"
-        ) from None
+            problem = "is neither a file here nor a data set on the Hub"
+            raise UserError(key, name, problem, "correct the name, or log in if the data set is private") from None
+        remedy = f"download it where there is a network (hf download --repo-type dataset {name}), or use a local text file: "
+        remedy += f"{'--dataset' if in_config else flag} FILE"
+        raise UserError(key, name, "is not on this machine, and the Hub cannot be reached", remedy) from None
     except ValueError as error:  # unknown subset or split: the message lists what there is
         remedy = "correct data.subset, data.train_split or data.eval_split"
         if not in_config:
             remedy = f"name its subset, {flag} {name}:SUBSET, or a file of it, downloaded"
-        raise UserError(f"{key}: {' '.join(str(error).split())}; {remedy}") from None
+        raise UserError(key, name, f"cannot be loaded ({' '.join(str(error).split())})", remedy) from None
     except (DatasetsError, RuntimeError) as error:  # files that do not fit together, or a data set that is a program
         reason = " ".join(str(error.__cause__ or error).split())[:300]
-        raise UserError(f"{key}: cannot be read ({reason}); name another data set, or a local file") from None
+        raise UserError(key, name, f"cannot be read ({reason})", "use another data set, or a local file") from None
     assert not isinstance(table, DatasetDict)
 
     def rows() -> Iterator[Row]:
         return ((f"record {number}", record) for number, record in enumerate(table, 1))
 
-    return Part(f"{key}, {split}", table._fingerprint, None, rows)
+    return Part(f"{name}, {split}", table._fingerprint, None, rows)
 
 
 def _downloaded(name: str) -> str:

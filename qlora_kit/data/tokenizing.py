@@ -84,7 +84,7 @@ def check_words(text: str) -> None:
         BadRecord: more than LONGEST_WORD characters without a space.
     """
     if len(text) > LONGEST_WORD and max(map(len, text.split()), default=0) > LONGEST_WORD:
-        raise BadRecord(f"holds more than {LONGEST_WORD:,} characters without a space or line end; expected words")
+        raise BadRecord(f"the text holds more than {LONGEST_WORD:,} characters without a space or line end")
 
 
 def encode(records: list[list[Piece]], tokenizer: "PreTrainedTokenizerBase") -> list[Encoded]:
@@ -142,9 +142,9 @@ def check(record: Encoded, end: int) -> None:
         BadRecord: no token is trained; or none of the trained ones is `end`.
     """
     if not record.trained[1:].any():  # the first token is predicted from nothing
-        raise BadRecord("trains on no token; expected an answer")
+        raise BadRecord("no token is trained, expected an answer")
     if not (record.ids[record.trained] == end).any():
-        raise BadRecord("trains no end of turn, so that the model would not learn to stop; expected one behind each answer")
+        raise BadRecord("no end-of-turn token is trained, so the model would not learn to stop")
 
 
 def shorten(record: Encoded, max_length: int, too_long: TooLong, train_on: TrainOn = "assistant") -> Encoded | None:

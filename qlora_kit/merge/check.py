@@ -111,8 +111,7 @@ def check_blocks(
             check_source(data)
             blocks = load_blocks(Config(data=data), tokenizer)[0]
         except UserError as error:
-            said = [problem.removeprefix("data.dataset: ").removeprefix(f"{what}: ") for problem in error.lines]
-            raise UserError(*(f"--check {what}: {problem}; or use --check none" for problem in said)) from None
+            raise error.under("--check", what, remedy="use another file, or --check none") from None
     blocks = blocks.take(BLOCKS)
     return blocks, f"{len(blocks)} block{'s' if len(blocks) > 1 else ''} of {length} tokens, {what}"
 

@@ -80,7 +80,7 @@ def test_what_a_template_writes_before_the_words_of_an_answer_is_trained_as_it_w
 
 def test_answers_that_are_written_otherwise_later_on_are_refused_with_the_remedy(with_template):
     tokenizer = with_template(THINKING)
-    with pytest.raises(BadRecord, match=r"does not write turn 2 as it would be generated; .*; train the last answer only"):
+    with pytest.raises(BadRecord, match=r"does not render turn 2 as the model would generate it \(data\.train_on: last"):
         chat_pieces(TWO, tokenizer)
     assert chat_pieces(TWO, tokenizer, "last") == [
         Piece("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"
@@ -117,7 +117,7 @@ def test_a_template_that_refuses_a_turn_is_quoted(with_template):
 
 @pytest.mark.parametrize(("template", "eos_token"), [(ENDLESS, "<|im_end|>"), (None, None)])
 def test_answers_that_nothing_ends_are_refused(with_template, template, eos_token):
-    with pytest.raises(BadRecord, match=r"followed by '\\n', no control token, so that the model would not learn to stop"):
+    with pytest.raises(BadRecord, match=r"ends an answer with '\\n', expected an end-of-sequence or other control token"):
         chat_pieces(ONE, with_template(template, eos_token))
 
 

@@ -219,7 +219,7 @@ def test_a_share_of_whole_records_is_held_out_by_seed(blocks_of_file, tokenizer,
 
 
 def test_a_share_of_one_record_is_one_problem(blocks_of_file):
-    with pytest.raises(UserError, match=r"data\.eval_split: 0\.25: no share of a single record"):
+    with pytest.raises(UserError, match=r"data\.eval_split: 0\.25: is a share of a single record"):
         blocks_of_file(RECORDS[:1], eval_split=0.25)
 
 
@@ -247,10 +247,13 @@ def test_the_cache_tells_chat_templates_apart(blocks_of_file, tokenizer, monkeyp
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ({"prompt": "Hi"}, "has the keys prompt; expected messages"),
-        ({"prompt": "Hi", "completion": None}, "completion holds NoneType; expected text"),
-        ({"prompt": "Hi", "completion": " "}, "an answer is empty; expected text to train on"),
-        ({"messages": [{"role": "user", "content": "Hi"}]}, "is of format messages, and those before it completion"),
+        ({"prompt": "Hi"}, "the keys are prompt, expected messages"),
+        ({"prompt": "Hi", "completion": None}, "completion holds NoneType, expected text"),
+        ({"prompt": "Hi", "completion": " "}, "an answer is empty, expected text to train on"),
+        (
+            {"messages": [{"role": "user", "content": "Hi"}]},
+            "the format is messages and that of the records before it completion",
+        ),
     ],
 )
 def test_a_wrong_record_is_one_problem_with_file_and_line(blocks_of_file, record, reason):
@@ -262,13 +265,13 @@ def test_a_wrong_record_is_one_problem_with_file_and_line(blocks_of_file, record
 
 def test_turns_out_of_order_are_one_problem(blocks_of_file):
     turns = [{"role": role, "content": "x"} for role in ("user", "user", "assistant")]
-    with pytest.raises(UserError, match=r"records\.jsonl: line 1: turn 2 is user; expected assistant"):
+    with pytest.raises(UserError, match=r"records\.jsonl: line 1: turn 2 is user, expected assistant"):
         blocks_of_file([{"messages": turns}])
 
 
 def test_a_record_that_trains_on_nothing_is_one_problem(blocks_of_file):
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "weight": 0}]
-    with pytest.raises(UserError, match=r"records\.jsonl: line 1: trains on no token; expected an answer"):
+    with pytest.raises(UserError, match=r"records\.jsonl: line 1: no token is trained, expected an answer"):
         blocks_of_file([{"messages": turns}])
 
 
@@ -291,7 +294,7 @@ def test_a_stream_too_short_for_one_block_is_one_problem():
     with pytest.raises(UserError) as caught:
         blocks_of(range(9), 10)
     (problem,) = caught.value.lines
-    assert problem.startswith("data.dataset: 9 tokens") and "data.max_length 10" in problem and "--max_length 9" in problem
+    assert problem.startswith("data.dataset: has 9 tokens") and "data.max_length 10" in problem and "--max_length 9" in problem
 
 
 def test_every_token_is_a_label_at_its_own_position_and_so_is_the_separator(tokenizer, tokenized):

@@ -49,7 +49,7 @@ def test_a_column_of_another_name_is_text():
 
 
 def test_an_unknown_record_names_its_keys_and_what_was_expected():
-    with pytest.raises(BadRecord, match=r"has the keys question, answer; expected messages, .* or text"):
+    with pytest.raises(BadRecord, match=r"the keys are question, answer, expected messages, .* or text"):
         recognise({"question": "?", "answer": "!"})
 
 
@@ -110,28 +110,32 @@ def test_instructions_to_the_model_have_two_names(role):
 @pytest.mark.parametrize(
     ("kind", "record", "reason"),
     [
-        ("alpaca", {"instruction": "x"}, "output is missing; expected text"),
-        ("alpaca", {"instruction": 7, "output": "x"}, "instruction holds int; expected text"),
+        ("alpaca", {"instruction": "x"}, "output is missing, expected text"),
+        ("alpaca", {"instruction": 7, "output": "x"}, "instruction holds int, expected text"),
         ("alpaca", {"instruction": "x", "output": " \n"}, "an answer is empty"),
-        ("completion", {"prompt": "x", "completion": ["y"]}, "prompt holds str; expected a list of turns"),
-        ("completion", {"prompt": "x", "completion": 4}, "completion holds int; expected text"),
+        ("completion", {"prompt": "x", "completion": ["y"]}, "prompt holds str, expected a list of turns"),
+        ("completion", {"prompt": "x", "completion": 4}, "completion holds int, expected text"),
         ("completion", {"prompt": [USER], "completion": []}, "completion holds no turn"),
-        ("completion", {"prompt": [USER, ASSISTANT], "completion": [ASSISTANT]}, "turn 3 is assistant; expected user"),
+        ("completion", {"prompt": [USER, ASSISTANT], "completion": [ASSISTANT]}, "turn 3 is assistant, expected user"),
         ("alpaca", {"instruction": "a\0b", "output": "x"}, "instruction holds NUL at character 2"),
-        ("alpaca", {"instruction": "x", "output": "so \ud83d"}, "output holds half a character (a lone surrogate) at 4"),
-        ("messages", {"messages": "Hi"}, "messages holds str; expected a list of turns"),
+        (
+            "alpaca",
+            {"instruction": "x", "output": "so \ud83d"},
+            "output holds half a character (a lone surrogate) at character 4",
+        ),
+        ("messages", {"messages": "Hi"}, "messages holds str, expected a list of turns"),
         ("messages", {"messages": []}, "messages holds no turn"),
-        ("messages", {"messages": ["Hi"]}, "turn 1 of messages is str; expected role and content"),
+        ("messages", {"messages": ["Hi"]}, "turn 1 of messages is str, expected role and content"),
         ("messages", {"messages": [USER, {"role": "assistant"}]}, "content of turn 2 of messages holds NoneType"),
         ("messages", {"messages": [USER, {"role": "tool", "content": "x"}]}, "turn 2 of messages has role 'tool'"),
         ("messages", {"messages": [{"role": ["user"], "content": "x"}]}, "turn 1 of messages has role ['user']"),
-        ("messages", {"messages": [USER | {"weight": 0.5}]}, "turn 1 of messages has weight 0.5; expected 0 or 1"),
+        ("messages", {"messages": [USER | {"weight": 0.5}]}, "turn 1 of messages has weight 0.5, expected 0 or 1"),
         ("messages", {"messages": [USER | {"content": [{"type": "text"}]}]}, "content of turn 1 of messages holds list"),
-        ("messages", {"messages": [ASSISTANT, USER]}, "turn 1 is assistant; expected user"),
-        ("messages", {"messages": [SYSTEM, USER, USER]}, "turn 3 is user; expected assistant"),
-        ("messages", {"messages": [USER, ASSISTANT, SYSTEM]}, "turn 3 is system; expected user"),
-        ("messages", {"messages": [USER, ASSISTANT, USER]}, "ends without an answer"),
-        ("messages", {"messages": [SYSTEM]}, "ends without an answer"),
+        ("messages", {"messages": [ASSISTANT, USER]}, "turn 1 is assistant, expected user"),
+        ("messages", {"messages": [SYSTEM, USER, USER]}, "turn 3 is user, expected assistant"),
+        ("messages", {"messages": [USER, ASSISTANT, SYSTEM]}, "turn 3 is system, expected user"),
+        ("messages", {"messages": [USER, ASSISTANT, USER]}, "the last turn is no answer"),
+        ("messages", {"messages": [SYSTEM]}, "the last turn is no answer"),
         ("sharegpt", {"conversations": [{"from": "human", "text": "Hi"}]}, "value of turn 1 of conversations holds NoneType"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -244,8 +248,8 @@ def test_a_response_that_ends_already_ends_once():
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("### Instruction: x", "ends with an instruction"),
-        ("### Instruction: x ### Response: y ### Instruction: z", "ends with an instruction"),
+        ("### Instruction: x", "the text ends with an instruction"),
+        ("### Instruction: x ### Response: y ### Instruction: z", "the text ends with an instruction"),
         ("### Instruction: x ### Response: \n", "a response is empty"),
     ],
 )

@@ -138,7 +138,7 @@ def test_records_that_cannot_be_cut_are_dropped_and_counted():
 
 def test_when_no_record_fits_the_run_ends_with_one_problem():
     with pytest.raises(
-        UserError, match=r"data\.dataset: none of 2 records fits into data\.max_length 8; the shortest has 10 tokens"
+        UserError, match=r"data\.dataset: has no record that fits into data\.max_length 8 \(records: 2, the shortest of 10 tokens"
     ):
         blocks_of("p" + "a" * 9, "p" + "a" * 11)
 

@@ -98,7 +98,7 @@ def test_a_mistake_in_a_record_is_one_problem_with_its_line(preview):
     with pytest.raises(UserError) as caught:
         preview([*RECORDS, {"instruction": "x", "output": 7}])
     (problem,) = caught.value.lines
-    assert problem.startswith("data.dataset: ") and problem.endswith("records.jsonl: line 6: output holds int; expected text")
+    assert "records.jsonl: line 6: output holds int, expected text. " in problem
 
 
 def test_lengths_are_counted_in_equal_steps_and_beyond():

@@ -140,12 +140,12 @@ def test_a_record_that_trains_its_end_is_in_order():
 
 @pytest.mark.parametrize("trained", [[False, False, False], [True, False, False]])
 def test_a_record_that_trains_on_nothing_is_refused(trained):
-    with pytest.raises(BadRecord, match="trains on no token; expected an answer"):
+    with pytest.raises(BadRecord, match="no token is trained, expected an answer"):
         check(encoded([1, 2, END], trained), END)
 
 
 def test_a_record_whose_end_is_no_label_is_refused():
-    with pytest.raises(BadRecord, match="trains no end of turn"):
+    with pytest.raises(BadRecord, match="no end-of-turn token is trained"):
         check(encoded([1, 2, END], [False, True, False]), END)
 
 
