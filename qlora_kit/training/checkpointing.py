@@ -82,7 +82,7 @@ class ResumableTrainer(Trainer):
         callbacks: Any = state.stateful_callbacks
         callbacks |= {type(one).__name__: one.state() for one in [*self._patience(), self.control]}
         about, random_numbers = self._about(), self.team.gather(self._random_numbers())
-        if not self.team.leads:
+        if not self.team.is_main:
             return
         with staged_checkpoint(root, state.global_step, about, self._bytes()) as folder:
             self._save(str(folder))

@@ -1,9 +1,8 @@
-"""Several processes as one run, as torchrun or `accelerate launch` starts them: who this one is, and what they tell each other.
+"""Several processes as one run (torchrun, accelerate launch): ranks, collectives, and one error line when a process fails.
 
-Each process holds the whole base model on its own GPU, or its part of it (fast/sharding.py), and computes its share of every
-optimizer step; what they exchange is the gradient of the adapters, once a step, and a few numbers. The first process (rank 0)
-alone prints, logs and writes. A process that fails says so where the others look, so that none waits for it in vain. Imports
-torch only when there are several.
+Each process holds the base model on its own GPU, or a shard of it (fast/sharding.py), and computes its share of every optimizer
+step. Once a step the processes sum the gradient of the adapters. Rank 0 alone prints, logs and writes. A process that fails says
+so in the store that all processes share, so that no other waits for it forever. Imports torch only if there are several.
 """
 
 import hashlib
@@ -13,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,36 +23,44 @@ from qlora_kit.output.provenance import versions
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import Store
 
-PATIENCE = timedelta(minutes=30)  # with what one process does alone: fetching and preparing, evaluating, saving
-LOOKS_EVERY, GRACE = 0.5, 5.0  # seconds: between looks for a failure elsewhere, and until this process ends for it
-FAILURE, HAS_GPU = "qlora_kit/failure", "qlora_kit/has_gpu"
+TIMEOUT = timedelta(minutes=30)  # of a collective: it includes what one rank does alone, such as downloading and saving
+POLL_SECONDS = 0.5  # between looks for a failure of another rank
+GRACE_SECONDS = 5.0  # until a process ends after another one has failed
+FAILURE, HAS_GPU = "qlora_kit/failure", "qlora_kit/has_gpu"  # keys of the store
 
 
 @dataclass
 class Team:
-    """The processes of a run, of which this one is number `rank` of `count`, and `local_rank` of `local_count` on its node."""
+    """The processes of a run, seen from one of them; its collectives must be called by all of them.
+
+    Attributes:
+        rank: the number of this process, of `count`.
+        local_rank: its number on its node, of `local_count`.
+        store: torch.distributed's key-value store, which all ranks can read and write.
+    """
 
     rank: int = 0
     count: int = 1
     local_rank: int = 0
     local_count: int = 1
-    store: Any = field(default=None, repr=False)  # what all can read and write: torch.distributed's
+    store: "Store | None" = field(default=None, repr=False)
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
     def sum(self, value: "torch.Tensor") -> "torch.Tensor":
-        """Of all processes' values; in place."""
+        """Sum a tensor over all ranks, in place."""
         if self.count > 1:
             import torch.distributed as dist
 
             dist.all_reduce(value)
         return value
 
-    def highest(self, number: int) -> int:
-        """The greatest of the numbers that the processes have."""
+    def max(self, number: int) -> int:
+        """Return the greatest number of all ranks."""
         if self.count == 1:
             return number
         import torch
@@ -63,43 +70,45 @@ class Team:
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return int(value)
 
-    def gather(self, what: Any) -> list[Any]:
-        """What each process has, in the order of ranks."""
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's value, in the order of ranks, on every rank."""
         if self.count == 1:
-            return [what]
+            return [value]
         import torch.distributed as dist
 
-        found: list[Any] = [None] * self.count
-        dist.all_gather_object(found, what)
-        return found
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
 
-    def told(self, what: Any) -> Any:
-        """What the first process has."""
-        return self.gather(what if self.leads else None)[0]
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's value on every rank."""
+        return self.gather(value if self.is_main else None)[0]
 
     @contextmanager
-    def first_on_each_node(self) -> Iterator[None]:
-        """One process of a node does it before the others, which then find the result in its cache."""
+    def local_main_first(self) -> Iterator[None]:
+        """Run the block on one rank of each node before the others, which then find its result in the node's cache."""
         if self.local_rank:
             self.gather(None)
         yield
         if not self.local_rank:
             self.gather(None)
 
-    def shares(self, items: Any) -> "EveryNth":
-        """This process's part of a sequence: every count-th item, and the last one again where others would have one more."""
-        return EveryNth(items, self.rank, self.count)
+    def shard(self, items: Any) -> "Shard":
+        """Return this rank's share of a sequence: every count-th item. All shares have the same length."""
+        return Shard(items, self.rank, self.count)
 
-    def joined(self, part: list[Any]) -> list[Any]:
-        """All results in the order of the items, of each process's for its `shares`; those that filled up come last."""
-        return [result for turn in zip(*self.gather(part), strict=True) for result in turn]
+    def gather_in_order(self, results: list[Any]) -> list[Any]:
+        """Gather every rank's results for its shard, in the order of the items; results of repeated items come last."""
+        return [result for turn in zip(*self.gather(results), strict=True) for result in turn]
 
 
 ALONE = Team()
 
 
 @dataclass(frozen=True)
-class EveryNth:
+class Shard:
+    """Every `step`-th item from `first` on; where that would make it shorter than another shard, the last item is repeated."""
+
     items: Any
     first: int
     step: int
@@ -111,98 +120,105 @@ class EveryNth:
         return self.items[min(self.first + index * self.step, len(self.items) - 1)]
 
 
-def find_team() -> Team:
-    """From the variables that torchrun and accelerate set; alone without them."""
+def read_team() -> Team:
+    """Read the ranks from the environment variables of torchrun or accelerate; without them the process is alone."""
     names = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
     rank, count, local_rank, local_count = (int(os.environ.get(name, default)) for name, default in names)
-    return Team(rank, count, local_rank, local_count) if count > 1 else Team()  # a rank left over would write nothing
+    return Team(rank, count, local_rank, local_count) if count > 1 else Team()  # with a leftover RANK=1 no process would write
 
 
 @contextmanager
-def connected(team: Team) -> Iterator[None]:
-    """The processes can talk while the context lasts; when one fails, all end, and one of them says why.
+def connect(team: Team) -> Iterator[None]:
+    """Connect the processes while the block runs; when one fails, all end, and one of them reports why.
 
     Raises:
-        SystemExit: quietly, in a process whose failure follows from another's.
-        UserError: as check_launcher, or variables of a launcher are set and no launcher has set them.
+        SystemExit: without a message, in a process that fails because another one has failed.
+        UserError: as check_launcher, or WORLD_SIZE is set without the other variables of a launcher.
     """
     if team.count == 1:
         check_launcher()
         yield
         return
-    import torch
     import torch.distributed as dist
 
-    # Its functions keep the group that they find as a default argument. Imported later, as the Trainer does, they would keep
-    # gloo's threads beyond destroy_process_group, and one that frees a tensor while Python exits aborts the process.
-    import torch.distributed.nn
+    # Its functions keep the process group that they find as a default argument. Imported later, as the Trainer does, they would
+    # keep gloo's threads beyond destroy_process_group, and one that frees a tensor while Python exits aborts the process.
+    import torch.distributed.nn  # noqa: F401
 
-    try:
-        store, rank, count = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
-    except ValueError as error:  # not all of them, or no numbers
-        missing = next((name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)), "MASTER_PORT")
-        raise UserError(
-            f"WORLD_SIZE: {team.count}: is set in the environment, and {missing} is not as torchrun sets it; start with "
-            f"torchrun --nproc_per_node={team.count}, or unset WORLD_SIZE for one process"
-        ) from error
-    store.set(f"{HAS_GPU}/{rank}", str(torch.cuda.is_available()))
-    all_have = all(store.get(f"{HAS_GPU}/{other}") == b"True" for other in range(count))
-    backend = "cpu:gloo,cuda:nccl" if all_have else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
+    store = _join_process_group(team)
     team.store = store.clone()
-    over, outside = threading.Event(), threading.Event()
-    watch = threading.Thread(target=_end_with_the_others, args=(store.clone(), over, outside), daemon=True)
+    finished, left_store = threading.Event(), threading.Event()
+    watch = threading.Thread(target=_exit_after_failure, args=(store.clone(), finished, left_store), daemon=True)
     watch.start()
     try:
         check_launcher()
         yield
-        team.gather(None)  # none leaves while another may still ask it something
+        team.gather(None)  # no process leaves while another one may still need it
     except BaseException as error:
-        ending = _as_one(team, error)
-        outside.wait(2 * LOOKS_EVERY)  # for the reason below
+        ending = _choose_ending(team, error)
+        left_store.wait(2 * POLL_SECONDS)  # Python ends threads as it exits: one inside the store's C++ would abort the process
         raise ending from error
-    over.set()
-    watch.join()  # Python ends threads as it exits, and one inside the store's C++ would take the process and its status with it
+    finished.set()
+    watch.join()  # for the same reason
     dist.destroy_process_group()
 
 
-def _end_with_the_others(store: Any, over: threading.Event, outside: threading.Event) -> None:
-    """A process may wait for one that has failed inside a library, where no exception reaches it.
+def _join_process_group(team: Team) -> Any:  # a Store; torch's type stubs lack its method clone
+    import torch
+    import torch.distributed as dist
+
+    try:
+        store, rank, count = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+    except ValueError as error:
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        cause = f"{missing[0]} is missing" if missing else "MASTER_PORT is not a port"
+        remedy = f"start with torchrun --nproc_per_node={team.count}, or unset WORLD_SIZE for one process"
+        raise UserError("WORLD_SIZE", team.count, f"is set in the environment, but {cause}", remedy) from error
+    store.set(f"{HAS_GPU}/{rank}", str(torch.cuda.is_available()))
+    all_have = all(store.get(f"{HAS_GPU}/{other}") == b"True" for other in range(count))
+    backend = "cpu:gloo,cuda:nccl" if all_have else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
+    return store
+
+
+def _exit_after_failure(store: "Store", finished: threading.Event, left_store: threading.Event) -> None:
+    """End this process after another one has failed: it may wait for that one inside a library, where no exception reaches it.
 
     Args:
-        outside: set when one has failed, and the store is asked no more.
+        left_store: is set as soon as this thread no longer uses the store.
     """
-    with suppress(Exception):  # the store goes with the process that holds it, which has then failed as well
+    with suppress(Exception):  # the store ends with the process that holds it, which has then failed too
         while not store.check([FAILURE]):
-            if over.wait(LOOKS_EVERY):
+            if finished.wait(POLL_SECONDS):
                 return
-    outside.set()
-    time.sleep(GRACE)
+    left_store.set()
+    time.sleep(GRACE_SECONDS)
     os._exit(1)
 
 
-def _as_one(team: Team, error: BaseException) -> BaseException:
-    """What this process is to end with: the error, where it is the first of all, else a quiet exit."""
-    own = getattr(error, "status", getattr(error, "code", 1))  # Stopped, or SystemExit: of --help and wrong flags
+def _choose_ending(team: Team, error: BaseException) -> BaseException:
+    """Return what this process ends with: its error if it failed first, which names the rank; else an exit without a message."""
+    own = getattr(error, "status", getattr(error, "code", 1))  # of Stopped, or of SystemExit: --help and wrong flags
     status = {UserError: 2, KeyboardInterrupt: 130, Stopped: own, SystemExit: own}.get(type(error), 1)
-    if not team.leads:
-        time.sleep(1)  # what all have found, the first one says
-    with suppress(Exception):
-        if team.store.compare_set(FAILURE, "", str(team.rank)) != str(team.rank).encode():
+    if not team.is_main:
+        time.sleep(1)  # rank 0 reports an error that all ranks have
+    with suppress(Exception):  # the store may be gone
+        if team.store and team.store.compare_set(FAILURE, "", str(team.rank)) != str(team.rank).encode():
             return SystemExit(status)
-    if _is_lost(error):
-        return Failed(f"rank {team.rank}: another process of the run has ended without a word; go on with --resume")
-    if team.leads:
+    rank = f"rank {team.rank}"
+    if _is_disconnection(error):
+        return Failed(f"{rank}: another process ended unexpectedly; continue with --resume")
+    if team.is_main:
         return error
     if isinstance(error, UserError):
-        return UserError(*(f"rank {team.rank}: {problem}" for problem in error.lines))
+        return UserError.of(replace(one, place=f"{rank}: {one.place}" if one.place else rank) for one in error.problems)
     if isinstance(error, Failed):
-        return Failed(f"rank {team.rank}: {error}")
-    print(f"error: rank {team.rank}: {type(error).__name__}: {_first_line(error)}", file=sys.stderr)
+        return Failed(f"{rank}: {error}")
+    print(f"error: {rank}: {type(error).__name__}: {_first_line(error)}", file=sys.stderr)
     return error
 
 
-def _is_lost(error: BaseException) -> bool:
+def _is_disconnection(error: BaseException) -> bool:
     import torch.distributed as dist
 
     words = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")
@@ -214,67 +230,76 @@ def _first_line(error: BaseException) -> str:
 
 
 def check_launcher() -> None:
-    """
+    """Check that accelerate was not told to shard the model itself: it would do so around the Trainer's model, unused here.
+
     Raises:
-        UserError: accelerate was told to divide the model in a way of its own, which it does around the Trainer's and not here.
+        UserError: it was.
     """
     for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
-        if os.environ.get(variable, "false").lower() in ("1", "true"):
-            raise UserError(
-                f"accelerate launch: {name}: is not used here; leave it out of the command or its config file, and set "
-                "performance.fsdp=true to divide the base model over the processes"
+        value = os.environ.get(variable, "false")
+        if value.lower() in ("1", "true"):
+            remedy = (
+                f"leave {name} out of the accelerate command or its config file, and set performance.fsdp=true "
+                "to shard the base model"
             )
-
-
-def check_alike(team: Team, found: dict[str, str]) -> None:
-    """All processes have to run the same code with the same settings on the same kind of device.
-
-    Raises:
-        UserError: one does not; in all processes.
-    """
-    first, *others = team.gather(found)
-    for rank, other in enumerate(others, 1):
-        for name, value in first.items():
-            if other[name] != value:
-                raise UserError(
-                    f"{name}: rank {rank} has {other[name]}, rank 0 has {value}; start all with the same, on like machines"
-                )
+            raise UserError(variable, value, f"{name} of accelerate is not supported", remedy)
 
 
 def choose_own_gpu(local_rank: int) -> None:
-    """Before CUDA starts: leave one GPU visible, this process's own, or none. With several the Trainer would divide batches."""
+    """Leave only this process's GPU visible, or none. With several visible GPUs the Trainer would split batches over them.
+
+    Call it before CUDA starts.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [str(number) for number in range(_gpu_count() if local_rank else 1)] if visible is None else visible.split(",")
     os.environ["CUDA_VISIBLE_DEVICES"] = names[local_rank] if local_rank < len(names) else ""
 
 
+def _gpu_count() -> int:
+    import torch
+
+    return torch.cuda.device_count()  # asks the driver, and does not start CUDA
+
+
 def check_gpus(team: Team) -> None:
-    """Either all processes have a GPU or none.
+    """Check that all processes have a GPU, or none has.
 
     Raises:
-        UserError: one has none while another has; in all processes.
+        UserError: some have one; raised in all processes.
     """
     import torch
 
     found = team.gather(torch.cuda.is_available())
     if any(found) and not all(found):
         raise UserError(
-            f"rank {found.index(False)}: has no GPU of its own, while rank {found.index(True)} has; start as many processes on a "
-            "node as it has visible GPUs, or train on the CPU with --set training.device=cpu"
+            "training.device",
+            None,
+            f"has a GPU on rank {found.index(True)} and none on rank {found.index(False)}",
+            "start as many processes on a node as it has visible GPUs, or train on the CPU with --set training.device=cpu",
         )
 
 
-def _gpu_count() -> int:
-    """Asked of the driver, which does not start CUDA in this process."""
-    import torch
+def check_identical(team: Team, values: dict[str, str]) -> None:
+    """Check that all processes have the same values.
 
-    return torch.cuda.device_count()
+    Args:
+        values: what must agree, by the key that a message names.
+
+    Raises:
+        UserError: one differs; raised in all processes.
+    """
+    first, *others = team.gather(values)
+    for rank, other in enumerate(others, 1):
+        for key, value in first.items():
+            if other[key] != value:
+                remedy = "start all processes with the same command, code and packages, on machines of one kind"
+                raise UserError(key, None, f"is {other[key]} on rank {rank} and {value} on rank 0", remedy)
 
 
-def what_runs(config: Config) -> dict[str, str]:
-    """What all processes of a run have to have in common, by the words of a message."""
+def run_identity(config: Config) -> dict[str, str]:
+    """Return settings, code hash and package versions, which must be the same on all ranks, for `check_identical`."""
     home = Path(__file__).resolve().parents[2]
     code = sorted([*home.glob("*.py"), *home.glob("qlora_kit/**/*.py")])
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()[:12]
     settings = {f"{section}.{key}": repr(value) for section, keys in config.model_dump().items() for key, value in keys.items()}
-    return settings | {"the code": digest, "the packages": ", ".join(" ".join(pair) for pair in versions().items())}
+    return settings | {"code": digest, "packages": ", ".join(" ".join(pair) for pair in versions().items())}

@@ -36,7 +36,7 @@ class RunReport:
 
     def __init__(self, config: Config, machine: "Machine", plan: Plan, team: Team = ALONE):
         self.config, self.machine, self.plan, self.team = config, machine, plan, team
-        self.log = RunLog(team.leads)
+        self.log = RunLog(team.is_main)
         self.predicted_gib = plan.peak / GIB if plan.parts else None
         self.micro_batch = plan.micro_batch  # as it is: halved when memory runs out
         self.started, self._clock = now(), time.perf_counter()

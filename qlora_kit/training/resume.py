@@ -84,11 +84,11 @@ def find_common_checkpoint(folder: Path, config: Config, wanted: str | None, tea
     """
     checkpoint: Checkpoint | None = None
     lines: list[str] = []
-    if team.leads:
+    if team.is_main:
         clean(folder / CHECKPOINTS)
         if wanted is not None:
             checkpoint, lines = find_checkpoint(folder, config, wanted)
-    checkpoint = team.told(checkpoint)
+    checkpoint = team.broadcast(checkpoint)
     if checkpoint:
         seen = team.gather((checkpoint.folder / MANIFEST).is_file())
         if not all(seen):

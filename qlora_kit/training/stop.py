@@ -36,7 +36,7 @@ class StopCallback(TrainerCallback):
         self._previous = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def on_step_end(self, args, state, control, **rest):
-        self.signal = self.team.highest(self.signal or 0) or None
+        self.signal = self.team.max(self.signal or 0) or None
         if self.signal is not None and not control.should_training_stop:
             control.should_save = True
             control.should_training_stop = True

@@ -235,10 +235,10 @@ class QLoraTrainer(ResumableTrainer):
         if self.micro is None:
             self.adapted.eval()  # once, for all batches; the library's training_step switches back
         losses_of = self.micro.losses if self.micro else library_losses(self.adapted, self.autocast())
-        with self.progress.evaluation(len(self.team.shares(self.eval_dataset))) as on_batch:
+        with self.progress.evaluation(len(self.team.shard(self.eval_dataset))) as on_batch:
             try:
-                own = measure_block_losses(losses_of, self.team.shares(self.eval_dataset), self.rows, on_batch)
-                sums, counts = (self.team.joined(part)[: len(self.eval_dataset)] for part in own)
+                own = measure_block_losses(losses_of, self.team.shard(self.eval_dataset), self.rows, on_batch)
+                sums, counts = (self.team.gather_in_order(part)[: len(self.eval_dataset)] for part in own)
                 return self._checked(from_block_losses(sums, counts))
             except RuntimeError as error:
                 if not self._can_halve(error):

@@ -23,8 +23,8 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from qlora_kit.training.processes import connected, find_team
-together = connected(find_team())
+from qlora_kit.training.processes import connect, read_team
+together = connect(read_team())
 together.__enter__()
 import torch  # and the libraries when all are connected, as train_qlora.py does
 import torch.distributed as dist
@@ -153,7 +153,7 @@ def test_what_cannot_be_divided_is_refused_before_anything_is_read(tmp_path, mod
 def test_other_ways_to_divide_are_named(monkeypatch, variable):
     check_launcher()
     monkeypatch.setenv(variable, "true")
-    with pytest.raises(UserError, match=r"accelerate launch: .*performance.fsdp=true"):
+    with pytest.raises(UserError, match=rf"{variable}: true: .*performance.fsdp=true"):
         check_launcher()
 
 

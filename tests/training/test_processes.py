@@ -1,4 +1,4 @@
-"""Several processes as one run: on two CPU processes, as torchrun starts them, against one."""
+"""Several processes as one run: two CPU processes, as torchrun starts them, compared with one."""
 
 import os
 import signal
@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 
 import train_qlora
 from qlora_kit.config_file import load_config
-from qlora_kit.errors import Failed, Stopped, UserError
+from qlora_kit.errors import Failed, Problem, Stopped, UserError
 from qlora_kit.planning.plan import check_division, make_plan
 from qlora_kit.training import processes
 from qlora_kit.training.build import IGNORED, OwnRows
-from qlora_kit.training.processes import EveryNth, Team, check_alike, choose_own_gpu, connected, find_team
+from qlora_kit.training.processes import Shard, Team, check_identical, choose_own_gpu, connect, read_team
 
-# Fails at a step of choice in the second process; else it is train_qlora.py.
+# train_qlora.py, in which rank 1 executes {what} after step 5.
 SCRIPT = """
 import os, sys
 sys.path.insert(0, {root!r})
@@ -45,8 +45,8 @@ SETTINGS = (
 LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
-def together(root, tmp_path, output, *more, what="pass"):
-    """Exit status of two processes, and what they said."""
+def train_on_two(root, tmp_path, output, *more, what="pass"):
+    """Return the exit status of two processes and their standard error."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(root=str(root), what=what))
     run = subprocess.run(
@@ -56,8 +56,8 @@ def together(root, tmp_path, output, *more, what="pass"):
     return run.returncode, run.stderr
 
 
-def lines(said, *words):
-    return [line for line in said.splitlines() if any(word in line for word in words)]
+def lines(text, *words):
+    return [line for line in text.splitlines() if any(word in line for word in words)]
 
 
 def difference(one, other):
@@ -65,20 +65,18 @@ def difference(one, other):
     return max((a[name] - b[name]).abs().max().item() for name in a), max(value.abs().max().item() for value in a.values())
 
 
-def test_two_processes_train_what_one_does_also_when_one_is_killed_and_when_they_then_divide_the_base(
-    root, tmp_path, monkeypatch
-):
-    """50 blocks in steps of 8: in the epoch's last, the seventh, one process has two sequences and the other none."""
+def test_two_processes_train_what_one_does_also_after_a_kill_and_with_a_sharded_base(root, tmp_path, monkeypatch):
+    """50 blocks in steps of 8: in the last step of the epoch, the seventh, one process has two sequences and the other none."""
     alone, output = tmp_path / "alone", tmp_path / "two"
     monkeypatch.chdir(root)
     train_qlora.main([*SETTINGS, "--output_dir", str(alone)])
     started = time.perf_counter()
-    status, said = together(root, tmp_path, output, what="os.kill(os.getpid(), 9)")
+    status, stderr = train_on_two(root, tmp_path, output, what="os.kill(os.getpid(), 9)")
     assert status and time.perf_counter() - started < 60
-    assert lines(said, "error:") == ["error: rank 0: another process of the run has ended without a word; go on with --resume"]
-    assert len(lines(said, "step 5/7")) == 1  # the first process alone speaks
-    status, said = together(root, tmp_path, output, "--resume", "--set", "performance.fsdp=true")
-    assert status == 0 and not lines(said, "error:")
+    assert lines(stderr, "error:") == ["error: rank 0: another process ended unexpectedly; continue with --resume"]
+    assert len(lines(stderr, "step 5/7")) == 1  # rank 0 alone prints
+    status, stderr = train_on_two(root, tmp_path, output, "--resume", "--set", "performance.fsdp=true")
+    assert status == 0 and not lines(stderr, "error:")
     apart, size = difference(alone, output)
     assert apart < 0.005 * size
     losses = [[line.split("loss ")[1][:6] for line in lines((folder / "training_log.txt").read_text(), "/7: loss")]
@@ -89,15 +87,15 @@ def test_two_processes_train_what_one_does_also_when_one_is_killed_and_when_they
     assert perplexities[0].split("->")[0] == perplexities[1].split("->")[0]
 
 
-# The second process fails while the first one waits for it.
+# Rank 1 fails while rank 0 waits for it.
 FAILS = """
 import sys
 sys.path.insert(0, {root!r})
 from qlora_kit import cli
-from qlora_kit.training.processes import connected, find_team
+from qlora_kit.training.processes import connect, read_team
 def main():
-    team = find_team()
-    with connected(team):
+    team = read_team()
+    with connect(team):
         if team.rank == 1:
             raise ZeroDivisionError("by zero")
         team.gather("never comes")
@@ -105,37 +103,36 @@ cli.run(main)
 """
 
 
-def test_what_fails_in_one_process_ends_all_in_one_line(root, tmp_path):
+def test_a_failure_in_one_process_ends_all_with_one_line(root, tmp_path):
     script = tmp_path / "fails.py"
     script.write_text(FAILS.format(root=str(root)))
     started = time.perf_counter()
     run = subprocess.run([*LAUNCH, str(script)], capture_output=True, text=True, timeout=60)
     assert run.returncode and time.perf_counter() - started < 30
     assert lines(run.stderr, "error:") == ["error: rank 1: ZeroDivisionError: by zero"]
-    assert not lines(run.stderr, "terminate called", "SIGABRT")  # Python's end met the watching thread inside the store
+    assert not lines(
+        run.stderr, "terminate called", "SIGABRT"
+    )  # Python must not exit while the watching thread is inside the store
 
 
-def test_who_watches_says_when_it_has_left_the_store(monkeypatch):
-    order, outside = [], threading.Event()
-    monkeypatch.setattr("time.sleep", lambda seconds: order.append(outside.is_set()))
+def test_the_watching_thread_announces_that_it_left_the_store(monkeypatch):
+    order, left_store = [], threading.Event()
+    monkeypatch.setattr("time.sleep", lambda seconds: order.append(left_store.is_set()))
     monkeypatch.setattr("os._exit", order.append)
     store = torch.distributed.HashStore()
     store.set(processes.FAILURE, "1")
-    processes._end_with_the_others(store, threading.Event(), outside)
+    processes._exit_after_failure(store, threading.Event(), left_store)
     assert order == [True, 1]
 
 
-# In one process
+def test_all_stop_together_and_only_after_rank_0_has_drawn_the_curves(root, tmp_path, monkeypatch):
+    """Another process got the signal in the evaluation of the last step. A process that ends early is reported as failed."""
 
-
-def test_all_stop_together_and_only_when_the_first_has_drawn_the_curves(root, tmp_path, monkeypatch):
-    """Another process was asked to stop in the evaluation of the last step. One that leaves early would name itself as failed."""
-
-    def highest(team, own):
+    def greatest(team, own):
         return signal.SIGTERM if (tmp_path / "training_curves.png").exists() else own
 
     monkeypatch.chdir(root)
-    monkeypatch.setattr(Team, "highest", highest)
+    monkeypatch.setattr(Team, "max", greatest)
     short = ("--max_steps", "1", "--set", "data.max_train_samples=8", "--set", "data.max_eval_samples=1")
     with pytest.raises(Stopped, match="Stopped after step 1; everything is saved") as stop:
         train_qlora.main([*SETTINGS, *short, "--output_dir", str(tmp_path)])
@@ -143,19 +140,26 @@ def test_all_stop_together_and_only_when_the_first_has_drawn_the_curves(root, tm
 
 
 @pytest.mark.parametrize(
-    "error, said",
+    "error, message",
     [
-        (UserError("data.dataset: a.txt: no such file"), "rank 1: data.dataset: a.txt: no such file"),
+        (
+            UserError("data.dataset", "a.txt", "does not exist", "use another file"),
+            "rank 1: data.dataset: a.txt: does not exist. Use another file.",
+        ),
+        (
+            UserError.of([Problem("lora.rank", 0, "is too small", "use 1 or more", place="a.yaml:3")]),
+            "rank 1: a.yaml:3: lora.rank: 0: is too small. Use 1 or more.",
+        ),
         (Failed("the disk is full"), "rank 1: the disk is full"),
     ],
 )
-def test_the_first_that_fails_names_itself_and_the_others_are_silent(monkeypatch, error, said):
+def test_the_first_process_that_fails_names_its_rank_and_the_others_are_silent(monkeypatch, error, message):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     store = torch.distributed.HashStore()
     first, second = (Team(rank, 2, store=store) for rank in (0, 1))
-    ending = processes._as_one(second, error)
-    assert (type(ending), str(ending)) == (type(error), said)
-    follows = processes._as_one(first, RuntimeError("Connection closed by peer"))
+    ending = processes._choose_ending(second, error)
+    assert (type(ending), str(ending)) == (type(error), message)
+    follows = processes._choose_ending(first, RuntimeError("Connection closed by peer"))
     assert type(follows) is SystemExit and follows.code == 1
 
 
@@ -163,7 +167,7 @@ def config(root, **keys):
     return load_config(root / "config.yaml", keys)
 
 
-def test_processes_share_a_step_evenly_or_not_at_all(root):
+def test_a_step_that_the_processes_cannot_share_evenly_is_refused(root):
     usual = config(root)  # 1 x 16
     for count in (1, 2, 16):
         check_division(usual, count)
@@ -182,7 +186,7 @@ def test_processes_share_a_step_evenly_or_not_at_all(root):
 @pytest.mark.parametrize(
     "visible, local_rank, own", [(None, 0, "0"), ("2,3", 0, "2"), ("2,3", 1, "3"), ("2,3", 2, ""), ("1", 0, "1"), ("", 0, "")]
 )
-def test_a_process_sees_one_gpu(monkeypatch, visible, local_rank, own):
+def test_a_process_sees_its_own_gpu_alone(monkeypatch, visible, local_rank, own):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
     if visible is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
@@ -190,71 +194,75 @@ def test_a_process_sees_one_gpu(monkeypatch, visible, local_rank, own):
     assert os.environ["CUDA_VISIBLE_DEVICES"] == own
 
 
-def test_who_a_process_is_stands_in_its_environment(monkeypatch):
-    assert find_team() == Team(0, 1, 0, 1)
+def test_ranks_are_read_from_the_environment(monkeypatch):
+    assert read_team() == Team(0, 1, 0, 1)
     for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
-    assert find_team() == Team(5, 8, 1, 4) and not find_team().leads
+    assert read_team() == Team(5, 8, 1, 4) and not read_team().is_main
 
 
-def test_a_rank_without_a_group_is_a_process_alone(monkeypatch):
+def test_a_leftover_rank_without_a_world_size_is_ignored(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert find_team() == Team()
+    assert read_team() == Team()
 
 
-def test_a_wrong_flag_of_one_process_alone_is_not_lost(monkeypatch, capsys):
+def test_a_wrong_flag_of_rank_1_alone_is_reported(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(UserError, match="--bogus: is not a flag"):
         train_qlora.parse_arguments(["--bogus"])
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     store = torch.distributed.HashStore()
-    assert str(processes._as_one(Team(1, 2, store=store), UserError("--bogus: unknown flag"))) == "rank 1: --bogus: unknown flag"
-    follows = processes._as_one(Team(0, 2, store=store), SystemExit(2))
+    error = UserError("--bogus", None, "is not a flag", "see --help")
+    assert str(processes._choose_ending(Team(1, 2, store=store), error)) == "rank 1: --bogus: is not a flag. See --help."
+    follows = processes._choose_ending(Team(0, 2, store=store), SystemExit(2))
     assert type(follows) is SystemExit and follows.code == 2 and not capsys.readouterr().err
 
 
-@pytest.mark.parametrize("port, named", [(None, "MASTER_PORT"), ("99999", "MASTER_PORT"), ("29500", "MASTER_ADDR")])
-def test_a_group_size_that_no_launcher_has_set_is_one_error(monkeypatch, port, named):
+@pytest.mark.parametrize(
+    "port, cause",
+    [(None, "MASTER_PORT is missing"), ("99999", "MASTER_PORT is not a port"), ("29500", "MASTER_ADDR is missing")],
+)
+def test_a_world_size_without_a_launcher_is_one_error(monkeypatch, port, cause):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", "0")
-    if named != "MASTER_ADDR":
+    if cause != "MASTER_ADDR is missing":
         monkeypatch.setenv("MASTER_ADDR", "localhost")
     if port:
         monkeypatch.setenv("MASTER_PORT", port)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=f"WORLD_SIZE: 2: .* {named} is not as torchrun sets it; start with torchrun"):
-        with connected(find_team()):
+    with pytest.raises(UserError, match=f"WORLD_SIZE: 2: is set in the environment, but {cause}. Start with torchrun"):
+        with connect(read_team()):
             pass
 
 
-def test_shares_hold_every_item_once_and_join_to_the_whole(monkeypatch):
+def test_shards_hold_every_item_and_gather_to_the_whole(monkeypatch):
     items = list("abcdefg")
-    parts = [[part[at] for at in range(len(part))] for part in (EveryNth(items, rank, 3) for rank in range(3))]
+    parts = [[part[at] for at in range(len(part))] for part in (Shard(items, rank, 3) for rank in range(3))]
     assert parts == [list("adg"), list("beg"), list("cfg")]  # as many in each
     team = Team(1, 3)
     monkeypatch.setattr(team, "gather", lambda own: parts)
-    assert team.joined(parts[1])[: len(items)] == items
+    assert team.gather_in_order(parts[1])[: len(items)] == items
 
 
-def test_rows_are_taken_once_and_a_process_without_any_counts_for_nothing():
+def test_each_row_goes_to_one_process_and_a_process_without_rows_trains_nothing():
     rows = [{"input_ids": torch.full((4,), n), "labels": torch.full((4,), n), "block": torch.tensor(n)} for n in range(3)]
     taken = [OwnRows(Team(rank, 3), 2)(rows) for rank in range(3)]
     assert [batch["block"].tolist() for batch in taken] == [[0, 1], [2], [-1]]
     assert (taken[2]["labels"] == IGNORED).all() and taken[1]["labels"].tolist() == [[2] * 4]
 
 
-def test_processes_that_differ_are_told_apart(monkeypatch):
+def test_a_setting_that_differs_between_processes_is_refused(monkeypatch):
     team = Team(1, 3)
     monkeypatch.setattr(team, "gather", lambda own: [{"lora.rank": "8"}, {"lora.rank": "8"}, {"lora.rank": "16"}])
-    with pytest.raises(UserError, match=r"lora.rank: rank 2 has 16, rank 0 has 8"):
-        check_alike(team, {"lora.rank": "8"})
+    with pytest.raises(UserError, match=r"lora.rank: is 16 on rank 2 and 8 on rank 0"):
+        check_identical(team, {"lora.rank": "8"})
 
 
-def test_a_gpu_for_some_processes_is_refused(monkeypatch):
+def test_a_gpu_for_some_processes_only_is_refused(monkeypatch):
     team = Team(0, 3)
     monkeypatch.setattr(team, "gather", lambda own: [True, True, False])
-    with pytest.raises(UserError, match="rank 2: has no GPU of its own, while rank 0 has"):
+    with pytest.raises(UserError, match=r"training\.device: has a GPU on rank 0 and none on rank 2"):
         processes.check_gpus(team)
