@@ -1,4 +1,4 @@
-"""python -m qlora_kit.doctor"""
+"""Run python -m qlora_kit.doctor."""
 
 from qlora_kit import cli
 from qlora_kit.doctor.command import main

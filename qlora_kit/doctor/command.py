@@ -1,10 +1,10 @@
-"""Does 4-bit training work on this machine? Each part of it is tried, and what fails is named with what mends it.
+"""Check that 4-bit training works on this machine: every component is tried, and each failure comes with its fix.
 
-    python -m qlora_kit.doctor                  a table: pass, fail or skipped, and what was measured
+    python -m qlora_kit.doctor                  a table: pass, fail or skipped, and the measurement
     python -m qlora_kit.doctor --device cpu     leave the GPU out
     python -m qlora_kit.doctor --json           the same as one JSON object
 
-Exit status: 0 nothing failed, 1 something did, 2 a wrong flag.
+Exit status: 0 nothing failed, 1 something failed, 2 a wrong flag.
 """
 
 import argparse
@@ -15,98 +15,98 @@ from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
+from rich.text import Text
+
 from qlora_kit import cli
 from qlora_kit.config import Config
-from qlora_kit.doctor.run_checks import Check, Problem, Result, examine
+from qlora_kit.doctor import machine_checks
+from qlora_kit.doctor.run_checks import Check, CheckFailed, Result, run_checks
 
-SECONDS = 120.0  # that a check may take: the first one that imports torch from a slow disk needs them
 COMPILE_SECONDS = 300.0
+BITSANDBYTES = "run python -m bitsandbytes: it names the missing library"
+COLOURS = {"pass": "green", "fail": "bold red", "skipped": "yellow"}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the flags."""
     parser = cli.OneLineParser(__doc__, prog="python -m qlora_kit.doctor")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("--device", choices=["cuda", "cpu"], help="what to compute on (default: the GPU where there is one)")
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="the device to compute on (default: the GPU if there is one)")
     return parser.parse_args(argv)
 
 
-def all_checks(wanted: str) -> list[Check]:
-    """Every check, those first whose failure explains others.
+def all_checks(device: str) -> list[Check]:
+    """Return every check; those whose failure explains others come first.
 
     Args:
-        wanted: auto, cuda or cpu.
+        device: auto, cuda or cpu.
     """
-    from qlora_kit.doctor import machine_checks as at
-
-    output = Path(Config().training.output_dir)
-    try:
-        packages = [
-            Check(name, at.package_version, (requirement,), at.INSTALL, SECONDS)
-            for name, requirement in at.read_requirements().items()
-        ]
-    except (Problem, ImportError):  # the check says it again, with its fix
-        packages = [Check("packages", at.requirements_file, (), at.INSTALL, SECONDS)]
+    output, model = Path(Config().training.output_dir), Config().model.name
     return [
-        Check("Python", at.python_version, (), "install Python 3.11 or newer", SECONDS),
-        *packages,
-        Check("GPU", at.gpu, (wanted,), "nvidia-smi: it names what the driver lacks", SECONDS),
-        *(
-            Check(name, compute, (function, wanted), fix, seconds)
-            for name, function, fix, seconds in (
-                ("4-bit product", "four_bit_product", "python -m bitsandbytes: it names the library that is missing", SECONDS),
-                ("8-bit Adam", "eight_bit_adam", "python -m bitsandbytes: it names the library that is missing", SECONDS),
-                ("bfloat16", "bfloat16", "set quantization.compute_dtype to float16, or float32 on a CPU", SECONDS),
-                ("attention", "attention", at.INSTALL, SECONDS),
-            )
-        ),
-        Check("C compiler", at.c_compiler, (wanted,), "sudo apt install gcc python3-dev", SECONDS),
-        *(
-            Check(name, compute, (function, wanted), f"train without: --set performance.{key}=false", COMPILE_SECONDS)
-            for name, function, key in (
-                ("Triton kernel", "triton_kernel", "fused_lora"),
-                ("torch.compile", "compiled_function", "compile"),
-                ("CUDA graph", "captured_graph", "cuda_graphs"),
-            )
-        ),
-        Check("host memory", at.host_memory, (), at.INSTALL, SECONDS),
-        Check("disk speed", at.disk_speed, (output,), "name a folder on another disk: --output_dir DIR", SECONDS),
-        Check("disk space", at.free_space, (output,), "name a folder on another disk: --output_dir DIR", SECONDS),
-        Check("Hub", at.hub_answers, (), "HF_HUB_OFFLINE=1 works without it", SECONDS),
-        Check("default model", at.default_model, (), "hf download " + Config().model.name, SECONDS),
-        Check("Hub cache", at.room_for_model, (wanted,), "export HF_HOME=a folder on a disk with more room", SECONDS),
+        Check("Python", machine_checks.python_version, (), "install Python 3.11 or newer"),
+        *_package_checks(),
+        Check("GPU", machine_checks.gpu, (device,), "run nvidia-smi: it names the problem of the driver"),
+        Check("4-bit product", compute, ("four_bit_product", device), BITSANDBYTES),
+        Check("8-bit Adam", compute, ("eight_bit_adam", device), BITSANDBYTES),
+        Check("bfloat16", compute, ("bfloat16", device), "set quantization.compute_dtype to float16, or to float32 on a CPU"),
+        Check("attention", compute, ("attention", device), machine_checks.INSTALL),
+        Check("C compiler", machine_checks.c_compiler, (device,), machine_checks.INSTALL_COMPILER),
+        _fast_path_check("Triton kernel", "triton_kernel", device, "fused_lora"),
+        _fast_path_check("torch.compile", "compiled_function", device, "compile"),
+        _fast_path_check("CUDA graph", "captured_graph", device, "cuda_graphs"),
+        Check("host memory", machine_checks.host_memory, (), machine_checks.INSTALL),
+        Check("disk speed", machine_checks.disk_speed, (output,), machine_checks.OTHER_DISK),
+        Check("disk space", machine_checks.free_space, (output,), machine_checks.OTHER_DISK),
+        Check("Hub", machine_checks.hub_answers, (), "set HF_HUB_OFFLINE=1 to work without it"),
+        Check("default model", machine_checks.default_model, (), f"hf download {model}"),
+        Check("Hub cache", machine_checks.room_for_model, (device,), machine_checks.MOVE_CACHE),
     ]
 
 
-def compute(name: str, wanted: str) -> str:
-    """A check of compute_checks.py. torch is imported here, in the process beside: where it cannot be, the check has failed."""
+def _package_checks() -> list[Check]:
+    install = machine_checks.INSTALL
+    try:
+        requirements = machine_checks.read_requirements()
+    except (CheckFailed, ImportError):  # this check fails in the same way and reports it
+        return [Check("packages", machine_checks.requirements_file, (), install)]
+    return [Check(name, machine_checks.package_version, (line,), install) for name, line in requirements.items()]
 
+
+def _fast_path_check(name: str, function: str, device: str, switch: str) -> Check:
+    return Check(name, compute, (function, device), f"train without it: --set performance.{switch}=false", COMPILE_SECONDS)
+
+
+def compute(name: str, device: str) -> str:
+    """Run a check of compute_checks.py and return its measurement.
+
+    torch is imported here, in the process of the check: if the import fails, the check fails.
+    """
     from qlora_kit.doctor import compute_checks
 
-    return getattr(compute_checks, name)(wanted)
+    return getattr(compute_checks, name)(device)
 
 
-def show_table(results: Iterable[Result]) -> list[Result]:
-    """A row for each check as it ends, in colour on a terminal."""
-    from rich.text import Text
-
-    console, shown = cli.results_console(highlight=False), []
+def print_table(results: Iterable[Result]) -> list[Result]:
+    """Print a row for each result as it arrives, in colour on a terminal, and return the results."""
+    console, printed = cli.results_console(highlight=False), []
     for result in results:
-        shown.append(result)
-        colour = {"pass": "green", "fail": "bold red", "skipped": "yellow"}[result.status]
-        console.print(Text.assemble((f"{result.status:<9}", colour), f"{result.name:<14} {result.measured}"), soft_wrap=True)
+        printed.append(result)
+        status = (f"{result.status:<9}", COLOURS[result.status])
+        console.print(Text.assemble(status, f"{result.name:<14} {result.measured}"), soft_wrap=True)
         if result.fix:
             console.print(Text(f"{'':<9}{'':<15}fix: {result.fix}", style="bold"), soft_wrap=True)
-    counts = [f"{sum(result.status == status for result in shown)} {word}" for status, word in
+    counts = [f"{sum(result.status == status for result in printed)} {word}" for status, word in
               (("pass", "passed"), ("fail", "failed"), ("skipped", "skipped"))]  # fmt: skip
     console.print(Text("\n" + ", ".join(counts)), soft_wrap=True)
-    return shown
+    return printed
 
 
-def as_json(wanted: str, results: list[Result]) -> str:
+def format_json(device: str, results: list[Result]) -> str:
+    """Return the results as one JSON object."""
     return json.dumps(
         {
             "passed": not any(result.status == "fail" for result in results),
-            "device": wanted,
+            "device": device,
             "checks": [asdict(result) | {"seconds": round(result.seconds, 3)} for result in results],
         },
         indent=2,
@@ -114,12 +114,13 @@ def as_json(wanted: str, results: list[Result]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
     arguments = parse_arguments(argv)
-    wanted = arguments.device or "auto"
-    with closing(examine(all_checks(wanted))) as results:
-        ended = list(results) if arguments.json else show_table(results)
+    device = arguments.device or "auto"
+    with closing(run_checks(all_checks(device))) as arriving:
+        results = list(arriving) if arguments.json else print_table(arriving)
     if arguments.json:
-        print(as_json(wanted, ended))
-    if any(result.status == "fail" for result in ended):
+        print(format_json(device, results))
+    if any(result.status == "fail" for result in results):
         sys.stdout.flush()
         sys.exit(1)

@@ -1,8 +1,9 @@
-"""Checks of what a run computes, each against plain torch in fp32 on the CPU. Each raises Problem or Skipped.
+"""Checks of the 4-bit product, 8-bit Adam, bfloat16, attention, Triton, torch.compile and CUDA graphs, against fp32 on the CPU.
 
-`wanted` is a device as it was asked for: auto, cuda or cpu. Products are compared by the relative error |y - r| / |r| in the
-Frobenius norm. A value rounded to bfloat16 is off by up to 2⁻⁹ of itself, 0.2 %, to float16 by 2⁻¹²; an output and the weights
-behind it are rounded, and a wrong kernel is wrong by tens of percent: 1 % lies between.
+Each check returns its measurement, or raises CheckFailed or CheckSkipped. `requested` is the device that the user requested:
+auto, cuda or cpu. Results y are compared with a reference r by the relative error |y - r| / |r| in the Frobenius norm. Rounding
+to bfloat16 changes a number by up to 2⁻⁹ of itself (0.2 %), rounding to float16 by 2⁻¹², and both the output and the weights are
+rounded; a wrong kernel is wrong by tens of percent. The limit of 1 % separates the two.
 """
 
 import math
@@ -11,8 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from qlora_kit.doctor.machine_checks import reinstall
-from qlora_kit.doctor.run_checks import Problem, Skipped
+from qlora_kit.doctor.machine_checks import INSTALL_COMPILER, reinstall
+from qlora_kit.doctor.run_checks import CheckFailed, CheckSkipped
 from qlora_kit.model.device import choose_device, usable_dtype
 
 # QLoRA (arXiv 2305.14314), appendix E.
@@ -22,16 +23,16 @@ NF4_LEVELS = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 LARGEST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
-ADAM_ERROR = 0.05  # an 8-bit state is off by some percent of each value; measured below 1 % after four steps
-ADAM_PARAMETERS = 2**17  # bitsandbytes pages states of 100,000 values and more
+ADAM_ERROR = 0.05  # 8 bits change a state by some percent; measured: below 1 % after four steps
+ADAM_PARAMETERS = 2**17  # bitsandbytes pages only states of at least 100,000 values
 OUT, IN, TOKENS = 256, 512, 16
 
 
-def four_bit_product(wanted: str) -> str:
-    """x Wᵀ with NF4 weights and doubly quantized scales, for one token and for many, which take kernels of their own."""
+def four_bit_product(requested: str) -> str:
+    """Check x Wᵀ with NF4 weights and double quantization, for one token and for several: the kernels differ."""
     import bitsandbytes
 
-    device, dtype = _device_and_dtype(wanted)
+    device, dtype = _device_and_dtype(requested)
     weight, state, reference = packed_weight(device, dtype)
     errors = []
     for tokens in (1, TOKENS):
@@ -42,7 +43,7 @@ def four_bit_product(wanted: str) -> str:
 
 
 def packed_weight(device: str, dtype: torch.dtype) -> tuple[Any, Any, torch.Tensor]:
-    """A packed (OUT, IN) weight, its state, and by hand what it stands for, fp32 on the CPU."""
+    """Return a packed (OUT, IN) weight, its state, and the weight dequantized by hand, in fp32 on the CPU."""
     from bitsandbytes.functional import quantize_4bit
 
     packed, state = quantize_4bit(_random(OUT, IN).to(device, dtype), compress_statistics=True, quant_type="nf4")
@@ -53,11 +54,11 @@ def packed_weight(device: str, dtype: torch.dtype) -> tuple[Any, Any, torch.Tens
     return packed, state, values.view(OUT, IN)
 
 
-def eight_bit_adam(wanted: str) -> str:
-    """Four steps with the state in 8 bits, paged on a GPU, beside torch's AdamW."""
+def eight_bit_adam(requested: str) -> str:
+    """Check four steps with an 8-bit state, paged on a GPU, against torch's AdamW."""
     from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 
-    device = _device(wanted)
+    device = _device(requested)
     start = _random(ADAM_PARAMETERS)
     ours, plain = torch.nn.Parameter(start.to(device, copy=True)), torch.nn.Parameter(start.clone())
     kind = PagedAdamW8bit if device == "cuda" else AdamW8bit
@@ -67,36 +68,36 @@ def eight_bit_adam(wanted: str) -> str:
         ours.grad = plain.grad.to(device)
         for optimizer in optimizers:
             optimizer.step()
-    held = optimizers[0].state[ours]["state1"]
-    if held.dtype != torch.uint8:
-        raise Problem(f"the state is held in {_name(held.dtype)}, not in 8 bits", reinstall("bitsandbytes"))
-    paged = getattr(held, "is_paged", False)
+    state = optimizers[0].state[ours]["state1"]
+    if state.dtype != torch.uint8:
+        raise CheckFailed(f"the state is stored in {_name(state.dtype)}, not in 8 bits", reinstall("bitsandbytes"))
+    paged = getattr(state, "is_paged", False)
     if device == "cuda" and not paged:
-        raise Problem("the state is not paged", reinstall("bitsandbytes"))
+        raise CheckFailed("the state is not paged", reinstall("bitsandbytes"))
     error = _error(ours.detach().cpu() - start, plain.detach() - start)
     where = f"in the update of four steps on the {device}{', paged' if paged else ''}"
     return _within(error, ADAM_ERROR, where, reinstall("bitsandbytes"))
 
 
-def bfloat16(wanted: str) -> str:
-    """A product in bfloat16."""
-    device = _device(wanted)
+def bfloat16(requested: str) -> str:
+    """Check a product in bfloat16."""
+    device = _device(requested)
     if device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise Skipped(f"{torch.cuda.get_device_name()} lacks it: runs compute in float16")
+        raise CheckSkipped(f"{torch.cuda.get_device_name()} does not support it: runs compute in float16")
     x, weight = _random(TOKENS, IN).bfloat16(), _random(OUT, IN).bfloat16()
     y = F.linear(x.to(device), weight.to(device))
     return _within(_error(y, x.float() @ weight.float().T), LARGEST_ERROR[torch.bfloat16], f"on the {device}", reinstall("torch"))
 
 
-def attention(wanted: str) -> str:
-    """Causal attention and its gradient by torch's kernels, beside the softmax written out."""
-    device, dtype = _device_and_dtype(wanted)
+def attention(requested: str) -> str:
+    """Check torch's kernels for causal attention, with the gradient of the queries, against the formula."""
+    device, dtype = _device_and_dtype(requested)
     q, k, v = (_random(2, 4, 64, 64, seed=seed).to(dtype) for seed in range(3))  # (batch, heads, tokens, size)
     ours, plain = q.to(device, copy=True).requires_grad_(), q.to(torch.float32, copy=True).requires_grad_()
     y = F.scaled_dot_product_attention(ours, k.to(device), v.to(device), is_causal=True)
     y.float().square().sum().backward()
-    hidden = torch.ones(64, 64, dtype=torch.bool).triu(1)
-    scores = (plain @ k.float().mT / math.sqrt(64)).masked_fill(hidden, -torch.inf)
+    future = torch.ones(64, 64, dtype=torch.bool).triu(1)
+    scores = (plain @ k.float().mT / math.sqrt(64)).masked_fill(future, -torch.inf)
     expected = scores.softmax(-1) @ v.float()
     expected.square().sum().backward()
     assert ours.grad is not None and plain.grad is not None
@@ -104,52 +105,52 @@ def attention(wanted: str) -> str:
     return _within(errors, LARGEST_ERROR[dtype], f"on the {device} in {_name(dtype)}", reinstall("torch"))
 
 
-def triton_kernel(wanted: str) -> str:
-    """The project's own kernel, which unpacks 4-bit weights."""
+def triton_kernel(requested: str) -> str:
+    """Check the project's own kernel, which unpacks 4-bit weights."""
     from qlora_kit.fast.nf4 import unpack_stacked, why_no_triton
 
-    device, dtype = _device_and_dtype(wanted)
+    device, dtype = _device_and_dtype(requested)
     if device == "cpu":
-        raise Skipped("needs a CUDA GPU")
+        raise CheckSkipped("needs a CUDA GPU")
     if reason := why_no_triton():
-        raise Problem(f"{reason}; runs go on without, slower", "sudo apt install gcc python3-dev")
+        raise CheckFailed(f"{reason}; runs continue without it, slower", INSTALL_COMPILER)
     weight, state, reference = packed_weight(device, dtype)
     weight.quant_state = state
     unpacked = unpack_stacked((weight,), (None,), 0, dtype)
     return _within(_error(unpacked, reference), LARGEST_ERROR[dtype], f"in {_name(dtype)}", reinstall("torch"))
 
 
-def compiled_function(wanted: str) -> str:
-    """A function fused by torch.compile."""
+def compiled_function(requested: str) -> str:
+    """Check a function that torch.compile fuses."""
     from qlora_kit.fast.micro_step import why_not_compiled
 
-    device, dtype = _device_and_dtype(wanted)
+    device, dtype = _device_and_dtype(requested)
     if device == "cpu":
-        raise Skipped("needs a CUDA GPU")
+        raise CheckSkipped("needs a CUDA GPU")
     if reason := why_not_compiled(device):
-        raise Problem(f"{reason}; runs go on without, slower", "sudo apt install gcc python3-dev")
+        raise CheckFailed(f"{reason}; runs continue without it, slower", INSTALL_COMPILER)
     gate, up = _random(TOKENS, IN).to(dtype), _random(TOKENS, IN, seed=1).to(dtype)
     y = torch.compile(lambda a, b: F.silu(a) * b)(gate.to(device), up.to(device))
     return _within(_error(y, F.silu(gate.float()) * up.float()), LARGEST_ERROR[dtype], f"in {_name(dtype)}", reinstall("torch"))
 
 
-def captured_graph(wanted: str) -> str:
-    """A product captured in a CUDA graph, replayed with other inputs."""
+def captured_graph(requested: str) -> str:
+    """Check a product that is captured in a CUDA graph and replayed with other inputs."""
     from qlora_kit.fast.micro_step import why_not_graphed
 
-    device, dtype = _device_and_dtype(wanted)
+    device, dtype = _device_and_dtype(requested)
     if reason := why_not_graphed(device):
-        raise Skipped(reason)
+        raise CheckSkipped(reason)
     x, weight = torch.zeros(TOKENS, IN, dtype=dtype, device=device), _random(OUT, IN).to(dtype)
-    there = weight.to(device)
+    on_gpu = weight.to(device)
     stream: Any = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        F.linear(x, there)  # the library makes its workspace at its first call, which may not be captured
+        F.linear(x, on_gpu)  # the first call allocates cuBLAS's workspace, which must not happen in the capture
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        y = F.linear(x, there)
+        y = F.linear(x, on_gpu)
     inputs = _random(TOKENS, IN, seed=1).to(dtype)
     x.copy_(inputs)
     graph.replay()
@@ -159,15 +160,15 @@ def captured_graph(wanted: str) -> str:
     )
 
 
-def _device(wanted: str) -> str:
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise Skipped("torch sees no GPU")
-    return choose_device(wanted)
+def _device(requested: str) -> str:
+    if requested == "cuda" and not torch.cuda.is_available():
+        raise CheckSkipped("torch finds no GPU")
+    return choose_device(requested)
 
 
-def _device_and_dtype(wanted: str) -> tuple[str, torch.dtype]:
-    """The dtype is that of a run with quantization.compute_dtype auto."""
-    device = _device(wanted)
+def _device_and_dtype(requested: str) -> tuple[str, torch.dtype]:
+    """Return the device, and the dtype of a run with quantization.compute_dtype auto."""
+    device = _device(requested)
     return device, usable_dtype("auto", device)[0]
 
 
@@ -180,10 +181,10 @@ def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _within(errors: float | list[float], largest: float, what: str, fix: str) -> str:
-    error = float(torch.tensor(errors).max())  # NaN where one of them is
+    error = float(torch.tensor(errors).max())  # NaN if one of them is
     measured = f"relative error {error:.1e} {what}"
-    if not error <= largest:  # nor is NaN
-        raise Problem(f"{measured}, more than {largest:.0e}", fix)
+    if not error <= largest:  # true for NaN as well
+        raise CheckFailed(f"{measured}, more than {largest:.0e}", fix)
     return measured
 
 

@@ -1,7 +1,8 @@
-"""Checks run one after the other in a process beside this one, so that none can hang, crash or print over the others.
+"""Run checks in another process, each with a time limit, so that none can hang, crash or print over the others.
 
-A check returns what it measured, or raises Problem or Skipped. One that takes too long, or takes its process down as a broken
-library does, has failed, and the next one gets a fresh process. What is checked: installation.py, arithmetic.py.
+A check returns its measurement, or raises CheckFailed or CheckSkipped. A check that exceeds its time limit, or whose process dies
+as with a broken library, has failed, and the next check gets a fresh process. The checks are in machine_checks.py and
+compute_checks.py.
 """
 
 import multiprocessing
@@ -10,50 +11,67 @@ import signal
 import time
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any, Literal, NamedTuple
 
-STARTING_SECONDS = 60  # of a process, which reads its modules first
+from qlora_kit.cli import prepare_libraries
+
+SECONDS = 120.0  # time limit of a check: the first that imports torch from a slow disk needs it
+STARTING_SECONDS = 60  # time limit for starting a process, which imports its modules first
 
 
-class Problem(Exception):
-    """A check failed: what was measured, and one command or sentence that mends it."""
+class CheckFailed(Exception):
+    """A failure: the measurement, and one command or sentence that fixes the cause."""
 
     def __init__(self, measured: str, fix: str):
         super().__init__(measured)
         self.measured, self.fix = measured, fix
 
 
-class Skipped(Exception):
-    """There is nothing to check here; the message says why."""
+class CheckSkipped(Exception):
+    """Nothing to check on this machine; the message is the reason."""
 
 
 class Check(NamedTuple):
+    """A check to run.
+
+    Attributes:
+        fix: for failures other than CheckFailed, which has its own.
+        time_limit: in seconds.
+    """
+
     name: str
     function: Callable[..., str]
     arguments: tuple[Any, ...]
-    fix: str  # where the check ends in a way of its own
-    seconds: float  # that it may take
+    fix: str
+    time_limit: float = SECONDS
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a check ended."""
+    """The result of a check.
+
+    Attributes:
+        measured: the measurement, or the reason why the check failed or was skipped.
+        fix: of a failure, else None.
+        seconds: the time that the check took.
+    """
 
     name: str
     status: Literal["pass", "fail", "skipped"]
-    measured: str  # or why it was skipped
-    fix: str | None  # of a failure
+    measured: str
+    fix: str | None
     seconds: float
 
 
-def examine(checks: Iterable[Check]) -> Generator[Result, None, None]:
-    """The result of each check, as it ends. To be closed where it is left early: a process waits."""
+def run_checks(checks: Iterable[Check]) -> Generator[Result, None, None]:
+    """Yield the result of each check as it ends. Close the generator if you leave it early: its process would wait."""
     worker = None
     try:
         for check in checks:
             worker = worker or _Worker()
             result = worker.run(check)
-            if result.status == "fail":  # a process whose library failed, or still computes, is good for nothing more
+            if result.status == "fail":  # after a failure its process may be broken, or still compute
                 worker.stop()
                 worker = None
             yield result
@@ -62,24 +80,24 @@ def examine(checks: Iterable[Check]) -> Generator[Result, None, None]:
             worker.stop()
 
 
-def outcome(check: Check) -> Result:
-    """Run a check here and now."""
+def run_check(check: Check) -> Result:
+    """Run a check in this process."""
     started = time.perf_counter()
     fix = None
     status: Literal["pass", "fail", "skipped"] = "pass"
     try:
         measured = check.function(*check.arguments)
-    except Skipped as skipped:
+    except CheckSkipped as skipped:
         status, measured = "skipped", str(skipped)
-    except Problem as problem:
-        status, measured, fix = "fail", problem.measured, problem.fix
-    except Exception as error:  # of any library, that is what is looked for
-        status, measured, fix = "fail", one_line(error), check.fix
+    except CheckFailed as failure:
+        status, measured, fix = "fail", failure.measured, failure.fix
+    except Exception as error:  # any error of any library is a result here
+        status, measured, fix = "fail", summarize(error), check.fix
     return Result(check.name, status, measured, fix, time.perf_counter() - started)
 
 
-def one_line(error: BaseException) -> str:
-    """The first line of what an error says, and its kind."""
+def summarize(error: BaseException) -> str:
+    """Return the error's type and the first line of its message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
@@ -89,53 +107,51 @@ class _Worker:
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
-        self.here, there = context.Pipe()
-        self.process = context.Process(target=_serve, args=(there,))  # torch.compile starts processes of its own there
+        self.connection, other_end = context.Pipe()
+        self.process = context.Process(target=_serve, args=(other_end,))  # not a daemon: torch.compile starts processes there
         self.process.start()
-        there.close()  # so that its end is seen when the process ends
-        self.ready = self.here.poll(STARTING_SECONDS) and self._received() is not None
+        other_end.close()  # so that `connection` sees the end of the process
+        self.is_ready = self.connection.poll(STARTING_SECONDS) and self._receive() is not None
 
     def run(self, check: Check) -> Result:
-        if not self.ready:
-            return self._failed(check, "no process could be started for it", 0.0)
-        self.here.send(check)
+        if not self.is_ready:
+            return self._fail(check, "no process could be started for it", 0.0)
+        self.connection.send(check)
         started = time.perf_counter()
-        if not self.here.poll(check.seconds):
-            return self._failed(check, f"no result after {check.seconds:.0f} s", check.seconds)
-        result = self._received()
+        if not self.connection.poll(check.time_limit):
+            return self._fail(check, f"no result after {check.time_limit:.0f} s", check.time_limit)
+        result = self._receive()
         if result is None:
-            return self._failed(check, f"its process died ({self._end()})", time.perf_counter() - started)
+            return self._fail(check, f"its process died ({self._exit_reason()})", time.perf_counter() - started)
         return result
 
     def stop(self) -> None:
         self.process.kill()
         self.process.join()
-        self.here.close()
+        self.connection.close()
 
-    def _received(self) -> Any:
-        """None where the process has ended."""
+    def _receive(self) -> Any:
+        """Return what the process sent, or None if it has ended."""
         try:
-            return self.here.recv()
+            return self.connection.recv()
         except (EOFError, OSError):
             return None
 
-    def _end(self) -> str:
+    def _exit_reason(self) -> str:
         self.process.join(STARTING_SECONDS)
         code = self.process.exitcode
         return signal.Signals(-code).name if code is not None and code < 0 else f"exit status {code}"
 
     @staticmethod
-    def _failed(check: Check, measured: str, seconds: float) -> Result:
+    def _fail(check: Check, measured: str, seconds: float) -> Result:
         return Result(check.name, "fail", measured, check.fix, seconds)
 
 
-def _serve(connection: Any) -> None:
-    """In the process: results go through the connection; what libraries and compilers print goes nowhere."""
-    from qlora_kit.cli import prepare_libraries
-
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
+def _serve(connection: Connection) -> None:
+    """Run checks in the worker's process: results go through the connection, and everything that libraries print is dropped."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 1)
+    os.dup2(devnull, 2)
     prepare_libraries()
     connection.send("ready")
     while True:
@@ -143,4 +159,4 @@ def _serve(connection: Any) -> None:
             check = connection.recv()
         except EOFError:
             return
-        connection.send(outcome(check))
+        connection.send(run_check(check))
