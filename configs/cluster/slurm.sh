@@ -1,14 +1,14 @@
 #!/bin/bash
 # Train on two nodes of four GPUs with Slurm: sbatch configs/cluster/slurm.sh --config config.yaml --output_dir /shared/out
-# One torchrun a node starts a process a GPU; they meet at the first node. What stands behind the file's name goes to train_qlora.py.
-# The virtual environment, this folder and the output folder must be seen by all nodes.
+# One torchrun per node starts one process per GPU; they meet at the first node. The script's arguments go to train_qlora.py.
+# All nodes must see the virtual environment, this folder and the output folder.
 #SBATCH --job-name=qlora
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=4
 #SBATCH --cpus-per-task=32
 #SBATCH --time=04:00:00
-# Five minutes before the end: the run saves after its optimizer step, and --resume goes on in the next job.
+# Five minutes before the end, the run saves after its optimizer step; --resume continues it in the next job.
 #SBATCH --signal=TERM@300
 set -euo pipefail
 source .venv/bin/activate
