@@ -3,52 +3,55 @@
     python train_qlora.py                              Qwen2.5-3B-Instruct on Wikitext-2, one 8 GB GPU
     python train_qlora.py --config configs/tiny.yaml   a 3.5 M parameter model on a laptop, about a minute
     python train_qlora.py --rank 8 --alpha 16 --num_epochs 1 --output_dir out_r8
-    python train_qlora.py --plan                       what the run will take, and whether it fits, before anything is loaded
-    python train_qlora.py --preview                    what it will train on: records with their trained tokens marked, and counts
+    python train_qlora.py --plan                       memory of the run part by part, and whether it fits; loads nothing
+    python train_qlora.py --preview                    the training data, with the trained tokens marked, and counts
 
 Every key of config.yaml can be set: --set training.learning_rate=1e-4. inference_example.py talks to the result.
-torch is imported only when the settings are known to be right, so that a mistake is answered at once.
+From Python: train(config). torch is imported only after the settings are checked, so that a mistake is answered at once.
 """
 
 import argparse
-import shlex
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit import cli
-from qlora_kit.adapter.save import save_adapter
 from qlora_kit.config import Config
 from qlora_kit.config_file import load_config, override, parse_set
-from qlora_kit.data.blocks import Blocks, RecordBlocks
+from qlora_kit.data.blocks import TrainingBlocks
 from qlora_kit.data.dataset import load_blocks
+from qlora_kit.data.preview import show_preview
 from qlora_kit.data.source import check_source
 from qlora_kit.errors import Stopped, UserError
+from qlora_kit.model import hub
+from qlora_kit.model.architecture import read_fast_shape
 from qlora_kit.model.fingerprint import weights_fingerprint
-from qlora_kit.model.hub import (
-    fetch_model,
-    fetch_tokenizer,
-    go_offline_if_unreachable,
-    is_local,
-    model_folder,
-    remote_code_warning,
-)
 from qlora_kit.model.tokenizer import load_tokenizer, tokenizer_fingerprint
-from qlora_kit.output.checkpoints import Checkpoint
 from qlora_kit.output.curves import plot_training_curves, read_metrics
-from qlora_kit.output.folder import CURVES, check_disk, check_output_dir
+from qlora_kit.output.folder import CURVES, check_output_dir
 from qlora_kit.output.lock import OutputLock
-from qlora_kit.output.provenance import write_passport
-from qlora_kit.planning.fit import check_fit
-from qlora_kit.planning.plan import check_division, make_plan, plan_inputs, resume_plan
-from qlora_kit.training.processes import ALONE, Team, check_alike, check_gpus, choose_own_gpu, connected, find_team, what_runs
-from qlora_kit.training.report import RunReport, build_passport, open_output
-from qlora_kit.training.resume import check_same_material, find_common_checkpoint
+from qlora_kit.output.provenance import write_provenance
+from qlora_kit.planning.fit import describe_plan
+from qlora_kit.planning.plan import check_division
+from qlora_kit.training.processes import (
+    ALONE,
+    Team,
+    check_gpus,
+    check_identical,
+    choose_own_gpu,
+    connect,
+    read_team,
+    run_identity,
+)
+from qlora_kit.training.report import Run, RunReport, RunResult, build_provenance, open_output
+from qlora_kit.training.resume import check_end, check_fingerprints, find_common_checkpoint, resume_command
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from qlora_kit.training.machine import Machine
 
 # Named flags and the keys that they set; every other key goes through --set.
 FLAGS = {
@@ -69,13 +72,8 @@ FLAGS = {
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.OneLineParser(__doc__)
-    parser.add_argument(
-        "--config",
-        type=Path,
-        default=Path(__file__).with_name("config.yaml"),
-        metavar="FILE",
-        help="settings (default: config.yaml)",
-    )
+    default = Path(__file__).with_name("config.yaml")
+    parser.add_argument("--config", type=Path, default=default, metavar="FILE", help="settings (default: config.yaml)")
     for flag, key in FLAGS.items():
         parser.add_argument(f"--{flag}", metavar="VALUE", help=f"sets {key}")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="sets any key; may be repeated")
@@ -84,25 +82,162 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="?",
         const="",
         metavar="CHECKPOINT",
-        help="go on from the newest checkpoint in output_dir, or from this one, or the newest of this folder",
+        help="continue from the newest checkpoint in output_dir, or from this one, or the newest of this folder",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the run that output_dir holds")
-    parser.add_argument("--plan", action="store_true", help="show what the run will take and whether it fits, then stop")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in output_dir")
+    parser.add_argument("--plan", action="store_true", help="show the memory of the run and whether it fits, then stop")
     parser.add_argument("--processes", type=int, metavar="N", help="with --plan: of a run of N processes, a GPU each")
-    parser.add_argument("--preview", action="store_true", help="show what will be trained on, then stop; loads no weights")
+    parser.add_argument("--preview", action="store_true", help="show the training data, then stop; loads no weights")
     return parser.parse_args(argv)
 
 
 def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Dotted keys from the command line; a named flag wins over --set."""
+    """Return the dotted keys of the command line; a named flag wins over --set."""
     named = {key: getattr(arguments, flag) for flag, key in FLAGS.items() if getattr(arguments, flag) is not None}
     return parse_set(arguments.set) | named
 
 
-def prepare_dataset(
-    config: Config, tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[Blocks | RecordBlocks, Blocks | RecordBlocks | None]:
-    """Training and evaluation blocks of `data.max_length` tokens.
+def main(argv: list[str] | None = None) -> None:
+    team = read_team()
+    choose_own_gpu(team.local_rank)
+    with connect(team):
+        arguments = parse_arguments(argv)
+        config = load_config(arguments.config, overrides(arguments))
+        if arguments.processes is not None and (arguments.processes < 1 or not arguments.plan):
+            raise UserError("--processes", arguments.processes, "is for --plan, and 1 or more", "start processes with torchrun")
+        if team.count > 1:
+            flags = {"--plan": str(arguments.plan), "--preview": str(arguments.preview)}
+            check_identical(team, flags | run_identity(config))
+        cli.prepare_libraries()
+        if arguments.plan or arguments.preview:
+            show = show_plan if arguments.plan else preview
+            return show(config, arguments.processes or team.count) if team.is_main else None
+        try:
+            train(config, arguments.resume, arguments.overwrite, team)
+        except Stopped as stopped:
+            again = resume_command(sys.argv, arguments.resume, team)
+            raise Stopped(stopped.status, f"{stopped}; everything is saved. Continue with: {again}") from None
+
+
+def show_plan(config: Config, processes: int) -> None:
+    """Print the plan for a card of performance.vram_limit_gib, else for this machine's GPU, else for one of 8 GiB.
+
+    Raises:
+        UserError: there is no prediction for this architecture, or for the library's layers.
+    """
+    check_division(config, processes)
+    hub.prepare(config.model.name)
+    shape, reason = read_fast_shape(config)
+    if shape is None or reason:
+        remedy = "train with a small --max_steps and read the log"
+        raise UserError("--plan", config.model.name, f"has no prediction ({reason})", remedy)
+    gpu = None
+    if config.performance.vram_limit_gib is None:
+        from qlora_kit.model.device import free_gpu_memory  # imports torch, which a plan for a stated card does not need
+
+        gpu = free_gpu_memory()
+    print(describe_plan(config, shape, gpu, processes))
+
+
+def preview(config: Config, processes: int) -> None:
+    """Print what a run would train on; loads the tokenizer only."""
+    check_division(config, processes)
+    check_source(config.data)
+    hub.prepare(config.model.name, *config.data.names)
+    if config.model.trust_remote_code:
+        print(hub.remote_code_warning(config.model), file=sys.stderr)
+    hub.fetch_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model)
+    show_preview(config, tokenizer, *prepare_dataset(config, tokenizer), cli.results_console())
+
+
+def train(
+    config: Config | Path | str | dict[str, Any], resume: Path | str | None = None, overwrite: bool = False, team: Team = ALONE
+) -> RunResult:
+    """Train an adapter, and write it with its curves and its log into `training.output_dir`.
+
+    Args:
+        config: the settings, a YAML file of them, or dotted keys that differ from the defaults: {"lora.rank": 8}.
+        resume: a checkpoint, or a folder with checkpoints; empty for the newest checkpoint in output_dir; None to start.
+        overwrite: replace the run in output_dir.
+        team: the processes of the run; a single one by default.
+
+    Raises:
+        UserError: settings, data, model or machine do not allow the run.
+        Failed: the run ended early: GPU memory or the disk is full, or a loss is NaN.
+        Stopped: Ctrl+C or SIGTERM; everything is saved.
+    """
+    if isinstance(config, dict):
+        config = override(Config(), config)
+    elif not isinstance(config, Config):
+        config = load_config(Path(config))
+    check_division(config, team.count)
+    if team.count > 1 and config.training.device != "cpu":
+        check_gpus(team)
+    check_source(config.data)
+    replace = overwrite or not team.is_main  # only rank 0 writes
+    folder = check_output_dir(config.training.output_dir, replace, resume is not None)
+    with OutputLock(folder) if team.is_main else nullcontext() as lock:
+        return _train(config, None if resume is None else str(resume), overwrite, team, folder, lock)
+
+
+def _train(config: Config, resume: str | None, overwrite: bool, team: Team, folder: Path, lock: OutputLock | None) -> RunResult:
+    """Plan, data, model, training, adapter: the picture in docs/how_it_works.md, top to bottom.
+
+    Args:
+        lock: of the folder, in the process that writes.
+    """
+    from qlora_kit.adapter.save import save_adapter
+    from qlora_kit.model.perplexity import recorded_base
+    from qlora_kit.training.build import TrainingData, build_store, build_trainer
+    from qlora_kit.training.machine import explaining_out_of_memory, plan_run
+
+    checkpoint, notes = find_common_checkpoint(folder, config, resume, team)
+    hub.prepare(config.model.name, *config.data.names)
+    machine, plan = plan_run(config, folder, checkpoint, team)
+    run = Run(config, machine, plan, team)
+    report = RunReport(run)
+    report.announce(notes)
+
+    # Data before the model: a mistake in them is found before gigabytes of weights are downloaded.
+    with team.local_main_first():
+        hub.fetch_tokenizer(config.model)
+        tokenizer = load_tokenizer(config.model)
+        data = TrainingData(*prepare_dataset(config, tokenizer))
+    report.describe_data(*data)
+    run.fingerprints |= {"train_sha256": run.data["train_sha256"], "tokenizer_sha256": tokenizer_fingerprint(tokenizer)}
+    check_fingerprints(checkpoint, run.fingerprints)
+    check_end(checkpoint, config, len(data.train))
+    with team.local_main_first():
+        run.fingerprints["base_sha256"] = weights_fingerprint(hub.fetch_model(config.model)) or ""
+    check_fingerprints(checkpoint, run.fingerprints)
+    check_identical(team, run.fingerprints)
+
+    with report.logging_failure(), explaining_out_of_memory(config, planned=bool(plan.parts)):
+        model = load_adapted_model(config, machine, tokenizer, report)
+        store = build_store(config, plan, team, run.fingerprints, data.train.prompt_style, report)
+        trainer = build_trainer(model, data, config, machine, plan, report, store)
+        if lock:
+            if lock.take():  # the folder did not exist before, or another run made it meanwhile
+                check_output_dir(config.training.output_dir, overwrite, checkpoint is not None)
+            open_output(folder, report, checkpoint, overwrite)
+        base = recorded_base(read_metrics(checkpoint.folder)) if checkpoint else trainer.measure_base()
+        trainer.train(checkpoint)
+        if team.is_main:
+            plot_training_curves(read_metrics(folder), folder / CURVES)
+        if number := team.max(trainer.stopping.signal or 0):  # on all ranks: one may have got it after the last step
+            raise Stopped(128 + number, f"Stopped after step {trainer.state.global_step}")
+        result = RunResult(folder, trainer.kept_step, trainer.state.global_step, base, trainer.measure_final())
+        if team.is_main:
+            save_adapter(model, tokenizer, folder)
+    if team.is_main:
+        write_provenance(folder, build_provenance(report, tokenizer, result, **trainer.ending()))
+        report.summary(folder, result)
+    return result
+
+
+def prepare_dataset(config: Config, tokenizer: "PreTrainedTokenizerBase") -> tuple[TrainingBlocks, TrainingBlocks | None]:
+    """Return training and evaluation blocks of `data.max_length` tokens.
 
     Raises:
         UserError: the source cannot be read, a record of it is wrong, or it is too short for one block.
@@ -110,193 +245,60 @@ def prepare_dataset(
     return load_blocks(config, tokenizer)
 
 
-def main(argv: list[str] | None = None) -> None:
-    team = find_team()
-    choose_own_gpu(team.local_rank)
-    with connected(team):
-        arguments = parse_arguments(argv)
-        config = load_config(arguments.config, overrides(arguments))
-        if arguments.processes is not None and (arguments.processes < 1 or not arguments.plan):
-            raise UserError(
-                f"--processes: {arguments.processes}: says how many, 1 or more, --plan is for; torchrun or accelerate starts them"
-            )
-        if team.count > 1:  # one alone need not read all of the code to agree with itself
-            flags = {"--plan": str(arguments.plan), "--preview": str(arguments.preview)}
-            check_alike(team, flags | what_runs(config))
-        check_division(config, arguments.processes or team.count)
-        cli.prepare_libraries()
-        if team.count > 1 and config.training.device != "cpu":
-            check_gpus(team)
-        if arguments.plan:
-            from qlora_kit.training.machine import describe_plan
-
-            return print(describe_plan(config, arguments.processes or team.count)) if team.leads else None
-        check_source(config.data)
-        if arguments.preview:
-            return preview(config) if team.leads else None
-        # The first process alone writes.
-        folder = check_output_dir(config.training.output_dir, arguments.overwrite or not team.leads, arguments.resume is not None)
-        with OutputLock(folder) if team.leads else nullcontext() as lock:
-            train_adapter(arguments, config, folder, lock, team)
-
-
-def train_adapter(
-    arguments: argparse.Namespace, config: Config, folder: Path, lock: OutputLock | None, team: Team = ALONE
-) -> None:
-    """Plan, data, model, training, adapter: what README shows as a picture, top to bottom.
-
-    Args:
-        lock: of the folder, in the process that writes.
-    """
-    checkpoint, lines = find_common_checkpoint(folder, config, arguments.resume, team)
-    if not (is_local(config.model.name) and all(map(is_local, config.data.names))):
-        go_offline_if_unreachable()
-    from qlora_kit.training.machine import read_fast_shape
-
-    shape, reason = read_fast_shape(config)
-    if shape and team.leads:
-        check_disk(folder, shape.lora_parameters(config.lora.rank, config.lora.target_modules), config.training.optimizer_bytes)
-
-    from qlora_kit.training.machine import look_at_machine, out_of_memory_is_one_line
-
-    machine = look_at_machine(config, shape)
-    check_alike(team, {"training.device": machine.device, "quantization.compute_dtype": machine.dtype_name})
-    # What cannot be compiled here takes more memory.
-    as_here = config if machine.compiles else override(config, {"performance.compile": False})
-    written_out = None if reason else shape
-    limit = min(team.gather(machine.limit)) if machine.limit is not None else None  # of the fullest GPU: all take the same plan
-    plan = make_plan(as_here, written_out, limit, team.count)
-    if checkpoint:
-        settings_unchanged = checkpoint.run["asked"] == plan_inputs(config) and checkpoint.run["processes"] == team.count
-        plan = resume_plan(plan, as_here, written_out, limit, checkpoint.run, settings_unchanged, team.count)
-    check_fit(plan, as_here, shape, limit, team.count)
-    report = RunReport(config, machine, plan, team)
-    report.announce()
-    for line in lines:
-        report.log.line(line)
-    # Data first: what is wrong with it is to be known before gigabytes of weights are fetched.
-    with team.first_on_each_node():
-        fetch_tokenizer(config.model)
-        tokenizer = load_tokenizer(config.model)
-        train, evaluation = prepare_dataset(config, tokenizer)
-    report.describe_data(train, evaluation)
-    recognise(
-        report,
-        checkpoint,
-        {"train_sha256": report.data["train_sha256"], "tokenizer_sha256": tokenizer_fingerprint(tokenizer)},
-    )
-    from qlora_kit.training.build import build_trainer
-    from qlora_kit.training.resume import check_end
-
-    if checkpoint:
-        check_end(checkpoint, config, len(train))
-    with team.first_on_each_node():
-        recognise(report, checkpoint, {"base_sha256": weights_fingerprint(fetch_model(config.model)) or ""})
-    check_alike(team, report.material)
-    with report.telling_how_it_ends(), out_of_memory_is_one_line(config, planned=bool(plan.parts)):
-        model, tokenizer = load_adapted_model(config, report, tokenizer)
-
-        from qlora_kit.model.perplexity import recorded_base
-
-        trainer = build_trainer(model, train, evaluation, report)
-        if lock:
-            if lock.take():  # the folder is new, or another run made it meanwhile
-                check_output_dir(config.training.output_dir, arguments.overwrite, checkpoint is not None)
-            open_output(folder, report, checkpoint, arguments.overwrite)
-        before = recorded_base(read_metrics(checkpoint.folder)) if checkpoint else trainer.measure_base()
-        trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
-        if team.leads:
-            plot_training_curves(read_metrics(folder), folder / CURVES)
-        if number := team.highest(trainer.stopping.signal or 0):  # all together: one may have been asked after the last step
-            raise Stopped(128 + number, how_to_resume(arguments, trainer.state.global_step, team))
-        after = trainer.measure_final()
-        if team.leads:
-            save_adapter(model, tokenizer, folder)
-    if team.leads:
-        write_passport(folder, build_passport(report, tokenizer, before, after, **trainer.how_it_went()))
-        report.summary(folder, before, after, trainer.state.global_step, trainer.kept_step)
-
-
-def recognise(report: RunReport, checkpoint: Checkpoint | None, found: dict[str, str]) -> None:
-    """Keep fingerprints for the checkpoints to come; a run that is resumed has to have been trained on the same.
-
-    Raises:
-        UserError: it was not.
-    """
-    report.material |= found
-    if checkpoint:
-        check_same_material(checkpoint, found)
-
-
-def preview(config: Config) -> None:
-    """Print what a run would train on; loads the tokenizer only."""
-    from qlora_kit.data.preview import show_preview
-
-    if not (is_local(config.model.name) and all(map(is_local, config.data.names))):
-        go_offline_if_unreachable()
-    if config.model.trust_remote_code:
-        print(remote_code_warning(config.model), file=sys.stderr)
-    fetch_tokenizer(config.model)
-    tokenizer = load_tokenizer(config.model)
-    show_preview(config, tokenizer, *prepare_dataset(config, tokenizer), cli.results_console())
-
-
 def load_adapted_model(
-    config: Config, report: RunReport, tokenizer: "PreTrainedTokenizerBase | None" = None
-) -> tuple["PeftModel", "PreTrainedTokenizerBase"]:
-    """The base model in 4 bits with fresh LoRA matrices beside its projections."""
+    config: Config, machine: "Machine", tokenizer: "PreTrainedTokenizerBase", report: RunReport
+) -> "PeftModel":
+    """Load the base model in 4 bits, and add fresh LoRA matrices to its projections."""
     from transformers import set_seed
 
-    from qlora_kit.fast.sharding import load_sharded, sharded_base
     from qlora_kit.fast.training_pass import offload_embedding
-    from qlora_kit.model.load import check_context, guard_cpu_kernels, quantization_config, set_padding
+    from qlora_kit.model.load import check_context, quantization_config
     from quantization_utils import create_lora_config, load_model_and_tokenizer, prepare_model_for_training
 
-    lora, machine, performance = config.lora, report.machine, config.performance
-    quantization = quantization_config(config.quantization, machine.dtype)
-    if performance.fsdp:
-        folder, in_host_memory = model_folder(config.model), performance.fsdp == "offload"
-        assert folder and tokenizer
-        model = load_sharded(
-            folder, quantization, machine.device, machine.dtype, in_host_memory, not performance.offload_embedding
-        )
-        guard_cpu_kernels(model, config.model.name)
-        set_padding(tokenizer, model)
+    lora, base = config.lora, config.model
+    if config.performance.fsdp:
+        model, outside = load_sharded_model(config, machine, tokenizer)
     else:
-        model, tokenizer = load_model_and_tokenizer(
-            config.model.name,
-            quantization,
+        model, _ = load_model_and_tokenizer(
+            base.name,
+            quantization_config(config.quantization, machine.dtype),
             device=machine.device,
             dtype=machine.dtype,
-            revision=config.model.revision,
-            trust_remote_code=config.model.trust_remote_code,
+            revision=base.revision,
+            trust_remote_code=base.trust_remote_code,
             tokenizer=tokenizer,
         )
+        outside = 0
     check_context(model, config.data.max_length)
-    moved = offload_embedding(model) if performance.offload_embedding else 0
-    if parts := sharded_base(model):
-        moved += parts.parameters
+    if config.performance.offload_embedding:
+        outside += offload_embedding(model)
     report.memory("after loading")
     recompute = config.training.gradient_checkpointing
-    set_seed(config.training.seed)  # decides where the LoRA matrices start
+    set_seed(config.training.seed)  # decides the initial LoRA matrices
     adapted = prepare_model_for_training(
         model,
         create_lora_config(lora.rank, lora.alpha, lora.dropout, lora.target_modules),
         use_gradient_checkpointing=machine.device == "cuda" if recompute == "auto" else bool(recompute),
     )
     trainable, total = adapted.get_nb_trainable_parameters()  # counts a packed byte as the two weights that it holds
-    report.describe_model(trainable, total + moved)
-    return adapted, tokenizer
+    report.describe_model(trainable, total + outside)
+    return adapted
 
 
-def how_to_resume(arguments: argparse.Namespace, step: int, team: Team) -> str:
-    dropped = ("--overwrite", "--resume", arguments.resume, f"--resume={arguments.resume}")
-    again = [word for word in sys.argv[1:] if word not in dropped]
-    launcher = ["python"] if team.count == 1 else ["torchrun", f"--nproc_per_node={team.local_count}"]
-    return (
-        f"Stopped after step {step}; everything is saved. Go on with: {shlex.join([*launcher, sys.argv[0], *again, '--resume'])}"
-        + (", on each node" if team.local_count < team.count else "")
-    )
+def load_sharded_model(config: Config, machine: "Machine", tokenizer: "PreTrainedTokenizerBase") -> tuple["PreTrainedModel", int]:
+    """Load this rank's shard of the base model; returns it and the number of parameters that are not in its modules."""
+    from qlora_kit.fast.sharding import load_sharded, sharded_base
+    from qlora_kit.model.load import guard_cpu_kernels, quantization_config, set_padding
+
+    performance, folder = config.performance, hub.model_folder(config.model)
+    quantization = quantization_config(config.quantization, machine.dtype)
+    in_host_memory, whole_embedding = performance.fsdp == "offload", performance.offload_embedding
+    assert folder is not None  # the model was fetched
+    model = load_sharded(folder, quantization, machine.device, machine.dtype, in_host_memory, not whole_embedding)
+    guard_cpu_kernels(model, config.model.name)
+    set_padding(tokenizer, model)
+    base = sharded_base(model)
+    return model, base.parameters if base else 0
 
 
 if __name__ == "__main__":

@@ -72,6 +72,13 @@ def describe_device(device: str) -> list[str]:
     return [f"Device: cuda, {properties.name}, {total / GIB:.2f} GiB, {free / GIB:.2f} GiB free"]
 
 
+def free_gpu_memory() -> tuple[str, float] | None:
+    """Return the name of this machine's GPU and its free bytes; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_name(0), float(torch.cuda.mem_get_info()[0])
+
+
 def memory_gib(device: str) -> dict[str, float]:
     """Return the GiB that torch's allocator holds now and held at its peak; nothing for the CPU."""
     if device == "cpu":

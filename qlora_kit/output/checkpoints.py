@@ -90,24 +90,24 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted(path for path in root.glob(f"{CHECKPOINT_PREFIX}*") if path.is_dir())
 
 
-def find_newest_valid(folders: list[Path]) -> tuple[Checkpoint | None, list[str]]:
+def find_newest_valid(folders: list[Path]) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
     """Find the valid checkpoint that was written last.
 
     Returns:
-        It, or None; and a line for each invalid checkpoint that would have been preferred.
+        It, or None; and folder and reason of each invalid checkpoint that would have been preferred.
     """
     read, invalid = [], []
     for folder in folders:
         try:
             read.append(read_checkpoint(folder))
         except InvalidCheckpoint as reason:
-            invalid.append(f"{folder}: {reason}")
+            invalid.append((folder, str(reason)))
     for checkpoint in sorted(read, key=lambda one: one.number, reverse=True):
         try:
             verify(checkpoint)
             return checkpoint, invalid
         except InvalidCheckpoint as reason:
-            invalid.append(f"{checkpoint.folder}: {reason}")
+            invalid.append((checkpoint.folder, str(reason)))
     return None, invalid
 
 

@@ -103,3 +103,18 @@ def describe_other_sharding(config: Config, shape: ModelShape, limit: float, pro
     model = "the base model sharded over them" if fsdp else "the whole base model in each"
     fits = "fits" if plan.peak <= limit else "does not fit"
     return f"With {model} (performance.fsdp={str(fsdp).lower()}): {plan.peak / GIB:.2f} GiB, {fits}."
+
+
+def describe_plan(config: Config, shape: ModelShape, gpu: tuple[str, float] | None, processes: int) -> str:
+    """Return the plan for a card of performance.vram_limit_gib, else for this machine's GPU, else for one of 8 GiB.
+
+    Args:
+        gpu: name and free bytes of this machine's GPU; None without one.
+    """
+    card, limit = "no GPU here: a card of 8 GiB assumed, less CUDA's own", 8.0 * GIB - CONTEXT_BYTES
+    if config.performance.vram_limit_gib is not None:
+        card, limit = "performance.vram_limit_gib", config.performance.vram_limit_gib * GIB
+    elif gpu is not None:
+        card, limit = f"free on {gpu[0]}", gpu[1]
+    table = plan_table(make_plan(config, shape, limit, processes), config, shape, limit, card, processes)
+    return table if processes == 1 else f"{table}\n{describe_other_sharding(config, shape, limit, processes)}"

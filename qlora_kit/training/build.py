@@ -1,95 +1,153 @@
-"""Settings -> the Trainer of a run: its arguments, its callbacks, and the way that micro-steps take."""
+"""Build the Trainer of a run from its settings: TrainingArguments, callbacks, the fast path."""
 
 import math
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import (
-    EarlyStoppingCallback,
-    PrinterCallback,
-    TrainerCallback,
-    TrainingArguments,
-    default_data_collator,
-)
+from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator
 
 from qlora_kit.config import Config
-from qlora_kit.data.blocks import Blocks, RecordBlocks
-from qlora_kit.errors import Failed, UserError, cannot_work
-from qlora_kit.fast.micro_step import MicroStep, why_not_compiled, why_not_graphed, why_not_used
+from qlora_kit.data.blocks import RecordBlocks, TrainingBlocks
+from qlora_kit.errors import Failed, UserError, unsupported
+from qlora_kit.fast.micro_step import MicroStep, StepSettings, why_not_compiled, why_not_graphed, why_not_used
 from qlora_kit.fast.peft_layers import fuse
 from qlora_kit.fast.training_pass import FastDecoder, why_not_fast
 from qlora_kit.model.loss import IGNORED
 from qlora_kit.output.folder import CHECKPOINTS
+from qlora_kit.planning.plan import Plan, plan_inputs
+from qlora_kit.training.checkpointing import CheckpointStore
 from qlora_kit.training.machine import Machine
 from qlora_kit.training.processes import Team
 from qlora_kit.training.progress import ProgressCallback
-from qlora_kit.training.report import RunReport
+from qlora_kit.training.report import RunReport, write_run_files
 from qlora_kit.training.trainer import QLoraTrainer
+
+# The private methods of Trainer that QLoraTrainer overrides: a library without one would skip the override without a word.
+PRIVATE_OVERRIDES = ("_get_output_dir",)
+
+
+class TrainingData(NamedTuple):
+    train: TrainingBlocks
+    evaluation: TrainingBlocks | None
+
+
+class RunArguments(TrainingArguments):
+    """The library's arguments of a run; the model stays where it was loaded.
+
+    Moving it from cpu to cpu:0, as one of several processes would, copies the adapters.
+    """
+
+    @property
+    def place_model_on_device(self) -> bool:
+        return False
+
+
+def check_library() -> None:
+    """Check that the installed transformers has the private methods that QLoraTrainer overrides.
+
+    Raises:
+        UserError: one is missing.
+    """
+    for name in PRIVATE_OVERRIDES:
+        if not hasattr(Trainer, name):
+            remedy = "install transformers>=5.17,<6; 5.17 and 5.24 were tested"
+            raise UserError("transformers", version("transformers"), f"has no Trainer.{name}", remedy)
+
+
+def build_store(
+    config: Config, plan: Plan, team: Team, fingerprints: dict[str, str], prompt_style: str, report: RunReport
+) -> CheckpointStore:
+    """Return the checkpoints of a run, whose manifests keep what resuming must find unchanged.
+
+    Args:
+        fingerprints: of the training data, the tokenizer and the base weights.
+    """
+    facts = {
+        "fingerprints": fingerprints,
+        "prompt_style": prompt_style,
+        "plan_inputs": plan_inputs(config),
+        "micro_batch": plan.micro_batch,
+        "recomputed": plan.recomputed,
+        "processes": team.count,
+    }
+    root, kept = Path(config.training.output_dir).expanduser() / CHECKPOINTS, config.training.save_total_limit
+    return CheckpointStore(
+        root, team, kept, facts, config.training.optimizer_bytes, lambda folder: write_run_files(report, folder)
+    )
 
 
 def build_trainer(
-    model: Any, train: Blocks | RecordBlocks, evaluation: Blocks | RecordBlocks | None, report: RunReport
+    model: Any, data: TrainingData, config: Config, machine: Machine, plan: Plan, report: RunReport, store: CheckpointStore
 ) -> QLoraTrainer:
-    config, machine = report.config, report.machine
-    progress = ProgressCallback(report, train.tokens / config.steps_per_epoch(len(train)))
-    callbacks: list[TrainerCallback] = [progress]
-    if config.training.early_stopping_patience is not None:
-        callbacks.append(EarlyStoppingCallback(config.training.early_stopping_patience))
-    steps = config.total_steps(len(train))
+    """Return the Trainer of a run.
+
+    Args:
+        model: the PEFT model.
+
+    Raises:
+        UserError: performance.compile, cuda_graphs, fsdp or offload_embedding is true and cannot work.
+    """
+    check_library()
+    team, steps = store.team, config.total_steps(len(data.train))
+    packed = any(isinstance(blocks, RecordBlocks) and blocks.packed for blocks in data)
+    progress = ProgressCallback(report.log, machine, data.train.tokens / config.steps_per_epoch(len(data.train)))
     trainer = QLoraTrainer(
-        steps=steps,
         model=model,
-        args=training_arguments(config, machine, steps, evaluation is not None, report.plan.micro_batch * report.team.count),
-        train_dataset=train,
-        eval_dataset=evaluation,
-        data_collator=OwnRows(report.team, report.plan.micro_batch),
-        rows=report.plan.micro_batch,
-        callbacks=callbacks,
-        checkpoints_kept=config.training.save_total_limit,
+        args=training_arguments(config, machine, steps, data.evaluation is not None, plan.micro_batch * team.count),
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
+        data_collator=RankCollator(team, plan.micro_batch),
+        callbacks=[progress],
+        settings=config.training,
+        steps=steps,
+        rows=plan.micro_batch,
         compute_dtype=machine.dtype,
+        micro=build_micro_step(model, config, machine.device, plan, team, report, packed),
+        store=store,
+        report=report,
         progress=progress,
-        micro=build_micro_step(
-            model, report, any(isinstance(blocks, RecordBlocks) and blocks.packed for blocks in (train, evaluation))
-        ),
     )
     trainer.remove_callback(PrinterCallback)  # prints a dict per logged step
     return trainer
 
 
-def build_micro_step(model: Any, report: RunReport, packed: bool) -> MicroStep | None:
-    """The fast path, or None where the library's own layers have to do; the log says which, and why.
+def build_micro_step(
+    model: Any, config: Config, device: str, plan: Plan, team: Team, report: RunReport, packed: bool
+) -> MicroStep | None:
+    """Return the fast path, or None for the library's own layers; the log says which, and why.
 
     Args:
         packed: whether blocks hold several records.
 
     Raises:
-        UserError: performance.compile or performance.cuda_graphs is true and cannot work.
+        UserError: performance.compile, cuda_graphs, fsdp or offload_embedding is true and cannot work.
     """
-    config, device = report.config, report.machine.device
-    reason = why_not_fast(model, config.data.max_length) if config.performance.fused_lora else "performance.fused_lora is false"
     settings = config.performance
+    reason = why_not_fast(model, config.data.max_length) if settings.fused_lora else "performance.fused_lora is false"
     not_compiled = why_not_used("performance.compile", settings.compile, reason or why_not_compiled(device))
     not_captured = why_not_used("performance.cuda_graphs", settings.cuda_graphs, reason or why_not_graphed(device))
     if settings.fsdp and reason:
-        raise UserError(cannot_work("performance.fsdp", reason, "false"))
-    if config.performance.offload_embedding and (reason or device != "cuda"):
-        raise UserError(cannot_work("performance.offload_embedding", reason or "needs a CUDA GPU", "false"))
+        raise UserError.of([unsupported("performance.fsdp", reason, "false")])
+    if settings.offload_embedding and (reason or device != "cuda"):
+        raise UserError.of([unsupported("performance.offload_embedding", reason or "needs a CUDA GPU", "false")])
     report.describe_path(reason, not_compiled, not_captured)
     if reason:
-        if config.performance.fused_lora:
+        if settings.fused_lora:
             fuse(model)
         return None
-    decoder = FastDecoder(model, report.plan.recomputed, not_compiled is None, report.plan.keep_weights)
+    decoder = FastDecoder(model, plan.recomputed, not_compiled is None)
     insisted = True in (settings.compile, settings.cuda_graphs)
-    give_up = None if insisted or device == "cpu" else end_all if settings.fsdp else report.plain_path
-    micro_batch, length = report.plan.micro_batch, config.data.max_length
-    turn = (report.team.rank, report.team.count)
-    return MicroStep(decoder, micro_batch, length, config.training.seed, not_captured is None, give_up, packed, turn)
+    fall_back = None if insisted or device == "cpu" else fail_without_fallback if settings.fsdp else report.fall_back
+    step = StepSettings(
+        plan.micro_batch, config.data.max_length, config.training.seed, not_captured is None, packed, team.rank, team.count
+    )
+    return MicroStep(decoder, step, fall_back)
 
 
-def end_all(reason: str) -> None:
-    """What gives compiling and capturing up in processes that share each pass: alone in it, one would meet the others nowhere.
+def fail_without_fallback(reason: str) -> None:
+    """Stop the run: one rank alone must not fall back to the uncompiled path, where it would gather in another order.
 
     Raises:
         Failed: always.
@@ -100,10 +158,11 @@ def end_all(reason: str) -> None:
     )
 
 
-class OwnRows:
-    """Collates a micro-step's rows, of which each process takes its own.
+class RankCollator:
+    """Collate this rank's rows of a micro-batch.
 
-    Where the data ends in the middle of one, a process without rows takes one that counts for nothing: all take every step.
+    Where the data end in the middle of a micro-batch, a process without rows takes one whose labels count for nothing: all
+    processes take every step.
 
     Args:
         micro_batch: rows of each process.
@@ -122,25 +181,25 @@ class OwnRows:
         return batch
 
 
-def training_arguments(config: Config, machine: Machine, steps: int, evaluate: bool, together: int) -> TrainingArguments:
-    """The library's settings of a run.
+def training_arguments(config: Config, machine: Machine, steps: int, evaluate: bool, sequences: int) -> RunArguments:
+    """Return the library's settings of a run.
 
     Args:
-        together: sequences of a micro-step, of all processes.
+        steps: optimizer steps of the run.
+        sequences: of a micro-step, over all processes.
     """
     training, device = config.training, machine.device
-    keep_best = training.keeps_best_adapter
-    return TrainingArguments(
+    return RunArguments(
         output_dir=str(Path(training.output_dir).expanduser() / CHECKPOINTS),
         num_train_epochs=training.num_epochs,
         max_steps=training.max_steps or -1,
-        per_device_train_batch_size=together,
-        gradient_accumulation_steps=config.effective_batch // together,
+        per_device_train_batch_size=sequences,
+        gradient_accumulation_steps=config.effective_batch // sequences,
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.lr_scheduler,
         warmup_steps=math.ceil(training.warmup_ratio * steps),
         weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
+        max_grad_norm=0.0,  # QLoraTrainer clips, after the gradients of all processes are summed
         optim=training.optim,
         fp16=machine.dtype == torch.float16,  # brings the loss scaling that float16 needs; bfloat16 needs none
         logging_steps=training.logging_steps,
@@ -150,10 +209,7 @@ def training_arguments(config: Config, machine: Machine, steps: int, evaluate: b
         eval_steps=training.eval_steps,
         save_strategy="steps",
         save_steps=training.save_steps,
-        save_total_limit=None,  # checkpoints.py removes what is too much
-        load_best_model_at_end=keep_best,
-        metric_for_best_model="eval_loss" if keep_best else None,
-        greater_is_better=False if keep_best else None,
+        save_total_limit=None,  # CheckpointStore deletes the checkpoints that are too many
         seed=training.seed,
         use_cpu=device == "cpu",
         dataloader_pin_memory=device == "cuda",

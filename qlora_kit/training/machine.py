@@ -5,68 +5,33 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from qlora_kit.config import GIB, Config
+from qlora_kit.config_file import override
 from qlora_kit.data.source import estimate_tokens
-from qlora_kit.errors import Failed, UserError, cannot_work
+from qlora_kit.errors import Failed, UserError, unsupported
+from qlora_kit.fast.nf4 import why_no_triton
+from qlora_kit.model.architecture import read_fast_shape
 from qlora_kit.model.device import cap_memory, choose_device, describe_device, is_out_of_memory, memory_gib, usable_dtype
-from qlora_kit.model.hub import go_offline_if_unreachable, is_local, read_model_config
-from qlora_kit.model.llama_modules import why_not_llama_like
-from qlora_kit.planning.fit import other_strategy, plan_table
-from qlora_kit.planning.memory import CONTEXT_BYTES
-from qlora_kit.planning.plan import check_division, make_plan
-from qlora_kit.planning.shape import KNOWN_CONFIGS, ModelShape, read_shape
+from qlora_kit.output.checkpoints import Checkpoint
+from qlora_kit.output.folder import check_disk
+from qlora_kit.planning.fit import check_fit
+from qlora_kit.planning.plan import Plan, make_plan, plan_inputs, resume_plan
+from qlora_kit.planning.shape import ModelShape
+from qlora_kit.training.processes import Team, check_identical
 
-PATIENCE_SECONDS = 2 * 3600  # a CPU run that would take longer than this is asked about first
-
-
-def read_fast_shape(config: Config) -> tuple[ModelShape | None, str | None]:
-    """The model's shape if it is built like Llama, and why it will not go through the fast path, if it will not.
-
-    Raises:
-        UserError: it cannot be divided as performance.fsdp asks.
-    """
-    model_config = read_model_config(config.model)
-    reason = why_not_llama_like(model_config, config.data.max_length)
-    if not config.performance.fused_lora:
-        reason = "performance.fused_lora is false"
-    if config.performance.fsdp and reason:
-        raise UserError(f"performance.fsdp: cannot work here ({reason}); use false")
-    return read_shape(model_config), reason
-
-
-def describe_plan(config: Config, processes: int) -> str:
-    """The plan for the card that performance.vram_limit_gib stands for, else for this machine's GPU, else for one of 8 GiB.
-
-    Raises:
-        UserError: nothing is predicted for this architecture, or for the library's layers.
-    """
-    check_division(config, processes)
-    if not is_local(config.model.name) and config.model.name not in KNOWN_CONFIGS:
-        go_offline_if_unreachable()
-    shape, reason = read_fast_shape(config)
-    if shape is None or reason:
-        raise UserError(f"--plan: {config.model.name}: no prediction ({reason}); train with a small --max_steps and read the log")
-    card, gib = "performance.vram_limit_gib", config.performance.vram_limit_gib
-    if gib is None:
-        import torch
-
-        card, gib = "no GPU here: a card of 8 GiB assumed, less CUDA's own", 8.0 - CONTEXT_BYTES / GIB
-        if torch.cuda.is_available():
-            card, gib = f"free on {torch.cuda.get_device_name(0)}", torch.cuda.mem_get_info()[0] / GIB
-    limit = gib * GIB
-    table = plan_table(make_plan(config, shape, limit, processes), config, shape, limit, card, processes)
-    return table if processes == 1 else f"{table}\n{other_strategy(config, shape, limit, processes)}"
+PATIENCE_SECONDS = 2 * 3600  # a longer CPU run is refused unless training.device is cpu
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run computes on, and lines that say so."""
+    """The device that a run computes on, and the lines that describe it."""
 
     device: str  # cuda or cpu
-    dtype: torch.dtype  # of products and of everything frozen that is not packed
+    dtype: torch.dtype  # of products, and of every frozen tensor that is not quantized
     description: list[str]
     limit: float | None = None  # bytes that torch's allocator may take; None on a CPU
     compiles: bool = True  # whether torch.compile works here
@@ -79,19 +44,43 @@ class Machine:
         return memory_gib(self.device)
 
 
-def look_at_machine(config: Config, shape: ModelShape | None) -> Machine:
-    """Choose device and dtype, and cap the GPU's memory when asked to.
+def plan_run(config: Config, folder: Path, checkpoint: Checkpoint | None, team: Team) -> tuple[Machine, Plan]:
+    """Choose the device, the micro-batch and the recomputed layers, and check that the run fits on the GPU and on the disk.
 
     Raises:
-        UserError: the settings ask for what this machine lacks, or for days on a CPU.
+        UserError: it does not fit, or the machine lacks what the settings need.
+    """
+    shape, reason = read_fast_shape(config)
+    if shape and team.is_main:
+        parameters = shape.lora_parameters(config.lora.rank, config.lora.target_modules)
+        check_disk(folder, parameters, config.training.optimizer_bytes)
+    machine = look_at_machine(config, shape)
+    check_identical(team, {"training.device": machine.device, "quantization.compute_dtype": machine.dtype_name})
+    # Without torch.compile the same division takes more memory.
+    here = config if machine.compiles else override(config, {"performance.compile": False})
+    fast = None if reason else shape
+    limit = min(team.gather(machine.limit)) if machine.limit is not None else None  # of the fullest GPU: all take the same plan
+    plan = make_plan(here, fast, limit, team.count)
+    if checkpoint:
+        unchanged = checkpoint.run["plan_inputs"] == plan_inputs(config) and checkpoint.run["processes"] == team.count
+        plan = resume_plan(plan, here, fast, limit, checkpoint.run, unchanged, team.count)
+    check_fit(plan, here, shape, limit, team.count)
+    return machine, plan
+
+
+def look_at_machine(config: Config, shape: ModelShape | None) -> Machine:
+    """Choose device and dtype, and cap the GPU memory at performance.vram_limit_gib.
+
+    Raises:
+        UserError: the settings need what this machine lacks, or days on a CPU.
     """
     reporter = config.training.report_to
     if reporter != "none" and importlib.util.find_spec(reporter) is None:
-        raise UserError(f"training.report_to: {reporter}: not installed; pip install {reporter}, or use none")
+        raise UserError("training.report_to", reporter, "is not installed", f"pip install {reporter}, or use none")
     device = choose_device(config.training.device)
     if device == "cpu" and config.training.device == "auto" and shape:
         check_patience(config, shape)
-    check_insistence(config, device)
+    check_switches(config, device)
     dtype, note = usable_dtype(config.quantization.compute_dtype, device)
     limit = None
     if device == "cuda":
@@ -102,17 +91,11 @@ def look_at_machine(config: Config, shape: ModelShape | None) -> Machine:
     lines = [*describe_device(device), *([note] if note else [])]
     if device == "cpu" and config.training.optim.startswith("paged"):
         lines.append(f"{config.training.optim}: paging needs a GPU; the optimizer's state stays in ordinary memory here")
-    return Machine(device, dtype, lines, limit, device == "cuda" and _compiles())
+    return Machine(device, dtype, lines, limit, device == "cuda" and why_no_triton() is None)
 
 
-def _compiles() -> bool:
-    from qlora_kit.fast.nf4 import why_no_triton  # bitsandbytes is slow to import, and a mistake is to be answered at once
-
-    return why_no_triton() is None
-
-
-def check_insistence(config: Config, device: str) -> None:
-    """Refuse at once what is asked for with `true` and cannot work; what only the loaded model shows is left to training.py.
+def check_switches(config: Config, device: str) -> None:
+    """Refuse switches that are `true` and cannot work here; build.py refuses what only the loaded model shows.
 
     Raises:
         UserError: one problem for each key.
@@ -121,18 +104,18 @@ def check_insistence(config: Config, device: str) -> None:
         "needs a CUDA GPU" if device == "cpu" else None if config.performance.fused_lora else "performance.fused_lora is false"
     )
     remedies = {"compile": "auto or false", "cuda_graphs": "auto or false", "offload_embedding": "false"}
-    insisted = [key for key in remedies if getattr(config.performance, key) is True]
-    if reason and insisted:
-        raise UserError(*(cannot_work(f"performance.{key}", reason, remedies[key]) for key in insisted))
+    wanted = [key for key in remedies if getattr(config.performance, key) is True]
+    if reason and wanted:
+        raise UserError.of(unsupported(f"performance.{key}", reason, remedies[key]) for key in wanted)
     if reason and config.performance.fsdp == "offload":
-        raise UserError(f"performance.fsdp: offload: {reason}; use true or false")
+        raise UserError("performance.fsdp", "offload", f"cannot work here ({reason})", "use true or false")
 
 
 def check_patience(config: Config, shape: ModelShape) -> None:
-    """Refuse a CPU run of hours that nobody insisted on.
+    """Refuse a CPU run of hours unless training.device is cpu.
 
     Raises:
-        UserError: one line with the estimate, the laptop config, and how to insist.
+        UserError: the run would take more than PATIENCE_SECONDS.
     """
     per_token = shape.training_flops_per_token(recompute=False) / _cpu_flops_per_second()
     tokens_per_step = config.effective_batch * config.data.max_length
@@ -146,9 +129,10 @@ def check_patience(config: Config, shape: ModelShape) -> None:
     seconds = tokens * per_token
     if seconds > PATIENCE_SECONDS:
         raise UserError(
-            f"training.device: no CUDA GPU found, and training {config.model.name} on this CPU would take "
-            f"{format_duration(seconds)} or more; try the laptop model: python train_qlora.py --config configs/tiny.yaml, "
-            "or insist: --set training.device=cpu"
+            "training.device",
+            None,
+            f"no CUDA GPU was found, and training {config.model.name} on this CPU takes {format_duration(seconds)} or more",
+            "try the laptop model, python train_qlora.py --config configs/tiny.yaml, or insist with --set training.device=cpu",
         )
 
 
@@ -161,7 +145,7 @@ def format_duration(seconds: float) -> str:
 
 
 def _cpu_flops_per_second() -> float:
-    """Speed of one fp32 product of 512 tokens with a 2048 x 2048 weight on this CPU: an upper bound for training."""
+    """Return the speed of one fp32 product of 512 tokens with a 2048 x 2048 weight on this CPU: an upper bound for training."""
     tokens, width = 512, 2048
     x, weight = torch.randn(tokens, width), torch.randn(width, width)
     x @ weight
@@ -171,8 +155,8 @@ def _cpu_flops_per_second() -> float:
 
 
 @contextmanager
-def out_of_memory_is_one_line(config: Config, planned: bool) -> Iterator[None]:
-    """Turn CUDA's out-of-memory traceback, where no smaller micro-batch is tried, into one line: remedies in order of cost.
+def explaining_out_of_memory(config: Config, planned: bool) -> Iterator[None]:
+    """Turn an out-of-memory error for which no smaller micro-batch is left into one line, with the remedies in order of cost.
 
     Args:
         planned: whether the run takes the fast path.

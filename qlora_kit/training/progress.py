@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a progress bar on a terminal, plain lines elsewhere, and every logged step in the files."""
+"""Progress bar and tokens/s; every logged step goes to the log files."""
 
 import time
 from collections.abc import Callable
@@ -10,15 +10,19 @@ from rich.table import Column
 from transformers import TrainerCallback
 
 from qlora_kit.model.perplexity import plus_minus
-from qlora_kit.training.report import RunReport
+from qlora_kit.output.log import RunLog
+from qlora_kit.training.machine import Machine
 
 
 class ProgressCallback(TrainerCallback):
-    """A progress bar on a terminal, plain lines elsewhere; every logged step goes to the log files."""
+    """Show a progress bar on a terminal, plain lines elsewhere, and write every logged step to the log files.
 
-    def __init__(self, report: RunReport, tokens_per_step: float):
-        self.report, self.log, self.device = report, report.log, report.machine.device
-        self.tokens_per_step = tokens_per_step  # on average: the last step of an epoch may hold fewer
+    Args:
+        tokens_per_step: on average; the last step of an epoch may hold fewer.
+    """
+
+    def __init__(self, log: RunLog, machine: Machine, tokens_per_step: float):
+        self.log, self.machine, self.tokens_per_step = log, machine, tokens_per_step
         self.console = Console(stderr=True, quiet=not self.log.speaks)
         self.bar: Progress | None = None
         self.speed = SpeedMeter()
@@ -56,7 +60,7 @@ class ProgressCallback(TrainerCallback):
         if "loss" in logs:
             values |= {key: logs[key] for key in ("loss", "learning_rate", "grad_norm") if key in logs}
             values["tokens_per_second"] = round(self.speed.steps_per_second() * self.tokens_per_step, 1)
-            values["memory_gib"] = round(self.report.machine.memory_gib().get("reserved", 0.0), 3)
+            values["memory_gib"] = round(self.machine.memory_gib().get("reserved", 0.0), 3)
         elif "eval_loss" in logs:
             values |= {key: value for key, value in logs.items() if key.startswith("eval_")}
         else:
@@ -74,7 +78,7 @@ class ProgressCallback(TrainerCallback):
             perplexity = plus_minus(values["eval_perplexity"], values["eval_standard_error"], ".3f")
             info = f"step {values['step']}: eval loss {values['eval_loss']:.4f}, perplexity {perplexity}"
         else:
-            memory = f", {values['memory_gib']:.2f} GiB" if self.device == "cuda" else ""
+            memory = f", {values['memory_gib']:.2f} GiB" if self.machine.device == "cuda" else ""
             speed = f"{values['tokens_per_second']:,.0f} tokens/s"
             info = f"loss {values['loss']:.4f}, lr {values['learning_rate']:.2e}, {speed}{memory}"
             if self.bar:

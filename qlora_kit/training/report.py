@@ -1,4 +1,4 @@
-"""What a run tells its user; what goes into run.json."""
+"""What a run tells its user, and what goes into run.json."""
 
 import hashlib
 import shlex
@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,96 +20,111 @@ from qlora_kit.output.folder import CHECKPOINTS, CONFIG, CURVES, LOG, OUTPUT_FIL
 from qlora_kit.output.log import RunLog
 from qlora_kit.output.provenance import command_line, now, versions
 from qlora_kit.planning.plan import Plan
-from qlora_kit.training.processes import ALONE, Team
+from qlora_kit.training.processes import Team
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
-if TYPE_CHECKING:
-    from qlora_kit.data.blocks import Blocks, RecordBlocks
+    from qlora_kit.data.blocks import TrainingBlocks
     from qlora_kit.model.perplexity import Perplexity
     from qlora_kit.training.machine import Machine
 
 
+@dataclass
+class Run:
+    """The facts of a run, for the report and for run.json; nothing else receives it."""
+
+    config: Config
+    machine: "Machine"
+    plan: Plan
+    team: Team
+    fingerprints: dict[str, str] = field(default_factory=dict)  # of training data, tokenizer and base weights
+    data: dict[str, Any] = field(default_factory=dict)  # the `data` of run.json
+    started: str = field(default_factory=now)
+
+
 class RunReport:
-    """Tells the reader what was asked, predicted and measured; keeps what the provenance will state."""
+    """Print what the run was told, predicts and measures, and write it to the log."""
 
-    def __init__(self, config: Config, machine: "Machine", plan: Plan, team: Team = ALONE):
-        self.config, self.machine, self.plan, self.team = config, machine, plan, team
-        self.log = RunLog(team.is_main)
-        self.predicted_gib = plan.peak / GIB if plan.parts else None
-        self.micro_batch = plan.micro_batch  # as it is: halved when memory runs out
-        self.started, self._clock = now(), time.perf_counter()
-        self.data: dict[str, Any] = {}
-        self.material: dict[str, str] = {}  # fingerprints of what a resumed run has to find unchanged
+    def __init__(self, run: Run):
+        self.run = run
+        self.log = RunLog(run.team.is_main)
+        self.predicted_gib = run.plan.peak / GIB if run.plan.parts else None
+        self._clock = time.perf_counter()
 
-    def announce(self) -> None:
-        config = self.config
-        self.log.file_only(f"{self.started}  {command_line()}")
-        for line in self.machine.description:
+    def announce(self, notes: list[str]) -> None:
+        """Print device, base model, and the notes on the checkpoint that the run resumes."""
+        config, machine, team = self.run.config, self.run.machine, self.run.team
+        self.log.file_only(f"{self.run.started}  {command_line()}")
+        for line in machine.description:
             self.log.line(line)
-        if self.team.count > 1:
-            self.log.line(
-                f"Processes: {self.team.count}, each with the base model on a device of its own; this is said by the first"
-            )
+        if team.count > 1:
+            self.log.line(f"Processes: {team.count}, each with the base model on its own device; rank 0 reports")
         quantization = f"4-bit {config.quantization.quant_type.upper()}" if config.quantization.load_in_4bit else "16-bit"
         double = " with double quantization" if config.quantization.load_in_4bit and config.quantization.use_double_quant else ""
-        self.log.line(f"Base model: {config.model.name}, {quantization}{double}, computing in {self.machine.dtype_name}")
+        self.log.line(f"Base model: {config.model.name}, {quantization}{double}, computing in {machine.dtype_name}")
         if config.model.trust_remote_code:
             self.log.line(remote_code_warning(config.model))
+        for note in notes:
+            self.log.line(note)
 
     @contextmanager
-    def telling_how_it_ends(self) -> Iterator[None]:
-        """The log's last line, for a run that ends before its adapter is written."""
+    def logging_failure(self) -> Iterator[None]:
+        """Write the reason into the log when the run ends before its adapter is written."""
         try:
             yield
         except BaseException as ending:
             reason = str(ending) or type(ending).__name__
-            with suppress(OSError):  # the disk may be what ended it
+            with suppress(OSError):  # the disk may be the reason
                 self.log.file_only(f"{now()}  ended without an adapter: {reason.splitlines()[0]}")
             raise
 
     def describe_model(self, trainable: int, total: int) -> None:
-        lora = self.config.lora
+        lora = self.run.config.lora
         self.log.line(
             f"LoRA: rank {lora.rank}, alpha {lora.alpha:g}, {trainable:,} trainable parameters "
             f"of {total:,} ({100 * trainable / total:.2f} %)"
         )
 
     def describe_path(self, reason: str | None, not_compiled: str | None, not_captured: str | None) -> None:
-        """How micro-steps run; each argument says what stands against something, None that nothing does."""
-        plan = self.plan
-        times = self.config.effective_batch // self.team.count // plan.micro_batch
+        """Print how micro-steps run.
+
+        Args:
+            reason: why not through the fast path, or None.
+            not_compiled: why not compiled, or None.
+            not_captured: why not captured as CUDA graphs, or None.
+        """
+        plan, team = self.run.plan, self.run.team
+        times = self.run.config.effective_batch // team.count // plan.micro_batch
         division = f"{plan.micro_batch} sequence{'s' * (plan.micro_batch > 1)} at a time, {times} time{'s' * (times > 1)}"
-        division += f" in each of {self.team.count} processes" if self.team.count > 1 else ""
+        division += f" in each of {team.count} processes" if team.count > 1 else ""
         if reason:
-            self.predicted_gib = None  # it was for the fast path
+            self.predicted_gib = None  # the prediction was for the fast path
             self.log.line(f"Each optimizer step: {division}, through the library's layers ({reason})")
             return
-        layers = f"{plan.recomputed} layers computed again in the backward pass" if plan.recomputed else "no layer computed again"
-        layers += ", weights unpacked once" if plan.keep_weights else ""
+        layers = f"{plan.recomputed} layers recomputed in the backward pass" if plan.recomputed else "no layer recomputed"
         self.log.line(f"Each optimizer step: {division}; {layers}")
-        if self.machine.device == "cuda":
+        if self.run.machine.device == "cuda":
             compiled = f"no, {not_compiled}" if not_compiled else "yes, the first evaluation and the first step wait for it"
             self.log.line(f"  compiled: {compiled}; CUDA graphs: {f'no, {not_captured}' if not_captured else 'yes'}")
         if self.predicted_gib:
             self.log.line(f"  memory predicted at the peak: {self.predicted_gib:.2f} GiB")
 
-    def plain_path(self, reason: str) -> None:
-        self.log.line(f"Compiling or capturing failed ({reason}): going on without, slower, with the same result")
+    def fall_back(self, reason: str) -> None:
+        self.log.line(f"Compiling or capturing failed ({reason}): continuing without it, slower, with the same result")
 
-    def out_of_memory(self, what: str, micro_batch: int) -> None:
+    def out_of_memory(self, place: str, micro_batch: int) -> None:
+        """Print that the micro-batch shrinks to `micro_batch` sequences, and where memory ran out."""
         rows = f"{micro_batch} sequence{'s' * (micro_batch > 1)}"
-        self.micro_batch = micro_batch
-        self.log.line(f"Out of GPU memory {what} with {rows} at a time; the effective batch stays")
+        self.log.line(f"Out of GPU memory {place} with {rows} at a time; the effective batch stays")
 
-    def describe_data(self, train: "Blocks | RecordBlocks", evaluation: "Blocks | RecordBlocks | None") -> None:
-        config = self.config
+    def describe_data(self, train: "TrainingBlocks", evaluation: "TrainingBlocks | None") -> None:
+        """Print the data, and keep what run.json says of them."""
+        config = self.run.config
         steps = config.steps_per_epoch(len(train))
         source = ", ".join(config.data.names)
-        self.log.line(f"Training data: {source}: {train.description()}; {steps:,} optimizer steps an epoch")
-        self.data = {
+        self.log.line(f"Training data: {source}: {train.describe()}; {steps:,} optimizer steps an epoch")
+        self.run.data = {
             "source": config.data.dataset,
             "prompt_style": train.prompt_style,
             "join_rule": train.join_rule,
@@ -116,41 +132,41 @@ class RunReport:
             "train_sha256": train.fingerprint(),
         }
         if evaluation:
-            self.log.line(f"Evaluation data: {evaluation.summary()}, {len(evaluation):,} blocks")
-            self.data |= {"eval_blocks": len(evaluation), "eval_sha256": evaluation.fingerprint()}
+            self.log.line(f"Evaluation data: {evaluation.summarise()}, {len(evaluation):,} blocks")
+            self.run.data |= {"eval_blocks": len(evaluation), "eval_sha256": evaluation.fingerprint()}
 
     def memory(self, when: str) -> None:
-        if held := self.machine.memory_gib():
+        if held := self.run.machine.memory_gib():
             self.log.line(f"GPU memory {when}: {held['allocated']:.2f} GiB allocated, {held['reserved']:.2f} GiB reserved")
 
     def perplexity(self, whose: str, result: "Perplexity") -> None:
         self.log.line(f"Perplexity of the {whose}: {result}")
 
     def definition(self, result: "Perplexity") -> str:
-        """What the printed perplexity means, so that it can be compared with others."""
-        return result.definition(self.config.data.max_length, self.data["join_rule"])
+        """Return what the printed perplexity means, so that it can be compared with others."""
+        return result.definition(self.run.config.data.max_length, self.run.data["join_rule"])
 
     def seconds(self) -> float:
         return time.perf_counter() - self._clock
 
-    def summary(
-        self, folder: Path, before: "Perplexity | None", after: "Perplexity | None", last_step: int, kept_step: int
-    ) -> None:
+    def summary(self, folder: Path, result: "RunResult") -> None:
+        """Print time, memory, perplexities and the files of a run that has ended well."""
         minutes, seconds = divmod(round(self.seconds()), 60)
         self.log.line(f"\nDone in {minutes}:{seconds:02d}.")
-        if kept_step < last_step:
-            self.log.line(f"  the adapter is that of step {kept_step}, the best evaluated; training ended after step {last_step}")
-        held = self.machine.memory_gib()
-        if held:
+        if result.steps < result.last_step:
+            self.log.line(
+                f"  the adapter is that of step {result.steps}, the best evaluated; training ended after step {result.last_step}"
+            )
+        if held := self.run.machine.memory_gib():
             predicted = f" (predicted {self.predicted_gib:.2f})" if self.predicted_gib else ""
             self.log.line(
                 f"  GPU memory   peak {held['peak_reserved']:.2f} GiB reserved{predicted}, "
                 f"{held['peak_allocated']:.2f} GiB allocated"
             )
-        if before and after:
-            self.log.line(f"  perplexity   base model {before}  ->  adapter {after}")
-            self.log.line(f"               {self.definition(after)}")
-            if after.loss >= before.loss:
+        if result.base and result.trained:
+            self.log.line(f"  perplexity   base model {result.base}  ->  adapter {result.trained}")
+            self.log.line(f"               {self.definition(result.trained)}")
+            if result.trained.loss >= result.base.loss:
                 self.log.line("               no better than the base model: try a lower --learning_rate, or more steps")
         size = (folder / "adapter_model.safetensors").stat().st_size / MIB
         self.log.line(f"  adapter      {folder / 'adapter_model.safetensors'} ({size:.1f} MiB)")
@@ -159,29 +175,46 @@ class RunReport:
         self.log.line(f"  talk to it   python inference_example.py --mode interactive --adapter {shlex.quote(str(folder))}")
 
 
+@dataclass(frozen=True)
+class RunResult:
+    """The result of a run: where its adapter is, and what it learned."""
+
+    adapter: Path  # the output folder
+    steps: int  # optimizer steps of the adapter: those of the best evaluation with training.keep_best
+    last_step: int  # the step after which training ended
+    base: "Perplexity | None"  # of the base model on the evaluation data; None without evaluation data
+    trained: "Perplexity | None"  # of the adapter on the same data
+
+
 def open_output(folder: Path, report: RunReport, checkpoint: Checkpoint | None, overwrite: bool) -> None:
-    """Begin writing: the resolved config and the log. Only now, with model and data ready, does --overwrite remove anything."""
+    """Write the resolved config and open the log. With --overwrite, remove the earlier run first: model and data are ready."""
     folder.mkdir(parents=True, exist_ok=True)
     if overwrite and checkpoint is None:
-        for name in OUTPUT_FILES:  # so that no file of the earlier run can be taken for one of the new run
+        for name in OUTPUT_FILES:  # so that no file of the earlier run can be mistaken for one of this run
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     for left in folder.glob(f"{SAVING}*"):  # of a run that was killed while it wrote the adapter
         shutil.rmtree(left, ignore_errors=True)
-    replace_text(folder / CONFIG, report.config.to_yaml())
+    replace_text(folder / CONFIG, report.run.config.to_yaml())
     report.log.open(folder, checkpoint.folder if checkpoint else None)
 
 
-def build_provenance(
-    report: RunReport, tokenizer: "PreTrainedTokenizerBase", before: "Perplexity | None", after: "Perplexity | None", **how: Any
-) -> dict[str, Any]:
-    """Where an adapter comes from and how to load it: inference_example.py goes by this.
+def write_run_files(report: RunReport, checkpoint: Path) -> None:
+    """Write into a checkpoint what a resumed run must find as it was at this step: the settings, and the log with its numbers."""
+    (checkpoint / CONFIG).write_text(report.run.config.to_yaml(), encoding="utf-8")
+    report.log.copy_to(checkpoint)
+
+
+def build_provenance(report: RunReport, tokenizer: "PreTrainedTokenizerBase", result: RunResult, **ending: Any) -> dict[str, Any]:
+    """Return the content of run.json: where the adapter comes from, and how to load and prompt it.
 
     Args:
-        how: the run went, as QLoraTrainer.how_it_went says.
+        ending: how the run ended, from QLoraTrainer.ending.
     """
-    config, name = report.config, report.config.model.name
+    run = report.run
+    config, name = run.config, run.config.model.name
     template, base = tokenizer.chat_template, model_folder(config.model)
+    before, after = result.base, result.trained
     return {
         "base_model": {
             "name": name,
@@ -191,32 +224,29 @@ def build_provenance(
         "base_commit": base.name if base and not is_local(name) else None,
         "base_weights_sha256": weights_fingerprint(base) if base else None,
         "trust_remote_code": config.model.trust_remote_code,
-        "quantization": config.quantization.model_dump() | {"compute_dtype": report.machine.dtype_name},
-        "prompt_style": report.data["prompt_style"],
+        "quantization": config.quantization.model_dump() | {"compute_dtype": run.machine.dtype_name},
+        "prompt_style": run.data["prompt_style"],
         "separator_id": separator_id(tokenizer),
-        "stop_ids": find_stop_ids(tokenizer, report.data["prompt_style"]),
+        "stop_ids": find_stop_ids(tokenizer, run.data["prompt_style"]),
         "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
         "vocabulary_sha256": vocabulary_fingerprint(tokenizer),
         "chat_template_sha256": hashlib.sha256(str(template).encode()).hexdigest() if template else None,
-        "data": report.data,
+        "data": run.data,
         "seed": config.training.seed,
         "config": config.model_dump(),
-        **how,
+        "optimizer_steps": result.steps,
+        "last_step": result.last_step,
+        "ended": ending["ended"],
+        "skipped_steps": ending["skipped_steps"],
         "perplexity": {"base": before.as_json(), "adapter": after.as_json(), "definition": report.definition(after)}
         if before and after
         else None,
-        "micro_batch": report.micro_batch,
-        "memory_gib": {"predicted_peak": report.predicted_gib, **report.machine.memory_gib()},
+        "micro_batch": ending["micro_batch"],
+        "memory_gib": {"predicted_peak": report.predicted_gib, **run.machine.memory_gib()},
         "versions": versions(),
-        "hardware": report.machine.description,
+        "hardware": run.machine.description,
         "command": command_line(),
-        "started": report.started,
+        "started": run.started,
         "finished": now(),
         "seconds": round(report.seconds(), 1),
     }
-
-
-def write_run_files(report: RunReport, checkpoint: Path) -> None:
-    """What a resumed run has to find as it was at this step: the settings, and the log with its numbers."""
-    (checkpoint / CONFIG).write_text(report.config.to_yaml(), encoding="utf-8")
-    report.log.copy_to(checkpoint)

@@ -1,124 +1,135 @@
-"""A last look at each optimizer step before the optimizer sees it: is it a number, has the loss jumped, does every LoRA B learn?
+"""Check each step before the optimizer applies it: NaN, loss spikes, LoRA matrices without gradient.
 
-A step whose loss or gradient is infinite or NaN ends the run, or is left out: then its number and its place in the schedule are
-used up, and adapter and optimizer stay as they were. The two warnings are given once in a run. What the guard has seen is kept
-in checkpoints, so that a resumed run judges as the uninterrupted one does.
+A step whose loss or gradient is infinite or NaN ends the run, or is skipped: then its number and its place in the schedule are
+used up, and adapter and optimizer keep their values. Each of the two warnings is given once in a run. Checkpoints keep the
+guard's state, so that a resumed run judges as the uninterrupted one does.
 """
 
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from qlora_kit.config import TrainingSettings
 from qlora_kit.errors import Failed
-from qlora_kit.training.report import RunReport
 
-# A jump of the loss: above the median of the last WINDOW steps by ten robust standard deviations, and by a nat, which is e times
+# A loss spike: above the median of the last WINDOW steps by ten robust standard deviations, and by a nat, which is e times
 # the perplexity. 1.4826 times the median absolute deviation is one standard deviation of normally distributed values.
-WINDOW, ENOUGH = 50, 20
+WINDOW, MIN_STEPS = 50, 20
 DEVIATIONS, NAT = 10 * 1.4826, 1.0
-FIRST_STEPS = 2  # in which a B without a gradient is not spoken of
-NAMED = 20  # records in one line
+FIRST_STEPS = 2  # in which a B without gradient is normal
+MAX_NUMBERS = 20  # in one line
+
+
+class StepFacts(Protocol):
+    """Descriptions for the guard's messages, asked for only when there is something to say."""
+
+    def describe_batch(self) -> str:
+        """Return the blocks and records that the step was computed on."""
+
+    def describe_checkpoints(self) -> str:
+        """Return what the run leaves on disk if it ends here."""
+
+    def modules_without_gradient(self) -> Sequence[str]:
+        """Return the names of the modules whose LoRA B has a gradient of exactly zero."""
 
 
 class StepGuard:
-    """Decides on optimizer steps, counted from 1.
+    """Decide whether the optimizer may apply a step; steps count from 1.
 
     Args:
-        batch: what the step at hand was computed on, in words.
-        stands: what is left on disk when the run ends here, in words.
-        silent: names of the LoRA B whose gradient is zero at this moment.
+        settings: for max_skipped_steps and learning_rate.
+        dtype_name: of the computation, such as bfloat16.
+        warn: prints a line.
     """
 
-    def __init__(
-        self, report: RunReport, batch: Callable[[], str], stands: Callable[[], str], silent: Callable[[], Sequence[str]]
-    ):
-        self.report, self.batch, self.stands, self.silent = report, batch, stands, silent
+    def __init__(self, settings: TrainingSettings, dtype_name: str, warn: Callable[[str], None], facts: StepFacts):
+        self.settings, self.dtype_name, self.warn, self.facts = settings, dtype_name, warn, facts
         self.skipped: list[int] = []
         self.losses: list[float] = []  # nats a token, of the last steps
-        self.told: list[str] = []  # warnings given
+        self.warned: list[str] = []
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint, as JSON; float to text and back is exact."""
-        return {"skipped": self.skipped, "losses": self.losses, "told": self.told}
+        """Return the guard's state as JSON for a checkpoint; float to text and back is exact."""
+        return {"skipped": self.skipped, "losses": self.losses, "warned": self.warned}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.skipped, self.losses, self.told = (list(state[name]) for name in ("skipped", "losses", "told"))
+        self.skipped, self.losses, self.warned = (list(state[name]) for name in ("skipped", "losses", "warned"))
 
     def passes(
         self, step: int, loss: torch.Tensor, norm: torch.Tensor, smallest: torch.Tensor, loss_scale: Callable[[], float] | None
     ) -> bool:
-        """Whether the optimizer may see the step; waits for the GPU, once.
+        """Return whether the optimizer may apply the step; waits for the GPU, once.
 
         Args:
             loss: of the step, nats a token, ().
-            norm: of the gradient, before it was clipped, ().
-            smallest: of all LoRA B, the least of their gradients' largest values, ().
-            loss_scale: reads float16's; None without one.
+            norm: of the gradient before clipping, ().
+            smallest: the smallest, over all LoRA B, of the largest absolute value of their gradient, ().
+            loss_scale: reads float16's loss scale; None without one.
 
         Raises:
-            Failed: the loss or the norm is infinite or NaN, and no more steps may be left out.
+            Failed: the loss or the norm is infinite or NaN, and training.max_skipped_steps are used up.
         """
-        value, size, least = torch.stack([number.float().to(loss.device) for number in (loss, norm, smallest)]).tolist()
-        if not math.isfinite(value):
-            return self._leave_out(step, f"the loss is {value}")
-        if not math.isfinite(size):
-            # In float16 the library's loss scaling leaves such a step out by itself, and halves its scale.
-            return (loss_scale is not None and loss_scale() >= 1) or self._leave_out(step, f"the gradient's norm is {size}")
-        self._watch_loss(step, value)
-        if step > FIRST_STEPS and least == 0:
-            self._tell_once("zero gradient", self._no_gradient(step))
+        loss_value, norm_value, smallest_value = torch.stack([x.float().to(loss.device) for x in (loss, norm, smallest)]).tolist()
+        if not math.isfinite(loss_value):
+            return self._skip(step, f"the loss is {loss_value}")
+        if not math.isfinite(norm_value):
+            # In float16 the library's loss scaling skips such a step by itself, and halves its scale.
+            return (loss_scale is not None and loss_scale() >= 1) or self._skip(step, f"the gradient norm is {norm_value}")
+        self._watch_loss(step, loss_value)
+        if step > FIRST_STEPS and smallest_value == 0:
+            self._warn_once("zero gradient", self._zero_gradient(step))
         return True
 
-    def _leave_out(self, step: int, what: str) -> bool:
-        allowed = self.report.config.training.max_skipped_steps
-        where = f"{what} at step {step} ({self.batch()}, computed in {self.report.machine.dtype_name})"
+    def _skip(self, step: int, problem: str) -> bool:
+        allowed = self.settings.max_skipped_steps
+        where = f"{problem} at step {step} ({self.facts.describe_batch()}, computed in {self.dtype_name})"
         if len(self.skipped) < allowed:
             self.skipped.append(step)
             left = allowed - len(self.skipped)
-            self.report.log.line(f"warning: {where}: the step is left out; {left} more may be (training.max_skipped_steps)")
+            self.warn(f"warning: {where}: the step is skipped; {left} more may be (training.max_skipped_steps)")
             return False
-        leave = f"training.max_skipped_steps={allowed + 1} leaves the step out"
         raise Failed(
-            f"{where}: stopped before the optimizer saw it, and no adapter was written; {self.advice()}; {leave}; {self.stands()}"
+            f"{where}: stopped before the optimizer applied it, and no adapter was written; {self.advice()}; "
+            f"training.max_skipped_steps={allowed + 1} skips the step; {self.facts.describe_checkpoints()}"
         )
 
     def advice(self) -> str:
-        """What mends a loss that is no number, by the dtype of the run."""
-        rate = f"a lower --learning_rate (now {self.report.config.training.learning_rate})"
+        """Return the remedy for NaN or infinity, by the dtype of the run."""
+        rate = f"a lower --learning_rate (now {self.settings.learning_rate})"
         wider = {"float16": ", or quantization.compute_dtype bfloat16 or float32", "bfloat16": ", or compute_dtype float32"}
-        return f"try {rate}{wider.get(self.report.machine.dtype_name, '')}"
+        return f"try {rate}{wider.get(self.dtype_name, '')}"
 
     def _watch_loss(self, step: int, loss: float) -> None:
-        if len(self.losses) >= ENOUGH:
-            middle = statistics.median(self.losses)
-            spread = statistics.median(abs(one - middle) for one in self.losses)
-            if loss > middle + max(DEVIATIONS * spread, NAT):
-                self._tell_once(
+        if len(self.losses) >= MIN_STEPS:
+            median = statistics.median(self.losses)
+            deviation = statistics.median(abs(one - median) for one in self.losses)
+            if loss > median + max(DEVIATIONS * deviation, NAT):
+                self._warn_once(
                     "loss spike",
-                    f"the loss jumped to {loss:.4f} at step {step}, from a median of {middle:.4f} over {len(self.losses)} steps "
-                    f"({self.batch()}); look at these, and where it stays up {self.advice()}",
+                    f"the loss jumped to {loss:.4f} at step {step}, from a median of {median:.4f} over {len(self.losses)} steps "
+                    f"({self.facts.describe_batch()}); look at these, and if it stays up {self.advice()}",
                 )
         self.losses = [*self.losses, loss][-WINDOW:]
 
-    def _no_gradient(self, step: int) -> str:
-        names = self.silent()
+    def _zero_gradient(self, step: int) -> str:
+        names = self.facts.modules_without_gradient()
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         return (
             f"the gradient of {names[0]}{more} is exactly zero at step {step}: "
             "it learns nothing; see lora.target_modules, or quantization.compute_dtype if that is float16"
         )
 
-    def _tell_once(self, what: str, line: str) -> None:
-        if what not in self.told:
-            self.told.append(what)
-            self.report.log.line(f"warning: {line}; said once")
+    def _warn_once(self, kind: str, line: str) -> None:
+        if kind not in self.warned:
+            self.warned.append(kind)
+            self.warn(f"warning: {line}; said once")
 
 
-def numbered(unit: str, numbers: Sequence[int]) -> str:
-    """`records 3, 7 and 12 more`."""
-    shown = ", ".join(f"{number:,}" for number in numbers[:NAMED])
-    more = f" and {len(numbers) - NAMED:,} more" if len(numbers) > NAMED else ""
+def enumerate_numbers(unit: str, numbers: Sequence[int]) -> str:
+    """Return a text such as `records 3, 7 and 12 more`."""
+    shown = ", ".join(f"{number:,}" for number in numbers[:MAX_NUMBERS])
+    more = f" and {len(numbers) - MAX_NUMBERS:,} more" if len(numbers) > MAX_NUMBERS else ""
     return f"{unit}{'s' if len(numbers) > 1 else ''} {shown}{more}"

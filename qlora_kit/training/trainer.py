@@ -1,168 +1,238 @@
 """The Hugging Face Trainer with the overrides that this project needs.
 
-Overridden: the micro-step (through fast/, token-weighted over the optimizer step, starting the step again with less when memory
-runs out) and the batches that it takes, what the optimizer and clipping see (one flat tensor, when guard.py lets it pass),
-evaluation (perplexity with its standard error); and, in resumable.py, checkpoints and going on from them. Loop, schedule and
-logging are the library's.
+Loop, schedule, logging and the files of a checkpoint are the library's. Overridden through its public methods and callbacks: the
+micro-step (through fast/, weighted by tokens over the optimizer step, repeated with fewer sequences when GPU memory runs out),
+the parameters that the loop sees, the check of each step, evaluation, and where checkpoints are written.
 """
 
 import gc
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from transformers import Trainer, TrainerCallback, TrainerState
 
-from qlora_kit.data.blocks import Blocks, RecordBlocks
-from qlora_kit.errors import Failed
+from qlora_kit.adapter.save import write_adapter
+from qlora_kit.config import TrainingSettings
+from qlora_kit.data.blocks import TrainingBlocks
+from qlora_kit.errors import Failed, Stopped, UserError
 from qlora_kit.fast.micro_step import MicroStep
 from qlora_kit.model.device import is_out_of_memory
 from qlora_kit.model.loss import IGNORED, token_losses
 from qlora_kit.model.perplexity import Perplexity, as_metrics, from_block_losses, library_losses, measure_block_losses
-from qlora_kit.output.checkpoints import describe_resume_point
-from qlora_kit.training.checkpointing import ResumableTrainer
+from qlora_kit.output.checkpoints import Checkpoint, describe_resume_point
+from qlora_kit.training.checkpointing import (
+    CheckpointStore,
+    follow_schedule,
+    load_adapter_weights,
+    move_state_to_paged_memory,
+    unreadable,
+)
 from qlora_kit.training.progress import ProgressCallback
-from qlora_kit.training.step_guard import StepGuard, numbered
-from qlora_kit.training.stop import StopCallback
+from qlora_kit.training.report import RunReport
+from qlora_kit.training.step_guard import StepGuard, enumerate_numbers
+from qlora_kit.training.stop import BestEvaluation, StopCallback
+from qlora_kit.training.trained_parameters import TrainedParameters
 
 
-class QLoraTrainer(ResumableTrainer):
+class QLoraTrainer(Trainer):
     """Trainer whose evaluation is a Perplexity, and whose micro-steps go through fast/ where they can.
 
     Args:
+        settings: for clipping, the guard and the best evaluation. (`args` must not ask the library to clip.)
         steps: optimizer steps of the whole run.
-        rows: sequences in a forward pass.
-        micro: the fast path, or None for the library's own layers under autocast to `compute_dtype`.
+        rows: sequences in a forward pass; halved when GPU memory runs out.
+        compute_dtype: of autocast on the library's path.
+        micro: the fast path, or None for the library's own layers.
     """
 
     def __init__(
         self,
         *,
+        settings: TrainingSettings,
         steps: int,
         rows: int,
         compute_dtype: torch.dtype,
-        progress: ProgressCallback,
         micro: MicroStep | None,
-        checkpoints_kept: int | None,
+        store: CheckpointStore,
+        report: RunReport,
+        progress: ProgressCallback,
         **rest: Any,
     ):
         self.micro = micro  # before the library's own preparations, which may ask for the optimizer
         super().__init__(**rest)
-        self.steps, self.checkpoints_kept = steps, checkpoints_kept
-        self.rows = rows  # halved when memory runs out
-        self.team = progress.report.team
-        self.shared = True  # whether the processes have put together what they have of the step at hand
-        self.seen: list[dict[str, torch.Tensor]] = []  # micro-batches of the optimizer step so far
+        self.settings, self.steps, self.rows, self.compute_dtype = settings, steps, rows, compute_dtype
+        self.store, self.team, self.report, self.progress = store, store.team, report, progress
+        self.guard = StepGuard(settings, str(compute_dtype).removeprefix("torch."), report.log.line, self)
+        self.best = BestEvaluation(settings.early_stopping_patience) if settings.keeps_best_adapter else None
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole step
-        self.model_accepts_loss_kwargs = True  # the same, for transformers before it knew the line above
-        self.adapted = rest["model"]
-        if micro:  # `_begin_step` clears the gradients; the library's way looks at every module, 4 ms a step at Qwen2.5-3B
-            self.adapted.zero_grad = lambda set_to_none=True: None
-        self.lora_b = {
-            name: parameter
-            for name, parameter in self.adapted.named_parameters()
-            if parameter.requires_grad and ".lora_B." in name
-        }
-        self.compute_dtype = compute_dtype
-        self.progress = progress
-        self.stopping = StopCallback(self.team)
-        self.add_callback(self.stopping)
-        self.last_measured: tuple[int, Perplexity] | None = None
-        self.guard = StepGuard(progress.report, self._batch, lambda: describe_resume_point(self._root()), self._silent)
-        self.loss_before: torch.Tensor | None = None  # summed up since the last logged step, without the step at hand
+        self.model_accepts_loss_kwargs = True  # the same, for versions without the line above
+        self.adapted: Any = rest["model"]
+        self.trained = TrainedParameters(self.adapted, micro.decoder.adapters if micro else None)
+        # Nor a DDP wrapper: gradients are summed once a step, in `_sum_over_team`.
+        self.accelerator.prepare_model = lambda model, **settings: self.trained  # type: ignore[method-assign]
+        self.seen: list[dict[str, torch.Tensor]] = []  # micro-batches of the optimizer step so far
         self.step_tokens = 0
+        self.loss_sum = torch.zeros((), device=self.args.device)  # of the steps since the last logged one
+        self.loss_before = self.loss_sum.clone()  # without the current step
+        self.steps_to_log = 0
+        self.last_measured: tuple[int, Perplexity] | None = None
+        self.resuming: Checkpoint | None = None  # until the first step after resuming
+        self.stopping = StopCallback(self.team)
+        for callback in (self.stopping, *([self.best] if self.best else []), _LoopCallback(self)):
+            self.add_callback(callback)
 
-    def autocast(self) -> AbstractContextManager:
-        # Adapters are fp32: autocast casts them for each product instead of turning activations to fp32.
-        return torch.autocast(self.args.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
+    # The loop
 
-    def compute_loss_context_manager(self) -> AbstractContextManager:  # type: ignore[override]
-        return self.autocast()
+    def train(self, resume_from_checkpoint: Checkpoint | None = None, **rest: Any) -> None:  # type: ignore[override]
+        """Train up to the last step; with keep_best, end with the weights of the best evaluation.
+
+        Raises:
+            UserError: the checkpoint's files hold what no run has written.
+            Failed: a step or an evaluation is NaN, or the disk refuses a checkpoint.
+        """
+        self.resuming = resume_from_checkpoint
+        try:
+            done = self._restore(resume_from_checkpoint) if resume_from_checkpoint else TrainerState()
+            if done.global_step < self.steps and not (self.best and self.best.is_over):
+                with self.store.transaction:
+                    super().train(str(resume_from_checkpoint.folder) if resume_from_checkpoint else None, **rest)
+            else:  # nothing is left to train, and the library would take a step too many
+                assert resume_from_checkpoint is not None
+                self.state = done
+                load_adapter_weights(self.adapted, resume_from_checkpoint.folder, self.args.device.type)
+        except Exception as error:
+            if self.resuming is None or isinstance(error, UserError | Failed | Stopped | OSError) or is_out_of_memory(error):
+                raise
+            raise unreadable(self.resuming, error) from error
+        finally:  # also when training fails: no progress bar keeps running, no signal stays caught
+            self.progress.close()
+            self.stopping.release()
+        if self.kept_step != self.state.global_step:
+            load_adapter_weights(self.adapted, self.store.folder(self.kept_step), self.args.device.type)
+
+    def _restore(self, checkpoint: Checkpoint) -> TrainerState:
+        """Take up what the library does not restore; returns the library's own state."""
+        run, done = checkpoint.run, TrainerState.load_from_json(str(checkpoint.folder / "trainer_state.json"))
+        if run["micro_batch"] == self.rows and run["rows"] < self.rows:  # memory had run out
+            self.rows = run["rows"]
+            self.micro = self.micro and self.micro.smaller(self.rows)
+        self.guard.restore(run["guard"])
+        self.loss_sum.fill_(run["loss_sum"])
+        self.steps_to_log = run["steps_to_log"]
+        if self.best:
+            self.best.restore(run["best"], run["best"] is not None and self.store.is_valid(run["best"]["step"]))
+        return done
+
+    def begin_training(self) -> None:
+        """Finish what the library has loaded from a checkpoint, before the first step."""
+        if self.resuming is not None:
+            follow_schedule(self.lr_scheduler)
+            if self.args.device.type == "cuda":
+                move_state_to_paged_memory(getattr(self.optimizer, "optimizer", self.optimizer))  # accelerate wraps it
 
     def get_train_dataloader(self):
         loader: Any = super().get_train_dataloader()
         loader.device = None  # batches stay in pinned host memory, where counting their tokens waits for no GPU
-        if self.team.count > 1:  # OwnRows divides them; accelerate would also repeat rows to make the last ones even
+        if self.team.count > 1:  # RankCollator divides them; accelerate would also repeat rows to make the last ones even
             sampler = loader.batch_sampler
             sampler.num_processes, sampler.process_index, sampler.even_batches = 1, 0, False
         return loader
 
-    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
-        """Not at all: it lies where it was loaded. From cpu to cpu:0, as one of several processes would, adapters are copied."""
-
-    def _prepare_for_training(self, *arguments: Any) -> Any:
-        # No wrapper around the model: gradients are summed once a step, in `_share`.
-        if self.team.count > 1:
-            self.accelerator.prepare_model = lambda model, **how: model
-        return super()._prepare_for_training(*arguments)
-
     def get_batch_samples(self, epoch_iterator, num_batches, device):  # type: ignore[override]
-        """The micro-batches of one optimizer step and the tokens they predict together."""
+        """Return the micro-batches of one optimizer step and the number of tokens that they predict together."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._begin_step()
-        self.loss_before = None
+        self.loss_before = self.loss_sum.clone()
         own = sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in batches)
         self.step_tokens = int(self.team.sum(torch.as_tensor(own)))
         return batches, self.step_tokens
 
     def _begin_step(self) -> None:
-        self.seen, self.shared = [], False
+        self.seen = []
         if self.micro:
             self.micro.begin_step(self.state.global_step)
         else:
-            self.adapted.zero_grad()
+            self.trained.zero_grad()
+            self.adapted.train()  # an evaluation has switched dropout off
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[override]
-        """The micro-batch's share of the mean over all tokens of the optimizer step, so that 1 x 16 equals 16 x 1."""
-        losses = token_losses(self.adapted, inputs["input_ids"], inputs["labels"], inputs.get("starts"))
-        return losses.sum() / num_items_in_batch
+    # The micro-step
 
     def training_step(self, model, inputs, num_items_in_batch=None):  # type: ignore[override]
-        """Forward and backward of one micro-batch; out of memory, the optimizer step starts again with smaller ones."""
+        """Add the gradients of one micro-batch; out of GPU memory, the optimizer step starts again with fewer sequences."""
         self.seen.append(inputs)
-        if self.loss_before is None:  # not where the step begins: there a resumed run has not read its sum yet
-            self.loss_before = self._tr_loss.clone()
+        loss = self._accumulate(inputs, num_items_in_batch)
+        while loss is None:
+            loss = self._repeat_step(num_items_in_batch)
+        if self.accelerator.sync_gradients:  # the last micro-batch of the optimizer step
+            self._sum_over_team()
+        return loss
+
+    def _accumulate(self, inputs: dict[str, torch.Tensor], tokens: int) -> torch.Tensor | None:
+        """Run a micro-batch, `rows` sequences at a time; returns its loss, or None when memory ran out and fewer rows may fit."""
         try:
-            pieces = [{key: value[at : at + self.rows] for key, value in inputs.items()} for at in self._starts(inputs)]
-            return sum(self._micro_step(model, piece, num_items_in_batch) for piece in pieces)
+            starts = range(0, len(inputs["input_ids"]), self.rows)
+            pieces = [{key: value[at : at + self.rows] for key, value in inputs.items()} for at in starts]
+            loss: Any = sum(self._micro_step(piece, tokens) for piece in pieces)
         except RuntimeError as error:
             if not self._can_halve(error):
                 raise
-        # Here, and not under `except`, whose traceback keeps the tensors of the failed pass alive.
-        again = self.seen
-        self._halve(f"in step {self.state.global_step + 1}: starting it again")
-        self._begin_step()
-        for earlier in again:
-            loss = self.training_step(model, earlier, num_items_in_batch)
+            return None  # the error's traceback keeps the tensors of the failed pass alive until here
+        self.loss_sum += loss
         return loss
 
-    def _starts(self, inputs: dict[str, torch.Tensor]) -> range:
-        return range(0, len(inputs["input_ids"]), self.rows)
-
-    def _micro_step(self, model: Any, inputs: dict[str, torch.Tensor], tokens: int) -> torch.Tensor:
+    def _micro_step(self, inputs: dict[str, torch.Tensor], tokens: int) -> torch.Tensor:
         if self.micro is None:
-            return super().training_step(model, inputs, tokens)
+            return super().training_step(self.trained, inputs, tokens)
         ids, labels, starts = inputs["input_ids"], inputs["labels"], inputs.get("starts")
-        if (scaler := getattr(self.accelerator, "scaler", None)) is None:
+        if (scaler := self._scaler()) is None:
             return self.micro.train(ids, labels, torch.ones(()) / tokens, starts)
-        factor = scaler.scale(torch.ones((), device=self.args.device))  # float16
+        factor = scaler.scale(torch.ones((), device=self.args.device))
         return self.micro.train(ids, labels, factor / tokens, starts) / factor
 
+    def _scaler(self) -> Any:
+        """Return float16's loss scaler, or None."""
+        return getattr(self.accelerator, "scaler", None)
+
+    def _repeat_step(self, tokens: int) -> torch.Tensor | None:
+        """Repeat the micro-batches of the optimizer step so far with half as many sequences at a time."""
+        self._halve(f"in step {self.state.global_step + 1}: starting it again")
+        seen = self.seen
+        self._begin_step()
+        self.seen, self.loss_sum = seen, self.loss_before.clone()
+        for inputs in seen:
+            loss = self._accumulate(inputs, tokens)
+            if loss is None:
+                return None
+        return loss
+
     def _can_halve(self, error: RuntimeError) -> bool:
-        sharded = self.micro is not None and self.micro.decoder.sharded is not None  # then all take as many passes as the others
+        sharded = self.micro is not None and self.micro.decoder.sharded is not None  # then all ranks take as many passes
         return self.rows > 1 and not sharded and is_out_of_memory(error)
 
-    def _halve(self, what: str) -> None:
+    def _halve(self, place: str) -> None:
         self.rows = (self.rows + 1) // 2
         if self.micro:
             self.micro = self.micro.smaller(self.rows)
         gc.collect()
         torch.cuda.empty_cache()
-        self.progress.report.out_of_memory(what, self.rows)
+        self.report.out_of_memory(place, self.rows)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[override]
+        """Return the micro-batch's share of the mean over all tokens of the optimizer step, so that 1 x 16 equals 16 x 1."""
+        losses = token_losses(self.adapted, inputs["input_ids"], inputs["labels"], inputs.get("starts"))
+        return losses.sum() / num_items_in_batch
+
+    def compute_loss_context_manager(self) -> AbstractContextManager:  # type: ignore[override]
+        # Adapters are fp32: autocast casts them for each product instead of casting activations to fp32.
+        return torch.autocast(self.args.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
 
     def floating_point_ops(self, inputs) -> int:  # type: ignore[override]
         return 0  # nobody reads it, and the library counts all parameters for it at each micro-batch
+
+    # The optimizer step
 
     def create_optimizer(self, model=None):  # type: ignore[override]
         if self.micro is None:
@@ -171,75 +241,68 @@ class QLoraTrainer(ResumableTrainer):
         self.optimizer = kind([self.micro.decoder.adapters.flat], weight_decay=self.args.weight_decay, **arguments)
         return self.optimizer
 
-    def _share(self) -> None:
-        """Sum gradients and loss over the processes, once a step: each had its part of what was divided by all tokens."""
-        if self.shared or self.team.count == 1:
-            return
-        self.shared = True
-        if self.micro:
-            self.team.sum(self.micro.decoder.adapters.gradient)
-        else:
-            gradients = [parameter.grad for parameter in self.adapted.parameters() if parameter.requires_grad]
-            flat = self.team.sum(parameters_to_vector(gradients))
-            vector_to_parameters(flat, gradients)
-        assert self.loss_before is not None, "a step without a micro-step"
-        self._tr_loss = self.loss_before + self.team.sum(self._tr_loss - self.loss_before)
+    def _sum_over_team(self) -> None:
+        """Sum gradients and loss over the processes, once a step."""
+        if self.team.count > 1:
+            self.trained.sum_gradients(self.team)
+            self.loss_sum = self.loss_before + self.team.sum(self.loss_sum - self.loss_before)
 
-    def _clip_grad_norm(self, model):
-        self._share()
-        if self.micro is None:
-            return super()._clip_grad_norm(model)
-        return self.accelerator.clip_grad_norm_([self.micro.decoder.adapters.flat], self.args.max_grad_norm)
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        """The norm of a step that the optimizer may see; None for one that is left out, of which nothing is logged."""
-        self._share()
-        if self.micro is None or grad_norm is not None:
-            norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        else:
-            norm = self.accelerator.clip_grad_norm_([self.micro.decoder.adapters.flat], math.inf)
-        assert self.loss_before is not None, "a step without a micro-step"
-        loss, scaler = self._tr_loss - self.loss_before, getattr(self.accelerator, "scaler", None)
-        smallest = torch.stack(torch._foreach_norm(list(self._gradients_of_b().values()), math.inf)).min()
+    def check_step(self) -> None:
+        """Clip the gradient, and keep the optimizer from applying a step that the guard rejects."""
+        norm, scaler = self.trained.clip(self.settings.max_grad_norm), self._scaler()
+        loss, smallest = self.loss_sum - self.loss_before, self.trained.smallest_gradient_of_b()
         if self.guard.passes(self.state.global_step + 1, loss, norm, smallest, scaler and scaler.get_scale):
-            return norm
+            self.steps_to_log += 1
+            return
         assert self.optimizer is not None
-        self.optimizer.zero_grad(set_to_none=True)  # optimizers pass over parameters that have none
-        self._tr_loss = self.loss_before
-        self._globalstep_last_logged += 1  # the next mean is over fewer steps
-        return None
+        self.optimizer.zero_grad(set_to_none=True)  # optimizers skip parameters without a gradient
+        self.loss_sum = self.loss_before
 
-    def _gradients_of_b(self) -> dict[str, torch.Tensor]:
-        gradients = {}
-        for name, parameter in self.lora_b.items():
-            found = self.micro.decoder.adapters.gradient_of(parameter) if self.micro else parameter.grad
-            gradients[name] = parameter.new_zeros(1) if found is None else found
-        return gradients
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the mean loss of the steps that the optimizer applied; the library's mean would count skipped ones."""
+        if "loss" in logs:
+            if not self.steps_to_log:
+                return
+            logs["loss"] = self.loss_sum.item() / self.steps_to_log
+            if self.guard.skipped[-1:] == [self.state.global_step]:
+                logs.pop("grad_norm", None)
+            self.loss_sum, self.steps_to_log = torch.zeros_like(self.loss_sum), 0
+        super().log(logs, start_time)
 
-    def _silent(self) -> list[str]:
-        names = [name for name, gradient in self._gradients_of_b().items() if not gradient.any()]
-        return [name.removeprefix("base_model.model.").partition(".lora_B.")[0] for name in names]
+    # Descriptions for the guard's messages
 
-    def _batch(self) -> str:
-        """What the step at hand was computed on."""
+    def describe_batch(self) -> str:
         own = [int(number) for batch in self.seen for number in batch["block"] if number >= 0]
         blocks = [number for part in self.team.gather(own) for number in part]
         data: Any = self.train_dataset
         sources = sorted({number for block in blocks for number in data.sources(block)})
-        held = f" with {numbered(data.unit, sources)}" if sources else ""
-        return f"{numbered('block', [block + 1 for block in blocks])}{held}, {self.step_tokens:,} trained tokens"
+        content = f" with {enumerate_numbers(data.unit, sources)}" if sources else ""
+        return f"{enumerate_numbers('block', [block + 1 for block in blocks])}{content}, {self.step_tokens:,} trained tokens"
+
+    def describe_checkpoints(self) -> str:
+        return describe_resume_point(self.store.root)
+
+    def modules_without_gradient(self) -> Sequence[str]:
+        return self.trained.modules_without_gradient()
+
+    # Evaluation
 
     def measure(self) -> Perplexity:
-        """Perplexity on the evaluation blocks with the weights as they are now."""
-        assert isinstance(self.eval_dataset, Blocks | RecordBlocks)
+        """Return the perplexity on the evaluation blocks with the weights as they are now.
+
+        Raises:
+            Failed: the loss is NaN or infinite.
+        """
+        data: TrainingBlocks = self.eval_dataset  # type: ignore[assignment]
         if self.micro is None:
-            self.adapted.eval()  # once, for all batches; the library's training_step switches back
-        losses_of = self.micro.losses if self.micro else library_losses(self.adapted, self.autocast())
-        with self.progress.evaluation(len(self.team.shard(self.eval_dataset))) as on_batch:
+            self.adapted.eval()
+        losses_of = self.micro.losses if self.micro else library_losses(self.adapted, self.compute_loss_context_manager())
+        own = self.team.shard(data)
+        with self.progress.evaluation(len(own)) as on_batch:
             try:
-                own = measure_block_losses(losses_of, self.team.shard(self.eval_dataset), self.rows, on_batch)
-                sums, counts = (self.team.gather_in_order(part)[: len(self.eval_dataset)] for part in own)
-                return self._checked(from_block_losses(sums, counts))
+                measured = measure_block_losses(losses_of, own, self.rows, on_batch)
+                sums, counts = (self.team.gather_in_order(part)[: len(data)] for part in measured)
+                return self._check_finite(from_block_losses(sums, counts))
             except RuntimeError as error:
                 if not self._can_halve(error):
                     raise
@@ -247,40 +310,28 @@ class QLoraTrainer(ResumableTrainer):
         self._halve("in an evaluation: starting it again")
         return self.measure()
 
-    def _checked(self, result: Perplexity) -> Perplexity:
+    def _check_finite(self, result: Perplexity) -> Perplexity:
         if math.isfinite(result.loss):
             return result
         raise Failed(
             f"the evaluation loss is {result.loss} after step {self.state.global_step}: stopped, and no adapter was written; "
-            f"{self.guard.advice()}; {describe_resume_point(self._root())}"
+            f"{self.guard.advice()}; {self.describe_checkpoints()}"
         )
 
     def measure_base(self) -> Perplexity | None:
-        """Perplexity before the first step, when B is zero and the adapter changes nothing: that of the base model."""
+        """Return the perplexity before the first step, when B is zero: that of the base model."""
         if self.eval_dataset is None:
             return None
         result = self.measure()
-        self.progress.report.perplexity("base model", result)
-        self.progress.report.log.metrics({"step": 0, "epoch": 0.0, **as_metrics(result)})
+        self.report.perplexity("base model", result)
+        self.report.log.metrics({"step": 0, "epoch": 0.0, **as_metrics(result)})
         return result
 
-    def how_it_went(self) -> dict[str, Any]:
-        """For the provenance: steps of the adapter and of the run, why it ended, the steps that the guard left out."""
-        last = self.state.global_step
-        ended = "after the last step" if last >= self.steps else "early, as training.early_stopping_patience asks"
-        return {"optimizer_steps": self.kept_step, "last_step": last, "ended": ended, "skipped_steps": self.guard.skipped}
-
-    @property
-    def kept_step(self) -> int:
-        """The step whose weights are in the model when training is over: that of the best evaluation where asked."""
-        best = self.state.best_global_step if self.state.best_model_checkpoint and self.args.load_best_model_at_end else None
-        return best or self.state.global_step
-
     def measure_final(self) -> Perplexity | None:
-        """Perplexity of the weights that will be saved; not measured again when the last step's evaluation was of the same."""
+        """Return the perplexity of the weights that will be saved; not measured again where the last evaluation was of them."""
         if self.eval_dataset is None:
             return None
-        if self.last_measured and self.last_measured[0] == self.state.global_step and not self.args.load_best_model_at_end:
+        if self.last_measured and self.last_measured[0] == self.state.global_step and not self.best:
             return self.last_measured[1]
         return self.measure()
 
@@ -291,3 +342,63 @@ class QLoraTrainer(ResumableTrainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    # Checkpoints and the end
+
+    def _get_output_dir(self, trial: Any) -> str:
+        # Private, see build.check_library. The public way, `args.output_dir`, is also where TensorBoard writes, and a staging
+        # folder does not stay.
+        return str(self.store.staging)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Begin a checkpoint with the adapter; the library writes the rest beside it, and `end_save` completes it."""
+        folder = self.store.begin(self.state.global_step, self._state(), sum(p.numel() for p in self.trained.parameters()))
+        assert output_dir == str(folder), "the library saves a checkpoint elsewhere"
+        if self.team.is_main:
+            write_adapter(self.adapted, folder)
+
+    def end_save(self) -> None:
+        self.store.complete(self.state.global_step, self.best.step if self.best else None)
+
+    def _state(self) -> dict[str, Any]:
+        """Return the state that the library's files lack."""
+        measured = self.last_measured
+        return {
+            "rows": self.rows,
+            "guard": self.guard.state(),
+            "best": self.best.state() if self.best else None,
+            "loss_sum": self.loss_sum.item(),
+            "steps_to_log": self.steps_to_log,
+            "eval_loss": measured[1].loss if measured and measured[0] == self.state.global_step else None,
+        }
+
+    @property
+    def kept_step(self) -> int:
+        """The step whose weights the model has when training is over: that of the best evaluation with keep_best."""
+        best = self.best.step if self.best else None
+        return best if best is not None and self.store.is_valid(best) else self.state.global_step
+
+    def ending(self) -> dict[str, Any]:
+        """Return how the run ended, for run.json."""
+        last = self.state.global_step >= self.steps
+        ended = "after the last step" if last else "early, as training.early_stopping_patience asks"
+        return {"ended": ended, "skipped_steps": self.guard.skipped, "micro_batch": self.rows}
+
+
+class _LoopCallback(TrainerCallback):
+    """Call the Trainer back at the points of its loop that only callbacks see."""
+
+    def __init__(self, trainer: QLoraTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **rest):
+        self.trainer.begin_training()
+
+    def on_step_begin(self, args, state, control, **rest):
+        self.trainer.resuming = None  # everything is loaded
+
+    def on_pre_optimizer_step(self, args, state, control, **rest):
+        self.trainer.check_step()
+
+    def on_save(self, args, state, control, **rest):
+        self.trainer.end_save()

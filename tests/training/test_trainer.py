@@ -1,9 +1,11 @@
 """The Trainer's overrides and callbacks: real steps with the embedded model, in this process."""
 
 import copy
+import inspect
 import json
 import math
 import os
+import re
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,30 +16,33 @@ import torch
 import torch.nn.functional as F
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 import train_qlora
 from qlora_kit.adapter.save import save_adapter
 from qlora_kit.config_file import load_config
-from qlora_kit.data.blocks import Blocks
-from qlora_kit.errors import Failed
+from qlora_kit.data.blocks import TextBlocks
+from qlora_kit.errors import Failed, UserError
 from qlora_kit.fast.training_pass import FastDecoder
 from qlora_kit.model.loss import token_losses
 from qlora_kit.model.perplexity import Perplexity, as_metrics, recorded_base
+from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.output.curves import read_metrics
 from qlora_kit.planning.plan import make_plan
-from qlora_kit.training import progress
-from qlora_kit.training.build import build_trainer, training_arguments
+from qlora_kit.training import build, progress
+from qlora_kit.training.build import PRIVATE_OVERRIDES, TrainingData, build_store, build_trainer, training_arguments
 from qlora_kit.training.machine import Machine, look_at_machine
+from qlora_kit.training.processes import ALONE
 from qlora_kit.training.progress import SpeedMeter
-from qlora_kit.training.report import RunReport
+from qlora_kit.training.report import Run, RunReport
 from qlora_kit.training.stop import StopCallback
+from qlora_kit.training.trainer import QLoraTrainer
 
 T = 16  # block length
 
 
 @dataclass(frozen=True)
-class MaskedBlocks(Blocks):
+class MaskedBlocks(TextBlocks):
     """The labels of row n are masked up to position `masked[n]`."""
 
     masked: tuple[int, ...] = ()
@@ -73,12 +78,15 @@ def make_config(root, tmp_path, monkeypatch):
 def make_trainer(make_config):
     def make(train=None, evaluation=None, **changed):
         config = make_config(**changed)
-        report = RunReport(config, look_at_machine(config, None), make_plan(config, None, None))
-        model, make.tokenizer = train_qlora.load_adapted_model(config, report)
+        machine, plan = look_at_machine(config, None), make_plan(config, None, None)
+        report = RunReport(Run(config, machine, plan, ALONE))
+        make.tokenizer = load_tokenizer(config.model)
+        model = train_qlora.load_adapted_model(config, machine, make.tokenizer, report)
         folder = make.folder = Path(config.training.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         report.log.open(folder, None)
-        return build_trainer(model, train or random_rows(8), evaluation, report)
+        store = build_store(config, plan, ALONE, {}, "text", report)
+        return build_trainer(model, TrainingData(train or random_rows(8), evaluation), config, machine, plan, report, store)
 
     return make
 
@@ -92,6 +100,17 @@ class Spy(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **rest):
         (flat,) = self.trainer.optimizer.param_groups[0]["params"]
         self.gradients.append(flat.grad.clone())
+
+
+class Gradients(TrainerCallback):
+    """The norm of all gradients that the optimizer applies in its first step."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **rest):
+        parameters = [p for group in self.trainer.optimizer.param_groups for p in group["params"]]
+        self.norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in parameters]))
 
 
 class At(TrainerCallback):
@@ -122,7 +141,7 @@ def test_total_steps(make_config, blocks, changed, steps):
 def test_total_steps_is_what_the_trainer_takes(make_trainer):
     trainer = make_trainer(random_rows(10), training__max_steps=None, training__num_epochs=0.5)
     trainer.train()
-    assert trainer.state.global_step == 2 == trainer.progress.report.config.total_steps(10)
+    assert trainer.state.global_step == 2 == trainer.report.run.config.total_steps(10)
 
 
 def arguments(config, steps=100, evaluate=True, dtype=torch.float32):
@@ -151,7 +170,8 @@ def test_settings_reach_the_trainer(make_config, tmp_path):
         )
     )  # fmt: skip
     assert made.output_dir == str(tmp_path / "out" / "checkpoints")
-    assert (made.learning_rate, made.lr_scheduler_type, made.weight_decay, made.max_grad_norm) == (3e-4, "cosine", 0.01, 0.5)
+    assert (made.learning_rate, made.lr_scheduler_type, made.weight_decay) == (3e-4, "cosine", 0.01)
+    assert made.max_grad_norm == 0  # the library would clip before the gradients of all processes are summed
     assert (made.optim, made.logging_steps, made.eval_steps, made.save_steps) == ("adamw_8bit", 7, 9, 18)
     assert (made.seed, made.max_steps, made.num_train_epochs) == (5, -1, 1.5)
     assert made.save_total_limit is None  # the library would remove by rules of its own
@@ -168,11 +188,25 @@ def test_without_evaluation_data_none_is_planned(make_config):
     assert arguments(make_config(), evaluate=False).eval_strategy == "no"
 
 
-def test_early_stopping_keeps_the_best_checkpoint(make_config):
-    made = arguments(make_config(training__early_stopping_patience=2, training__eval_steps=5, training__save_steps=5))
-    assert made.load_best_model_at_end and made.metric_for_best_model == "eval_loss" and made.greater_is_better is False
-    same = arguments(make_config(training__keep_best=True, training__eval_steps=5, training__save_steps=5))
-    assert same.load_best_model_at_end and not arguments(make_config()).load_best_model_at_end
+def test_the_best_evaluation_is_remembered_only_where_the_run_may_return_to_it(make_trainer):
+    steps = {"training__eval_steps": 5, "training__save_steps": 5}
+    assert make_trainer(training__early_stopping_patience=2, **steps).best.patience == 2
+    assert make_trainer(training__keep_best=True, **steps).best.patience is None
+    assert make_trainer().best is None
+
+
+def test_only_the_listed_private_methods_of_the_library_are_overridden_or_used():
+    """A renamed one would skip the override, or fail, in a version that requirements.txt allows."""
+    own = vars(QLoraTrainer)
+    assert {name for name in own if re.match("_[a-z]", name) and hasattr(Trainer, name)} == set(PRIVATE_OVERRIDES)
+    used = set(re.findall(r"self\.(_[a-z]\w*)", inspect.getsource(QLoraTrainer)))
+    assert used <= own.keys()
+
+
+def test_a_library_without_them_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr(build, "PRIVATE_OVERRIDES", ("_get_output_dir", "_gone"))
+    with pytest.raises(UserError, match=r"transformers: [\d.]+: has no Trainer._gone. Install transformers>=5.17,<6"):
+        build.check_library()
 
 
 # --- steps --------------------------------------------------------------------------------------------------------------
@@ -201,6 +235,19 @@ def test_accumulation_weights_every_token_alike(make_trainer):
     assert losses[1] == pytest.approx(by_hand.item(), rel=1e-5)
     torch.testing.assert_close(spies[1].gradients[0], spies[4].gradients[0], rtol=1e-3, atol=1e-6)
     assert (spies[1].gradients[0].abs() > 1e-6).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fast path", "library's layers"])
+def test_gradients_are_clipped_to_the_norm_and_their_norm_before_is_logged(make_trainer, fused):
+    spies, norms = [], []
+    for limit in (0, 1e-3):
+        trainer = make_trainer(training__max_grad_norm=limit, training__max_steps=1, performance__fused_lora=fused)
+        spies.append(Gradients(trainer))
+        trainer.add_callback(spies[-1])
+        trainer.train()
+        norms.append(logged(trainer, "grad_norm")[1])
+    assert norms[0] == norms[1] == pytest.approx(spies[0].norm.item(), rel=1e-5) and norms[0] > 0.01
+    assert spies[1].norm.item() == pytest.approx(1e-3, rel=1e-3)
 
 
 def out_of_memory_beyond(trainer, monkeypatch, rows, from_call):
@@ -299,7 +346,7 @@ def test_early_stopping_ends_with_the_best_evaluated_adapter(make_trainer):
     trainer.train()
     losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
     assert trainer.kept_step == min(losses, key=losses.get) < trainer.state.global_step == trainer.kept_step + 2 < 30
-    assert trainer.how_it_went()["ended"] == "early, as training.early_stopping_patience asks"
+    assert trainer.ending()["ended"] == "early, as training.early_stopping_patience asks"
     saved = load_file(make_trainer.folder / "checkpoints" / f"checkpoint-{trainer.kept_step}" / "adapter_model.safetensors")
     kept = get_peft_model_state_dict(trainer.adapted)
     assert saved.keys() == kept.keys() and all(torch.equal(saved[name], kept[name]) for name in saved)
@@ -316,9 +363,7 @@ def test_the_best_evaluated_adapter_can_be_kept_without_stopping_early(make_trai
     losses = logged(trainer, "eval_loss")
     best = min(losses, key=losses.get)
     assert (trainer.kept_step, trainer.state.global_step) == (best, 3) and best < 3
-    assert trainer.how_it_went() == {
-        "optimizer_steps": best, "last_step": 3, "ended": "after the last step", "skipped_steps": [],
-    }  # fmt: skip
+    assert trainer.ending() == {"ended": "after the last step", "skipped_steps": [], "micro_batch": 1}
     assert trainer.measure_final().loss == pytest.approx(losses[best], rel=1e-6)
     save_adapter(trainer.adapted, make_trainer.tokenizer, make_trainer.folder)
     saved, kept = (load_file(folder / "adapter_model.safetensors") for folder in (
@@ -550,7 +595,7 @@ def test_an_adapter_that_is_no_number_is_not_put_into_a_checkpoint(make_trainer)
                 next(p for p in model.parameters() if p.requires_grad).data[0, 0] = math.inf
 
     trainer.add_callback(Overflow())
-    with pytest.raises(Failed, match=r"no numbers.*; checkpoint-1 is complete"):
+    with pytest.raises(Failed, match=r"NaN or infinity.*; checkpoint-1 is complete"):
         trainer.train()
     assert [path.name for path in (make_trainer.folder / "checkpoints").iterdir()] == ["checkpoint-1"]
 
