@@ -26,9 +26,9 @@ from finetuning_lessons.lesson import (
     print_text,
 )
 from qlora_kit import cli
-from qlora_kit.data.formats import Piece, TrainOn, alpaca_to_text, recognise
-from qlora_kit.data.preview import marked
-from qlora_kit.data.tokenizing import Encoded, encode, end_id, record_pieces
+from qlora_kit.data.formats import Piece, TrainOn, alpaca_to_text, recognise_format
+from qlora_kit.data.preview import mark_trained
+from qlora_kit.data.tokenizing import EncodedRecord, encode_records, find_end_id, render_record
 
 ALPACA = {"instruction": "Make it a question.", "input": "The train is late.", "output": "Is the train late?"}
 ASKED = f"{ALPACA['instruction']}\n\n{ALPACA['input']}"
@@ -50,37 +50,37 @@ SAMPLES = ("alpaca.jsonl", "sharegpt.json", "messages.jsonl", "completion.jsonl"
 TRAIN_ON: tuple[TrainOn, ...] = ("assistant", "last", "all")
 
 
-def encode_record(record: dict[str, Any], tokenizer: Any, train_on: TrainOn = "assistant") -> Encoded:
+def encode_record(record: dict[str, Any], tokenizer: Any, train_on: TrainOn = "assistant") -> EncodedRecord:
     """Return the token ids of a record of any format, and which of them are trained."""
-    return encode([record_pieces(record, recognise(record), tokenizer, "text", train_on)], tokenizer)[0]
+    return encode_records([render_record(record, recognise_format(record), tokenizer, "text", train_on)], tokenizer)[0]
 
 
-def encode_everything(text: str, tokenizer: Any) -> Encoded:
+def encode_everything(text: str, tokenizer: Any) -> EncodedRecord:
     """Encode a text as `labels = input_ids.clone()` does: the prompt is trained too, and no token ends the answer."""
-    return encode([[Piece(text, True)]], tokenizer)[0]
+    return encode_records([[Piece(text, True)]], tokenizer)[0]
 
 
-def learns_to_stop(encoded: Encoded, end: int) -> bool:
+def learns_to_stop(encoded: EncodedRecord, end: int) -> bool:
     """Return whether the token that ends an answer is trained."""
     return bool(((encoded.ids == end) & encoded.trained).any())
 
 
-def token_row(name: str, encoded: Encoded, end: int) -> list[str]:
+def token_row(name: str, encoded: EncodedRecord, end: int) -> list[str]:
     trained = int((encoded.labels() >= 0).sum())
     stops = "yes" if learns_to_stop(encoded, end) else "no"
     return [name, stops, str(len(encoded)), str(trained), f"{100 * trained / len(encoded):.0f} %"]
 
 
 def format_rows(tokenizer: Any) -> list[list[str]]:
-    rows = [token_row(kind, encode_record(record, tokenizer), end_id(kind, tokenizer)) for kind, record in RECORDS.items()]
+    rows = [token_row(kind, encode_record(record, tokenizer), find_end_id(kind, tokenizer)) for kind, record in RECORDS.items()]
     everything = encode_everything(RECORDS["instruction"]["text"], tokenizer)
-    rows.append(token_row("instruction, all labels", everything, end_id("instruction", tokenizer)))
+    rows.append(token_row("instruction, all labels", everything, find_end_id("instruction", tokenizer)))
     return rows
 
 
 def train_on_rows(tokenizer: Any) -> list[list[str]]:
     """Return a row for each value of data.train_on, for a conversation of two rounds."""
-    end = end_id("sharegpt", tokenizer)
+    end = find_end_id("sharegpt", tokenizer)
     return [token_row(train_on, encode_record(TWO_ROUNDS, tokenizer, train_on), end) for train_on in TRAIN_ON]
 
 
@@ -92,7 +92,13 @@ def sample_rows(tokenizer: Any) -> list[list[str]]:
         encoded = [encode_record(record, tokenizer) for record in records]
         tokens, trained = sum(map(len, encoded)), sum(int((one.labels() >= 0).sum()) for one in encoded)
         rows.append(
-            [f"samples/{name}", recognise(records[0]), f"{len(records):,}", f"{tokens:,}", f"{100 * trained / tokens:.0f} %"]
+            [
+                f"samples/{name}",
+                recognise_format(records[0]),
+                f"{len(records):,}",
+                f"{tokens:,}",
+                f"{100 * trained / tokens:.0f} %",
+            ]
         )
     return rows
 
@@ -102,7 +108,7 @@ def print_records(tokenizer: Any) -> None:
     for kind, record in RECORDS.items():
         console.print(f"{kind}:", style="bold")
         console.print(json.dumps(record, indent=2), highlight=False, markup=False, soft_wrap=True)  # no break inside a string
-        console.print(marked(encode_record(record, tokenizer), tokenizer, console.is_terminal), soft_wrap=True)
+        console.print(mark_trained(encode_record(record, tokenizer), tokenizer, console.is_terminal), soft_wrap=True)
         console.print()
 
 
@@ -122,7 +128,7 @@ def print_findings(tokenizer: Any) -> None:
     )
 
 
-def draw_tokens(axes: Any, title: str, encoded: Encoded, tokenizer: Any, columns: int = 36, lines: int = 8) -> None:
+def draw_tokens(axes: Any, title: str, encoded: EncodedRecord, tokenizer: Any, columns: int = 36, lines: int = 8) -> None:
     """Draw characters in cells, coloured if trained, with lines between tokens and `columns` cells in a row."""
     at, line = 0, 0
     for token, label in zip(encoded.ids.tolist(), encoded.labels().tolist(), strict=True):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.data.token_cache import Tokens
-from qlora_kit.data.tokenizing import IGNORED, Encoded
+from qlora_kit.data.tokenizing import IGNORED, EncodedRecord
 from qlora_kit.errors import UserError
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class RecordBlocks:
     counts: Counts
     formats: list[str]
     train_on: str
-    recognised: bool  # the format by its keys, and not stated
+    format_recognised: bool  # the format by its keys, and not stated
     unit = "record"  # what `sources` counts
 
     @property
@@ -94,10 +94,10 @@ class RecordBlocks:
         """Numbers of the records that a block holds, from 1, in the order of the whole source."""
         return (self.numbers[self.order[self.bounds[block] : self.bounds[block + 1]]] + 1).tolist()
 
-    def record(self, number: int) -> Encoded:
+    def record(self, number: int) -> EncodedRecord:
         """A record as it is trained."""
         where = slice(self.begins[number], self.begins[number] + self.lengths[number])
-        return Encoded(self.stored.ids[where], self.stored.trained[where])
+        return EncodedRecord(self.stored.ids[where], self.stored.trained[where])
 
     @property
     def documents(self) -> int:
@@ -126,14 +126,14 @@ class RecordBlocks:
                 digest.update(array[at : at + 2**20].tobytes())
         return digest.hexdigest()
 
-    def summary(self) -> str:
+    def summarise(self) -> str:
         return f"{self.counts.records:,} {self.join_rule}"
 
-    def description(self) -> str:
+    def describe(self) -> str:
         """What the log says of training data."""
         counts = self.counts
         said = [
-            f"{self.summary()}{' (format recognised by its keys)' if self.recognised else ''}",
+            f"{self.summarise()}{' (format recognised by its keys)' if self.format_recognised else ''}",
             f"{counts.tokens:,} tokens, {100 * counts.trained_share:.1f} % trained, longest {counts.longest:,}",
             f"{len(self):,} blocks of {self.length} tokens, {100 * self.fill:.1f} % full",
             f"{counts.cut:,} records cut by {counts.cut_tokens:,} tokens" if counts.cut else "",
@@ -143,7 +143,7 @@ class RecordBlocks:
 
 
 @dataclass(frozen=True)
-class Blocks:
+class TextBlocks:
     """Token blocks of equal length, as a map-style data set for the Trainer."""
 
     ids: "np.ndarray"  # (blocks, block length), int32
@@ -168,7 +168,7 @@ class Blocks:
     def tokens(self) -> int:
         return int(self.ids.size)
 
-    def take(self, count: int | None) -> "Blocks":
+    def take(self, count: int | None) -> "TextBlocks":
         return replace(self, ids=self.ids[:count])
 
     def sources(self, block: int) -> list[int]:
@@ -187,16 +187,19 @@ class Blocks:
             digest.update(self.ids[at : at + 1024].tobytes())
         return digest.hexdigest()
 
-    def summary(self) -> str:
+    def summarise(self) -> str:
         return f"{self.documents:,} documents"
 
-    def description(self) -> str:
+    def describe(self) -> str:
         """What the log says of training data."""
         blocks = f"{len(self):,} blocks of {self.ids.shape[1]} tokens, tail of {self.tail_tokens} tokens left out"
-        return f"{self.summary()} ({self.join_rule}), {blocks}"
+        return f"{self.summarise()} ({self.join_rule}), {blocks}"
 
 
-def text_blocks(stored: Tokens, length: int, key: str) -> Blocks:
+TrainingBlocks = TextBlocks | RecordBlocks
+
+
+def build_text_blocks(stored: Tokens, length: int, key: str) -> TextBlocks:
     """The stream of all documents as blocks.
 
     Raises:
@@ -210,7 +213,7 @@ def text_blocks(stored: Tokens, length: int, key: str) -> Blocks:
     return replace(blocks, full_lengths=np.diff(stored.ends, prepend=0))
 
 
-def cut_into_blocks(stream: "np.ndarray", length: int, documents: int, join_rule: str, key: str) -> Blocks:
+def cut_into_blocks(stream: "np.ndarray", length: int, documents: int, join_rule: str, key: str) -> TextBlocks:
     """Cut a stream of ids into rows of `length`; what fills no row at the end is counted and left out.
 
     Raises:
@@ -222,4 +225,4 @@ def cut_into_blocks(stream: "np.ndarray", length: int, documents: int, join_rule
         problem = f"has {len(stream)} tokens, which do not fill one block of data.max_length {length}"
         raise UserError(key, None, problem, f"use more text{shorter}")
     ids = stream[: count * length].reshape(count, length)
-    return Blocks(ids, documents, join_rule, tail_tokens=len(stream) - count * length)
+    return TextBlocks(ids, documents, join_rule, tail_tokens=len(stream) - count * length)

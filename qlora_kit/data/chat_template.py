@@ -31,7 +31,7 @@ def apply_chat_template(messages: list[Message], tokenizer: Any, add_generation_
         BadRecord: the template refuses them, as some do a system turn.
     """
     if not getattr(tokenizer, "chat_template", None):
-        return _by_fallback(messages, getattr(tokenizer, "eos_token", None) or "", add_generation_prompt)
+        return _render_plain(messages, getattr(tokenizer, "eos_token", None) or "", add_generation_prompt)
     from jinja2 import TemplateError
 
     try:
@@ -40,7 +40,7 @@ def apply_chat_template(messages: list[Message], tokenizer: Any, add_generation_
         raise BadRecord(f"the chat template refuses the turns ({' '.join(str(error).split())})") from None
 
 
-def _by_fallback(messages: list[Message], end: str, prompting: bool) -> str:
+def _render_plain(messages: list[Message], end: str, prompting: bool) -> str:
     lines = [
         f"{message['role'].capitalize()}: {message['content']}{end if message['role'] == 'assistant' else ''}\n"
         for message in messages
@@ -49,7 +49,7 @@ def _by_fallback(messages: list[Message], end: str, prompting: bool) -> str:
 
 
 @lru_cache(maxsize=8)
-def control_tokens(tokenizer: Any) -> re.Pattern[str]:
+def build_control_token_pattern(tokenizer: Any) -> re.Pattern[str]:
     """Finds the texts that the tokenizer turns into its special tokens."""
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     longest_first = sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
@@ -57,7 +57,7 @@ def control_tokens(tokenizer: Any) -> re.Pattern[str]:
 
 
 @lru_cache(maxsize=8)
-def end_of_turn(tokenizer: Any) -> str:
+def find_end_of_turn(tokenizer: Any) -> str:
     """The control token written behind each answer.
 
     It need not be the tokenizer's `eos_token`: for Qwen's base models that is `<|endoftext|>`, but turns end with `<|im_end|>`.
@@ -65,9 +65,9 @@ def end_of_turn(tokenizer: Any) -> str:
     Raises:
         BadRecord: there is none.
     """
-    turns = _placeholders(["user", "assistant"])
+    turns = _create_placeholders(["user", "assistant"])
     behind = apply_chat_template(turns, tokenizer).rpartition(turns[-1]["content"])[2]
-    token = control_tokens(tokenizer).search(behind)
+    token = build_control_token_pattern(tokenizer).search(behind)
     if not token:
         raise BadRecord(
             f"the chat template ends an answer with {behind!r}, expected an end-of-sequence or other control token, "
@@ -76,7 +76,7 @@ def end_of_turn(tokenizer: Any) -> str:
     return token[0]
 
 
-def answer_spans(turns: list[Message], whole: str, wanted: Iterable[int], tokenizer: Any) -> list[Span]:
+def find_answer_spans(turns: list[Message], whole: str, wanted: Iterable[int], tokenizer: Any) -> list[Span]:
     """Where the wanted answers are in the rendering of all turns, each with the token that ends it.
 
     An answer is what follows the prompt that the model would be given. The template is asked for that prompt only where it does
@@ -89,12 +89,12 @@ def answer_spans(turns: list[Message], whole: str, wanted: Iterable[int], tokeni
     Raises:
         BadRecord: the template ends an answer with no control token, or writes a wanted one otherwise once more turns follow.
     """
-    end = end_of_turn(tokenizer)
-    known = _by_outline(turns, whole, tokenizer)
-    return [known[number] if known else _by_prompt(turns, number, whole, tokenizer, end) for number in wanted]
+    end = find_end_of_turn(tokenizer)
+    known = _find_by_outline(turns, whole, tokenizer)
+    return [known[number] if known else _find_by_prompt(turns, number, whole, tokenizer, end) for number in wanted]
 
 
-def _by_prompt(turns: list[Message], number: int, whole: str, tokenizer: Any, end: str) -> Span:
+def _find_by_prompt(turns: list[Message], number: int, whole: str, tokenizer: Any, end: str) -> Span:
     """From the end of the answer's prompt to the last end of turn that is written when no turn follows it."""
     prompt = apply_chat_template(turns[:number], tokenizer, add_generation_prompt=True)
     answered = apply_chat_template(turns[: number + 1], tokenizer)
@@ -117,13 +117,13 @@ class _Outline(NamedTuple):
 
 
 @lru_cache(maxsize=8)
-def _outline(tokenizer: Any, system: bool) -> _Outline | None:
+def _read_outline(tokenizer: Any, system: bool) -> _Outline | None:
     """From two rounds of placeholders; None where the rounds are rendered differently."""
-    turns = _placeholders(["system"] * system + ["user", "assistant"] * 2)
+    turns = _create_placeholders(["system"] * system + ["user", "assistant"] * 2)
     words = [turn["content"] for turn in turns]
     try:
-        whole, end = apply_chat_template(turns, tokenizer), end_of_turn(tokenizer)
-        spans = [_by_prompt(turns, number, whole, tokenizer, end) for number in (len(turns) - 3, len(turns) - 1)]
+        whole, end = apply_chat_template(turns, tokenizer), find_end_of_turn(tokenizer)
+        spans = [_find_by_prompt(turns, number, whole, tokenizer, end) for number in (len(turns) - 3, len(turns) - 1)]
     except BadRecord:
         return None
     if re.findall("|".join(words), whole) != words:
@@ -136,9 +136,9 @@ def _outline(tokenizer: Any, system: bool) -> _Outline | None:
     return _Outline(start, answer, user, finish, lead, tail)
 
 
-def _by_outline(turns: list[Message], whole: str, tokenizer: Any) -> dict[int, Span]:
+def _find_by_outline(turns: list[Message], whole: str, tokenizer: Any) -> dict[int, Span]:
     """Every answer's place by its number, if the rendering is the outline with the words filled in; else nothing."""
-    outline = _outline(tokenizer, turns[0]["role"] == "system")
+    outline = _read_outline(tokenizer, turns[0]["role"] == "system")
     if outline is None:
         return {}
     gaps = outline.start + [outline.answer, outline.user] * (len(turns) // 2)
@@ -150,7 +150,7 @@ def _by_outline(turns: list[Message], whole: str, tokenizer: Any) -> dict[int, S
     return {n: (ends[2 * n] - outline.lead, ends[2 * n + 1] + outline.tail) for n in range(first, len(turns), 2)}
 
 
-def _placeholders(roles: list[str]) -> list[Message]:
+def _create_placeholders(roles: list[str]) -> list[Message]:
     """Turns to try a template with. Their words are of Unicode's private use, so that the template does not hold them too."""
     return [{"role": role, "content": f"\ue000{number}\ue000"} for number, role in enumerate(roles)]
 
@@ -160,7 +160,7 @@ def find_stop_ids(tokenizer: "PreTrainedTokenizerBase", style: str) -> list[int]
     found = {token_id("<|endoftext|>", tokenizer), tokenizer.eos_token_id}
     if style == "chat":
         try:
-            found.add(tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer)))
+            found.add(tokenizer.convert_tokens_to_ids(find_end_of_turn(tokenizer)))
         except BadRecord:
             pass  # then turns end as the tokenizer says
     return sorted(token for token in found if token is not None)

@@ -16,13 +16,20 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from qlora_kit.config import Config, DataSettings
-from qlora_kit.data.blocks import Blocks, RecordBlocks, text_blocks
-from qlora_kit.data.documents import Fragments, draw, hold_out, placed
+from qlora_kit.data.blocks import RecordBlocks, TextBlocks, TrainingBlocks, build_text_blocks
+from qlora_kit.data.documents import Fragments, choose_held_out, hold_out, locate_errors
 from qlora_kit.data.formats import Piece
 from qlora_kit.data.packing import build_record_blocks
 from qlora_kit.data.source import Source, is_file_name, open_source
-from qlora_kit.data.token_cache import Tokens, TokenWriter, cache_folder, read_tokens, writing
-from qlora_kit.data.tokenizing import CHARACTERS_AT_ONCE, check, encode, encode_text, end_id, record_pieces
+from qlora_kit.data.token_cache import Tokens, TokenWriter, find_cache_folder, read_tokens, write_tokens
+from qlora_kit.data.tokenizing import (
+    CHARACTERS_AT_ONCE,
+    check_trained,
+    encode_documents,
+    encode_records,
+    find_end_id,
+    render_record,
+)
 from qlora_kit.errors import UserError
 from qlora_kit.model.tokenizer import padding_id, separator_id, tokenizer_fingerprint
 
@@ -38,7 +45,7 @@ LAYOUT = 1  # of the cache; counted up when the same source is to be tokenized o
 
 def load_blocks(
     config: Config, tokenizer: "PreTrainedTokenizerBase", key: str = "data.dataset"
-) -> tuple[Blocks | RecordBlocks, Blocks | RecordBlocks | None]:
+) -> tuple[TrainingBlocks, TrainingBlocks | None]:
     """Training and evaluation blocks of `data.max_length` tokens.
 
     Args:
@@ -51,7 +58,7 @@ def load_blocks(
     source = open_source(data, data.names, data.train_split, key)
     if isinstance(data.eval_split, float):
         share = (data.eval_split, config.training.seed)
-        train, evaluation = (_text_parts if source.is_text else _record_parts)(source, data, tokenizer, share)
+        train, evaluation = (_hold_out_text if source.is_text else _hold_out_records)(source, data, tokenizer, share)
         return train.take(data.max_train_samples), evaluation.take(data.max_eval_samples)
     train = source_blocks(source, data, tokenizer, key).take(data.max_train_samples)
     if data.eval_split is None:
@@ -61,27 +68,29 @@ def load_blocks(
     return train, source_blocks(other, data, tokenizer, "data.eval_split").take(data.max_eval_samples)
 
 
-def source_blocks(source: Source, data: DataSettings, tokenizer: "PreTrainedTokenizerBase", key: str) -> Blocks | RecordBlocks:
+def source_blocks(source: Source, data: DataSettings, tokenizer: "PreTrainedTokenizerBase", key: str) -> TrainingBlocks:
     """All of a source as blocks of `data.max_length` tokens; `key` is what messages call it."""
     if source.is_text:
-        return text_blocks(tokenize(source, source.documents, tokenizer), data.max_length, key)
+        return build_text_blocks(tokenize_documents(source, source.documents, tokenizer), data.max_length, key)
     stored = tokenize_records(source, data, tokenizer)
     return build_record_blocks(stored, range(len(stored)), data, padding_id(tokenizer), key)
 
 
-def _text_parts(
+def _hold_out_text(
     source: Source, data: DataSettings, tokenizer: "PreTrainedTokenizerBase", share: tuple[float, int]
-) -> tuple[Blocks, Blocks]:
+) -> tuple[TextBlocks, TextBlocks]:
     @cache
     def parts() -> tuple[Fragments, Fragments]:  # reads the source, so only when the tokens are not in the cache
         return hold_out(source.documents, *share)
 
-    train = tokenize(source, lambda: parts()[0](), tokenizer, ("train", *share))
-    held_out = tokenize(source, lambda: parts()[1](), tokenizer, ("held out", *share))
-    return text_blocks(train, data.max_length, "data.dataset"), text_blocks(held_out, data.max_length, "data.eval_split")
+    train = tokenize_documents(source, lambda: parts()[0](), tokenizer, ("train", *share))
+    held_out = tokenize_documents(source, lambda: parts()[1](), tokenizer, ("held out", *share))
+    return build_text_blocks(train, data.max_length, "data.dataset"), build_text_blocks(
+        held_out, data.max_length, "data.eval_split"
+    )
 
 
-def _record_parts(
+def _hold_out_records(
     source: Source, data: DataSettings, tokenizer: "PreTrainedTokenizerBase", share: tuple[float, int]
 ) -> tuple[RecordBlocks, RecordBlocks]:
     stored = tokenize_records(source, data, tokenizer)
@@ -89,7 +98,7 @@ def _record_parts(
         raise UserError(
             "data.eval_split", share[0], "is a share of a single record, which cannot be divided", "use null, or a file"
         )
-    chosen = draw(len(stored), *share)
+    chosen = choose_held_out(len(stored), *share)
     train = [number for number in range(len(stored)) if number not in chosen]
     pad = padding_id(tokenizer)
     return (
@@ -98,20 +107,20 @@ def _record_parts(
     )
 
 
-def tokenize(
+def tokenize_documents(
     source: Source, documents: Fragments, tokenizer: "PreTrainedTokenizerBase", part: tuple[Any, ...] = ("all",)
 ) -> Tokens:
     """Documents as tokens, a separator after each; from the cache where this `part` of the source is there already."""
     separator = separator_id(tokenizer)
 
     def write(writer: TokenWriter) -> None:
-        for ids, ends in encode_text(documents(), tokenizer, separator):
+        for ids, ends in encode_documents(documents(), tokenizer, separator):
             writer.append(ids)
             if ends:
-                writer.end()
-        writer.about = {"join_rule": source.join_rule()}
+                writer.end_document()
+        writer.about = {"join_rule": source.find_join_rule()}
 
-    return _cached(_key(source, tokenizer, separator, *part), write)
+    return _read_or_write(_compute_key(source, tokenizer, separator, *part), write)
 
 
 def tokenize_records(source: Source, data: DataSettings, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
@@ -123,19 +132,19 @@ def tokenize_records(source: Source, data: DataSettings, tokenizer: "PreTrainedT
 
     def write(writer: TokenWriter) -> None:
         ends = set()
-        for batch in _batches(source, data, tokenizer):
-            for rendered, record in zip(batch, encode([rendered.pieces for rendered in batch], tokenizer), strict=True):
-                with placed(rendered.name, rendered.place):
-                    check(record, rendered.end)
+        for batch in _render_batches(source, data, tokenizer):
+            for rendered, record in zip(batch, encode_records([rendered.pieces for rendered in batch], tokenizer), strict=True):
+                with locate_errors(rendered.name, rendered.place):
+                    check_trained(record, rendered.end)
                 writer.append(record.ids, record.trained)
-                writer.end()
+                writer.end_document()
                 ends.add(rendered.end)
         writer.about = {"formats": source.formats, "end_ids": sorted(ends)}
 
-    return _cached(_key(source, tokenizer, tokenizer.eos_token_id, tokenizer.chat_template, data.train_on), write)
+    return _read_or_write(_compute_key(source, tokenizer, tokenizer.eos_token_id, tokenizer.chat_template, data.train_on), write)
 
 
-class Rendered(NamedTuple):
+class RenderedRecord(NamedTuple):
     """A record ready to be tokenized."""
 
     name: str  # of its file
@@ -144,13 +153,13 @@ class Rendered(NamedTuple):
     end: int  # the token that ends its answers
 
 
-def _batches(source: Source, data: DataSettings, tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[Rendered]]:
-    batch: list[Rendered] = []
+def _render_batches(source: Source, data: DataSettings, tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[RenderedRecord]]:
+    batch: list[RenderedRecord] = []
     characters = 0
     for part, place, record in source.records():
-        with placed(part.name, place):
-            pieces = record_pieces(record, part.format, tokenizer, data.text_field, data.train_on)
-            batch.append(Rendered(part.name, place, pieces, end_id(part.format, tokenizer)))
+        with locate_errors(part.name, place):
+            pieces = render_record(record, part.format, tokenizer, data.text_field, data.train_on)
+            batch.append(RenderedRecord(part.name, place, pieces, find_end_id(part.format, tokenizer)))
         characters += sum(len(piece.text) for piece in pieces)
         if len(batch) == RECORDS_AT_ONCE or characters > CHARACTERS_AT_ONCE:
             yield batch
@@ -158,11 +167,11 @@ def _batches(source: Source, data: DataSettings, tokenizer: "PreTrainedTokenizer
     yield batch
 
 
-def _cached(key: str, write: Callable[[TokenWriter], None]) -> Tokens:
-    folder = cache_folder() / key
+def _read_or_write(key: str, write: Callable[[TokenWriter], None]) -> Tokens:
+    folder = find_cache_folder() / key
     if (found := read_tokens(folder)) is None:
         try:
-            with writing(folder) as writer, _progress(writer):
+            with write_tokens(folder) as writer, _create_progress(writer):
                 write(writer)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR):
@@ -174,7 +183,7 @@ def _cached(key: str, write: Callable[[TokenWriter], None]) -> Tokens:
     return found
 
 
-def _progress(writer: TokenWriter) -> Progress:
+def _create_progress(writer: TokenWriter) -> Progress:
     """Shows on a terminal how far the writer is."""
     console = Console(stderr=True)
     progress = Progress(
@@ -185,6 +194,6 @@ def _progress(writer: TokenWriter) -> Progress:
     return progress
 
 
-def _key(source: Source, tokenizer: "PreTrainedTokenizerBase", *settings: Any) -> str:
+def _compute_key(source: Source, tokenizer: "PreTrainedTokenizerBase", *settings: Any) -> str:
     said = (LAYOUT, source.fingerprint, tokenizer_fingerprint(tokenizer), settings)
     return hashlib.sha256(repr(said).encode()).hexdigest()[:32]

@@ -16,21 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.data.files import Row, read_text, read_text_lines
-from qlora_kit.data.formats import checked_text, recognise
-from qlora_kit.data.tokenizing import LONGEST_WORD, Fragment, check_words
+from qlora_kit.data.formats import recognise_format, require_text
+from qlora_kit.data.tokenizing import LONGEST_WORD, Fragment, check_word_length
 from qlora_kit.errors import BadRecord, UserError
 
 Fragments = Callable[[], Iterator[Fragment]]  # from the beginning at each call
 
 TITLE = re.compile(r"^ = [^=](.*[^=])? = $")  # ` = Title = `, and not ` = = Section = = `
 AT_TITLES, A_ROW, A_FILE = "rows joined at ' = Title = ' lines", "one document a row", "one document a file"
-FEW = 10  # documents: with fewer, a share is cut off the end of the text
+MIN_DOCUMENTS_TO_HOLD_OUT = 10  # documents: with fewer, a share is cut off the end of the text
 FRAGMENT = 2**20  # characters
 TEXTS = ("text", "instruction")  # formats that differ by what the text says, not by the keys
 
 
 @dataclass(frozen=True)
-class Part:
+class SourceFile:
     """A text file, or a table: a file of records, or one split of a Hub data set."""
 
     name: str  # the path, or the data set and its split: the key of messages
@@ -41,7 +41,7 @@ class Part:
 
 
 @contextmanager
-def placed(name: str, place: str) -> Iterator[None]:
+def locate_errors(name: str, place: str) -> Iterator[None]:
     """Say where a bad record is."""
     try:
         yield
@@ -54,45 +54,45 @@ def check_format(record: dict[str, Any], expected: str, text_field: str) -> None
     Raises:
         BadRecord: the record is of another format than `expected`.
     """
-    found = recognise(record, text_field)
+    found = recognise_format(record, text_field)
     if found != expected and not {found, expected} <= set(TEXTS):
         raise BadRecord(f"the format is {found} and that of the records before it {expected}")
 
 
-def read_documents(part: Part, text_field: str) -> Iterator[Fragment]:
+def read_documents(part: SourceFile, text_field: str) -> Iterator[Fragment]:
     """Documents that hold more than blanks."""
     if part.path:
-        if join_rule(part, text_field) == AT_TITLES:
+        if find_join_rule(part, text_field) == AT_TITLES:
             return join_lines(read_text_lines(part.path))
-        return _one_document(part.path)
-    if join_rule(part, text_field) == AT_TITLES:
-        return join_lines(text.rstrip("\r\n") + "\n" for text in _texts(part, text_field))
-    return ((text, True) for text in _texts(part, text_field) if text.strip())
+        return _read_as_one_document(part.path)
+    if find_join_rule(part, text_field) == AT_TITLES:
+        return join_lines(text.rstrip("\r\n") + "\n" for text in _read_texts(part, text_field))
+    return ((text, True) for text in _read_texts(part, text_field) if text.strip())
 
 
 @cache  # a pass over the whole where there is no title
-def join_rule(part: Part, text_field: str) -> str:
+def find_join_rule(part: SourceFile, text_field: str) -> str:
     """How the rows of a part become documents."""
     if part.path:
         return AT_TITLES if _has_title(read_text_lines(part.path)) else A_FILE
-    return AT_TITLES if _has_title(text.rstrip("\r\n") for text in _texts(part, text_field)) else A_ROW
+    return AT_TITLES if _has_title(text.rstrip("\r\n") for text in _read_texts(part, text_field)) else A_ROW
 
 
-def _texts(part: Part, text_field: str) -> Iterator[str]:
+def _read_texts(part: SourceFile, text_field: str) -> Iterator[str]:
     """The text of each row of a table; one without a value is empty."""
     for place, record in part.rows():
-        with placed(part.name, place):
-            text = _text(record, text_field)
+        with locate_errors(part.name, place):
+            text = _read_text_field(record, text_field)
         yield text
 
 
-def _text(record: dict[str, Any], text_field: str) -> str:
+def _read_text_field(record: dict[str, Any], text_field: str) -> str:
     if text_field not in record:
         raise BadRecord(f"{text_field} is missing among the keys {', '.join(map(str, record)) or 'none'} (data.text_field)")
     if record[text_field] is None:
         return ""
-    text = checked_text(record[text_field], text_field)
-    check_words(text)
+    text = require_text(record[text_field], text_field)
+    check_word_length(text)
     return text
 
 
@@ -119,7 +119,7 @@ def join_lines(lines: Iterable[str]) -> Iterator[Fragment]:
         yield text if text.endswith("\n") else text + "\n", True
 
 
-def _one_document(path: Path) -> Iterator[Fragment]:
+def _read_as_one_document(path: Path) -> Iterator[Fragment]:
     """A text without titles.
 
     Raises:
@@ -133,10 +133,10 @@ def _one_document(path: Path) -> Iterator[Fragment]:
                 raise UserError(path, None, problem, "break it into lines of text")
             yield chunk
 
-    return _ending(checked())
+    return _end_last(checked())
 
 
-def _ending(texts: Iterable[str]) -> Iterator[Fragment]:
+def _end_last(texts: Iterable[str]) -> Iterator[Fragment]:
     """Texts as the fragments of one document."""
     for text, following in pairwise(chain(texts, [""])):
         yield text, not following
@@ -145,23 +145,25 @@ def _ending(texts: Iterable[str]) -> Iterator[Fragment]:
 def hold_out(documents: Fragments, fraction: float, seed: int) -> tuple[Fragments, Fragments]:
     """Whole documents drawn by seed for evaluation; the rest, in their order, for training.
 
-    A source with fewer than FEW documents is cut near its end instead, at a line's end.
+    A source with fewer than MIN_DOCUMENTS_TO_HOLD_OUT documents is cut near its end instead, at a line's end.
     """
     count = sum(ends for _, ends in documents())
-    if count >= FEW:
-        chosen = draw(count, fraction, seed)
-        return (lambda: _numbered(documents(), chosen, False)), (lambda: _numbered(documents(), chosen, True))
-    cut = _cut(documents, fraction)
-    return (lambda: _ending(_between(_joined(documents()), 0, cut))), (lambda: _ending(_between(_joined(documents()), cut, None)))
+    if count >= MIN_DOCUMENTS_TO_HOLD_OUT:
+        chosen = choose_held_out(count, fraction, seed)
+        return (lambda: _select_documents(documents(), chosen, False)), (lambda: _select_documents(documents(), chosen, True))
+    cut = _find_cut(documents, fraction)
+    return (lambda: _end_last(_slice_texts(_join_documents(documents()), 0, cut))), (
+        lambda: _end_last(_slice_texts(_join_documents(documents()), cut, None))
+    )
 
 
-def draw(count: int, fraction: float, seed: int) -> set[int]:
+def choose_held_out(count: int, fraction: float, seed: int) -> set[int]:
     """Numbers of the documents or records held out, of `count`: at least one, and not all."""
     share = min(max(1, round(fraction * count)), count - 1)
     return set(random.Random(seed).sample(range(count), share))
 
 
-def _numbered(fragments: Iterable[Fragment], numbers: set[int], wanted: bool) -> Iterator[Fragment]:
+def _select_documents(fragments: Iterable[Fragment], numbers: set[int], wanted: bool) -> Iterator[Fragment]:
     number = 0
     for text, ends in fragments:
         if (number in numbers) == wanted:
@@ -169,7 +171,7 @@ def _numbered(fragments: Iterable[Fragment], numbers: set[int], wanted: bool) ->
         number += ends
 
 
-def _joined(fragments: Iterable[Fragment]) -> Iterator[str]:
+def _join_documents(fragments: Iterable[Fragment]) -> Iterator[str]:
     """All documents as one text, a line's end between them."""
     between = ""
     for text, ends in fragments:
@@ -177,18 +179,18 @@ def _joined(fragments: Iterable[Fragment]) -> Iterator[str]:
         between = "\n" if ends else ""
 
 
-def _cut(documents: Fragments, fraction: float) -> int:
+def _find_cut(documents: Fragments, fraction: float) -> int:
     """Characters before the cut: behind the last line end of the training share, where there is one."""
-    wanted = round(sum(map(len, _joined(documents()))) * (1 - fraction))
+    wanted = round(sum(map(len, _join_documents(documents()))) * (1 - fraction))
     cut = done = 0
-    for text in _joined(documents()):
+    for text in _join_documents(documents()):
         if (at := text.rfind("\n", 0, max(wanted - done, 0))) >= 0:
             cut = done + at + 1
         done += len(text)
     return cut or wanted
 
 
-def _between(texts: Iterable[str], begin: int, end: int | None) -> Iterator[str]:
+def _slice_texts(texts: Iterable[str], begin: int, end: int | None) -> Iterator[str]:
     """The characters from `begin` to `end` of texts that follow each other."""
     done = 0
     for text in texts:

@@ -36,10 +36,10 @@ def read_text(path: Path) -> Iterator[str]:
                     raise UserError(path, None, "holds NUL bytes, so it is not text", "save it as UTF-8 text")
                 yield chunk
     except UnicodeDecodeError:
-        raise UserError(path, None, f"is not UTF-8 text (byte {_first_bad_byte(path)})", "save it as UTF-8") from None
+        raise UserError(path, None, f"is not UTF-8 text (byte {_find_bad_byte(path)})", "save it as UTF-8") from None
 
 
-def _first_bad_byte(path: Path) -> int:
+def _find_bad_byte(path: Path) -> int:
     decoder, done = codecs.getincrementaldecoder("utf-8")(), 0
     with path.open("rb") as file:
         while block := file.read(CHUNK):
@@ -75,7 +75,7 @@ def read_records(path: Path) -> Iterator[Row]:
     return read[path.suffix.lower()](path)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Lines by number, ends as `\\n`."""
     with path.open("rb") as file:
         number = 0
@@ -95,27 +95,27 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _read_json_lines(path: Path) -> Iterator[Row]:
-    for number, line in _lines(path):
+    for number, line in _read_lines(path):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            reason = _where_broken(error, 0)[1]
+            reason = _explain_json_error(error, 0)[1]
             raise UserError(path, None, f"line {number} is not valid JSON ({reason})", "correct the line") from None
         if isinstance(record, list) and number == 1:
             raise UserError(path, None, "line 1 begins an array", "put one object on each line, or rename the file to .json")
-        yield f"line {number}", _object(path, f"line {number}", record)
+        yield f"line {number}", _require_object(path, f"line {number}", record)
 
 
-def _where_broken(error: Exception, at: int) -> tuple[int, str]:
+def _explain_json_error(error: Exception, at: int) -> tuple[int, str]:
     """The position and the reason of a JSON error; `at` where it states none."""
     if isinstance(error, json.JSONDecodeError):
         return error.pos, error.msg
     return at, "nested too deep, or a number too long"
 
 
-def _object(path: Path, place: str, record: Any) -> dict[str, Any]:
+def _require_object(path: Path, place: str, record: Any) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise UserError(
             path, None, f"{place} holds {type(record).__name__}, expected an object", "name the fields of each record"
@@ -131,7 +131,7 @@ def _read_json(path: Path) -> Iterator[Row]:
         if is_array and number:
             stream.expect(",")
         number += 1
-        yield f"record {number}", _object(path, f"record {number}", stream.value())
+        yield f"record {number}", _require_object(path, f"record {number}", stream.value())
     if is_array:
         stream.expect("]")
         if stream.peek():
@@ -176,7 +176,7 @@ class _JsonStream:
                 value, self.at = self.decode(self.text, self.at)
                 return value
             except (ValueError, RecursionError) as error:
-                at, reason = _where_broken(error, self.at)
+                at, reason = _explain_json_error(error, self.at)
                 may_go_on = at >= len(self.text) - LONGEST_TOKEN or reason.startswith("Unterminated string")
                 if len(self.text) - self.at > LONGEST_RECORD:
                     problem = f"the record on line {self.line_number()} is longer than {LONGEST_RECORD:,} characters"
@@ -195,7 +195,7 @@ class _JsonStream:
 
 def _read_csv(path: Path) -> Iterator[Row]:
     number = 0
-    rows = csv.reader((line for _, line in _lines(path)), strict=True)
+    rows = csv.reader((line for _, line in _read_lines(path)), strict=True)
     try:
         header = next(rows, [])
         for row in rows:

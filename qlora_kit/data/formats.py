@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-from qlora_kit.data.chat_template import Message, Span, answer_spans, apply_chat_template, control_tokens
+from qlora_kit.data.chat_template import Message, Span, apply_chat_template, build_control_token_pattern, find_answer_spans
 from qlora_kit.errors import BadRecord
 
 TrainOn = Literal["assistant", "last", "all"]
@@ -50,10 +50,10 @@ def alpaca_to_text(
     response_template: str = "### Response:\n{output}",
 ) -> str:
     """An Alpaca record as one text; a record without input has no input section."""
-    text = instruction_template.format(instruction=_text(record, "instruction"))
-    if given := _text(record, "input", ""):
+    text = instruction_template.format(instruction=_read_text(record, "instruction"))
+    if given := _read_text(record, "input", ""):
         text += input_template.format(input=given)
-    return text + response_template.format(output=_text(record, "output"))
+    return text + response_template.format(output=_read_text(record, "output"))
 
 
 def sharegpt_to_text(
@@ -68,7 +68,7 @@ def sharegpt_to_text(
 # Records -> messages
 
 
-def recognise(record: dict[str, Any], text_field: str = "text") -> str:
+def recognise_format(record: dict[str, Any], text_field: str = "text") -> str:
     """The format of a record, from its keys.
 
     Raises:
@@ -93,25 +93,25 @@ def recognise(record: dict[str, Any], text_field: str = "text") -> str:
 
 def from_alpaca(record: dict[str, Any]) -> list[Message]:
     """One user turn (instruction, and input below it) and one assistant turn."""
-    instruction, given, output = _text(record, "instruction"), _text(record, "input", ""), _text(record, "output")
-    return _one_round(f"{instruction}\n\n{given}" if given.strip() else instruction, output)
+    instruction, given, output = _read_text(record, "instruction"), _read_text(record, "input", ""), _read_text(record, "output")
+    return _build_round(f"{instruction}\n\n{given}" if given.strip() else instruction, output)
 
 
 def from_sharegpt(record: dict[str, Any]) -> list[Message]:
-    return _checked(_turns(record, "conversations", ("from", "role"), ("value", "content")))
+    return _check_order(_read_turns(record, "conversations", ("from", "role"), ("value", "content")))
 
 
 def from_messages(record: dict[str, Any]) -> list[Message]:
-    return _checked(_turns(record, "messages", ("role", "from"), ("content", "value")))
+    return _check_order(_read_turns(record, "messages", ("role", "from"), ("content", "value")))
 
 
 def from_completion(record: dict[str, Any]) -> list[Message]:
     """Prompt and completion, both text or both lists of messages; answers within a prompt are context."""
     prompt, completion = record.get("prompt"), record.get("completion")
     if not isinstance(prompt, list) and not isinstance(completion, list):
-        return _one_round(_text(record, "prompt"), _text(record, "completion"))
-    before, after = (_turns(record, key, ("role", "from"), ("content", "value")) for key in ("prompt", "completion"))
-    return _checked([message | {"weight": 0} for message in before] + after)
+        return _build_round(_read_text(record, "prompt"), _read_text(record, "completion"))
+    before, after = (_read_turns(record, key, ("role", "from"), ("content", "value")) for key in ("prompt", "completion"))
+    return _check_order([message | {"weight": 0} for message in before] + after)
 
 
 READERS: dict[str, Callable[[dict[str, Any]], list[Message]]] = {
@@ -119,20 +119,20 @@ READERS: dict[str, Callable[[dict[str, Any]], list[Message]]] = {
 }  # fmt: skip
 
 
-def _one_round(user: str, assistant: str) -> list[Message]:
-    return _checked([{"role": "user", "content": user}, {"role": "assistant", "content": assistant}])
+def _build_round(user: str, assistant: str) -> list[Message]:
+    return _check_order([{"role": "user", "content": user}, {"role": "assistant", "content": assistant}])
 
 
-def _text(record: dict[str, Any], key: str, missing: str | None = None) -> str:
+def _read_text(record: dict[str, Any], key: str, missing: str | None = None) -> str:
     value = record.get(key)
     if value is None and missing is not None:
         return missing
     if key not in record:
         raise BadRecord(f"{key} is missing, expected text")
-    return checked_text(value, key)
+    return require_text(value, key)
 
 
-def checked_text(value: Any, what: str) -> str:
+def require_text(value: Any, what: str) -> str:
     """The text itself.
 
     Raises:
@@ -149,15 +149,15 @@ def checked_text(value: Any, what: str) -> str:
     return value
 
 
-def _turns(record: dict[str, Any], key: str, role_keys: tuple[str, str], content_keys: tuple[str, str]) -> list[Message]:
+def _read_turns(record: dict[str, Any], key: str, role_keys: tuple[str, str], content_keys: tuple[str, str]) -> list[Message]:
     turns = record.get(key)
     if not isinstance(turns, list) or not turns:
         what = "no turn" if isinstance(turns, list) else type(turns).__name__
         raise BadRecord(f"{key} holds {what}, expected a list of turns")
-    return [_turn(turn, f"turn {number} of {key}", role_keys, content_keys) for number, turn in enumerate(turns, 1)]
+    return [_read_turn(turn, f"turn {number} of {key}", role_keys, content_keys) for number, turn in enumerate(turns, 1)]
 
 
-def _turn(turn: Any, where: str, role_keys: tuple[str, str], content_keys: tuple[str, str]) -> Message:
+def _read_turn(turn: Any, where: str, role_keys: tuple[str, str], content_keys: tuple[str, str]) -> Message:
     if not isinstance(turn, dict):
         raise BadRecord(f"{where} is {type(turn).__name__}, expected {role_keys[0]} and {content_keys[0]}")
     role_key = next((name for name in role_keys if name in turn), role_keys[0])
@@ -167,11 +167,11 @@ def _turn(turn: Any, where: str, role_keys: tuple[str, str], content_keys: tuple
         raise BadRecord(f"{where} has {role_key} {role!r}, expected {', '.join(ROLES)}")
     if weight not in (None, 0, 1):
         raise BadRecord(f"{where} has weight {weight!r}, expected 0 or 1")
-    message = {"role": ROLES[role], "content": checked_text(turn.get(content_key), f"{content_key} of {where}")}
+    message = {"role": ROLES[role], "content": require_text(turn.get(content_key), f"{content_key} of {where}")}
     return message | {"weight": 0} if weight == 0 else message
 
 
-def _checked(messages: list[Message]) -> list[Message]:
+def _check_order(messages: list[Message]) -> list[Message]:
     """System first if at all, then user and assistant in turn, the assistant last.
 
     Raises:
@@ -195,7 +195,7 @@ def _checked(messages: list[Message]) -> list[Message]:
 # Messages -> pieces
 
 
-def chat_pieces(messages: list[Message], tokenizer: Any, train_on: TrainOn = "assistant") -> list[Piece]:
+def render_chat(messages: list[Message], tokenizer: Any, train_on: TrainOn = "assistant") -> list[Piece]:
     """A conversation as it is rendered for training, cut where what is trained begins and ends.
 
     Each answer is trained together with the token that ends its turn, so that the model learns to stop; what the template puts
@@ -205,43 +205,43 @@ def chat_pieces(messages: list[Message], tokenizer: Any, train_on: TrainOn = "as
         train_on: the answers of `assistant`, the `last` one only, or `all`: the whole rendering.
 
     Raises:
-        BadRecord: as apply_chat_template and answer_spans do.
+        BadRecord: as apply_chat_template and find_answer_spans do.
     """
-    turns = _spelled_out(messages, tokenizer)
+    turns = _split_control_tokens(messages, tokenizer)
     whole = apply_chat_template(turns, tokenizer)
     if train_on == "all":
-        return _pieces(whole, [(0, len(whole))])
+        return _cut_into_pieces(whole, [(0, len(whole))])
     answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
     answers = answers[-1:] if train_on == "last" else answers
     wanted = [number for number in answers if messages[number].get("weight") != 0]
-    return _pieces(whole, answer_spans(turns, whole, wanted, tokenizer))
+    return _cut_into_pieces(whole, find_answer_spans(turns, whole, wanted, tokenizer))
 
 
-def prompt_pieces(messages: list[Message], tokenizer: Any, train_on: TrainOn = "assistant") -> list[Piece]:
-    """A conversation that waits for an answer: the pieces that chat_pieces would give up to that answer.
+def render_prompt(messages: list[Message], tokenizer: Any, train_on: TrainOn = "assistant") -> list[Piece]:
+    """A conversation that waits for an answer: the pieces that render_chat would give up to that answer.
 
     Raises:
         BadRecord: as apply_chat_template does.
     """
-    turns = _spelled_out(messages, tokenizer)
+    turns = _split_control_tokens(messages, tokenizer)
     whole = apply_chat_template(turns, tokenizer, add_generation_prompt=True)
     answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
     try:
-        return _pieces(whole, answer_spans(turns, whole, answers if train_on == "assistant" else [], tokenizer))
+        return _cut_into_pieces(whole, find_answer_spans(turns, whole, answers if train_on == "assistant" else [], tokenizer))
     except BadRecord:  # earlier answers are written otherwise, as without their thoughts: only a last one could be trained
-        return _pieces(whole, [])
+        return _cut_into_pieces(whole, [])
 
 
-def _spelled_out(messages: list[Message], tokenizer: Any) -> list[Message]:
+def _split_control_tokens(messages: list[Message], tokenizer: Any) -> list[Message]:
     """Each control token among the words cut in two, so that ordinary tokens spell it out."""
-    control = control_tokens(tokenizer)
+    control = build_control_token_pattern(tokenizer)
     return [
         {"role": message["role"], "content": control.sub(lambda token: token[0][0] + CUT + token[0][1:], message["content"])}
         for message in messages
     ]
 
 
-def instruction_pieces(text: str, end: str, train_on: TrainOn = "assistant") -> list[Piece]:
+def render_instruction(text: str, end: str, train_on: TrainOn = "assistant") -> list[Piece]:
     """Ready-made `### Instruction: ... ### Response: ...` text of one or more rounds: responses are trained, each with an end.
 
     Args:
@@ -268,10 +268,10 @@ def instruction_pieces(text: str, end: str, train_on: TrainOn = "assistant") -> 
         raise BadRecord("the text ends with an instruction, expected ### Response: after it")
     if train_on == "all":
         spans = [(0, len(whole))]
-    return _pieces(whole, spans[-1:] if train_on == "last" else spans)
+    return _cut_into_pieces(whole, spans[-1:] if train_on == "last" else spans)
 
 
-def _pieces(whole: str, spans: list[Span]) -> list[Piece]:
+def _cut_into_pieces(whole: str, spans: list[Span]) -> list[Piece]:
     """A rendering cut at the spans, which are trained, and at each CUT, which is left out."""
     pieces, at = [], 0
     for start, stop in [*spans, (len(whole), len(whole))]:

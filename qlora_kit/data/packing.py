@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from qlora_kit.config import DataSettings
 from qlora_kit.data.blocks import Counts, RecordBlocks
 from qlora_kit.data.token_cache import Tokens
-from qlora_kit.data.tokenizing import Encoded, shorten
+from qlora_kit.data.tokenizing import EncodedRecord, shorten
 from qlora_kit.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def build_record_blocks(stored: Tokens, numbers: Sequence[int], data: DataSettin
     lengths = full.copy()
     for number in np.flatnonzero(full > data.max_length):
         where = slice(begins[number], ends[number])
-        record = Encoded(stored.ids[where], stored.trained[where])
+        record = EncodedRecord(stored.ids[where], stored.trained[where])
         lengths[number] = len(shorten(record, data.max_length, data.too_long, data.train_on) or ())
     kept = np.flatnonzero(lengths)
     if not len(kept):
@@ -65,7 +65,7 @@ def build_record_blocks(stored: Tokens, numbers: Sequence[int], data: DataSettin
         counts=counts,
         formats=stored.about["formats"],
         train_on=data.train_on,
-        recognised=data.format == "auto",
+        format_recognised=data.format == "auto",
     )
 
 

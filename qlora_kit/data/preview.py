@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.text import Text
 
 from qlora_kit.config import Config
-from qlora_kit.data.blocks import Blocks, RecordBlocks
+from qlora_kit.data.blocks import RecordBlocks, TextBlocks, TrainingBlocks
 from qlora_kit.data.packing import count_labels
-from qlora_kit.data.tokenizing import Encoded
+from qlora_kit.data.tokenizing import EncodedRecord
 from qlora_kit.model.tokenizer import separator_id
 
 if TYPE_CHECKING:
@@ -32,36 +32,36 @@ TRAIN_ON = {"assistant": "every answer", "last": "the last answer", "all": "prom
 def show_preview(
     config: Config,
     tokenizer: "PreTrainedTokenizerBase",
-    train: Blocks | RecordBlocks,
-    evaluation: Blocks | RecordBlocks | None,
+    train: TrainingBlocks,
+    evaluation: TrainingBlocks | None,
     console: Console,
 ) -> None:
     """Print the first records, the counts and the lengths of the training data."""
-    for title, record in _first(train):
+    for title, record in _choose_examples(train):
         console.print(Text(title, style="bold"))
-        console.print(marked(record, tokenizer, console.is_terminal), soft_wrap=True)
+        console.print(mark_trained(record, tokenizer, console.is_terminal), soft_wrap=True)
         console.print()
-    rows = _record_rows(config, tokenizer, train) if isinstance(train, RecordBlocks) else _text_rows(tokenizer, train)
+    rows = _describe_records(config, tokenizer, train) if isinstance(train, RecordBlocks) else _describe_text(tokenizer, train)
     if evaluation is not None:
-        rows.append(("evaluation", f"{evaluation.summary()}, {len(evaluation):,} blocks"))
+        rows.append(("evaluation", f"{evaluation.summarise()}, {len(evaluation):,} blocks"))
     for name, value in [("source", ", ".join(config.data.names)), *rows]:
         console.print(Text(f"{name:<12}{value}"), soft_wrap=True)
     console.print()
     top = config.data.max_length if isinstance(train, RecordBlocks) else int(train.full_lengths.max())
-    for line in histogram(train.full_lengths, top):
+    for line in draw_histogram(train.full_lengths, top):
         console.print(Text(line), soft_wrap=True)
 
 
-def _first(train: Blocks | RecordBlocks) -> list[tuple[str, Encoded]]:
+def _choose_examples(train: TrainingBlocks) -> list[tuple[str, EncodedRecord]]:
     import numpy as np
 
-    if isinstance(train, Blocks):
-        return [("Block 1", Encoded(train.ids[0], np.ones(train.ids.shape[1], dtype=bool)))]
+    if isinstance(train, TextBlocks):
+        return [("Block 1", EncodedRecord(train.ids[0], np.ones(train.ids.shape[1], dtype=bool)))]
     numbers = np.flatnonzero(train.lengths)[:SHOWN].tolist()
     return [(f"Record {number + 1}, {train.lengths[number]:,} tokens", train.record(number)) for number in numbers]
 
 
-def marked(record: Encoded, tokenizer: "PreTrainedTokenizerBase", coloured: bool) -> Text:
+def mark_trained(record: EncodedRecord, tokenizer: "PreTrainedTokenizerBase", coloured: bool) -> Text:
     """The words of a record, its trained tokens marked."""
     import numpy as np
 
@@ -82,7 +82,7 @@ def marked(record: Encoded, tokenizer: "PreTrainedTokenizerBase", coloured: bool
     return text
 
 
-def _record_rows(config: Config, tokenizer: "PreTrainedTokenizerBase", train: RecordBlocks) -> list[tuple[str, str]]:
+def _describe_records(config: Config, tokenizer: "PreTrainedTokenizerBase", train: RecordBlocks) -> list[tuple[str, str]]:
     data, counts = config.data, train.counts
     recognised = ", recognised by their keys" if data.format == "auto" else ""
     return [
@@ -93,18 +93,18 @@ def _record_rows(config: Config, tokenizer: "PreTrainedTokenizerBase", train: Re
         ("cut", f"{counts.cut:,} records, by {counts.cut_tokens:,} tokens of their beginning"),
         ("dropped", f"{counts.dropped:,} records of {counts.dropped_tokens:,} tokens"),
         ("blocks", f"{len(train):,} of {train.length:,} tokens, {100 * train.fill:.1f} % full"),
-        ("template", _template(train, tokenizer)),
-        ("end token", _end_token(train, tokenizer)),
+        ("template", _describe_template(train, tokenizer)),
+        ("end token", _describe_end_token(train, tokenizer)),
     ]
 
 
-def _template(train: RecordBlocks, tokenizer: Any) -> str:
+def _describe_template(train: RecordBlocks, tokenizer: Any) -> str:
     if train.formats == ["instruction"]:
         return "none: the text is ready made"
     return "the tokenizer's chat template" if tokenizer.chat_template else "`Role: content` lines: the tokenizer has no template"
 
 
-def _end_token(train: RecordBlocks, tokenizer: "PreTrainedTokenizerBase") -> str:
+def _describe_end_token(train: RecordBlocks, tokenizer: "PreTrainedTokenizerBase") -> str:
     """Whether each record teaches to stop: counted in the labels, not taken from the rules that made them."""
     import numpy as np
 
@@ -116,7 +116,7 @@ def _end_token(train: RecordBlocks, tokenizer: "PreTrainedTokenizerBase") -> str
     return f"{tokens}, trained: {'yes' if not without else f'not in {without:,} records'}"
 
 
-def _text_rows(tokenizer: "PreTrainedTokenizerBase", train: Blocks) -> list[tuple[str, str]]:
+def _describe_text(tokenizer: "PreTrainedTokenizerBase", train: TextBlocks) -> list[tuple[str, str]]:
     separator = tokenizer.convert_ids_to_tokens(separator_id(tokenizer))
     return [
         ("documents", f"{train.documents:,} ({train.join_rule})"),
@@ -128,7 +128,7 @@ def _text_rows(tokenizer: "PreTrainedTokenizerBase", train: Blocks) -> list[tupl
     ]
 
 
-def histogram(lengths: "np.ndarray", top: int) -> list[str]:
+def draw_histogram(lengths: "np.ndarray", top: int) -> list[str]:
     """Lengths in tokens, before any is cut, as lines with bars; all beyond `top` in one line."""
     import numpy as np
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.config import DataSettings
-from qlora_kit.data.documents import Part, check_format, join_rule, placed, read_documents
+from qlora_kit.data.documents import SourceFile, check_format, find_join_rule, locate_errors, read_documents
 from qlora_kit.data.files import Row, read_records
-from qlora_kit.data.formats import recognise
+from qlora_kit.data.formats import recognise_format
 from qlora_kit.data.tokenizing import Fragment
 from qlora_kit.errors import UserError
 from qlora_kit.model.hub import FILE_SUFFIXES, is_local
@@ -27,9 +27,9 @@ WIKITEXT_2_TOKENS = 2_400_000  # training split, Qwen2.5 tokenizer, rounded: use
 class Source:
     """Running text, as documents, or records of known formats."""
 
-    parts: list[Part]
+    parts: list[SourceFile]
     text_field: str
-    mixed_is_wrong: bool  # the format was recognised, and not stated
+    format_recognised: bool  # the format was recognised, and not stated
 
     @property
     def formats(self) -> list[str]:
@@ -44,7 +44,7 @@ class Source:
         said = [(part.fingerprint, part.format) for part in self.parts]
         return hashlib.sha256(repr((said, self.text_field)).encode()).hexdigest()
 
-    def records(self) -> Iterator[tuple[Part, str, dict[str, Any]]]:
+    def records(self) -> Iterator[tuple[SourceFile, str, dict[str, Any]]]:
         """File, place in it and fields of each record.
 
         Raises:
@@ -52,8 +52,8 @@ class Source:
         """
         for part in self.parts:
             for place, record in part.rows():
-                if self.mixed_is_wrong:
-                    with placed(part.name, place):
+                if self.format_recognised:
+                    with locate_errors(part.name, place):
                         check_format(record, part.format, self.text_field)
                 yield part, place, record
 
@@ -61,9 +61,9 @@ class Source:
         for part in self.parts:
             yield from read_documents(part, self.text_field)
 
-    def join_rule(self) -> str:
+    def find_join_rule(self) -> str:
         """How rows became documents."""
-        return ", ".join(dict.fromkeys(join_rule(part, self.text_field) for part in self.parts))
+        return ", ".join(dict.fromkeys(find_join_rule(part, self.text_field) for part in self.parts))
 
 
 # Before anything is loaded
@@ -77,10 +77,10 @@ def check_source(data: DataSettings) -> None:
     """
     local = [name for name in data.names if is_local(name)]
     for name in local:
-        for path in source_files(name):
+        for path in list_source_files(name):
             _check_file(path)
     if isinstance(data.eval_split, str) and is_file_name(data.eval_split):
-        for path in source_files(data.eval_split, "data.eval_split"):
+        for path in list_source_files(data.eval_split, "data.eval_split"):
             _check_file(path)
     elif local and isinstance(data.eval_split, str) and data.eval_split != data.train_split:
         remedy = "use a share (--set data.eval_split=0.1), another file, or null for no evaluation"
@@ -92,7 +92,7 @@ def is_file_name(eval_split: str) -> bool:
     return Path(eval_split).is_file() or "/" in eval_split or eval_split.startswith(("~", "."))
 
 
-def source_files(name: str, key: str = "data.dataset") -> list[Path]:
+def list_source_files(name: str, key: str = "data.dataset") -> list[Path]:
     """The files of a local source in a stable order."""
     path = Path(name).expanduser()
     if not path.exists():
@@ -127,7 +127,7 @@ def estimate_tokens(data: DataSettings) -> float | None:
     tokens: float
     if all(is_local(name) for name in data.names):
         # about 4 bytes of English a token
-        tokens = sum(path.stat().st_size for name in data.names for path in source_files(name)) / 4
+        tokens = sum(path.stat().st_size for name in data.names for path in list_source_files(name)) / 4
     elif data.subset and data.subset.startswith("wikitext-2"):
         tokens = WIKITEXT_2_TOKENS
     else:
@@ -144,14 +144,14 @@ def open_source(data: DataSettings, names: list[str], split: str, key: str) -> S
     Raises:
         UserError: a source or split does not exist or cannot be reached, is of an unknown format, or text stands beside records.
     """
-    parts: list[Part] = []
+    parts: list[SourceFile] = []
     for name in names:
         if is_local(name):
-            parts += [_file(path) for path in source_files(name, key)]
+            parts += [_open_file(path) for path in list_source_files(name, key)]
         else:
-            parts.append(_hub_table(data, name, split, key))
-    parts = [replace(part, format=_format(part, data)) for part in parts]
-    source = Source(parts, data.text_field, mixed_is_wrong=data.format == "auto")
+            parts.append(_open_hub_table(data, name, split, key))
+    parts = [replace(part, format=_find_format(part, data)) for part in parts]
+    source = Source(parts, data.text_field, format_recognised=data.format == "auto")
     if "text" in source.formats and not source.is_text:
         text, other = (next(part for part in parts if (part.format == "text") == is_text) for is_text in (True, False))
         raise UserError(
@@ -160,16 +160,16 @@ def open_source(data: DataSettings, names: list[str], split: str, key: str) -> S
     return source
 
 
-def _file(path: Path) -> Part:
+def _open_file(path: Path) -> SourceFile:
     _check_file(path)
     with path.open("rb") as file:
         fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
     if path.suffix.lower() in TABLE_SUFFIXES:
-        return Part(str(path), fingerprint, None, lambda: read_records(path))
-    return Part(str(path), fingerprint, path, lambda: iter(()))
+        return SourceFile(str(path), fingerprint, None, lambda: read_records(path))
+    return SourceFile(str(path), fingerprint, path, lambda: iter(()))
 
 
-def _format(part: Part, data: DataSettings) -> str:
+def _find_format(part: SourceFile, data: DataSettings) -> str:
     """
     Raises:
         UserError: the table is empty, or its first record is of no known format; or a text file is to be read as records.
@@ -184,21 +184,21 @@ def _format(part: Part, data: DataSettings) -> str:
         raise UserError(part.name, None, "has no record", "put records into it, or use another file")
     if data.format != "auto":
         return data.format
-    with placed(part.name, place):
-        return recognise(record, data.text_field)
+    with locate_errors(part.name, place):
+        return recognise_format(record, data.text_field)
 
 
 # The Hub
 
 
-def _hub_table(data: DataSettings, name: str, split: str, flag: str) -> Part:
+def _open_hub_table(data: DataSettings, name: str, split: str, flag: str) -> SourceFile:
     from datasets import DatasetDict, load_dataset
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
     in_config = not flag.startswith("--")  # then `flag` may be data.eval_split, which names a split of data.dataset
     key = "data.dataset" if in_config else flag
     try:
-        table = load_dataset(_downloaded(name), data.subset, split=split)
+        table = load_dataset(_find_download(name), data.subset, split=split)
     except (ConnectionError, OSError) as error:
         if isinstance(error, DatasetNotFoundError) and not os.environ.get("HF_HUB_OFFLINE"):
             problem = "is neither a file here nor a data set on the Hub"
@@ -219,10 +219,10 @@ def _hub_table(data: DataSettings, name: str, split: str, flag: str) -> Part:
     def rows() -> Iterator[Row]:
         return ((f"record {number}", record) for number, record in enumerate(table, 1))
 
-    return Part(f"{name}, {split}", table._fingerprint, None, rows)
+    return SourceFile(f"{name}, {split}", table._fingerprint, None, rows)
 
 
-def _downloaded(name: str) -> str:
+def _find_download(name: str) -> str:
     """Without a network: the folder of the copy that `hf download` made, where there is one. `datasets` would not look there."""
     from huggingface_hub import snapshot_download
 

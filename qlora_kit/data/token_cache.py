@@ -56,13 +56,13 @@ class TokenWriter:
             self.files["trained.bin"].write(trained.tobytes())
         self.tokens += len(ids)
 
-    def end(self) -> None:
+    def end_document(self) -> None:
         """The document or record ends here."""
         self.files["ends.bin"].write(self.tokens.to_bytes(8, sys.byteorder))
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[TokenWriter]:
+def write_tokens(folder: Path) -> Iterator[TokenWriter]:
     """A writer whose files stand in `folder` when all went well, and nowhere otherwise."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".writing-"))
@@ -81,15 +81,15 @@ def writing(folder: Path) -> Iterator[TokenWriter]:
 
 
 def read_tokens(folder: Path) -> Tokens | None:
-    """What `writing` left in `folder`; None where nothing stands there."""
+    """What `write_tokens` left in `folder`; None where nothing stands there."""
     if not (folder / ABOUT).is_file():
         return None
     about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    ids, trained, ends = (_map(folder / name, dtype) for name, dtype in FILES.items())
+    ids, trained, ends = (_map_file(folder / name, dtype) for name, dtype in FILES.items())
     return Tokens(ids, trained, ends, about)
 
 
-def _map(path: Path, dtype: str) -> "np.ndarray":
+def _map_file(path: Path, dtype: str) -> "np.ndarray":
     import numpy as np
 
     if path.stat().st_size == 0:  # cannot be mapped
@@ -97,7 +97,7 @@ def _map(path: Path, dtype: str) -> "np.ndarray":
     return np.memmap(path, dtype, mode="r")
 
 
-def cache_folder() -> Path:
+def find_cache_folder() -> Path:
     """`qlora_kit` beside the caches of the `datasets` library, whose settings it obeys."""
     from huggingface_hub.constants import HF_HOME
 

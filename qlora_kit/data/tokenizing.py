@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from qlora_kit.data.chat_template import end_of_turn
-from qlora_kit.data.formats import READERS, Piece, TrainOn, chat_pieces, checked_text, instruction_pieces
+from qlora_kit.data.chat_template import find_end_of_turn
+from qlora_kit.data.formats import READERS, Piece, TrainOn, render_chat, render_instruction, require_text
 from qlora_kit.errors import BadRecord
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ SEAMS = (re.compile(r"\n(?=\S)"), re.compile(r"\S(?= \S)"))  # a line's end, els
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedRecord:
     """One record: ids (length,) int32, and whether each is trained, (length,) bool."""
 
     ids: "np.ndarray"
@@ -53,32 +53,32 @@ class Encoded:
 # Records
 
 
-def record_pieces(record: dict[str, Any], kind: str, tokenizer: Any, text_field: str, train_on: TrainOn) -> list[Piece]:
+def render_record(record: dict[str, Any], kind: str, tokenizer: Any, text_field: str, train_on: TrainOn) -> list[Piece]:
     """A record of format `kind` as it is rendered for training.
 
     Raises:
         BadRecord: it is not of that format, or holds what is no text.
     """
     if kind == "instruction":
-        text = checked_text(record.get(text_field), text_field)
-        pieces = instruction_pieces(text, tokenizer.eos_token or "", train_on)
+        text = require_text(record.get(text_field), text_field)
+        pieces = render_instruction(text, tokenizer.eos_token or "", train_on)
     else:
-        pieces = chat_pieces(READERS[kind](record), tokenizer, train_on)
+        pieces = render_chat(READERS[kind](record), tokenizer, train_on)
     for piece in pieces:
-        check_words(piece.text)
+        check_word_length(piece.text)
     return pieces
 
 
-def end_id(kind: str, tokenizer: Any) -> int:
+def find_end_id(kind: str, tokenizer: Any) -> int:
     """The token that ends an answer in records of format `kind`.
 
     Raises:
         BadRecord: there is none.
     """
-    return tokenizer.eos_token_id if kind == "instruction" else tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer))
+    return tokenizer.eos_token_id if kind == "instruction" else tokenizer.convert_tokens_to_ids(find_end_of_turn(tokenizer))
 
 
-def check_words(text: str) -> None:
+def check_word_length(text: str) -> None:
     """
     Raises:
         BadRecord: more than LONGEST_WORD characters without a space.
@@ -87,26 +87,28 @@ def check_words(text: str) -> None:
         raise BadRecord(f"the text holds more than {LONGEST_WORD:,} characters without a space or line end")
 
 
-def encode(records: list[list[Piece]], tokenizer: "PreTrainedTokenizerBase") -> list[Encoded]:
+def encode_records(records: list[list[Piece]], tokenizer: "PreTrainedTokenizerBase") -> list[EncodedRecord]:
     """Tokens of each record; the Rust tokenizer spreads all pieces over all cores."""
     import numpy as np
 
-    records = [[Piece(text, piece.trained) for piece in pieces for text in _parts(piece.text, tokenizer)] for pieces in records]
-    tokens = iter(token_ids([piece.text for pieces in records for piece in pieces], tokenizer))
+    records = [
+        [Piece(text, piece.trained) for piece in pieces for text in _split_long_text(piece.text, tokenizer)] for pieces in records
+    ]
+    tokens = iter(encode_strings([piece.text for pieces in records for piece in pieces], tokenizer))
     encoded = []
     for pieces in records:
         parts = [next(tokens) for _ in pieces]
         trained = np.repeat(np.array([piece.trained for piece in pieces], dtype=bool), [len(part) for part in parts])
-        encoded.append(Encoded(np.array([token for part in parts for token in part], dtype=np.int32), trained))
+        encoded.append(EncodedRecord(np.array([token for part in parts for token in part], dtype=np.int32), trained))
     return encoded
 
 
-def _parts(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+def _split_long_text(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     """A very long text in stretches that have the tokens of the whole."""
-    return [text] if len(text) <= STRETCH else [part for part, _ in _stretches([(text, True)], tokenizer)]
+    return [text] if len(text) <= STRETCH else [part for part, _ in _split_into_stretches([(text, True)], tokenizer)]
 
 
-def token_ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+def encode_strings(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
     """Ids of each text, without the special tokens that a tokenizer puts around a sequence."""
     unique = list(dict.fromkeys(texts))  # what a template puts between turns is the same in all
     ids: dict[str, list[int]] = {}
@@ -116,12 +118,12 @@ def token_ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[li
         batch.append(text)
         characters += len(text)
         if characters > CHARACTERS_AT_ONCE or number == len(unique):
-            ids.update(zip(batch, _batch_ids(batch, tokenizer), strict=True))
+            ids.update(zip(batch, _encode_batch(batch, tokenizer), strict=True))
             batch, characters = [], 0
     return [ids[text] for text in texts]
 
 
-def _batch_ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+def _encode_batch(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -132,7 +134,7 @@ def _batch_ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[l
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def check(record: Encoded, end: int) -> None:
+def check_trained(record: EncodedRecord, end: int) -> None:
     """Refuse a record that teaches nothing, or never to stop.
 
     Args:
@@ -147,7 +149,7 @@ def check(record: Encoded, end: int) -> None:
         raise BadRecord("no end-of-turn token is trained, so the model would not learn to stop")
 
 
-def shorten(record: Encoded, max_length: int, too_long: TooLong, train_on: TrainOn = "assistant") -> Encoded | None:
+def shorten(record: EncodedRecord, max_length: int, too_long: TooLong, train_on: TrainOn = "assistant") -> EncodedRecord | None:
     """The record in at most `max_length` tokens: cut from the left, where the prompt is, or None where it is dropped.
 
     A record whose last answer does not fit whole behind a token of its prompt is dropped either way: half an answer is no
@@ -158,12 +160,12 @@ def shorten(record: Encoded, max_length: int, too_long: TooLong, train_on: Train
     if too_long == "drop":
         return None
     start = len(record) - max_length
-    if train_on != "all" and record.trained[start : _last_answer(record)].all():
+    if train_on != "all" and record.trained[start : _find_last_answer_end(record)].all():
         return None
-    return Encoded(record.ids[start:], record.trained[start:])
+    return EncodedRecord(record.ids[start:], record.trained[start:])
 
 
-def _last_answer(record: Encoded) -> int:
+def _find_last_answer_end(record: EncodedRecord) -> int:
     """Where the last stretch of trained tokens ends."""
     return int(record.trained.nonzero()[0].max(initial=-1)) + 1
 
@@ -171,29 +173,31 @@ def _last_answer(record: Encoded) -> int:
 # Running text
 
 
-def encode_text(
+def encode_documents(
     fragments: Iterable[Fragment], tokenizer: "PreTrainedTokenizerBase", separator: int
 ) -> Iterator[tuple["np.ndarray", bool]]:
     """Fragments of documents -> ids (n,) int32 of a stretch, and whether a document ends with it: then the separator is last."""
     batch: list[Fragment] = []
     characters = 0
-    for stretch in _stretches(fragments, tokenizer):
+    for stretch in _split_into_stretches(fragments, tokenizer):
         batch.append(stretch)
         characters += len(stretch[0])
         if characters > CHARACTERS_AT_ONCE or len(batch) == DOCUMENTS_AT_ONCE:
-            yield from _encoded(batch, tokenizer, separator)
+            yield from _encode_stretches(batch, tokenizer, separator)
             batch, characters = [], 0
-    yield from _encoded(batch, tokenizer, separator)
+    yield from _encode_stretches(batch, tokenizer, separator)
 
 
-def _encoded(batch: list[Fragment], tokenizer: "PreTrainedTokenizerBase", separator: int) -> Iterator[tuple["np.ndarray", bool]]:
+def _encode_stretches(
+    batch: list[Fragment], tokenizer: "PreTrainedTokenizerBase", separator: int
+) -> Iterator[tuple["np.ndarray", bool]]:
     import numpy as np
 
-    for ids, (_, ends) in zip(token_ids([text for text, _ in batch], tokenizer), batch, strict=True):
+    for ids, (_, ends) in zip(encode_strings([text for text, _ in batch], tokenizer), batch, strict=True):
         yield np.array([*ids, separator] if ends else ids, dtype=np.int32), ends
 
 
-def _stretches(fragments: Iterable[Fragment], tokenizer: "PreTrainedTokenizerBase") -> Iterator[Fragment]:
+def _split_into_stretches(fragments: Iterable[Fragment], tokenizer: "PreTrainedTokenizerBase") -> Iterator[Fragment]:
     """The same text in stretches of about STRETCH characters, wherever the tokenizer allows a cut."""
     waiting = ""
     for text, ends in fragments:
@@ -216,7 +220,7 @@ def find_seam(text: str, tokenizer: "PreTrainedTokenizerBase") -> int:
             for match in list(pattern.finditer(text, end - SEAM_SEARCH, end))[:-9:-1]:  # the last eight
                 at = match.end()
                 left, right = text[at - SEAM_CONTEXT : at], text[at : at + SEAM_CONTEXT]
-                whole, first, second = token_ids([left + right, left, right], tokenizer)
+                whole, first, second = encode_strings([left + right, left, right], tokenizer)
                 if whole == first + second:
                     return at
     return 0

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import Config
-from qlora_kit.data.blocks import Blocks, RecordBlocks
+from qlora_kit.data.blocks import TrainingBlocks
 from qlora_kit.data.dataset import load_blocks, source_blocks
 from qlora_kit.data.source import TABLE_SUFFIXES, open_source
 from qlora_kit.errors import UserError
@@ -74,7 +74,7 @@ def judge_difference(difference: Difference) -> str:
     return "the adapter is better" if loss < 0 else "the adapter is worse"
 
 
-def evaluation_blocks(name: str, config: Config, tokenizer: "PreTrainedTokenizerBase") -> tuple[Blocks | RecordBlocks, str]:
+def evaluation_blocks(name: str, config: Config, tokenizer: "PreTrainedTokenizerBase") -> tuple[TrainingBlocks, str]:
     """Return the blocks to measure on, and their name.
 
     The data set of training gives the blocks that the run held out. Any other file or folder is used whole; of a Hub data set,
@@ -104,7 +104,7 @@ def evaluation_blocks(name: str, config: Config, tokenizer: "PreTrainedTokenizer
     return blocks.take(limit), f"{described}, its first {limit} blocks" if limit and limit < len(blocks) else described
 
 
-def compare_perplexity(generator: Generator, blocks: Blocks | RecordBlocks, name: str, config: Config) -> Comparison:
+def compare_perplexity(generator: Generator, blocks: TrainingBlocks, name: str, config: Config) -> Comparison:
     """Measure the base model and the adapter on the blocks; the base model alone where the generator has no adapter.
 
     Args:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from qlora_kit.data.chat_template import Message
-from qlora_kit.data.formats import TrainOn, prompt_pieces
-from qlora_kit.data.tokenizing import encode
+from qlora_kit.data.formats import TrainOn, render_prompt
+from qlora_kit.data.tokenizing import encode_records
 from qlora_kit.errors import BadRecord, UserError
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class PromptEncoder:
         Raises:
             BadRecord: the chat template refuses the turns.
         """
-        return encode([prompt_pieces(messages, self.tokenizer, self.train_on)], self.tokenizer)[0].ids.tolist()
+        return encode_records([render_prompt(messages, self.tokenizer, self.train_on)], self.tokenizer)[0].ids.tolist()
 
 
 def encode_prompts(prompts: list[Prompt], encoder: PromptEncoder, new_tokens: int, context: int | None) -> list[Prompt]:

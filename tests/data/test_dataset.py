@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qlora_kit.config import DataSettings
 from qlora_kit.config_file import load_config
-from qlora_kit.data.blocks import Blocks, cut_into_blocks
-from qlora_kit.data.dataset import load_blocks, tokenize
+from qlora_kit.data.blocks import TextBlocks, cut_into_blocks
+from qlora_kit.data.dataset import load_blocks, tokenize_documents
 from qlora_kit.data.documents import hold_out
 from qlora_kit.data.source import open_source
 from qlora_kit.errors import UserError
@@ -37,12 +37,12 @@ def tokenized(tmp_path, tokenizer):
         path = tmp_path / "documents.jsonl"
         path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
         source = open_source(DataSettings(dataset=str(path), subset=None), [str(path)], "train", "data.dataset")
-        return tokenize(source, source.documents, tokenizer).ids
+        return tokenize_documents(source, source.documents, tokenizer).ids
 
     return tokenized
 
 
-def blocks_of(stream, length: int) -> Blocks:
+def blocks_of(stream, length: int) -> TextBlocks:
     return cut_into_blocks(np.asarray(stream, dtype=np.int32), length, 1, "one document a row", "data.dataset")
 
 
@@ -115,7 +115,7 @@ def test_a_long_document_has_the_tokens_of_the_whole(tokenizer, tokenized, docum
 
 def test_the_second_time_tokens_come_from_the_cache(tokenized, monkeypatch):
     stream = tokenized(["a text that no other test has"])
-    monkeypatch.setattr("qlora_kit.data.dataset.encode_text", None)  # would fail when called
+    monkeypatch.setattr("qlora_kit.data.dataset.encode_documents", None)  # would fail when called
     assert tokenized(["a text that no other test has"]).tolist() == stream.tolist()
 
 
@@ -125,7 +125,7 @@ def test_a_run_that_fails_leaves_nothing_in_the_cache(tokenized, monkeypatch):
         raise RuntimeError
 
     with monkeypatch.context() as patched:
-        patched.setattr("qlora_kit.data.dataset.encode_text", failing)
+        patched.setattr("qlora_kit.data.dataset.encode_documents", failing)
         with pytest.raises(RuntimeError):
             tokenized(["a text that was interrupted"])
     assert tokenized(["a text that was interrupted"]).tolist() != [0, 1, 2]
@@ -230,7 +230,7 @@ def test_evaluation_may_be_a_file_of_its_own(blocks_of_file, root):
 
 def test_the_second_time_records_come_from_the_cache_and_another_setting_does_not(blocks_of_file, monkeypatch):
     first, _ = blocks_of_file(RECORDS)
-    monkeypatch.setattr("qlora_kit.data.dataset.encode", None)  # would fail when called
+    monkeypatch.setattr("qlora_kit.data.dataset.encode_records", None)  # would fail when called
     assert blocks_of_file(RECORDS)[0].fingerprint() == first.fingerprint()
     assert blocks_of_file(RECORDS, max_length=64, packing=False)[0].documents == 20  # of the same tokens
     for changed in ({"train_on": "all"}, {"format": "alpaca"}):
@@ -275,7 +275,7 @@ def test_a_record_that_trains_on_nothing_is_one_problem(blocks_of_file):
         blocks_of_file([{"messages": turns}])
 
 
-# Blocks
+# TextBlocks
 
 
 def test_blocks_and_tail_are_the_whole_stream():

@@ -11,7 +11,7 @@ from rich.console import Console
 
 import train_qlora
 from qlora_kit import cli
-from qlora_kit.data.preview import histogram
+from qlora_kit.data.preview import draw_histogram
 from qlora_kit.errors import UserError
 
 RECORDS = [
@@ -102,7 +102,7 @@ def test_a_mistake_in_a_record_is_one_problem_with_its_line(preview):
 
 
 def test_lengths_are_counted_in_equal_steps_and_beyond():
-    lines = [line.split() for line in histogram(__import__("numpy").array([1, 8, 9, 64, 65, 900]), 64)]
+    lines = [line.split() for line in draw_histogram(__import__("numpy").array([1, 8, 9, 64, 65, 900]), 64)]
     assert [line[:4] for line in lines[1:3]] == [["1", "-", "8", "2"], ["9", "-", "16", "1"]]
     assert lines[-2][3] == "1" and lines[-1][:4] == ["more", "than", "64", "2"]
     assert len(lines) == 1 + 8 + 1

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from qlora_kit.data.formats import READERS, BadRecord, chat_pieces, from_messages, instruction_pieces, recognise
+from qlora_kit.data.formats import READERS, BadRecord, from_messages, recognise_format, render_chat, render_instruction
 from tests.written_out import DEFAULT_SYSTEM
 
 STRIPPING = """\
@@ -77,7 +77,7 @@ def stretches(pieces) -> list[str]:
 def test_every_answer_and_its_end_and_nothing_else_is_trained(tokenizers, name, messages):
     tokenizer = tokenizers[name]
     try:
-        pieces = chat_pieces(from_messages({"messages": messages}), tokenizer)
+        pieces = render_chat(from_messages({"messages": messages}), tokenizer)
     except BadRecord as error:
         assert not readable(messages) and "an answer is empty" in str(error)
         return
@@ -94,7 +94,7 @@ def test_every_answer_and_its_end_and_nothing_else_is_trained(tokenizers, name, 
 @given(messages=conversations().filter(readable))
 def test_no_token_is_lost_and_the_only_control_tokens_are_the_templates(tokenizers, messages):
     tokenizer = tokenizers["own"]
-    pieces = chat_pieces(messages, tokenizer)
+    pieces = render_chat(messages, tokenizer)
     parts = tokenizer([piece.text for piece in pieces], add_special_tokens=False)["input_ids"]
     ids = [number for part in parts for number in part]
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -110,9 +110,9 @@ def test_no_token_is_lost_and_the_only_control_tokens_are_the_templates(tokenize
 @SETTINGS
 @given(messages=conversations().filter(readable))
 def test_the_last_answer_alone_and_all_of_it(tokenizers, messages):
-    last = chat_pieces(messages, tokenizers["own"], "last")
+    last = render_chat(messages, tokenizers["own"], "last")
     assert stretches(last) == [f"{messages[-1]['content']}<|im_end|>"]
-    everything = chat_pieces(messages, tokenizers["own"], "all")
+    everything = render_chat(messages, tokenizers["own"], "all")
     assert all(piece.trained for piece in everything)
     assert "".join(piece.text for piece in everything) == "".join(piece.text for piece in last)
 
@@ -133,7 +133,7 @@ KEYS = ["messages", "conversations", "instruction", "input", "output", "prompt",
 @given(record=st.dictionaries(st.sampled_from(KEYS), anything, max_size=4))
 def test_a_record_is_read_or_refused_in_one_line(record):
     try:
-        kind = recognise(record)
+        kind = recognise_format(record)
         messages = READERS[kind](record) if kind in READERS else None
     except BadRecord as error:
         assert str(error).strip() and "\n" not in str(error)
@@ -148,8 +148,8 @@ def test_ready_made_text_is_cut_where_its_responses_are(rounds):
     text = "\n\n".join(f"### Instruction:\n{question}\n\n### Response:\n{answer}" for question, answer in rounds)
     if not all(answer.strip() for _, answer in rounds):
         with pytest.raises(BadRecord, match="a response is empty"):
-            instruction_pieces(text, "</s>")
+            render_instruction(text, "</s>")
         return
-    pieces = instruction_pieces(text, "</s>")
+    pieces = render_instruction(text, "</s>")
     assert [piece.text.strip() for piece in pieces if piece.trained] == [f"{answer.rstrip()}</s>".strip() for _, answer in rounds]
     assert "".join(piece.text for piece in pieces).replace("</s>", "").rstrip() == text.replace("</s>", "").rstrip()

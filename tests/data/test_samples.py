@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from qlora_kit.data.formats import READERS, chat_pieces, instruction_pieces, recognise
+from qlora_kit.data.formats import READERS, recognise_format, render_chat, render_instruction
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = ROOT / "samples"
@@ -35,10 +35,10 @@ def records(name: str) -> list[dict]:
 
 
 def pieces_of(record: dict, tokenizer) -> list:
-    kind = recognise(record)
+    kind = recognise_format(record)
     if kind == "instruction":
-        return instruction_pieces(record["text"], tokenizer.eos_token)
-    return chat_pieces(READERS[kind](record), tokenizer)
+        return render_instruction(record["text"], tokenizer.eos_token)
+    return render_chat(READERS[kind](record), tokenizer)
 
 
 def labelled(pieces, tokenizer) -> tuple[list[int], list[int]]:
@@ -78,7 +78,7 @@ def answers(record: dict) -> list[str]:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_record_is_of_the_format_that_the_file_shows(name):
-    assert {recognise(record) for record in records(name)} == {FORMATS[name]}
+    assert {recognise_format(record) for record in records(name)} == {FORMATS[name]}
 
 
 def test_the_table_of_samples_is_complete_and_counts_right():
@@ -104,7 +104,7 @@ def test_what_is_trained_is_what_the_assistant_says_and_the_end_of_its_turn(name
 def test_no_token_is_lost_and_none_added(name, tokenizer):
     for record in records(name):
         ids, _ = labelled(pieces_of(record, tokenizer), tokenizer)
-        whole = tokenizer.apply_chat_template(READERS[recognise(record)](record), tokenize=False)
+        whole = tokenizer.apply_chat_template(READERS[recognise_format(record)](record), tokenize=False)
         assert tokenizer.decode(ids) == whole
         assert ids == tokenizer(whole, add_special_tokens=False)["input_ids"]  # these words join no token with a prompt's end
 
@@ -159,7 +159,7 @@ def test_labels_of_the_real_tokenizer_are_the_published_ids(qwen_tokenizer_dir):
     """`Hi` is 13048, `Hello` 9707, `!` 0; 151644 and 151645 begin and end a turn, 198 is a line's end."""
     qwen = AutoTokenizer.from_pretrained(qwen_tokenizer_dir)
     turns = [{"role": "system", "content": "!"}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
-    ids, labels = labelled(chat_pieces(turns, qwen), qwen)
+    ids, labels = labelled(render_chat(turns, qwen), qwen)
     assert ids == [
         151644,
         8948,

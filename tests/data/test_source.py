@@ -12,7 +12,7 @@ import pytest
 
 from qlora_kit.config import DataSettings
 from qlora_kit.data.documents import join_lines
-from qlora_kit.data.source import check_source, estimate_tokens, open_source, source_files
+from qlora_kit.data.source import check_source, estimate_tokens, list_source_files, open_source
 from qlora_kit.errors import UserError
 from tests.written_out import joined
 
@@ -41,7 +41,7 @@ def documents_of(path, **changes) -> list[str]:
 
 
 def rule_of(path, **changes) -> str:
-    return open_source(data_config(path, **changes), [str(path)], "train", "data.dataset").join_rule()
+    return open_source(data_config(path, **changes), [str(path)], "train", "data.dataset").find_join_rule()
 
 
 def records_of(path, **changes) -> list[tuple[str, str, dict]]:
@@ -365,7 +365,7 @@ def test_several_sources_are_read_in_their_order(write):
     data = DataSettings(dataset=paths, subset=None, eval_split=None)
     check_source(data)
     source = open_source(data, data.names, "train", "data.dataset")
-    assert (joined(source.documents()), source.join_rule()) == (["one", "two"], "one document a file, one document a row")
+    assert (joined(source.documents()), source.find_join_rule()) == (["one", "two"], "one document a file, one document a row")
 
 
 # What is checked before a model is loaded
@@ -425,7 +425,7 @@ def test_every_file_of_a_folder_is_checked(write, tmp_path):
 
 def test_suffixes_are_read_in_capitals_too(write, tmp_path):
     path = write("books/A.TXT", "text")
-    assert source_files(str(tmp_path / "books")) == [path]
+    assert list_source_files(str(tmp_path / "books")) == [path]
     check_source(data_config(path))
 
 
@@ -463,7 +463,7 @@ def test_hub_data_set_is_read_from_the_cache_without_a_network(tmp_path, root):
     code = (
         "from qlora_kit.config import DataSettings; from qlora_kit.data.source import open_source; "
         "source = open_source(DataSettings(), ['Salesforce/wikitext'], 'validation', 'data.eval_split'); "
-        "print(([text for text, _ in source.documents()], source.join_rule()))"
+        "print(([text for text, _ in source.documents()], source.find_join_rule()))"
     )
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)

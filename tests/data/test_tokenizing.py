@@ -5,7 +5,17 @@ import pytest
 from transformers import AutoTokenizer
 
 from qlora_kit.data.formats import Piece
-from qlora_kit.data.tokenizing import STRETCH, Encoded, check, encode, end_id, find_seam, record_pieces, shorten, token_ids
+from qlora_kit.data.tokenizing import (
+    STRETCH,
+    EncodedRecord,
+    check_trained,
+    encode_records,
+    encode_strings,
+    find_end_id,
+    find_seam,
+    render_record,
+    shorten,
+)
 from qlora_kit.errors import BadRecord
 
 END, START, NEWLINE = 6143, 6142, 198  # <|im_end|>, <|im_start|> and \n of the embedded tokenizer
@@ -16,13 +26,13 @@ def tokenizer(tiny_dir):
     return AutoTokenizer.from_pretrained(tiny_dir)
 
 
-def encoded(ids, trained) -> Encoded:
-    return Encoded(np.array(ids, dtype=np.int32), np.array(trained, dtype=bool))
+def encoded(ids, trained) -> EncodedRecord:
+    return EncodedRecord(np.array(ids, dtype=np.int32), np.array(trained, dtype=bool))
 
 
 def labels_of(record: dict, kind: str, tokenizer, train_on="assistant") -> tuple[str, list[str]]:
     """The whole record and each stretch of labels, decoded."""
-    (record,) = encode([record_pieces(record, kind, tokenizer, "text", train_on)], tokenizer)
+    (record,) = encode_records([render_record(record, kind, tokenizer, "text", train_on)], tokenizer)
     spans = [[]]
     for label in record.labels().tolist():
         spans[-1].append(label) if label >= 0 else spans.append([])
@@ -78,7 +88,7 @@ def test_ready_made_text_trains_its_responses(tokenizer, train_on, expected):
 
 def test_the_ids_of_a_record_are_those_of_its_pieces_one_by_one(tokenizer):
     pieces = [Piece("user\n", False), Piece("Hello", True), Piece(" there", True), Piece("\n", False)]
-    (record,) = encode([pieces], tokenizer)
+    (record,) = encode_records([pieces], tokenizer)
     parts = [tokenizer.encode(piece.text, add_special_tokens=False) for piece in pieces]
     assert record.ids.tolist() == [token for part in parts for token in part]
     expected = [piece.trained for piece, part in zip(pieces, parts, strict=True) for _ in part]
@@ -88,23 +98,23 @@ def test_the_ids_of_a_record_are_those_of_its_pieces_one_by_one(tokenizer):
 
 def test_no_token_joins_the_end_of_a_prompt_with_its_answer(tokenizer):
     assert len(tokenizer.encode(" the", add_special_tokens=False)) == 1
-    (record,) = encode([[Piece(" t", False), Piece("he", True)]], tokenizer)
+    (record,) = encode_records([[Piece(" t", False), Piece("he", True)]], tokenizer)
     assert [tokenizer.decode([token]) for token in record.ids.tolist()] == [" t", "he"]
 
 
 def test_records_come_back_in_their_order_and_empty_batches_empty(tokenizer):
     words = ["one", "two", "one", "three"]
-    records = encode([[Piece(word, True)] for word in words], tokenizer)
+    records = encode_records([[Piece(word, True)] for word in words], tokenizer)
     assert [tokenizer.decode(record.ids.tolist()) for record in records] == words
-    assert encode([], tokenizer) == []
+    assert encode_records([], tokenizer) == []
 
 
 def test_truncation_and_padding_that_a_tokenizer_file_brings_change_nothing(tiny_dir):
     limited = AutoTokenizer.from_pretrained(tiny_dir)
-    expected = token_ids(["sea " * 20, "sea"], limited)
+    expected = encode_strings(["sea " * 20, "sea"], limited)
     limited.backend_tokenizer.enable_truncation(4)
     limited.backend_tokenizer.enable_padding()
-    assert token_ids(["sea " * 20, "sea"], limited) == expected
+    assert encode_strings(["sea " * 20, "sea"], limited) == expected
 
 
 def test_the_first_token_is_never_a_label():
@@ -116,18 +126,18 @@ def test_the_first_token_is_never_a_label():
 @pytest.mark.parametrize("text", [None, 7, "a\0b", "\ud83d"])
 def test_ready_made_text_that_is_none_is_refused(tokenizer, text):
     with pytest.raises(BadRecord, match="text holds "):
-        record_pieces({"text": text}, "instruction", tokenizer, "text", "assistant")
+        render_record({"text": text}, "instruction", tokenizer, "text", "assistant")
 
 
 def test_a_word_of_more_than_a_million_characters_is_refused(tokenizer):
     record = {"prompt": "Hi", "completion": "x" * 1_000_001}
     with pytest.raises(BadRecord, match="1,000,000 characters without a space"):
-        record_pieces(record, "completion", tokenizer, "text", "assistant")
+        render_record(record, "completion", tokenizer, "text", "assistant")
 
 
 def test_a_very_long_answer_has_the_tokens_of_the_whole(tokenizer):
     words = "The sea rises.\n\nIt falls. " * 20_000
-    (record,) = encode([[Piece("Hi ", False), Piece(words, True)]], tokenizer)
+    (record,) = encode_records([[Piece("Hi ", False), Piece(words, True)]], tokenizer)
     assert record.ids[record.trained].tolist() == tokenizer.encode(words, add_special_tokens=False)
 
 
@@ -135,23 +145,26 @@ def test_a_very_long_answer_has_the_tokens_of_the_whole(tokenizer):
 
 
 def test_a_record_that_trains_its_end_is_in_order():
-    check(encoded([1, 2, END], [False, True, True]), END)
+    check_trained(encoded([1, 2, END], [False, True, True]), END)
 
 
 @pytest.mark.parametrize("trained", [[False, False, False], [True, False, False]])
 def test_a_record_that_trains_on_nothing_is_refused(trained):
     with pytest.raises(BadRecord, match="no token is trained, expected an answer"):
-        check(encoded([1, 2, END], trained), END)
+        check_trained(encoded([1, 2, END], trained), END)
 
 
 def test_a_record_whose_end_is_no_label_is_refused():
     with pytest.raises(BadRecord, match="no end-of-turn token is trained"):
-        check(encoded([1, 2, END], [False, True, False]), END)
+        check_trained(encoded([1, 2, END], [False, True, False]), END)
 
 
 def test_chats_end_with_the_templates_token_and_ready_made_text_with_the_tokenizers(tiny_dir):
     base = AutoTokenizer.from_pretrained(tiny_dir, eos_token="<|endoftext|>")  # as Qwen's base models have it
-    assert base.convert_ids_to_tokens([end_id("messages", base), end_id("instruction", base)]) == ["<|im_end|>", "<|endoftext|>"]
+    assert base.convert_ids_to_tokens([find_end_id("messages", base), find_end_id("instruction", base)]) == [
+        "<|im_end|>",
+        "<|endoftext|>",
+    ]
 
 
 # Too long
