@@ -1,5 +1,6 @@
-"""How commands end: a reader that leaves, as `| head` does (real pipes, real processes), and a package that is missing."""
+"""Commands whose reader has left, as `| head` does (real pipes and processes), missing packages, and wrong flags."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ SHORT = [
 ]  # fmt: skip
 
 
-def test_training_goes_on_when_nobody_reads_what_it_says(root, tmp_path):
+def test_training_continues_when_nobody_reads_its_messages(root, tmp_path):
     """`python train_qlora.py 2>&1 | head -1`"""
     command = [sys.executable, "train_qlora.py", *SHORT, "--output_dir", str(tmp_path / "out")]
     with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
@@ -32,17 +33,17 @@ def test_training_goes_on_when_nobody_reads_what_it_says(root, tmp_path):
 
 
 @pytest.fixture
-def left(monkeypatch):
-    """Makes a standard stream a pipe whose reader has left; the interpreter writes out the rest of it at its end."""
+def close_reader(monkeypatch):
+    """close_reader("stdout"): make the stream a pipe whose reader has left."""
     pipes = []
 
-    def leave(name):
+    def close(name):
         reading, writing = os.pipe()
         os.close(reading)
         pipes.append(os.fdopen(writing, "w", buffering=1))
         monkeypatch.setattr(sys, name, pipes[-1])
 
-    yield leave
+    yield close
     for pipe in pipes:
         pipe.close()
 
@@ -51,23 +52,23 @@ def left(monkeypatch):
     (UserError("training.seed", -1, "is wrong", "use 1"), 2), (Failed("the disk is full"), 1), (Stopped(130, "stopped"), 130),
     (KeyboardInterrupt(), 130), (None, 0),
 ])  # fmt: skip
-def test_the_exit_status_is_that_of_the_run_though_nobody_hears_its_last_line(left, ending, status):
+def test_the_exit_status_is_the_same_when_nobody_reads_the_last_message(close_reader, ending, status):
     def main():
-        print("said", file=sys.stderr)
+        print("a message", file=sys.stderr)
         if ending:
             raise ending
 
-    left("stderr")
+    close_reader("stderr")
     with pytest.raises(SystemExit) as end:
         cli.run(main)
     assert end.value.code == status
 
 
-@pytest.mark.parametrize("say", [lambda: print("a result", flush=True), lambda: cli.results_console().print("a result")])
-def test_results_that_nobody_reads_end_the_command_quietly(left, say, capsys):
-    left("stdout")
+@pytest.mark.parametrize("show", [lambda: print("a result", flush=True), lambda: cli.results_console().print("a result")])
+def test_a_command_whose_results_nobody_reads_ends_quietly(close_reader, show, capsys):
+    close_reader("stdout")
     with pytest.raises(SystemExit) as end:
-        cli.run(lambda: [say() for _ in range(3)])
+        cli.run(lambda: [show() for _ in range(3)])
     assert end.value.code == 0 and capsys.readouterr().err == ""
 
 
@@ -76,10 +77,10 @@ def test_results_that_nobody_reads_end_the_command_quietly(left, say, capsys):
     (["inference_example.py", "--prompt", "x"], "rich"),
     (["-m", "qlora_kit.doctor"], "yaml"),
     (["-m", "qlora_kit.merge", "--adapter", "x", "--output", "y"], "pydantic"),
-    (["train_qlora.py", "--config", "configs/tiny.yaml", "--plan"], "torch"),  # imported when it is needed
+    (["train_qlora.py", "--config", "configs/tiny.yaml", "--plan"], "torch"),  # imported only when it is needed
 ])  # fmt: skip
-def test_a_package_that_is_not_there_is_one_line(root, tmp_path, command, package):
-    """As in a new shell, where the environment is not active."""
+def test_a_missing_package_is_one_line(root, tmp_path, command, package):
+    """It is missing in a new shell, where the environment is not active."""
     (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('No module named {package}', name='{package}')\n")
     done = subprocess.run(
         [sys.executable, *command],
@@ -89,8 +90,8 @@ def test_a_package_that_is_not_there_is_one_line(root, tmp_path, command, packag
     assert done.stderr.startswith(f"error: {package}: is not installed in {sys.prefix}. ") and "requirements.txt" in done.stderr
 
 
-def test_a_missing_part_of_a_library_is_named_and_one_of_ours_is_our_mistake(capsys):
-    """transformers raises an error without a name, for one with a name."""
+def test_a_package_that_a_library_misses_is_named_and_a_missing_file_of_ours_is_a_bug(capsys):
+    """transformers raises an error without the name; its cause has it."""
 
     def fail(name):
         try:
@@ -112,9 +113,32 @@ def test_a_missing_part_of_a_library_is_named_and_one_of_ours_is_our_mistake(cap
     (command.parse_arguments, ["--adapter", "x", "--output", ""]),
     (command.parse_arguments, ["--adapter", "x", "--output", "y", "--check", ""]),
 ])  # fmt: skip
-def test_an_empty_name_is_not_the_working_folder(parse, flags, capsys):
-    """As of a shell variable that was not set."""
+def test_an_empty_name_is_not_the_working_directory(parse, flags, capsys):
+    """A shell variable that is not set gives one."""
     with pytest.raises(SystemExit) as ending:
         parse(flags)
     flag = flags[-2]
     assert (ending.value.code, capsys.readouterr().err) == (2, f"error: {flag}: is empty. See --help.\n")
+
+
+def test_a_full_disk_outside_a_save_is_one_line_and_status_1(capsys):
+    def main():
+        raise OSError(errno.ENOSPC, "No space left on device", "out/metrics.jsonl")
+
+    with pytest.raises(SystemExit) as ending:
+        cli.run(main)
+    assert ending.value.code == 1
+    assert capsys.readouterr().err.startswith("error: out/metrics.jsonl: cannot be written (No space left on device)")
+
+
+@pytest.mark.parametrize("flags, line", [
+    (["--adapter", "x", "--output", "y", "--adaptr=hf_x"], "--adaptr: is not a flag (did you mean --adapter?). See --help."),
+    (["--adapter", "x", "--output", "y", "--xyzzy"], "--xyzzy: is not a flag. See --help."),
+    (["--adapter"], "--adapter: expected one argument. See --help."),
+    (["--adapter", "x", "--output", "y", "stray"], "command line: unrecognized arguments: stray. See --help."),
+    (["--adapter", "x"], "command line: the following arguments are required: --output. See --help."),
+])  # fmt: skip
+def test_a_wrong_flag_is_one_line_that_starts_with_it(flags, line, capsys):
+    with pytest.raises(SystemExit) as ending:
+        command.parse_arguments(flags)
+    assert (ending.value.code, capsys.readouterr().err) == (2, f"error: {line}\n")

@@ -1,4 +1,4 @@
-"""config.yaml and the command line -> Config: precedence, and one clear problem for every mistake."""
+"""Settings from config.yaml and the command line: precedence, and one problem for each mistake."""
 
 import subprocess
 import sys
@@ -10,12 +10,12 @@ import yaml
 import train_qlora
 from qlora_kit.config import Config
 from qlora_kit.config_file import all_keys, load_config, override, parse_set
-from qlora_kit.errors import UserError
+from qlora_kit.errors import Problem, UserError
 
 
 @pytest.fixture
 def load(tmp_path):
-    """load(text, overrides) -> Config, from a file with that text."""
+    """load(text, overrides): the Config of a file with that text."""
 
     def load(text: str, overrides: dict | None = None) -> Config:
         path = tmp_path / "settings.yaml"
@@ -27,7 +27,7 @@ def load(tmp_path):
 
 @pytest.fixture
 def problems(load):
-    """problems(text, overrides) -> what the user is told about that file."""
+    """problems(text, overrides): the printed problems of a file with that text."""
 
     def problems(text: str, overrides: dict | None = None) -> list[str]:
         with pytest.raises(UserError) as caught:
@@ -42,14 +42,11 @@ def from_command_line(*words: str) -> Config:
     return load_config(arguments.config, train_qlora.overrides(arguments))
 
 
-# The files in the repository
-
-
 def test_config_yaml_equals_the_defaults(root):
     assert load_config(root / "config.yaml") == Config()
 
 
-def test_config_yaml_names_every_key(root):
+def test_config_yaml_contains_every_key(root):
     written = yaml.safe_load((root / "config.yaml").read_text(encoding="utf-8"))
     assert sorted(f"{section}.{key}" for section, keys in written.items() for key in keys) == sorted(all_keys())
 
@@ -63,17 +60,14 @@ def test_each_named_flag_sets_an_existing_key():
     assert set(train_qlora.FLAGS.values()) <= set(all_keys())
 
 
-# Precedence
-
-
 def test_precedence_is_default_then_yaml_then_set_then_named_flag(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("lora: {alpha: 10, dropout: 0.1, rank: 2}\n")
     config = from_command_line("--config", str(file), "--rank", "4", "--set", "lora.rank=3", "--set", "lora.dropout=0.2")
-    assert config.training.seed == Config().training.seed  # nobody set it
+    assert config.training.seed == Config().training.seed  # set nowhere
     assert config.lora.alpha == 10  # the file only
     assert config.lora.dropout == 0.2  # --set over the file
-    assert config.lora.rank == 4  # the flag over --set, wherever it stands
+    assert config.lora.rank == 4  # the flag over --set, also where --set comes later
 
 
 def test_the_last_of_two_sets_wins():
@@ -94,13 +88,13 @@ def test_exponent_without_a_dot_is_a_number(load):
     assert from_command_line("--learning_rate", "3e-5").training.learning_rate == 0.00003
 
 
-def test_the_effective_batch_stands_however_it_is_divided(load):
+def test_the_micro_batch_does_not_change_the_effective_batch(load):
     for micro_batch in (1, 2, 4, 8, 16, "auto"):
         config = load(
             f"training: {{batch_size: 2, gradient_accumulation_steps: 8}}\nperformance: {{micro_batch: {micro_batch}}}\n"
         )
         assert (config.effective_batch, config.performance.micro_batch) == (16, micro_batch)
-        assert config.steps_per_epoch(33) == 3  # the last one holds a single sequence
+        assert config.steps_per_epoch(33) == 3  # the last step has a single sequence
 
 
 @pytest.mark.parametrize("key", ["training.gradient_checkpointing", "performance.compile", "performance.cuda_graphs"])
@@ -132,9 +126,6 @@ def test_resolved_config_reads_back_equal(tmp_path):
     assert yaml.safe_load(config.to_yaml()).keys() == Config.model_fields.keys()
 
 
-# One mistake, one problem: place, key, value, remedy
-
-
 @pytest.mark.parametrize(
     ("text", "place_key_value", "remedy"),
     [
@@ -145,6 +136,7 @@ def test_resolved_config_reads_back_equal(tmp_path):
         ("lora:\n  xyzzy: 1\n", ":2: lora.xyzzy: 1: ", "is not a key. See config.yaml"),
         ("# comment\nlorra:\n  rank: 8\n", ":2: lorra: ", "is not a section (did you mean lora?)"),
         ("lora: 3\n", ":1: lora: 3: ", "holds no keys. Write keys under it, such as lora.rank"),
+        ("lora: !!set {rank}\n", ":1: lora: {'rank'}: ", "holds no keys"),
         ("lora:\n  alpha: high\n", ":2: lora.alpha: 'high': ", "the default: 32.0"),
         ("lora:\n  rank: 0\n", ":2: lora.rank: 0: ", "the default: 16"),
         ("lora:\n  rank: 8.5\n", ":2: lora.rank: 8.5: ", "the default: 16"),
@@ -175,7 +167,7 @@ def test_resolved_config_reads_back_equal(tmp_path):
         ("lora:\n  rank: 8\nlora:\n  alpha: 1\n", ":1: lora: ", "appears twice"),
         ("lora:\n  rank: [8\n", ":3: ", "not valid YAML"),
         ("lora:\n\trank: 8\n", ":2: ", "not valid YAML"),
-        ("model:\n  revision: 2026-13-45\n", ": ", "Quote the value"),  # looks like a date, and is none
+        ("model:\n  revision: 2026-13-45\n", ": ", "Quote the value"),  # looks like a date that does not exist
     ],
 )
 def test_a_mistake_in_the_file_is_one_problem(problems, tmp_path, text, place_key_value, remedy):
@@ -187,14 +179,20 @@ def test_a_mistake_in_the_file_is_one_problem(problems, tmp_path, text, place_ke
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [("", "empty"), ("# only a comment\n", "empty"), ("- lora\n", "not a mapping"), ("lora\n", "not a mapping")],
+    [
+        ("", "empty"),
+        ("# only a comment\n", "empty"),
+        ("- lora\n", "not a mapping"),
+        ("lora\n", "not a mapping"),
+        ("!!set {lora}\n", "not a mapping"),
+    ],
 )
-def test_a_file_without_sections_is_named_with_a_file_to_start_from(problems, text, reason):
+def test_a_file_without_sections_is_one_problem_with_a_file_to_start_from(problems, text, reason):
     (problem,) = problems(text)
     assert problem.startswith("--config: ") and reason in problem and "configs/tiny.yaml" in problem
 
 
-def test_a_missing_file_is_named_with_a_file_to_start_from(tmp_path):
+def test_a_missing_file_is_one_problem_with_a_file_to_start_from(tmp_path):
     with pytest.raises(UserError, match=r"^--config: .*nowhere\.yaml: does not exist\. Start from config\.yaml"):
         load_config(tmp_path / "nowhere.yaml")
 
@@ -207,7 +205,7 @@ def test_a_file_that_is_not_text_is_one_problem(tmp_path):
             load_config(unreadable)
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_key(load):
+def test_a_byte_order_mark_does_not_change_the_first_key(load):
     assert load("\ufefflora:\n  rank: 3\n").lora.rank == 3
 
 
@@ -216,12 +214,18 @@ def test_a_mistake_on_the_command_line_says_so(problems):
     assert problem.startswith("command line: lora.rank: 'many': ") and "the default: 16" in problem
 
 
-def test_override_names_the_key_as_load_config_does():
+def test_a_problem_carries_its_place_key_value_problem_and_remedy(load, tmp_path):
+    with pytest.raises(UserError) as caught:
+        load("lora:\n  alpha: high\n")
+    remedy = "correct it, or use the default: 32.0"
+    expected = Problem("lora.alpha", "'high'", "should be a valid number", remedy, f"{tmp_path}/settings.yaml:2")
+    assert caught.value.problems == [expected]
+
+
+def test_override_reports_mistakes_like_load_config():
     with pytest.raises(UserError, match=r"command line: generation.top_p: '0': .*the default: 0\.9"):
         override(Config(), {"generation.top_p": "0"})
 
-
-# Contradictions, and many mistakes at once
 
 CONTRADICTIONS = [
     (
@@ -249,21 +253,18 @@ def test_each_half_of_a_contradiction_is_fine_alone(load, values):
         load("lora:\n  rank: 8\n", {key: value})
 
 
-def test_all_mistakes_are_told_at_once(problems):
+def test_all_mistakes_are_reported_at_once(problems):
     text = "lora:\n  r: 8\n  alpha: high\nlorra: {}\ntraining:\n  seed: -1\n  device: cpu\nperformance:\n  vram_limit_gib: 8\n"
-    told = problems(text, {"lora.dropout": 1})
+    lines = problems(text, {"lora.dropout": 1})
     expected = ["lora.r:", "lora.alpha:", "lorra:", "training.seed:", "performance.vram_limit_gib:", "lora.dropout:"]
-    assert len(told) == len(expected)
+    assert len(lines) == len(expected)
     for key in expected:
-        assert sum(f"{key} " in problem for problem in told) == 1
+        assert sum(f"{key} " in line for line in lines) == 1
 
 
-def test_a_wrong_value_is_not_blamed_for_a_contradiction_as_well(problems):
-    told = problems("performance:\n  micro_batch: 3\ntraining:\n  batch_size: 0\n")
-    assert len(told) == 1 and "training.batch_size" in told[0]
-
-
-# The command line
+def test_a_wrong_value_is_not_reported_as_a_contradiction_as_well(problems):
+    (problem,) = problems("performance:\n  micro_batch: 3\ntraining:\n  batch_size: 0\n")
+    assert "training.batch_size" in problem
 
 
 def test_set_reads_the_value_as_yaml():
@@ -285,7 +286,7 @@ def test_set_without_a_usable_value_is_one_problem(assignment, words):
     assert caught.value.lines[0].startswith(f"--set: {assignment}: ")
 
 
-def test_hyphens_are_accepted_for_underscores_in_flags_and_left_in_values():
+def test_hyphens_mean_underscores_in_flags_and_stay_in_values():
     config = from_command_line("--max-length", "64", "--output-dir=my-run", "--model-name", "my-org/my-model")
     assert config.data.max_length == 64
     assert config.training.output_dir == "my-run"
@@ -301,7 +302,7 @@ def test_an_unknown_flag_is_one_line_with_the_closest(capsys, flag):
     assert line.startswith("error: --learnin_rate") and "did you mean --learning_rate?" in line
 
 
-def test_the_command_answers_a_mistake_with_one_line_and_status_2(root):
+def test_the_command_reports_a_mistake_in_one_line_with_status_2(root):
     command = [sys.executable, "train_qlora.py", "--rank", "0"]
     result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2
@@ -310,7 +311,7 @@ def test_the_command_answers_a_mistake_with_one_line_and_status_2(root):
     assert line.startswith("error: ") and "lora.rank" in line
 
 
-def test_a_mistake_is_answered_before_torch_is_imported(root):
+def test_a_mistake_is_reported_before_torch_is_imported(root):
     code = """
 import sys, train_qlora
 from qlora_kit.errors import UserError
@@ -339,7 +340,7 @@ def test_the_data_set_may_be_a_list():
         ("data.packing", "sometimes", "should be a valid boolean"),
     ],
 )
-def test_data_keys_of_a_wrong_value_are_one_problem(key, value, reason):
+def test_a_wrong_value_of_a_data_key_is_one_problem(key, value, reason):
     with pytest.raises(UserError) as caught:
         override(Config(), {key: value})
     (problem,) = caught.value.lines

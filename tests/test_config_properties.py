@@ -1,6 +1,6 @@
-"""Any config file and any command line: a plan, or one line for each mistake; never a traceback.
+"""Any config file and any command line give a plan, or one line for each mistake, but never a traceback.
 
-The command is the real one (`python train_qlora.py --plan`), in this process. 5,000 cases are one of the slow tests:
+The command is the real one (`python train_qlora.py --plan`), in this process. A slow test has 5,000 cases:
 `python -m pytest -m slow tests/test_config_properties.py`.
 """
 
@@ -28,7 +28,7 @@ SETTINGS = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large],
 )  # fmt: skip
 
-# What values are apt to go wrong with, beside anything at all.
+# Values that often break parsers, in addition to arbitrary values.
 numbers = st.integers() | st.floats() | st.sampled_from([0, -1, 1, 10**9, 10**18, 10**40, 1e-320, 1e308, 2**32])
 words = st.text(max_size=12) | st.sampled_from([
     "auto", "true", "null", "nan", "1e999", "nf4", "cpu", "assets/tiny-qwen2", "../x", "a\0b", "\x1b[2J", "no/such", ".", "~", "",
@@ -46,7 +46,7 @@ assignments = st.sampled_from(KEYS).flatmap(lambda key: st.tuples(st.just(key), 
 
 @st.composite
 def known_keys(draw) -> str:
-    """A file that mentions real keys: some values as they should be, others as they come."""
+    """A file with real keys: some values are valid, others arbitrary."""
     content: dict = {}
     for key, value in draw(st.lists(assignments, max_size=6)):
         section, _, name = key.partition(".")
@@ -58,7 +58,7 @@ def known_keys(draw) -> str:
 
 @st.composite
 def damaged(draw) -> str:
-    """A shipped file with a few stretches cut out, doubled or replaced."""
+    """A shipped file with a few passages removed, doubled or replaced."""
     text = draw(st.sampled_from(SHIPPED))
     for _ in range(draw(st.integers(1, 4))):
         start = draw(st.integers(0, len(text)))
@@ -90,22 +90,22 @@ command_lines = (sensible | sensible | st.lists(set_flags | named_flags | st.bui
 
 def check(path: Path, content: bytes, words: list[str]) -> None:
     path.write_bytes(content)
-    said, printed, status = io.StringIO(), io.StringIO(), None
-    with redirect_stderr(said), redirect_stdout(printed):
+    stderr, stdout, status = io.StringIO(), io.StringIO(), None
+    with redirect_stderr(stderr), redirect_stdout(stdout):
         try:
             cli.run(lambda: train_qlora.main(["--config", str(path), *words, "--plan"]))
         except SystemExit as ending:
             status = ending.code
-    lines = said.getvalue().removesuffix("\n").split("\n")
-    assert status in (0, 2), said.getvalue()
+    lines = stderr.getvalue().removesuffix("\n").split("\n")
+    assert status in (0, 2), stderr.getvalue()
     if status == 0:
-        assert said.getvalue() == "" and printed.getvalue()
+        assert stderr.getvalue() == "" and stdout.getvalue()
     else:
-        assert printed.getvalue() == "" and all(line.startswith("error: ") and not CONTROL.search(line) for line in lines), lines
+        assert stdout.getvalue() == "" and all(line.startswith("error: ") and not CONTROL.search(line) for line in lines), lines
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def config_path(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["train_qlora.py"])
     return tmp_path / "settings.yaml"
@@ -113,12 +113,12 @@ def place(tmp_path, monkeypatch):
 
 @settings(SETTINGS, max_examples=150)
 @given(content=files, words=command_lines)
-def test_any_config_and_command_line_is_a_plan_or_one_line_a_mistake(place, content, words):
-    check(place, content, words)
+def test_any_config_and_command_line_gives_a_plan_or_one_line_per_mistake(config_path, content, words):
+    check(config_path, content, words)
 
 
 @pytest.mark.slow
 @settings(SETTINGS, max_examples=5000)
 @given(content=files, words=command_lines)
-def test_five_thousand_of_them(place, content, words):
-    check(place, content, words)
+def test_five_thousand_configs_and_command_lines(config_path, content, words):
+    check(config_path, content, words)
