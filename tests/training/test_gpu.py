@@ -13,7 +13,7 @@ import torch
 import train_qlora
 from qlora_kit.config_file import load_config
 from qlora_kit.errors import UserError
-from qlora_kit.training.checkpointing import page_again
+from qlora_kit.training.checkpointing import move_state_to_paged_memory
 from qlora_kit.training.machine import look_at_machine
 from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
 
@@ -110,7 +110,7 @@ def test_loaded_optimizer_state_is_paged_again_and_steps_alike(tmp_path):
     again = PagedAdamW8bit([broken], lr=1e-3)
     again.load_state_dict(torch.load(tmp_path / "optimizer.pt", map_location="cpu", weights_only=True))
     assert not any(getattr(again.state[broken][name], "is_paged", False) for name in ("state1", "state2"))  # else drop paging.py
-    assert page_again(again) == 2
+    assert move_state_to_paged_memory(again) == 2
     assert all(again.state[broken][name].is_paged for name in ("state1", "state2"))
     step(again, broken, range(2, 4))
     assert torch.equal(broken, straight)
@@ -197,9 +197,9 @@ def test_a_run_that_was_killed_goes_on_as_two_undisturbed_ones_differ(root, rand
             time.sleep(0.001)
         process.kill()
     assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
-    loaded, page = [], page_again
+    loaded, page = [], move_state_to_paged_memory
     monkeypatch.setattr(
-        "qlora_kit.training.checkpointing.page_again", lambda optimizer: (loaded.append(optimizer), page(optimizer))[1]
+        "qlora_kit.training.trainer.move_state_to_paged_memory", lambda optimizer: (loaded.append(optimizer), page(optimizer))[1]
     )
     train_qlora.main([*flags, "--output_dir", str(killed), "--resume"])
     (optimizer,) = loaded

@@ -33,7 +33,7 @@ def config(**sections) -> Config:
 def test_a_technique_of_the_gpu_is_refused_on_a_cpu_only_when_insisted_on(no_gpu, key, remedy):
     with pytest.raises(UserError) as refused:
         machine.look_at_machine(config(performance={key: True}), None)
-    assert refused.value.lines == [f"performance.{key}: true: cannot work here (needs a CUDA GPU); use {remedy}"]
+    assert refused.value.lines == [f"performance.{key}: true: cannot work here (needs a CUDA GPU). Use {remedy}."]
     for value in (False, "auto") if "auto" in remedy else (False,):
         assert machine.look_at_machine(config(performance={key: value}), None).device == "cpu"
 
@@ -41,12 +41,12 @@ def test_a_technique_of_the_gpu_is_refused_on_a_cpu_only_when_insisted_on(no_gpu
 def test_a_technique_of_the_fast_path_is_refused_without_it():
     asked = config(performance={"compile": True, "cuda_graphs": True, "fused_lora": False})
     with pytest.raises(UserError) as refused:
-        machine.check_insistence(asked, "cuda")
-    assert [problem.partition(";")[0] for problem in refused.value.lines] == [
+        machine.check_switches(asked, "cuda")
+    assert [line.partition(". ")[0] for line in refused.value.lines] == [
         f"performance.{key}: true: cannot work here (performance.fused_lora is false)" for key in ("compile", "cuda_graphs")
     ]
-    machine.check_insistence(config(performance={"compile": True, "offload_embedding": True}), "cuda")
-    machine.check_insistence(config(performance={"fused_lora": False}), "cpu")
+    machine.check_switches(config(performance={"compile": True, "offload_embedding": True}), "cuda")
+    machine.check_switches(config(performance={"fused_lora": False}), "cpu")
 
 
 def test_a_cpu_has_no_limit(no_gpu):
@@ -66,7 +66,9 @@ def test_the_limit_is_what_is_free_or_the_cap_below_it(monkeypatch, new_gpu, cap
 
 def test_a_cap_above_the_card_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(name="a GPU", total_memory=8 * GIB))
-    with pytest.raises(UserError, match=r"^performance.vram_limit_gib: 9: this GPU has 8\.0 GiB; use less, or null"):
+    with pytest.raises(
+        UserError, match=r"^performance.vram_limit_gib: 9: is more than the 8\.0 GiB of this GPU. Use less, or null"
+    ):
         device.cap_memory(9)
 
 
@@ -95,7 +97,7 @@ def test_a_cap_above_the_card_is_refused(monkeypatch):
 def test_out_of_memory_is_one_line_with_the_remedies_that_are_left(monkeypatch, asked, remedies):
     monkeypatch.setattr(machine, "memory_gib", lambda name: {"peak_reserved": 7.9})
     planned = asked.get("performance", {}).get("fused_lora", True)
-    with pytest.raises(Failed) as failed, machine.out_of_memory_is_one_line(config(**asked), planned):
+    with pytest.raises(Failed) as failed, machine.explaining_out_of_memory(config(**asked), planned):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
     line = str(failed.value)
     assert line.startswith("the GPU's memory is full at 7.90 GiB; try ") and "\n" not in line
@@ -112,7 +114,7 @@ def test_out_of_memory_is_one_line_with_the_remedies_that_are_left(monkeypatch, 
 ])  # fmt: skip
 def test_a_full_gpu_has_several_voices(error, full):
     assert device.is_out_of_memory(error) == full
-    with pytest.raises(Failed if full else type(error)), machine.out_of_memory_is_one_line(config(), planned=True):
+    with pytest.raises(Failed if full else type(error)), machine.explaining_out_of_memory(config(), planned=True):
         raise error
 
 
