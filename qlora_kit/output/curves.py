@@ -1,4 +1,4 @@
-"""Training_curves.png."""
+"""training_curves.png: the losses and the learning rate."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ from qlora_kit.output.folder import METRICS
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the objects of metrics.jsonl in an output folder or a checkpoint."""
     with (folder / METRICS).open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
@@ -16,11 +17,11 @@ def plot_training_curves(metrics: list[dict[str, Any]], path: Path) -> None:
     """Draw the losses (left) and the learning rate (right) of `metrics` to a PNG file.
 
     Args:
-        metrics: objects of metrics.jsonl: `step` with `loss` and `learning_rate`, or with `eval_loss`.
+        metrics: objects of metrics.jsonl, with `step`, and `loss` and `learning_rate` or `eval_loss`.
     """
     import matplotlib
 
-    matplotlib.use("Agg")  # no screen needed
+    matplotlib.use("Agg")  # works without a screen
     import matplotlib.pyplot as plt
 
     train = [entry for entry in metrics if "loss" in entry]

@@ -1,23 +1,27 @@
-"""One run in an output folder at a time.
+"""One run per output folder.
 
-The operating system's own lock on a file goes when its process does, however that ends. Where there is none (Windows, some
-network file systems), the process that the file names is asked after. Imports no torch.
+The operating system releases a lock on a file when its process ends, however it ends. Some network file systems have no locks:
+there the file counts as locked while the process whose number it holds is alive. Imports no torch.
 """
 
 import errno
+import fcntl
 import os
 from contextlib import suppress
 from pathlib import Path
 
+from psutil import pid_exists
+
 from qlora_kit.errors import UserError
 
 LOCK = ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class OutputLock:
-    """Held from `take` to the end of the `with` block; holds the file .lock with the id of the process.
+    """Holds the file .lock, which contains the process number, from `take` to the end of the `with` block.
 
-    `with` takes it at once where the folder exists. A new folder is made, and locked, only when there is something to write.
+    `with` takes it at once if the folder exists. A new folder is created, and locked, only when there is something to write.
     """
 
     def __init__(self, folder: Path):
@@ -31,16 +35,16 @@ class OutputLock:
 
     def __exit__(self, *exception: object) -> None:
         if self.handle is not None:
-            with suppress(OSError):  # Windows removes no open file; there a process that is gone is asked after
-                self.path.unlink()  # while it is still locked: nobody else can hold it
+            with suppress(OSError):  # a broken disk must not hide how the run ended
+                self.path.unlink()  # while it is locked, so that it is no other run's file
             os.close(self.handle)
             self.handle = None
 
     def take(self) -> bool:
-        """Make the folder if need be and hold it from here on; False when it is held already.
+        """Create the folder if it does not exist, and lock it; return False if it was locked already.
 
         Raises:
-            UserError: another process holds it.
+            UserError: another process has locked it.
         """
         if self.handle is not None:
             return False
@@ -48,39 +52,33 @@ class OutputLock:
         while self.handle is None:
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
             owner = os.read(handle, 20).decode(errors="replace").strip()
-            if not _locked(handle, owner):
+            if not _lock(handle, owner):
                 os.close(handle)
-                raise UserError(
-                    f"training.output_dir: {self.folder}: another run (process {owner or 'unknown'}) is writing there; "
-                    "wait for its end, or name another --output_dir"
-                )
-            if self._is_still_there(handle):
+                problem = f"is in use by another run (process {owner or 'unknown'})"
+                raise UserError("training.output_dir", self.folder, problem, "wait for its end, or use another --output_dir")
+            if self._is_current(handle):
                 os.lseek(handle, 0, os.SEEK_SET)
                 os.write(handle, f"{os.getpid():<10}\n".encode())
                 self.handle = handle
-            else:  # its holder removed it between opening and locking: what we locked has no name any more
+            else:  # its holder deleted the file between our open and our lock: the locked file has no name any more
                 os.close(handle)
         return True
 
-    def _is_still_there(self, handle: int) -> bool:
+    def _is_current(self, handle: int) -> bool:
         try:
             return os.path.samestat(os.stat(self.path), os.fstat(handle))
         except FileNotFoundError:
             return False
 
 
-def _locked(handle: int, owner: str) -> bool:
-    """Whether the file is ours now."""
+def _lock(handle: int, owner: str) -> bool:
+    """Lock an open file that holds the process number `owner`; return whether it worked."""
     try:
-        import fcntl
-
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
     except BlockingIOError:
         return False
-    except (ImportError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
             raise
-        from psutil import pid_exists
-
         return not (owner.isdigit() and int(owner) != os.getpid() and pid_exists(int(owner)))

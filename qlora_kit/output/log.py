@@ -1,6 +1,6 @@
-"""What a run leaves to read: training_log.txt, metrics.jsonl, training_curves.png, run.json.
+"""training_log.txt and metrics.jsonl.
 
-metrics.jsonl holds one object a logged step and is the source of the picture. Imports no torch.
+metrics.jsonl holds one JSON object for each logged step; training_curves.png is drawn from it. Imports no torch.
 """
 
 import json
@@ -15,21 +15,21 @@ from qlora_kit.secrets import redact
 
 
 class RunLog:
-    """Lines for the reader, on standard error and in training_log.txt; numbers for programs, in metrics.jsonl.
+    """Lines for people, on standard error and in training_log.txt; numbers for programs, in metrics.jsonl.
 
-    Nothing is written to disk before `open`: a run that fails while it gets ready leaves an earlier run's files alone.
+    Nothing is written to disk before `open`, so that a run that fails earlier leaves the files of an earlier run as they are.
 
     Args:
-        speaks: False in a process that leaves this to another: it says and writes nothing.
+        enabled: False on every rank but 0: nothing is printed or written.
     """
 
-    def __init__(self, speaks: bool = True) -> None:
-        self.speaks = speaks
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
         self._waiting: list[str] = []
         self._folder: Path | None = None
 
     def open(self, folder: Path, checkpoint: Path | None) -> None:
-        """Start the files in `folder` afresh, or go on from those that a checkpoint holds: no step is missing, none twice."""
+        """Start both files in `folder`, empty or as a checkpoint holds them, so that a resumed run logs each step once."""
         self._folder = folder
         for name in (LOG, METRICS):
             (folder / name).unlink(missing_ok=True)  # a run that failed before its first checkpoint may have left both
@@ -41,7 +41,7 @@ class RunLog:
             self.file_only(text)
 
     def copy_to(self, checkpoint: Path) -> None:
-        """Both files as they are now."""
+        """Copy both files into a checkpoint."""
         assert self._folder is not None, "a checkpoint before the log was opened"
         for name in (LOG, METRICS):
             if (self._folder / name).exists():
@@ -50,13 +50,15 @@ class RunLog:
                 (checkpoint / name).touch()
 
     def line(self, text: str = "") -> None:
-        if self.speaks:
+        """Write a line to standard error and to training_log.txt."""
+        if self.enabled:
             print(redact(text), file=sys.stderr)
         self.file_only(text)
 
     def file_only(self, text: str) -> None:
+        """Write a line to training_log.txt, or keep it until `open`."""
         text = redact(text)
-        if not self.speaks:
+        if not self.enabled:
             return
         if self._folder is None:
             self._waiting.append(text)
@@ -64,15 +66,12 @@ class RunLog:
             _append(self._folder / LOG, text)
 
     def metrics(self, values: dict[str, Any]) -> None:
-        if not self.speaks:
+        """Write an object to metrics.jsonl, with null for NaN and infinity, which JSON does not have."""
+        if not self.enabled:
             return
         assert self._folder is not None, "metrics before the log was opened"
-        _append(self._folder / METRICS, json.dumps(finite(values)))
-
-
-def finite(values: dict[str, Any]) -> dict[str, Any]:
-    """With null for what JSON has no word for, such as the standard error of a single block."""
-    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()}
+        values = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
+        _append(self._folder / METRICS, json.dumps(values))
 
 
 def _append(path: Path, text: str) -> None:

@@ -5,9 +5,17 @@ from itertools import pairwise
 import pytest
 
 from qlora_kit.config import GIB, Config
-from qlora_kit.config_file import override
+from qlora_kit.config_file import load_config, override
 from qlora_kit.planning.memory import estimate_memory
-from qlora_kit.planning.plan import KEPT_WEIGHTS_TOKENS, MICRO_STEP_TOKENS, RECOMPUTATION, Plan, make_plan
+from qlora_kit.planning.plan import (
+    KEPT_WEIGHTS_TOKENS,
+    MICRO_STEP_TOKENS,
+    RECOMPUTATION,
+    Plan,
+    make_plan,
+    plan_inputs,
+    resume_plan,
+)
 from qlora_kit.planning.shape import ModelShape
 
 LIMITS = [1.0, 2.0, 2.8, 3.0, 4.0, 6.0, 7.2, 8.0, 12.0, 24.0, 80.0, 139.0]  # GiB
@@ -111,3 +119,19 @@ def test_without_a_shape_the_micro_batch_is_the_batch_size(limit):
 def test_the_librarys_layers_have_no_prediction(qwen_3b):
     config = override(Config(), {"performance.fused_lora": False, "training.batch_size": 2})
     assert make_plan(config, qwen_3b, 8 * GIB) == Plan(2, 36, {})  # recomputation on a GPU, as nothing is known of its memory
+
+
+def test_a_resumed_run_keeps_its_plan_unless_the_settings_changed(root):
+    tiny = root / "configs" / "tiny.yaml"
+    config = load_config(tiny, {"training.batch_size": 8, "training.gradient_accumulation_steps": 1})
+    before = {"micro_batch": 4, "recomputed": 3, "keep_weights": False}
+    now = Plan(8, 0, {})
+    assert resume_plan(now, config, None, None, before, settings_unchanged=True) == Plan(4, 3, {})
+    assert resume_plan(now, config, None, None, before, settings_unchanged=False) == now
+    shape = ModelShape("qwen2", 6, 192, 6, 2, 32, 512, 6144, True)
+    planned = Plan(8, 0, {"all": 1e6})
+    assert resume_plan(planned, config, shape, 1e12, before, settings_unchanged=True).micro_batch == 4
+    assert resume_plan(planned, config, shape, 1e3, before, settings_unchanged=True) == planned  # the old plan no longer fits
+    other = load_config(tiny, {"performance.micro_batch": 2})
+    assert plan_inputs(other) != plan_inputs(config)
+    assert plan_inputs(config) == plan_inputs(load_config(tiny))
