@@ -57,7 +57,7 @@ class OneLineParser(argparse.ArgumentParser):
         sys.exit(2)
 
     def _problem(self, message: str) -> Problem:
-        """Return argparse's message as a problem; its forms: `argument FLAG: ...`, `unrecognized arguments: ...`, and others."""
+        """Return argparse's message (`argument FLAG: ...`, `unrecognized arguments: ...`, and others) as a problem."""
         flag, _, problem = message.removeprefix("argument ").partition(": ")
         if flag == "unrecognized arguments" and problem.startswith("--"):
             flag = problem.split()[0].partition("=")[0]  # without its value, which may be a secret
@@ -127,7 +127,7 @@ def results_console(**options: Any) -> Console:
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Call `main` and exit with the status that its ending stands for; a user's mistake is never a traceback.
+    """Call `main`, report its error and exit with its status; a user's mistake is never a traceback.
 
     A command whose results are no longer read, as before `| head`, ends quietly; one whose messages are no longer read continues.
     """

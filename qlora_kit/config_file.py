@@ -69,7 +69,7 @@ def closest(name: str, known: Iterable[str]) -> str | None:
 
 
 def did_you_mean(guess: str | None) -> str:
-    """Return what a message about an unknown name appends: the name that was probably meant, if any."""
+    """Return ` (did you mean GUESS?)`, for the end of a message about an unknown name; empty without a guess."""
     return f" (did you mean {guess}?)" if guess else ""
 
 

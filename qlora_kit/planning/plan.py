@@ -1,6 +1,6 @@
-"""The micro-batch and the recomputed layers that fit and are fastest.
+"""Choose the micro-batch and the recomputed layers that fit and are fastest.
 
-Planned from shapes alone (memory.py), before any weight is loaded. Imports no torch.
+A plan needs only shapes (memory.py): it is made before any weight is loaded. Imports no torch.
 """
 
 import math
