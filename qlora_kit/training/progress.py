@@ -23,14 +23,14 @@ class ProgressCallback(TrainerCallback):
 
     def __init__(self, log: RunLog, machine: Machine, tokens_per_step: float):
         self.log, self.machine, self.tokens_per_step = log, machine, tokens_per_step
-        self.console = Console(stderr=True, quiet=not self.log.speaks)
+        self.console = Console(stderr=True, quiet=not self.log.enabled)
         self.bar: Progress | None = None
         self.speed = SpeedMeter()
 
     def on_train_begin(self, args, state, control, **rest):
         self.speed = SpeedMeter()
         self.total = state.max_steps
-        if self.console.is_terminal and self.log.speaks:
+        if self.console.is_terminal and self.log.enabled:
             # In a narrow window the loss is cut at its end, and step and time stay.
             narrow, wide = Column(ratio=1, min_width=4), Column(ratio=8, no_wrap=True, overflow="ellipsis")
             self.bar = Progress(
