@@ -13,9 +13,9 @@ import qlora_kit.doctor.command
 import qlora_kit.merge.command
 import train_qlora
 from finetuning_lessons.lesson import create_parser
-from qlora_kit.config import GIB, Config
+from qlora_kit.config import GIB, Config, GenerationSettings
 from qlora_kit.config_file import load_config, override
-from qlora_kit.data.formats import READERS, recognise
+from qlora_kit.data.formats import READERS, recognise_format
 from qlora_kit.errors import UserError
 from qlora_kit.planning.fit import check_fit
 from qlora_kit.planning.memory import estimate_memory
@@ -53,7 +53,7 @@ def test_command_is_one_that_works(command, monkeypatch):
             load_config(ROOT / "config.yaml" if written_by_a_run else arguments.config, train_qlora.overrides(arguments))
         case ["python", "inference_example.py", *flags]:
             arguments = inference_example.parse_arguments(flags)
-            inference_example.sampling_settings(arguments, load_config(ROOT / "config.yaml"))
+            inference_example.sampling_settings(arguments, GenerationSettings())
             inference_example.check_flags(arguments)
         case ["python", "-m", "qlora_kit.merge", *flags]:
             qlora_kit.merge.command.parse_arguments(flags)
@@ -107,7 +107,7 @@ def test_parameter_table_follows_from_the_shape(row):
 
 
 def shown(command: str) -> str:
-    """What README shows below a command, with the lines that it broke for width joined again."""
+    """Return the output that README shows below a command, with wrapped lines joined."""
     (text,) = re.findall(r"```text\n\$ python " + re.escape(command) + r"\n(.*?)\n```", README, re.DOTALL)
     return text.replace("\n    ", " ")
 
@@ -126,8 +126,16 @@ def test_the_preview_shown_is_the_one_printed(capsys, monkeypatch):
 
 def test_each_format_of_the_table_is_recognised_as_such():
     rows = re.findall(r"^\| `(\w+)` \| `(\{.+?\})`", README, re.MULTILINE)
-    assert {kind: recognise(json.loads(record)) for kind, record in rows} == {kind: kind for kind, _ in rows}
+    assert {kind: recognise_format(json.loads(record)) for kind, record in rows} == {kind: kind for kind, _ in rows}
     assert {kind for kind, _ in rows} == {*READERS, "instruction", "text"}
+
+
+def test_the_mistakes_shown_are_the_ones_printed(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError) as refused:
+        train_qlora.main(["--set", "lora.rnak=8", "--alpha", "high"])
+    printed = "\n".join(f"error: {line}" for line in refused.value.lines)
+    assert shown("train_qlora.py --set lora.rnak=8 --alpha high") == printed
 
 
 def test_the_refusal_shown_is_the_one_printed():
@@ -138,7 +146,7 @@ def test_the_refusal_shown_is_the_one_printed():
 
 
 def peak(recomputed: int, **changes) -> float:
-    """GiB at one sequence of 512 tokens unless changed."""
+    """Return the peak in GiB for one sequence of 512 tokens, with some settings changed."""
     config = override(Config(), {key.replace("__", "."): value for key, value in changes.items()})
     return sum(estimate_memory(QWEN, config, 1, recomputed).values()) / GIB
 
