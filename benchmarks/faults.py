@@ -1,7 +1,7 @@
-"""Faults put into short runs on the CPU: each ends in one line, loses nothing, and goes on to the result of an undisturbed run.
+"""Faults injected into short runs on the CPU: each must end in one line, lose nothing, and resume to the undisturbed result.
 
-reliability.py runs them and prints the table. A fault that this machine cannot make (mounting a small disk takes its
-administrator) is skipped, and says so.
+reliability.py runs them and prints the table. A fault that this machine cannot produce (mounting a small disk needs root) is
+skipped, and the table says so.
 """
 
 import math
@@ -21,11 +21,11 @@ from qlora_kit.output.checkpoints import find_newest_valid, list_checkpoints
 
 
 class Fault(NamedTuple):
-    """How one kind of fault went."""
+    """The result of one kind of fault."""
 
     tried: int
     right: int
-    said: str  # the last time, or why it was skipped
+    said: str  # the message of the last run, or why the fault was skipped
 
 
 class Skipped(Exception):
@@ -33,16 +33,16 @@ class Skipped(Exception):
 
 
 def last_line(folder: Path) -> str:
-    """What a process that ended said last, when that was one line and no traceback."""
+    """Return the last line of a process, if it printed one error line and no traceback; else the end of its output."""
     text = folder.with_suffix(".txt").read_text(errors="replace")
     folder.with_suffix(".txt").unlink()
     lines = text.strip().splitlines()
-    alone = sum(line.startswith("error: ") for line in lines) == 1 and "Traceback" not in text
-    return lines[-1] if lines and alone else f"not one line: {text[-2000:]}"
+    single = sum(line.startswith("error: ") for line in lines) == 1 and "Traceback" not in text
+    return lines[-1] if lines and single else f"not one line: {text[-2000:]}"
 
 
-def goes_on(folder: Path, expected: tuple) -> bool:
-    """Whether the run, now without a fault, ends with the adapter and the log of the undisturbed one."""
+def resumes(folder: Path, expected: tuple) -> bool:
+    """Resume the run without a fault; return whether its adapter and log equal those of the undisturbed run."""
     status = start(folder).wait()
     same = status == 0 and outcome(folder) == expected
     if not same:
@@ -50,8 +50,8 @@ def goes_on(folder: Path, expected: tuple) -> bool:
     return same
 
 
-def paused_at(folder: Path, step: int) -> Child:
-    """A run that stands still behind the checkpoint of `step`."""
+def pause_at(folder: Path, step: int) -> Child:
+    """Start a run and pause it after the checkpoint of `step`."""
     child = start(folder)
     while child.running() and not (folder / "checkpoints" / f"checkpoint-{step}").exists():
         time.sleep(0.0005)
@@ -59,8 +59,9 @@ def paused_at(folder: Path, step: int) -> Child:
     return child
 
 
-def killed_at(folder: Path, step: int) -> None:
-    child = paused_at(folder, step)
+def kill_at(folder: Path, step: int) -> None:
+    """Start a run and kill it after the checkpoint of `step`."""
+    child = pause_at(folder, step)
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     folder.with_suffix(".txt").unlink()
@@ -68,7 +69,7 @@ def killed_at(folder: Path, step: int) -> None:
 
 @contextmanager
 def small_disk(folder: Path) -> Iterator[None]:
-    """64 MiB of their own at `folder`."""
+    """Mount a file system of 64 MiB at `folder`."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
@@ -80,12 +81,12 @@ def small_disk(folder: Path) -> Iterator[None]:
 
 
 def full_disk(place: Path, expected: tuple) -> Fault:
-    """The disk fills up in mid-run; when there is room again, the run goes on."""
+    """Fill the disk during a run; the run is resumed when there is space again."""
     right, steps = 0, range(1, STEPS - 1)
     for step in steps:
         folder = place / f"full-{step}"
         with small_disk(folder):
-            child = paused_at(folder, step)
+            child = pause_at(folder, step)
             free = shutil.disk_usage(folder).free
             (folder / "filler").write_bytes(bytes(free - 300_000))
             os.kill(child.pid, signal.SIGCONT)
@@ -93,19 +94,19 @@ def full_disk(place: Path, expected: tuple) -> Fault:
             valid, _ = find_newest_valid(list_checkpoints(folder / "checkpoints"))
             (folder / "filler").unlink()
             kept = status == 1 and said.startswith("error: ") and valid is not None and valid.step >= step
-            right += kept and goes_on(folder, expected)
+            right += kept and resumes(folder, expected)
     return Fault(len(steps), right, said)
 
 
 def read_only(place: Path, expected: tuple) -> Fault:
-    """The disk of an unfinished run can no longer be written; then it can."""
+    """Make the disk of an unfinished run read-only, then writable again."""
     folder = place / "read-only"
     with small_disk(folder):
-        killed_at(folder, 3)
+        kill_at(folder, 3)
         subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
         status, said = start(folder).wait(), last_line(folder)
         subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True)
-        right = status == 2 and said.startswith("error: training.output_dir") and goes_on(folder, expected)
+        right = status == 2 and said.startswith("error: training.output_dir") and resumes(folder, expected)
     return Fault(1, int(right), said)
 
 
@@ -115,21 +116,21 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def damaged(change: Callable[[Path], None]) -> Callable[[Path, tuple], Fault]:
-    """Every file of the newest checkpoint in turn; the one before it takes its place."""
+def damage(change: Callable[[Path], None]) -> Callable[[Path, tuple], Fault]:
+    """Return a fault that damages each file of the newest checkpoint in turn; the run resumes from the one before it."""
 
     def fault(place: Path, expected: tuple) -> Fault:
         begun = place / f"begun-{change.__name__}"
-        killed_at(begun, 4)
+        kill_at(begun, 4)
         newest = find_newest_valid(list_checkpoints(begun / "checkpoints"))[0]
         assert newest is not None
         files, right = [*newest.files, "manifest.json"], 0
         for name in files:
             folder = Path(shutil.copytree(begun, place / f"{change.__name__}-{name}.run"))
             change(folder / "checkpoints" / newest.folder.name / name)
-            same = goes_on(folder, expected)
+            same = resumes(folder, expected)
             lines = folder.with_suffix(".txt").read_text().splitlines()
-            said = next((line for line in lines if line.startswith("Passed over, not valid")), "")
+            said = next((line for line in lines if line.startswith("Skipped an invalid checkpoint")), "")
             right += same and name in said
         return Fault(len(files), right, said)
 
@@ -145,13 +146,13 @@ def remove(path: Path) -> None:
 
 
 def two_at_once(place: Path, expected: tuple) -> Fault:
-    """Two runs begin in one new folder; one of them gets it."""
+    """Start two runs in one new folder; one of them must be refused."""
     right, pauses = 0, (0.0, 0.05, 0.2, 0.4)
     for number, pause in enumerate(pauses):
         folder = place / f"two-{number}"
         first = start(folder)
         time.sleep(pause)
-        second = start(folder, flags=["--overwrite"])  # which would take everything away
+        second = start(folder, flags=["--overwrite"])  # it would delete the first run's files
         statuses = sorted([first.wait(), second.wait()])
         text = folder.with_suffix(".txt").read_text()
         said = next((line for line in text.splitlines() if line.startswith("error: ")), "")
@@ -169,15 +170,15 @@ def poison(step: int) -> Callable[[], None]:
     return inject
 
 
-def no_number(place: Path, expected: tuple) -> Fault:
-    """The loss of step k is NaN: the run stops at k, behind the checkpoint of the step before."""
+def nan_loss(place: Path, expected: tuple) -> Fault:
+    """Make the loss of step k NaN: the run stops at k, and the checkpoint of the step before is its newest."""
     right = 0
     for step in range(1, STEPS + 1):
         folder = place / f"nan-{step}"
         status, said = start(folder, inject=poison(step)).wait(), last_line(folder)
         valid, _ = find_newest_valid(list_checkpoints(folder / "checkpoints"))
         stopped = status == 1 and f"the loss is nan at step {step} " in said and (valid.step if valid else 0) == step - 1
-        right += stopped and goes_on(folder, expected)
+        right += stopped and resumes(folder, expected)
     return Fault(STEPS, right, said)
 
 
@@ -195,7 +196,7 @@ def starve(step: int) -> Callable[[], None]:
             begin(micro, number)
 
         def accumulate(decoder, inputs, *rest):
-            result = real(decoder, inputs, *rest)  # the gradient has been added by the time that memory runs out
+            result = real(decoder, inputs, *rest)  # memory runs out after the gradient was added
             if now[0] >= step and len(inputs) > 1:
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory")
             return result
@@ -206,9 +207,9 @@ def starve(step: int) -> Callable[[], None]:
 
 
 def out_of_memory(place: Path, _: tuple) -> Fault:
-    """Step k finds too little memory: half as many sequences at a time from there on, the same data, the same losses."""
-    flags = ["--dropout", "0"]  # drawn anew for each micro-batch
-    straight = place / "with enough"
+    """Let step k run out of memory: from there on half as many sequences at a time, the same data, the same losses."""
+    flags = ["--dropout", "0"]  # dropout is drawn for each micro-batch
+    straight = place / "enough-memory"
     start(straight, flags=flags).wait()
     expected, right = outcome(straight)[1], 0
     for step in range(1, STEPS + 1):
@@ -227,12 +228,12 @@ def out_of_memory(place: Path, _: tuple) -> Fault:
 
 
 FAULTS: dict[str, Callable[[Path, tuple], Fault]] = {
-    "full disk in mid-run": full_disk,
+    "full disk during a run": full_disk,
     "read-only output": read_only,
-    "a flipped bit in a file of the newest checkpoint": damaged(flip),
-    "a truncated file in it": damaged(truncate),
-    "a missing file in it": damaged(remove),
+    "a flipped bit in a file of the newest checkpoint": damage(flip),
+    "a truncated file in it": damage(truncate),
+    "a missing file in it": damage(remove),
     "two runs in one folder at once": two_at_once,
-    "NaN at step k": no_number,
+    "NaN at step k": nan_loss,
     "out of memory at step k": out_of_memory,
 }

@@ -1,18 +1,17 @@
-"""Kills and stops at random moments, and faults: is anything ever lost?
+"""Kill and stop runs at random moments, inject faults, and check that nothing is lost.
 
     python benchmarks/reliability.py --kills 200 --stops 100
 
-Each run trains the embedded model of configs/tiny.yaml on the CPU for a few steps and saves after each. It is killed (SIGKILL)
-at a random moment, more than half the times aiming at a save, and resumed, until it has finished; then its adapter and its log
-are compared with those of a run that nobody disturbed, byte for byte. Stops (SIGINT, SIGTERM) likewise, with exit status and
-step checked. Then each fault of faults.py.
+Each run trains the embedded model of configs/tiny.yaml on the CPU for a few steps and saves after each step. It is killed
+(SIGKILL) at a random moment, in more than half the cases close to a save, and resumed, until it has finished; then its adapter
+and its log must equal those of an undisturbed run byte for byte. Stops (SIGINT, SIGTERM) are tested alike; their exit status and
+step are checked too. Then each fault of faults.py is injected.
 
-To be quick, a run is a forked child of this process, which has imported the libraries and started no thread of its own; every
-tenth one is a process of its own (`python train_qlora.py`). Both call the same function, qlora_kit.cli.run. Nothing is mocked.
-Before its first checkpoint a run is begun anew. A kill counts as inside a save when what the save works with was left behind. A
-stop before the first step or after the last one ends the process as it would any program (130; SIGTERM itself): there is nothing
-to save.
-Prints two Markdown tables and leaves with 1 when anything was lost.
+For speed a run is a forked child of this process, which has imported the libraries and started no thread; every tenth run is a
+separate process (`python train_qlora.py`). Both call qlora_kit.cli.run, and nothing is mocked. A run without a checkpoint starts
+again from step 0. A kill counts as inside a save if temporary folders of the save were left. A stop before the first step or
+after the last one ends the process like any program (130, or SIGTERM itself): there is nothing to save.
+Prints two Markdown tables; the exit status is 1 if anything was lost.
 """
 
 import argparse
@@ -36,13 +35,13 @@ from tiny_runs import ROOT, STEPS, Child, outcome, start
 from qlora_kit import cli
 from qlora_kit.output.checkpoints import find_newest_valid, list_checkpoints
 
-OWN_PROCESS = 10  # every tenth
+OWN_PROCESS = 10  # every tenth run is a separate process
 SHARE_IN_TRAINING = 0.75  # of the stops
-SHARE_IN_A_SAVE = 0.6  # of the kills; fewer hit, as a save takes some 20 ms
+SHARE_IN_A_SAVE = 0.6  # of the kills; fewer succeed, because a save takes only some 20 ms
 
 
 def steps_done(folder: Path) -> int:
-    """Optimizer steps that the folder shows to be over: their checkpoint is there, or being written."""
+    """Return the newest optimizer step whose checkpoint is complete or being written."""
     with suppress(FileNotFoundError):
         root = folder / "checkpoints"
         folders = [*list_checkpoints(root), *list_checkpoints(root / ".saving")]
@@ -50,18 +49,18 @@ def steps_done(folder: Path) -> int:
     return 0
 
 
-def half_done(folder: Path) -> bool:
-    """Whether a save was cut off: what it works with is still there."""
+def has_leftovers(folder: Path) -> bool:
+    """Return whether a save is running or was interrupted: its temporary folders exist."""
     return any(folder.glob("checkpoints/.*"))
 
 
 def wait_for_a_save(child: Child, folder: Path) -> None:
-    while child.running() and not half_done(folder):
+    while child.running() and not has_leftovers(folder):
         time.sleep(0.0003)
 
 
 class Trial:
-    """Runs that are disturbed and resumed, until the wanted number of disturbances is reached; `found` counts what they met."""
+    """Runs that are disturbed and resumed until the wanted number of disturbances is reached; `found` counts the results."""
 
     def __init__(self, place: Path, seed: int):
         self.place, self.random, self.found = place, random.Random(seed), Counter[str]()
@@ -71,7 +70,7 @@ class Trial:
         self.seconds, self.expected = time.monotonic() - begun, outcome(folder)
 
     def repeat(self, wanted: int, disturb: Callable[[Child, Path, float], bool]) -> None:
-        """`disturb` returns whether it came in time; the run is then resumed, and so on until it has finished."""
+        """Disturb and resume runs until `wanted` disturbances hit; `disturb` returns whether it came before the run's end."""
         done = 0
         while done < wanted:
             self.found["runs"] += 1
@@ -79,10 +78,10 @@ class Trial:
             while True:
                 self.found["processes"] += 1
                 own_process = self.found["processes"] % OWN_PROCESS == 0
-                self.found["of their own"] += own_process
+                self.found["separate processes"] += own_process
                 child = start(folder, own_process)
-                # A process of its own imports the libraries first, for some six seconds; in the first half second there is only
-                # the interpreter, which answers Ctrl+C in its own way.
+                # A separate process first imports the libraries, for some six seconds; in the first half second only the
+                # interpreter runs, which handles Ctrl+C itself.
                 moment = self.random.uniform(0.5 * own_process, self.seconds + 6 * own_process)
                 if done == wanted or not disturb(child, folder, moment):
                     break
@@ -93,7 +92,7 @@ class Trial:
 
     def kill(self, child: Child, folder: Path, moment: float) -> bool:
         if self.random.random() < SHARE_IN_A_SAVE:
-            for _ in range(self.random.randint(1, 3)):  # not always in the first that there is
+            for _ in range(self.random.randint(1, 3)):  # not always in the first save
                 wait_for_a_save(child, folder)
                 time.sleep(self.random.uniform(0, 0.012))
         else:
@@ -103,7 +102,7 @@ class Trial:
         os.kill(child.pid, signal.SIGKILL)
         child.wait()
         self.found["kills"] += 1
-        self.found["kills inside a save"] += half_done(folder)
+        self.found["kills inside a save"] += has_leftovers(folder)
         return True
 
     def stop(self, child: Child, folder: Path, moment: float) -> bool:
@@ -120,7 +119,7 @@ class Trial:
         seen, said = steps_done(folder), child.said.stat().st_size if child.said.exists() else 0
         os.kill(child.pid, number)
         status = child.wait()
-        if status == 0:  # it had nothing left to do
+        if status == 0:  # the run had finished
             return False
         with child.said.open("rb") as file:
             stopped = re.search(rb"Stopped after step (\d+); everything is saved", file.read()[said:])
@@ -130,26 +129,26 @@ class Trial:
         valid, _ = find_newest_valid(list_checkpoints(folder / "checkpoints"))
         if stopped:
             step = int(stopped.group(1))
-            self.found["stops more than a step late"] += step - seen > 2  # the one under way, and one more
+            self.found["stops more than a step late"] += step - seen > 2  # the current step and one more are allowed
             self.found["stops without their checkpoint"] += valid is None or valid.step != step
         return True
 
     def judge(self, child: Child, folder: Path) -> None:
-        """The run was left alone at last."""
+        """Count the result of a run whose last process was not disturbed."""
         finished = child.wait() == 0 and (folder / "run.json").exists()
         text = folder.with_suffix(".txt").read_text(errors="replace")
         self.found["runs lost"] += not finished
-        self.found["invalid checkpoints met"] += text.count("Passed over, not valid")
+        self.found["invalid checkpoints found"] += text.count("Skipped an invalid checkpoint")
         same = finished and outcome(folder) == self.expected
         self.found["runs with another adapter or log"] += finished and not same
         if same:
             shutil.rmtree(folder)
         else:
-            print(f"\nkept for a look: {folder}", file=sys.stderr)
+            print(f"\nkept for inspection: {folder}", file=sys.stderr)
 
 
 WRONG = (
-    "runs lost", "runs with another adapter or log", "invalid checkpoints met", "stops with another exit status",
+    "runs lost", "runs with another adapter or log", "invalid checkpoints found", "stops with another exit status",
     "stops more than a step late", "stops without their checkpoint",
 )  # fmt: skip
 COUNTS = (
@@ -160,7 +159,7 @@ COUNTS = (
     "stops after a step",
     "runs",
     "processes",
-    "of their own",
+    "separate processes",
 )
 
 
@@ -180,14 +179,14 @@ def main() -> None:
         "qlora_kit.model.perplexity",
         "qlora_kit.training.build",
     ):
-        importlib.import_module(name)  # everything that a fork would import
+        importlib.import_module(name)  # all that a fork would import
 
     place = Path(tempfile.mkdtemp(prefix="reliability-"))
     begun = time.monotonic()
     trial = Trial(place, arguments.seed)
     trial.repeat(arguments.kills, trial.kill)
     trial.repeat(arguments.stops, trial.stop)
-    print(f"| {STEPS} steps, {trial.seconds:.1f} s a run left alone, seed {arguments.seed} | count |\n|---|---|")
+    print(f"| {STEPS} steps, {trial.seconds:.1f} s for an undisturbed run, seed {arguments.seed} | count |\n|---|---|")
     for name in (*COUNTS, *WRONG):
         print(f"| {name} | {trial.found[name]} |")
     print(f"| minutes | {(time.monotonic() - begun) / 60:.1f} |")
@@ -199,7 +198,7 @@ def main() -> None:
 
 
 def try_faults(place: Path, expected: tuple) -> bool:
-    """Whether every fault went as it should; prints the table."""
+    """Inject every fault and print the table; return whether all went as they should."""
     print("\n| fault | tried | one line, nothing lost | what was said |\n|---|---|---|---|")
     right = True
     for name, fault in FAULTS.items():

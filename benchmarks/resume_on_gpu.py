@@ -1,10 +1,10 @@
-"""A run at 3B on a GPU, killed and resumed, beside two that nobody disturbed: do the losses differ by more than those two do?
+"""Compare a killed and resumed 3B run on a GPU with two undisturbed ones: do its losses differ by more than theirs do?
 
     python benchmarks/resume_on_gpu.py --tokenizer DIR --train FILE --eval FILE
 
-Twice the same command, then once more: killed (SIGKILL) as soon as one of its checkpoints stands, and resumed, as a user would.
-The optimizer's 8-bit moments that are paged must be paged again after loading. Exit status 1 when a loss is further from the
-first run's than NOISE times what the two undisturbed runs differ by, or when no moment was paged again.
+The same command runs twice, then once more: killed (SIGKILL) as soon as one of its checkpoints is complete, and resumed. The
+optimizer's paged 8-bit moments must be paged again after loading. The exit status is 1 if a loss differs from the first run's by
+more than NOISE times the difference of the two undisturbed runs, or if no moment was paged again.
 """
 
 import json
@@ -21,14 +21,14 @@ from runs import ROOT, Job, NoMeasurement, in_own_process, input_parser, random_
 from train_speed import PACKAGES
 
 NOISE = 2
-ROUNDING = 1e-4  # of the loss: two undisturbed runs may agree to the last bit; a resumed one captures its graph at another step
+ROUNDING = 1e-4  # of the loss: two undisturbed runs may agree exactly, but a resumed one captures its graph at another step
 
 
 def kill_after(command: list[str], step: int, output: Path, limit_seconds: float) -> None:
-    """Start a run and end it by SIGKILL as soon as the checkpoint of a step stands.
+    """Start a run and kill it as soon as the checkpoint of a step is complete.
 
     Raises:
-        NoMeasurement: it ended before that, or ran into the limit.
+        NoMeasurement: it ended before that, or exceeded the limit.
     """
     until, checkpoint = time.monotonic() + limit_seconds, output / "checkpoints" / f"checkpoint-{step}"
     with subprocess.Popen(command, cwd=output.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
@@ -36,18 +36,18 @@ def kill_after(command: list[str], step: int, output: Path, limit_seconds: float
             time.sleep(0.001)
         process.kill()
     if process.returncode != -signal.SIGKILL or not checkpoint.exists():
-        raise NoMeasurement(f"the run to be killed ended with status {process.returncode} before checkpoint-{step} stood")
+        raise NoMeasurement(f"the run to be killed ended with status {process.returncode} before checkpoint-{step} was complete")
 
 
 def resume(flags: list[str]) -> tuple[int, int]:
-    """Resume in this process: the moments that were paged again, and those that are paged at the run's end."""
+    """Resume in this process; return how many moments were paged again, and how many are paged at the end of the run."""
     sys.path.insert(0, str(ROOT))
     import train_qlora
     from qlora_kit import cli
-    from qlora_kit.training import checkpointing
+    from qlora_kit.training import trainer
 
-    found, page = [], checkpointing.page_again
-    checkpointing.page_again = lambda optimizer: found.append((optimizer, page(optimizer)))
+    found, page = [], trainer.move_state_to_paged_memory
+    trainer.move_state_to_paged_memory = lambda optimizer: found.append((optimizer, page(optimizer)))
     cli.prepare_libraries()
     with redirect_stdout(sys.stderr):
         train_qlora.main([*flags, "--resume"])
@@ -61,14 +61,16 @@ def losses(output: Path) -> list[float]:
     return [entry["loss"] for entry in entries if "loss" in entry]
 
 
-def apart(one: list[float], other: list[float]) -> float:
+def greatest_difference(one: list[float], other: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(one, other, strict=True))
 
 
 def main() -> None:
     parser = input_parser(__doc__)
     parser.add_argument("--steps", type=int, default=12, help="optimizer steps of a run (default: 12)")
-    parser.add_argument("--kill_after", type=int, default=5, metavar="STEP", help="whose checkpoint stands (default: 5)")
+    parser.add_argument(
+        "--kill_after", type=int, default=5, metavar="STEP", help="kill when this checkpoint is complete (default: 5)"
+    )
     arguments = parser.parse_args()
     gpu, flags = require_gpu(), ["--set", "training.save_steps=1"]
     with random_checkpoint("3B", arguments.tokenizer, arguments.checkpoints) as checkpoint, tempfile.TemporaryDirectory() as work:
@@ -84,7 +86,7 @@ def main() -> None:
             print(failure.tail, file=sys.stderr)
             sys.exit(f"error: {failure}")
         first, second, resumed = map(losses, outputs)
-    noise, difference = apart(first, second), apart(first, resumed)
+    noise, difference = greatest_difference(first, second), greatest_difference(first, resumed)
     print("| step | first run | second run | killed and resumed |\n|---|---|---|---|")
     for step, row in enumerate(zip(first, second, resumed, strict=True), 1):
         print(f"| {step} | " + " | ".join(f"{loss:.5f}" for loss in row) + " |")

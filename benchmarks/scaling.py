@@ -1,14 +1,14 @@
-"""One GPU beside several of one machine: tokens per second and memory of the same command, started by torchrun.
+"""Compare one GPU with several of one machine: tokens per second and memory of the same command, started by torchrun.
 
     python benchmarks/scaling.py --tokenizer DIR --train FILE --eval FILE --gpus 2
     python benchmarks/scaling.py --tokenizer DIR --train FILE --eval FILE --gpus 2 --fsdp 32B
 
-Without --fsdp the job of train_speed.py, the planner choosing for each run: 16 sequences of 512 tokens an optimizer step on one
-GPU; then so many on each of the GPUs, and so many divided among them. Each process holds the whole base model; what they exchange
-is the gradient of the adapters, in fp32, once a step.
-With --fsdp one sequence at a time with all layers computed again: on one GPU, and with the base model divided over all
-(performance.fsdp). The gathered weights pass over the links twice a micro-step.
-Speed as in train_speed.py: the median over optimizer steps after the first two. Exit status 1 when a run gave no number.
+Without --fsdp each run is the job of train_speed.py with its own plan: 16 sequences of 512 tokens per optimizer step on one GPU;
+then 16 on each GPU; then 16 over all GPUs. Each process holds the whole base model; once a step the processes sum the adapters'
+gradient in fp32.
+With --fsdp one sequence at a time with all layers recomputed: on one GPU, and with the base model sharded over all GPUs
+(performance.fsdp). The gathered weights pass over the links twice per micro-step.
+Speed as in train_speed.py: the median over optimizer steps after the first two. The exit status is 1 if a run failed.
 """
 
 import signal
@@ -37,7 +37,7 @@ ONE_AT_A_TIME = ("performance.micro_batch=1", "training.gradient_checkpointing=t
 class Case:
     name: str
     gpus: int
-    sequences: int  # of an optimizer step, on all GPUs together
+    sequences: int  # per optimizer step, on all GPUs together
     keys: tuple[str, ...] = PLANNED
 
     def flags(self, steps: int) -> list[str]:
@@ -54,11 +54,11 @@ def replicated(gpus: int) -> list[Case]:
     ]
 
 
-def divided(gpus: int) -> list[Case]:
+def sharded(gpus: int) -> list[Case]:
     return [
         Case("one GPU", 1, SEQUENCES, ONE_AT_A_TIME),
         Case(f"{gpus} GPUs, fsdp", gpus, gpus * SEQUENCES, (*ONE_AT_A_TIME, "performance.fsdp=true")),
-        Case(f"{gpus} GPUs, fsdp, parts in host memory", gpus, gpus * SEQUENCES, (*ONE_AT_A_TIME, "performance.fsdp=offload")),
+        Case(f"{gpus} GPUs, fsdp, shards in host memory", gpus, gpus * SEQUENCES, (*ONE_AT_A_TIME, "performance.fsdp=offload")),
     ]
 
 
@@ -66,11 +66,11 @@ def main() -> None:
     parser = input_parser(__doc__)
     parser.add_argument("--gpus", type=int, default=2, help="how many to use (default: 2)")
     parser.add_argument("--steps", type=int, default=12, help=f"optimizer steps of a run, more than {WARM_UP} (default: 12)")
-    parser.add_argument("--fsdp", choices=[*SHAPES, *LARGE], help="divide a random model of this size")
+    parser.add_argument("--fsdp", choices=[*SHAPES, *LARGE], help="shard a random model of this size")
     arguments = parser.parse_args()
     if arguments.steps <= WARM_UP or SEQUENCES % arguments.gpus:
         parser.error(f"--steps must be more than {WARM_UP}, and --gpus divide {SEQUENCES}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the run under way is ended, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the current run is ended, too
     gpu, alone, failed = require_gpu(), None, False
     print(
         "| run | sequences a step | tokens/s | times one GPU | peak reserved GiB of the first | of one GPU's | predicted |\n"
@@ -79,7 +79,7 @@ def main() -> None:
     )
     with random_checkpoint(arguments.fsdp or "3B", arguments.tokenizer, arguments.checkpoints) as checkpoint:
         job = Job(checkpoint, arguments.train, arguments.eval, arguments.steps)
-        for case in (divided if arguments.fsdp else replicated)(arguments.gpus):
+        for case in (sharded if arguments.fsdp else replicated)(arguments.gpus):
             start = f"| {case.name} | {case.sequences} |"
             try:
                 flags = case.flags(arguments.steps)
