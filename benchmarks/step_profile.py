@@ -42,13 +42,14 @@ def profile_step(checkpoint: Path, micro_batch: int, recomputed: int) -> str:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from qlora_kit.fast.micro_step import MicroStep
+    from qlora_kit.fast.micro_step import MicroStep, StepSettings
     from qlora_kit.fast.training_pass import FastDecoder
     from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
 
     model, _ = load_model_and_tokenizer(str(checkpoint), create_bnb_config())
     model = prepare_model_for_training(model, create_lora_config(), use_gradient_checkpointing=False)
-    micro = MicroStep(FastDecoder(model, recomputed, compiled=True), micro_batch, LENGTH, seed=0, captured=True)
+    settings = StepSettings(micro_batch, LENGTH, seed=0, captured=True)
+    micro = MicroStep(FastDecoder(model, recomputed, compiled=True), settings)
     ids = torch.randint(150_000, (micro_batch, LENGTH)).pin_memory()
     share = torch.tensor(1.0 / ids.numel(), device="cuda")
     micro.begin_step(0)

@@ -9,7 +9,8 @@ from peft.tuners.lora.layer import LoraLayer
 from qlora_kit.fast.llama_layer import Norms, Rotary
 from qlora_kit.fast.peft_layers import is_plain
 from qlora_kit.fast.projection import Lora
-from qlora_kit.model.llama_modules import projections_of, stacked_bias, why_not_llama_like
+from qlora_kit.model.architecture import why_not_llama_like
+from qlora_kit.model.llama_modules import projections_of, stacked_bias
 from qlora_kit.model.loss import decoder_and_head
 
 

@@ -1,14 +1,15 @@
-"""Micro-steps of one fixed shape, each captured once as a CUDA graph (of a divided base: as several) and then replayed.
+"""One micro-batch as a CUDA graph: captured at its first pass, replayed afterwards.
 
-At micro-batch 1 the kernels of a step take longer to launch than to run; a replay launches them as one. Under capture nothing may
-wait for the GPU and every tensor keeps its place, so inputs are copied into buffers of this module. A batch that is smaller than
-the shape (the last of an epoch) is filled up with rows that count for nothing: there is one shape only.
+At micro-batch 1 the kernels of a pass take longer to launch than to run; a replay launches all of them at once. A captured pass
+must not wait for the GPU and finds its tensors at fixed addresses, so inputs are copied into the buffers of MicroStep. A smaller
+batch (the last of an epoch) is filled up with rows without labels, so that there is one shape only. The pass of a sharded base
+model is several graphs, between which its weights are gathered.
 """
 
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,123 +21,137 @@ from qlora_kit.fast.training_pass import GROUPS, FastDecoder
 from qlora_kit.model.device import is_out_of_memory
 from qlora_kit.model.loss import IGNORED
 
-WARM_UP_RUNS = 2  # outside the graph: libraries choose algorithms and allocate workspaces at their first call
+WARM_UP_RUNS = 2  # before capturing: libraries choose algorithms and allocate workspaces at their first call
+
+Pass = Callable[[], torch.Tensor]
+
+
+class StepSettings(NamedTuple):
+    """Shape of a micro-batch, and how its pass runs."""
+
+    rows: int
+    length: int  # tokens of a row
+    seed: int  # dropout depends on (seed, optimizer step, micro-step) alone, so a resumed run draws what an unbroken one draws
+    captured: bool  # whether to use CUDA graphs
+    packed: bool = False  # whether `starts` comes with each micro-batch (attention.py)
+    rank: int = 0  # of this process; micro-step k here is micro-step k · processes + rank of the optimizer step
+    processes: int = 1
 
 
 class MicroStep:
-    """Forward and backward, or the losses alone, of one micro-batch of (batch, length) tokens or fewer rows.
+    """Forward and backward pass, or the losses alone, of micro-batches of one shape.
 
     Args:
-        packed: whether `starts` comes with each micro-batch (attention.py).
-        seed: of dropout, which follows from (seed, optimizer step, micro-step): a resumed run draws what an unbroken one drew.
-        captured: whether to use CUDA graphs; without, the same functions run one kernel after the other.
-        turn: (r, n) where n processes take turns and this is number r: the k-th micro-step here is number k · n + r of the step.
-        give_up: told why compiling or capturing failed, before the plain functions take over; None: the error is raised.
+        on_fallback: called with the reason when compiling or capturing fails, before the pass runs without them; None: the
+            error is raised.
     """
 
-    def __init__(
-        self,
-        decoder: FastDecoder,
-        batch: int,
-        length: int,
-        seed: int,
-        captured: bool,
-        give_up: Callable[[str], None] | None = None,
-        packed: bool = False,
-        turn: tuple[int, int] = (0, 1),
-    ):
-        self.decoder, self.seed, self.captured, self.give_up = decoder, seed, captured, give_up
-        self.turn = turn
+    def __init__(self, decoder: FastDecoder, settings: StepSettings, on_fallback: Callable[[str], None] | None = None):
+        self.decoder, self.settings, self.on_fallback = decoder, settings, on_fallback
         device = decoder.adapters.flat.device
-        ids = torch.zeros(batch, length, dtype=torch.long, device=device)
+        ids = torch.zeros(settings.rows, settings.length, dtype=torch.long, device=device)
         self.inputs = ids
-        if decoder.embedded_before:
-            self.inputs = torch.zeros(batch, length, decoder.hidden, dtype=decoder.dtype, device=device)
+        if decoder.embeds_outside_graph:
+            self.inputs = torch.zeros(*ids.shape, decoder.hidden, dtype=decoder.dtype, device=device)
         self.labels = torch.full_like(ids, IGNORED)
-        self.starts = torch.zeros_like(ids) if packed else None
-        self.share = torch.zeros((), device=device)
+        self.starts = torch.zeros_like(ids) if settings.packed else None
+        self.loss_scale = torch.zeros((), device=device)
         self.keys = torch.zeros(len(decoder.layers), len(GROUPS), dtype=torch.int32, device=device)
-        self.step, self.number = 0, 0  # of the optimizer step, and of the micro-step within it
-        self.ways: dict[str, Callable[[], torch.Tensor]] = {}  # how to run what ran before: by replay, or plainly
-        self.stream: Any = torch.cuda.Stream() if captured else None
-        self.pool: Any = torch.cuda.MemPool() if captured else None
+        self.step, self.number = 0, 0  # the optimizer step, and the micro-step within it
+        self.runners: dict[str, Pass] = {}  # graph replay, or the plain function
+        self.stream = torch.cuda.Stream() if settings.captured else None
+        self.pool = torch.cuda.MemPool() if settings.captured else None
 
     def begin_step(self, step: int) -> None:
-        """Before the first micro-batch of an optimizer step."""
+        """Clear the gradients before the first micro-batch of optimizer step `step`."""
         self.decoder.adapters.clear_gradients()
         self.step, self.number = step, 0
 
     def train(
-        self, ids: torch.Tensor, labels: torch.Tensor, share: torch.Tensor, starts: torch.Tensor | None = None
+        self, ids: torch.Tensor, labels: torch.Tensor, loss_scale: torch.Tensor, starts: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Add the gradients of share · Σ losses to the adapters'; returns that loss, (), which the next call overwrites."""
+        """Add the gradients of loss_scale · Σ losses to the adapters', and return that scaled loss.
+
+        Args:
+            ids, labels, starts: (rows or fewer, length).
+            loss_scale: (), 1 / the tokens that the optimizer step predicts; in float16 times the scale of the GradScaler.
+
+        Returns:
+            (), which the next call overwrites.
+        """
         self._fill(ids, labels, starts)
-        self.share.copy_(share, non_blocking=True)
-        number = self.number * self.turn[1] + self.turn[0]
-        self.keys.copy_(draw_keys((self.seed, self.step, number), self.keys.numel()).view_as(self.keys), non_blocking=True)
+        self.loss_scale.copy_(loss_scale, non_blocking=True)
+        number = self.number * self.settings.processes + self.settings.rank
+        keys = draw_keys((self.settings.seed, self.step, number), self.keys.numel())
+        self.keys.copy_(keys.view_as(self.keys), non_blocking=True)
         self.number += 1
-        return self._run("train", lambda: self.decoder.accumulate(self.inputs, self.labels, self.share, self.keys, self.starts))
+        return self._run(
+            "train", lambda: self.decoder.accumulate(self.inputs, self.labels, self.loss_scale, self.keys, self.starts)
+        )
 
     def losses(self, ids: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
-        """Loss of each label but the first of each row, (rows, length - 1), nats in fp32; the next call overwrites it."""
+        """Return the loss of each label but the first of each row, (rows, length - 1), nats in fp32.
+
+        The next call overwrites it.
+        """
         self._fill(ids, labels, starts)
         return self._run("losses", lambda: self.decoder.losses(self.inputs, self.labels, self.starts))[: len(ids), :-1]
 
-    def smaller(self, batch: int) -> "MicroStep":
-        """The same for fewer rows; this one gives its graphs and their memory up and is of no more use."""
-        self.ways.clear()
+    def smaller(self, rows: int) -> "MicroStep":
+        """Return a MicroStep for fewer rows, and free the graphs of this one, which must not be used any more."""
+        self.runners.clear()
         self.pool = None
-        self.decoder.keep_weights = False  # they are no fewer for a smaller batch
-        packed = self.starts is not None
-        return MicroStep(self.decoder, batch, self.labels.shape[1], self.seed, self.captured, self.give_up, packed, self.turn)
+        self.decoder.keep_weights = False  # unpacked weights take as much memory for a smaller batch
+        return MicroStep(self.decoder, self.settings._replace(rows=rows), self.on_fallback)
 
     def _fill(self, ids: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor | None) -> None:
-        rows = len(ids)
-        if self.decoder.embedded_before:
-            every = self.decoder.embed(F.pad(ids, (0, 0, 0, len(self.labels) - rows)))  # as many rows in each process
-            self.inputs.copy_(every.pin_memory() if every.is_cpu and self.inputs.is_cuda else every, non_blocking=True)
+        rows, missing = len(ids), self.settings.rows - len(ids)
+        if self.decoder.embeds_outside_graph:
+            embedded = self.decoder.embed(F.pad(ids, (0, 0, 0, missing)))  # the same number of rows in each process
+            self.inputs.copy_(embedded.pin_memory() if embedded.is_cpu and self.inputs.is_cuda else embedded, non_blocking=True)
         else:
             self.inputs[:rows].copy_(ids, non_blocking=True)
         self.labels[:rows].copy_(labels, non_blocking=True)
         if self.starts is not None:
             self.starts[:rows].copy_(starts, non_blocking=True) if starts is not None else self.starts.zero_()
-        if rows < len(self.labels):
+        if missing:
             self.labels[rows:].fill_(IGNORED)
 
-    def _run(self, name: str, function: Callable[[], torch.Tensor]) -> torch.Tensor:
-        if name not in self.ways:
-            self.ways[name] = self._prepare(name, function)
-        return self.ways[name]()
+    def _run(self, name: str, function: Pass) -> torch.Tensor:
+        if name not in self.runners:
+            self.runners[name] = self._prepare(name, function)
+        return self.runners[name]()
 
-    def _prepare(self, name: str, function: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        """The way to run `function` from now on: by replay, or plainly where capturing or compiling fails."""
-        assert name == "losses" or self.number == 1, "the trial adds to the gradient, which is empty at a step's first micro-step"
+    def _prepare(self, name: str, function: Pass) -> Pass:
+        """Return what runs `function` from now on: graph replay, or the function itself, also if capturing or compiling fails."""
+        assert name == "losses" or self.number == 1, "a trial run adds to the gradient, so the gradient must be zero"
         try:
-            if self.captured:
+            if self.settings.captured:
                 return self._capture(function)
-            if self.give_up:
+            if self.on_fallback:
                 function()
         except Exception as error:
-            if self.give_up is None or is_out_of_memory(error):
+            if self.on_fallback is None or is_out_of_memory(error):
                 raise
-            self.give_up(" ".join(str(error).split())[:200])
-            self.decoder.compiled, self.captured, self.give_up = False, False, None
+            self.on_fallback(" ".join(str(error).split())[:200])
+            self.decoder.compiled, self.settings, self.on_fallback = False, self.settings._replace(captured=False), None
         finally:
             if name == "train":
                 self.decoder.adapters.gradient.zero_()
         return function
 
-    def _capture(self, function: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        torch.cuda.empty_cache()  # a pool of its own cannot use what others hold back
+    def _capture(self, function: Pass) -> Pass:
+        assert self.pool is not None and self.stream is not None
+        torch.cuda.empty_cache()  # the graph's own pool cannot use memory that the common pool has reserved
         self.stream.wait_stream(torch.cuda.current_stream())
         recording = Recording(self.pool, self.stream)
-        # One pool and one stream for warm-up and capture, training and evaluation: each reuses what the others left. (The warm-up
-        # of the attention's backward pass runs in autograd's own thread, which does not see the pool.)
+        # One pool and one stream for warm-up and capture, training and evaluation: each reuses the memory of the others. (The
+        # warm-up of the attention's backward pass runs in a thread of autograd, which does not use the pool.)
         with torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(self.pool):
             for _ in range(WARM_UP_RUNS):
                 function()
         torch.cuda.synchronize()
-        with self.decoder.gathering(recording.step_out):
+        with self.decoder.intercept_gathers(recording.run_outside_graph):
             result = recording.record(function)
         torch.cuda.current_stream().wait_stream(self.stream)
 
@@ -149,31 +164,32 @@ class MicroStep:
 
 
 class Recording:
-    """A pass captured as CUDA graphs, and in their order what no graph holds: the gathering of a divided base (sharding.py)."""
+    """A pass as a sequence of CUDA graphs and, between them, the gathers of a sharded base model (sharding.py)."""
 
-    def __init__(self, pool: Any, stream: Any):
-        self.pool, self.stream = pool, stream
+    def __init__(self, pool: torch.cuda.MemPool, stream: torch.cuda.Stream):
+        self.pool: Any = pool.id  # torch has no public name for its type
+        self.stream = stream
         self.pieces: list[Callable[[], None]] = []
         self.capture = ExitStack()
 
-    def record(self, function: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """What `function` returns; it has its values after each run of `pieces`."""
+    def record(self, function: Pass) -> torch.Tensor:
+        """Capture `function`, and return its result, which has values after each run of `pieces`."""
         with warnings.catch_warnings(), self.capture:
-            warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # before the first gathering
-            self._begin()
+            warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # the one before the first gather
+            self._begin_graph()
             return function()
 
-    def step_out(self, action: Callable[[], None]) -> None:
-        """Run it at once, between two graphs, and then at every replay."""
+    def run_outside_graph(self, action: Callable[[], None]) -> None:
+        """End the current graph, run `action` now and at every replay, and begin the next graph."""
         self.capture.close()
         action()
         self.pieces.append(action)
-        self._begin()
+        self._begin_graph()
 
-    def _begin(self) -> None:
+    def _begin_graph(self) -> None:
         graph = torch.cuda.CUDAGraph()
-        # thread_local: NCCL's own thread goes on asking about what was gathered before.
-        capture = torch.cuda.graph(graph, self.pool.id, self.stream, capture_error_mode="thread_local")
+        # thread_local: NCCL's thread continues to query earlier gathers, which the global mode forbids during capture.
+        capture = torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local")
         self.capture.enter_context(capture)
         self.pieces.append(graph.replay)
 

@@ -1,18 +1,16 @@
-"""silu(gate) · up, forward and backward, with every LoRA sum that can be taken while its tensors pass by.
+"""silu(gate) · up, forward and backward, with the LoRA sums that can be taken while its tensors are read.
 
-The widest tensors of a layer are here: at 16 x 512 tokens of Qwen2.5-3B, gate, up and their product take 172 MiB each. Between
-the products with frozen weights, the update of `down` needs the product dropped out, its gradient needs that again, and the
-gradients of gate's and up's B need both gradients: written as separate steps, 18 passes over such a tensor. On a GPU with Triton
-one kernel forward and one backward make 3 and 5 of them; elsewhere torch does the same in steps.
+The widest tensors of a layer are here: at 16 x 512 tokens of Qwen2.5-3B, gate, up and silu(gate) · up take 172 MiB each. LoRA on
+`down` needs silu(gate) · up after dropout, the gradient of its A needs it again, and the gradients of gate's and up's B need the
+gradients of both: as separate steps, 18 passes over such a tensor. On a GPU with Triton, one kernel forward and one backward take
+3 and 5 passes; elsewhere torch computes the same in steps.
 """
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from qlora_kit.fast.nf4 import why_no_triton
-from qlora_kit.fast.projection import Lora, add, dropped, reduced, wide
+from qlora_kit.fast.projection import Lora, add_in_fp32, apply_dropout, reduce_to_rank, upcast
 
 try:
     import triton
@@ -20,19 +18,19 @@ try:
 except ImportError:
     triton = None
 
-# For the gradients of down's A (parts, rank, mlp), and of gate's and up's B (parts, mlp, rank): their sums; None: not adapted.
+# Partial sums of the gradients of down's A, (p, rank, mlp), and of gate's and of up's B, (p, mlp, rank); None: not adapted.
 Sums = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
-LARGEST_RANK = 64  # whose sums fit a processor's registers
+LARGEST_RANK = 64  # whose sums fit into a processor's registers
 FORWARD = {"block_rows": 64, "block_columns": 64, "num_warps": 8}
 BACKWARD = {"block_rows": 16, "block_columns": 64, "num_warps": 4}
-# Tiles that a program walks at most: along its rows in the forward kernel, along its columns in the backward one.
+# Most tiles of one program: along its rows in the forward kernel, along its columns in the backward one.
 FORWARD_TILES, BACKWARD_TILES = 16, 64
-PROGRAMS = 512  # that a kernel is cut into at least, so that all of a GPU's processors have work
+PROGRAMS = 512  # fewest programs of a kernel, so that all of a GPU's processors have work
 
 
 def activate(gates: torch.Tensor, down: Lora | None, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """y = silu(gate) · up, (N, mlp), and parts (p, N, rank) whose sum is what `down` makes of it, xa = scale / keep · ỹ Aᵀ.
+    """Return y = silu(gate) · up, (N, mlp), and partial sums (p, N, rank) of xa = scale / keep · ỹ Aᵀ for `down`.
 
     Args:
         gates: (N, 2 · mlp), gate and up side by side.
@@ -40,7 +38,7 @@ def activate(gates: torch.Tensor, down: Lora | None, key: torch.Tensor) -> tuple
     """
     gate, up = gates.chunk(2, 1)
     y = F.silu(gate) * up
-    return y, None if down is None else wide(reduced(y, down, key))[None]
+    return y, None if down is None else upcast(reduce_to_rank(y, down, key))[None]
 
 
 def activate_backward(
@@ -52,22 +50,23 @@ def activate_backward(
     down: Lora | None,
     gate_up: Lora | None,
 ) -> tuple[torch.Tensor, Sums]:
-    """Gradients of gate and up, (N, 2 · mlp), and the sums for those of down's A and of gate's and up's B.
+    """Return the gradients of gate and up, (N, 2 · mlp), and partial sums of those of down's A and of gate's and up's B.
 
-    With σ = sigmoid(g): d(g σ u) = (u σ (1 + g (1 - σ)), g σ).
+    With σ = sigmoid(g), the derivatives of silu(g) u = g σ u are u σ (1 + g (1 - σ)) for g, and g σ for u.
 
     Args:
-        dy: (N, mlp), what came through the frozen weight of `down`.
-        u: (N, rank), what came to its A (projection.gradient_of_xa).
-        xa: (N, k · rank), what gate and up made of their input.
+        dy: (N, mlp), gradient of y through the frozen weight of `down`.
+        u: (N, rank), gradient of the xa of `down` (projection.compute_rank_gradient).
+        xa: (N, k · rank), of gate and up.
     """
     gate, up = gates.chunk(2, 1)
-    g, sigmoid = wide(gate), torch.sigmoid(wide(gate))
+    g, sigmoid = upcast(gate), torch.sigmoid(upcast(gate))
     sum_of_A = None
     if u is not None and down is not None:
-        sum_of_A = (u.T @ dropped((g * sigmoid * wide(up)).to(dy.dtype), key, down.keep))[None] * down.factor
-        dy = add(dy, dropped(u @ down.scaled_A(dy.dtype), key, down.keep))
-    dgate, dup = (wide(dy) * wide(up) * sigmoid * (1 + g * (1 - sigmoid))).to(dy.dtype), (wide(dy) * g * sigmoid).to(dy.dtype)
+        sum_of_A = (u.T @ apply_dropout((g * sigmoid * upcast(up)).to(dy.dtype), key, down.keep))[None] * down.factor
+        dy = add_in_fp32(dy, apply_dropout(u @ down.scaled_A(dy.dtype), key, down.keep))
+    dgate = (upcast(dy) * upcast(up) * sigmoid * (1 + g * (1 - sigmoid))).to(dy.dtype)
+    dup = (upcast(dy) * g * sigmoid).to(dy.dtype)
     sums_of_B: list[torch.Tensor | None] = [None, None]
     if xa is not None and gate_up is not None:
         columns = iter(xa.split(gate_up.rank, 1))
@@ -76,37 +75,37 @@ def activate_backward(
 
 
 def add_sums(sums: Sums, down_gradients: Lora | None, gate_up_gradients: Lora | None) -> None:
-    """Add what `activate_backward` summed up."""
+    """Add the partial sums of `activate_backward` to the gradients."""
     B = gate_up_gradients.B if gate_up_gradients else (None, None)
     targets = (None if down_gradients is None else down_gradients.A, *B)
-    for target, parts in zip(targets, sums, strict=True):
-        if target is not None and parts is not None:
-            target.add_(parts.sum(0))
+    for target, partial_sums in zip(targets, sums, strict=True):
+        if target is not None and partial_sums is not None:
+            target.add_(partial_sums.sum(0))
 
 
 def has_kernels(gates: torch.Tensor, *adapters: Lora | None) -> bool:
-    """Whether the kernels below can do it: 16-bit numbers on a GPU with Triton, one rank of at most LARGEST_RANK."""
+    """Return whether the Triton kernels can run: 16-bit numbers on a GPU, and one rank of at most LARGEST_RANK."""
     ranks = {adapter.rank for adapter in adapters if adapter is not None}
     fitting = len(ranks) <= 1 and max(ranks, default=0) <= LARGEST_RANK
     return fitting and gates.is_cuda and gates.element_size() == 2 and why_no_triton() is None
 
 
-def activate_in_one(gates: torch.Tensor, down: Lora | None, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`activate` by one kernel."""
+def activate_triton(gates: torch.Tensor, down: Lora | None, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Compute `activate` by one kernel."""
     rows, columns = len(gates), gates.shape[1] // 2
     y = gates.new_empty(rows, columns)
-    beside, across = triton.cdiv(rows, FORWARD["block_rows"]), triton.cdiv(columns, FORWARD["block_columns"])
-    tiles = _tiles(FORWARD_TILES, across, beside)
+    row_blocks, column_blocks = triton.cdiv(rows, FORWARD["block_rows"]), triton.cdiv(columns, FORWARD["block_columns"])
+    tiles = _tiles_per_program(FORWARD_TILES, column_blocks, row_blocks)
     rank = down.rank if down else 0
-    parts = gates.new_empty(triton.cdiv(across, tiles), rows, rank, dtype=torch.float32)
-    _activate_kernel[(beside, len(parts))](
-        gates, down.A if down else gates, key, y, parts, rows, columns, *_numbers(down), rank=rank, padded=_padded(rank),
-        drops=down is not None and down.keep < 1.0, tiles=tiles, **FORWARD,
+    partial_sums = gates.new_empty(triton.cdiv(column_blocks, tiles), rows, rank, dtype=torch.float32)
+    _activate_kernel[(row_blocks, len(partial_sums))](
+        gates, down.A if down else gates, key, y, partial_sums, rows, columns, *_threshold_and_factor(down), rank=rank,
+        padded=_pad_rank(rank), drops=down is not None and down.keep < 1.0, tiles=tiles, **FORWARD,
     )  # fmt: skip
-    return y, parts if down else None
+    return y, partial_sums if down else None
 
 
-def activate_backward_in_one(
+def activate_backward_triton(
     dy: torch.Tensor,
     u: torch.Tensor | None,
     gates: torch.Tensor,
@@ -115,18 +114,18 @@ def activate_backward_in_one(
     down: Lora | None,
     gate_up: Lora | None,
 ) -> tuple[torch.Tensor, Sums]:
-    """`activate_backward` by one kernel, whose programs leave parts of the sums, to be added in the same order always."""
+    """Compute `activate_backward` by one kernel; its programs write partial sums, so that the order of addition is fixed."""
     rows, columns = dy.shape
     dgates = torch.empty_like(gates)
     has_down, (has_gate, has_up) = down is not None, (b is not None for b in (gate_up.B if gate_up else (None, None)))
     rank = max(lora.rank if lora else 0 for lora in (down, gate_up))
-    beside, downwards = triton.cdiv(columns, BACKWARD["block_columns"]), triton.cdiv(rows, BACKWARD["block_rows"])
-    tiles = _tiles(BACKWARD_TILES, downwards, beside)
-    count = triton.cdiv(downwards, tiles)
+    column_blocks, row_blocks = triton.cdiv(columns, BACKWARD["block_columns"]), triton.cdiv(rows, BACKWARD["block_rows"])
+    tiles = _tiles_per_program(BACKWARD_TILES, row_blocks, column_blocks)
+    count = triton.cdiv(row_blocks, tiles)
     sums = dy.new_empty(3, count, columns, rank, dtype=torch.float32)
-    _activate_backward_kernel[(beside, count)](
-        dy, dy if u is None else u, gates, down.A if down else dy, dy if xa is None else xa, key, dgates, sums,
-        rows, columns, count, *_numbers(down), rank=rank, padded=_padded(rank), width=0 if xa is None else xa.shape[1],
+    _activate_backward_kernel[(column_blocks, count)](
+        dy, dy if u is None else u, gates, down.A if down else dy, dy if xa is None else xa, key, dgates, sums, rows, columns,
+        count, *_threshold_and_factor(down), rank=rank, padded=_pad_rank(rank), width=0 if xa is None else xa.shape[1],
         drops=down is not None and down.keep < 1.0, has_down=has_down, has_gate=has_gate, has_up=has_up, tiles=tiles,
         **BACKWARD, **({"maxnreg": 128} if rank <= 16 else {}),
     )  # fmt: skip
@@ -134,29 +133,29 @@ def activate_backward_in_one(
     return dgates, (sum_of_A, sums[1] if has_gate else None, sums[2] if has_up else None)
 
 
-def _tiles(most: int, there: int, beside: int) -> int:
-    """Tiles that a program walks, of those `there`, when `beside` programs stand side by side."""
+def _tiles_per_program(most: int, count: int, parallel: int) -> int:
+    """Share `count` tiles out to programs, of which `parallel` run for each share, so that there are PROGRAMS or more."""
     tiles = most
-    while tiles > 1 and beside * triton.cdiv(there, tiles) < PROGRAMS:
+    while tiles > 1 and parallel * triton.cdiv(count, tiles) < PROGRAMS:
         tiles //= 2
     return tiles
 
 
-def _numbers(lora: Lora | None) -> tuple[int, float]:
-    """The threshold of projection.keep_mask, and the factor of A."""
+def _threshold_and_factor(lora: Lora | None) -> tuple[int, float]:
+    """Return the threshold of projection.draw_keep_mask, and the factor of A."""
     return (int(lora.keep * 2**31) - 1, lora.factor) if lora else (0, 1.0)
 
 
-def _padded(rank: int) -> Any:
-    """Columns of a tile that holds `rank` of them: tensor cores take 16 at least."""
+def _pad_rank(rank: int) -> int:
+    """Return the columns of a tile that holds `rank` of them: tensor cores take 16 or more."""
     return max(16, triton.next_power_of_2(rank))
 
 
 if triton is not None:
 
     @triton.jit
-    def _kept(row, column, columns, key, threshold):
-        """projection.keep_mask of a tile."""
+    def _keep_mask(row, column, columns, key, threshold):
+        """Compute projection.draw_keep_mask for a tile."""
         h = (row * columns + column).to(tl.uint32) ^ key
         h ^= h >> 16
         h *= 0x7FEB352D
@@ -171,29 +170,29 @@ if triton is not None:
         block_rows: tl.constexpr, block_columns: tl.constexpr, tiles: tl.constexpr,
     ):  # fmt: skip
         top = tl.program_id(0) * block_rows
-        above, r = tl.arange(0, block_rows)[:, None], tl.arange(0, padded)[None, :]
+        row, r = tl.arange(0, block_rows)[:, None], tl.arange(0, padded)[None, :]
         gates += top.to(tl.int64) * 2 * columns  # offsets within a tile fit 32 bits
         y += top.to(tl.int64) * columns
-        word = tl.load(key).to(tl.uint32, bitcast=True)
+        key_bits = tl.load(key).to(tl.uint32, bitcast=True)
         total = tl.zeros((block_rows, padded), tl.float32)
         for tile in range(tiles):
             first = (tl.program_id(1) * tiles + tile) * block_columns
             column = first + tl.arange(0, block_columns)[None, :]
-            inside = (top + above < rows) & (column < columns)
-            place = above * 2 * columns + column
-            gate = tl.load(gates + place, inside, 0.0).to(tl.float32)
-            up = tl.load(gates + place + columns, inside, 0.0).to(tl.float32)
+            inside = (top + row < rows) & (column < columns)
+            offset = row * 2 * columns + column
+            gate = tl.load(gates + offset, inside, 0.0).to(tl.float32)
+            up = tl.load(gates + offset + columns, inside, 0.0).to(tl.float32)
             value = (gate * tl.sigmoid(gate) * up).to(y.dtype.element_ty)
-            tl.store(y + above * columns + column, value, inside)
+            tl.store(y + row * columns + column, value, inside)
             if rank > 0:
                 if drops:
-                    value = tl.where(_kept(top + above, column, columns, word, threshold), value, 0.0)
-                below = first + tl.arange(0, block_columns)[:, None]
-                a = tl.load(A + r * columns + below, (r < rank) & (below < columns), 0.0)  # (columns, rank)
+                    value = tl.where(_keep_mask(top + row, column, columns, key_bits, threshold), value, 0.0)
+                column_of_A = first + tl.arange(0, block_columns)[:, None]
+                a = tl.load(A + r * columns + column_of_A, (r < rank) & (column_of_A < columns), 0.0)  # (columns, rank)
                 total = tl.dot(value, (a * factor).to(value.dtype), total)
         if rank > 0:
-            place = (tl.program_id(1) * rows + top + above) * rank + r
-            tl.store(sums + place, total, (top + above < rows) & (r < rank))
+            offset = (tl.program_id(1) * rows + top + row) * rank + r
+            tl.store(sums + offset, total, (top + row < rows) & (r < rank))
 
     @triton.jit
     def _activate_backward_kernel(
@@ -202,51 +201,51 @@ if triton is not None:
         block_rows: tl.constexpr, block_columns: tl.constexpr, tiles: tl.constexpr,
     ):  # fmt: skip
         column = tl.program_id(0) * block_columns + tl.arange(0, block_columns)[None, :]
-        above, r, below = tl.arange(0, block_rows)[:, None], tl.arange(0, padded)[None, :], tl.arange(0, padded)[:, None]
-        word = tl.load(key).to(tl.uint32, bitcast=True)
-        kind = dy.dtype.element_ty
+        row, r, rank_row = tl.arange(0, block_rows)[:, None], tl.arange(0, padded)[None, :], tl.arange(0, padded)[:, None]
+        key_bits = tl.load(key).to(tl.uint32, bitcast=True)
+        dtype = dy.dtype.element_ty
         if has_down:
-            a = tl.load(A + below * columns + column, (below < rank) & (column < columns), 0.0)  # (rank, columns)
-            a = (a * factor).to(kind)
+            a = tl.load(A + rank_row * columns + column, (rank_row < rank) & (column < columns), 0.0)  # (rank, columns)
+            a = (a * factor).to(dtype)
         total_a = tl.zeros((block_columns, padded), tl.float32)
         total_gate = tl.zeros((block_columns, padded), tl.float32)
         total_up = tl.zeros((block_columns, padded), tl.float32)
         for tile in range(tiles):
             top = (tl.program_id(1) * tiles + tile) * block_rows
             start = top.to(tl.int64) * columns  # offsets within a tile fit 32 bits
-            inside = (top + above < rows) & (column < columns)
-            place = above * 2 * columns + column
-            gate = tl.load(gates + 2 * start + place, inside, 0.0).to(tl.float32)
-            up = tl.load(gates + 2 * start + columns + place, inside, 0.0).to(tl.float32)
-            d = tl.load(dy + start + above * columns + column, inside, 0.0).to(tl.float32)
+            inside = (top + row < rows) & (column < columns)
+            offset = row * 2 * columns + column
+            gate = tl.load(gates + 2 * start + offset, inside, 0.0).to(tl.float32)
+            up = tl.load(gates + 2 * start + columns + offset, inside, 0.0).to(tl.float32)
+            d = tl.load(dy + start + row * columns + column, inside, 0.0).to(tl.float32)
             sigmoid = tl.sigmoid(gate)
             silu = gate * sigmoid
             if has_down:
-                ut = tl.load(u + (top + above) * rank + r, (top + above < rows) & (r < rank), 0.0)  # (rows, rank)
-                update, value = tl.dot(ut, a), (silu * up).to(kind)
+                ut = tl.load(u + (top + row) * rank + r, (top + row < rows) & (r < rank), 0.0)  # (rows, rank)
+                update, value = tl.dot(ut, a), (silu * up).to(dtype)
                 if drops:
-                    kept = _kept(top + above, column, columns, word, threshold)
-                    update, value = tl.where(kept, update, 0.0), tl.where(kept, value, 0.0)
+                    keep = _keep_mask(top + row, column, columns, key_bits, threshold)
+                    update, value = tl.where(keep, update, 0.0), tl.where(keep, value, 0.0)
                 d += update
                 total_a = tl.dot(tl.trans(value), ut, total_a)
-            dgate = (d * up * sigmoid * (1 + gate * (1 - sigmoid))).to(kind)
-            dup = (d * silu).to(kind)
-            tl.store(dgates + 2 * start + place, dgate, inside)
-            tl.store(dgates + 2 * start + columns + place, dup, inside)
+            dgate = (d * up * sigmoid * (1 + gate * (1 - sigmoid))).to(dtype)
+            dup = (d * silu).to(dtype)
+            tl.store(dgates + 2 * start + offset, dgate, inside)
+            tl.store(dgates + 2 * start + columns + offset, dup, inside)
             if has_gate:
-                xt = tl.load(xa + (top + above) * width + r, (top + above < rows) & (r < rank), 0.0)
+                xt = tl.load(xa + (top + row) * width + r, (top + row < rows) & (r < rank), 0.0)
                 total_gate = tl.dot(tl.trans(dgate), xt, total_gate)
             if has_up:
-                xt = tl.load(xa + (top + above) * width + has_gate * rank + r, (top + above < rows) & (r < rank), 0.0)
+                xt = tl.load(xa + (top + row) * width + has_gate * rank + r, (top + row < rows) & (r < rank), 0.0)
                 total_up = tl.dot(tl.trans(dup), xt, total_up)
-        downwards = tl.program_id(0) * block_columns + tl.arange(0, block_columns)[:, None]
-        target = (tl.program_id(1) * columns + downwards) * rank + r
+        mlp_row = tl.program_id(0) * block_columns + tl.arange(0, block_columns)[:, None]
+        target = (tl.program_id(1) * columns + mlp_row) * rank + r
         plane = count * rank * columns
-        wanted = (r < rank) & (downwards < columns)
+        valid = (r < rank) & (mlp_row < columns)
         if has_down:
-            across = (tl.program_id(1) * rank + r) * columns + downwards
-            tl.store(sums + across, total_a * factor, wanted)
+            target_of_A = (tl.program_id(1) * rank + r) * columns + mlp_row
+            tl.store(sums + target_of_A, total_a * factor, valid)
         if has_gate:
-            tl.store(sums + plane + target, total_gate, wanted)
+            tl.store(sums + plane + target, total_gate, valid)
         if has_up:
-            tl.store(sums + 2 * plane + target, total_up, wanted)
+            tl.store(sums + 2 * plane + target, total_up, valid)

@@ -1,7 +1,7 @@
-"""Unpack bitsandbytes' 4-bit weights into the matrix that the next product wants: projections stacked, LoRA's B beside them.
+"""Unpack bitsandbytes' 4-bit weights into one matrix for the next product: projections stacked, their LoRA B on the right.
 
-On a GPU with Triton one kernel does in one pass what takes bitsandbytes four; elsewhere, and without double quantization,
-bitsandbytes does it. The bits are the same. NF4 and double quantization: QLoRA, arXiv 2305.14314, section 3.
+On a GPU with Triton one kernel unpacks in one pass what bitsandbytes unpacks in four; elsewhere, and without double quantization,
+bitsandbytes unpacks. The bits are the same. NF4 and double quantization: QLoRA, arXiv 2305.14314, section 3.
 """
 
 import functools
@@ -18,37 +18,37 @@ from bitsandbytes import functional as bnb
 try:
     import triton
     import triton.language as tl
-except ImportError:  # a CPU build of torch, or a platform that Triton does not serve
+except ImportError:  # a CPU build of torch, or a platform without Triton
     triton = None
 
-PROGRAM_BLOCKS = 64  # quantization blocks that one program unpacks: 4,096 values
-PROGRAM_ROWS = 64
+PROGRAM_BLOCKS = 64  # quantization blocks of one program that unpacks W: 4,096 values
+PROGRAM_ROWS = 64  # rows of one program that copies B
 
 
 def unpack_stacked(weights: tuple[Any, ...], B: tuple[torch.Tensor | None, ...], rank: int, dtype: torch.dtype) -> torch.Tensor:
-    """Weights that share an input, one below the other, each B_i to the right in columns of its own: [W | B].
+    """Return [W | B]: the weights of projections that share an input stacked, each B_i on the right in columns of its own.
 
     Args:
         weights: Params4bit or plain tensors, (out_i, in).
-        B: (out_i, rank) or None for each of them.
+        B: (out_i, rank) for each of them; None: not adapted.
 
     Returns:
-        (Σ out_i, in + k · rank) with k the B that are not None, zero where no B stands; k · rank rounded up to a multiple of 8,
-        which matrix products like.
+        (Σ out_i, in + width), where width is k · rank of the k adapted projections, rounded up to a multiple of 8 for the matrix
+        product. Outside of the B_i the right columns are zero.
     """
     shapes = [_shape(weight) for weight in weights]
     columns, width = shapes[0][1], 8 * math.ceil(rank * sum(b is not None for b in B) / 8)
     stacked = torch.empty(sum(rows for rows, _ in shapes), columns + width, dtype=dtype, device=weights[0].device)
     row = column = 0
     for weight, b, (rows, _) in zip(weights, B, shapes, strict=True):
-        part = stacked[row : row + rows]
+        target = stacked[row : row + rows]
         if has_kernel(weight, dtype):
-            _launch(weight, b, column, width, part)
+            _launch_unpack(weight, b, column, width, target)
         else:
-            part[:, :columns] = _unpack(weight, dtype)
-            part[:, columns:] = 0.0
+            target[:, :columns] = _unpack(weight, dtype)
+            target[:, columns:] = 0.0
             if b is not None:
-                part[:, columns + column : columns + column + rank] = b
+                target[:, columns + column : columns + column + rank] = b
         row += rows
         column += rank * (b is not None)
     return stacked
@@ -66,15 +66,16 @@ def _unpack(weight: Any, dtype: torch.dtype) -> torch.Tensor:
 
 
 def has_kernel(weight: Any, dtype: torch.dtype) -> bool:
+    """Return whether Triton kernels can unpack a weight to `dtype`: 4-bit with double quantization, on a GPU."""
     state = getattr(weight, "quant_state", None)
     return state is not None and weight.is_cuda and state.nested and state.dtype == dtype and why_no_triton() is None
 
 
 @functools.cache
 def why_no_triton() -> str | None:
-    """The reason why Triton cannot make kernels for this machine's GPU, or None: found out by making one."""
+    """Return why Triton cannot compile kernels for this machine's GPU, or None; the answer comes from compiling one."""
     if triton is None:
-        return "needs Triton, which this torch lacks"
+        return "needs Triton, which this build of torch does not include"
     if not any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "gcc", "clang")):
         return "needs a C compiler: install gcc"
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
@@ -83,19 +84,19 @@ def why_no_triton() -> str | None:
         packed: Any
         packed, state = bnb.quantize_4bit(torch.ones(64, 64, dtype=torch.float16, device="cuda"), compress_statistics=True)
         packed.quant_state = state
-        _launch(packed, None, 0, 0, torch.empty(64, 64, dtype=torch.float16, device="cuda"))
+        _launch_unpack(packed, None, 0, 0, torch.empty(64, 64, dtype=torch.float16, device="cuda"))
     except Exception as error:  # of Triton, of the C compiler, of the driver
         return f"Triton fails on this machine ({(str(error).strip() or repr(error)).splitlines()[-1][:120]})"
     return None
 
 
-def _launch(weight: Any, b: torch.Tensor | None, column: int, width: int, out: torch.Tensor) -> None:
+def _launch_unpack(weight: Any, b: torch.Tensor | None, column: int, width: int, out: torch.Tensor) -> None:
     state = weight.quant_state
     rows, columns = state.shape
     blocks = state.absmax.numel()
     programs = triton.cdiv(blocks, PROGRAM_BLOCKS)
-    beside = triton.cdiv(rows, PROGRAM_ROWS) if width else 0
-    _unpack_kernel[(programs + beside,)](
+    copying_B = triton.cdiv(rows, PROGRAM_ROWS) if width else 0
+    _unpack_kernel[(programs + copying_B,)](
         weight.data, state.code, state.absmax, state.state2.code, state.state2.absmax, state.offset,
         out if b is None else b, out, blocks, programs, rows, column,
         columns=columns, width=width, rank=0 if b is None else b.shape[1], block=state.blocksize,
@@ -123,12 +124,12 @@ if triton is not None:
             byte = tl.load(data + start, start * 2 < rows * columns, 0).to(tl.int32)  # two values, the first in the high half
             values = tl.interleave(tl.load(table + (byte >> 4)) * scale, tl.load(table + (byte & 15)) * scale)
             index = number[:, None] * block + tl.arange(0, block)[None, :]
-            place = (index // columns) * (columns + width) + index % columns
-            tl.store(out + place, values.to(out.dtype.element_ty), index < rows * columns)
-        else:  # B, and zeros beside it
+            position = (index // columns) * (columns + width) + index % columns
+            tl.store(out + position, values.to(out.dtype.element_ty), index < rows * columns)
+        else:  # B, and the zeros around it
             row = (program - programs) * program_rows + tl.arange(0, program_rows)[:, None]
             right = tl.arange(0, padded)[None, :]
-            mine = (right >= column) & (right < column + rank) & (row < rows)
-            update = tl.load(b + row * rank + right - column, mine, 0.0)
+            inside = (right >= column) & (right < column + rank) & (row < rows)
+            update = tl.load(b + row * rank + right - column, inside, 0.0)
             target = out + row * (columns + width) + columns + right
             tl.store(target, update.to(out.dtype.element_ty), (row < rows) & (right < width))

@@ -1,15 +1,15 @@
-"""FSDP for a frozen base model: each process keeps a part of every layer, and has the whole of one only while it works with it.
+"""FSDP for a frozen base model: each process stores a shard of every layer, and gathers a layer while it computes with it.
 
-The idea is that of fully sharded data parallel (arXiv 2304.11277). What is divided here has no gradient and never changes, which
-leaves the gathering of its parts and nothing to scatter back; the adapters, their gradients and the optimizer stay whole in every
-process. A layer is divided as one run of bytes, 4-bit weights with their absmax values; embedding and output head are divided by
-rows. While the decoder works with one run, the next one comes. No CUDA graph holds a gathering: a captured pass stops at each
-(`ShardedBase.gathering`, graph.py). All processes have to gather in the same order: each takes as many passes as the others.
+Fully sharded data parallel: arXiv 2304.11277. The base model has no gradient and never changes, so its weights are gathered and
+nothing is scattered back; adapters, their gradients and the optimizer are whole in every process. A layer is sharded as one
+sequence of bytes, 4-bit weights with their absmax values; embedding and output head are sharded by rows. While one layer
+computes, the next is gathered. No CUDA graph contains a gather: a captured pass ends a graph at each
+(`ShardedBase.intercept_gathers`, micro_step.py). All processes must gather in the same order, so they run equally many passes.
 """
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -21,170 +21,184 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 
 from qlora_kit.errors import UserError
 from qlora_kit.model.llama_modules import projections_of
-from qlora_kit.model.weight_files import Stored, read_base
+from qlora_kit.model.weight_files import StoredTensor, read_base
 from qlora_kit.planning.shape import HEAD_ROWS
 
-ALIGNMENT = 512  # bytes, of a tensor within a run: kernels read aligned memory faster
-Place = tuple[Any, str]  # an object and its attribute that holds a tensor
+ALIGNMENT = 512  # bytes, of each tensor in a layer's sequence: kernels read aligned memory faster
+Attribute = tuple[Any, str]  # an object, and the name of its attribute that holds a tensor
+Action = Callable[[], None]
 
 
-class Gathering:
-    """Gathers a tensor of which each process has an even part, in the order of ranks.
+class ShardedTensor:
+    """A tensor of which each process stores an equal shard, in the order of ranks.
 
     Args:
-        part: (n, ...), on the device or in host memory.
-        device: where the whole is wanted; `land` says at which place.
+        shard: (n, ...), on the device or in host memory.
+        device: where the tensor is gathered, at the place that `set_buffer` chooses.
+
+    Attributes:
+        gathered: (processes · n, ...), in memory that other tensors use too; valid after `wait` until the next
+            `start_gather` of one with the same buffer.
     """
 
-    def __init__(self, part: torch.Tensor, device: torch.device):
-        self.part, self.hosted = part, part.device.type != device.type
-        self.size = part.nbytes * dist.get_world_size()
-        self.whole = part.new_empty(0)  # (processes · n, ...), in memory that others use in between
-        self.work: Any = None  # what is under way
+    def __init__(self, shard: torch.Tensor, device: torch.device):
+        self.shard, self.offloaded = shard, shard.device.type != device.type
+        self.size = shard.nbytes * dist.get_world_size()
+        self.gathered = shard.new_empty(0)
+        self.work: dist.Work | None = None  # a gather that has begun
 
-    def land(self, place: torch.Tensor) -> None:
-        """From now on the whole comes to the beginning of `place`, bytes on the device."""
-        self.whole = place[: self.size].view(self.part.dtype).view(-1, *self.part.shape[1:])
+    def set_buffer(self, buffer: torch.Tensor) -> None:
+        """Gather into the beginning of `buffer`, bytes on the device, from now on."""
+        self.gathered = buffer[: self.size].view(self.shard.dtype).view(-1, *self.shard.shape[1:])
 
-    def fetch(self) -> None:
-        """Begin, beside what the device does; nothing where it was begun."""
+    def start_gather(self) -> None:
+        """Begin to gather, while the device computes, unless a gather has begun."""
         if self.work is None:
-            with self._copying():
-                self.work = dist.all_gather_into_tensor(self.whole, self._part_here(), async_op=True)
+            with self._copy_stream():
+                self.work = dist.all_gather_into_tensor(self.gathered, self._shard_on_device(), async_op=True)
 
-    def take(self) -> None:
-        """What the device does from now on finds the whole, until the next `fetch` of one that has the same place."""
-        self.fetch()
+    def wait(self) -> None:
+        """Let the device's further work wait until the tensor is gathered."""
+        self.start_gather()
+        assert self.work is not None
         self.work.wait()
         self.work = None
 
-    def _part_here(self) -> torch.Tensor:
-        if not self.hosted:
-            return self.part
-        return self.whole.chunk(dist.get_world_size())[dist.get_rank()].copy_(self.part, non_blocking=True)
+    def _shard_on_device(self) -> torch.Tensor:
+        if not self.offloaded:
+            return self.shard
+        return self.gathered.chunk(dist.get_world_size())[dist.get_rank()].copy_(self.shard, non_blocking=True)
 
-    def _copying(self) -> Any:
-        """Copies from host memory have a stream of their own, beside what the device computes."""
-        if not self.hosted:
+    def _copy_stream(self) -> AbstractContextManager:
+        """Copy from host memory on a stream of its own, while the device computes."""
+        if not self.offloaded:
             return nullcontext()
-        stream = _copy_stream()
-        stream.wait_stream(torch.cuda.current_stream())  # then what had the place before is done with
+        stream = _make_copy_stream()
+        stream.wait_stream(torch.cuda.current_stream())  # until the former contents of the buffer are no longer needed
         return torch.cuda.stream(stream)
 
 
 @cache
-def _copy_stream() -> Any:
+def _make_copy_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
-def _take_and_fetch(runs: list[Gathering], number: int, then: int) -> None:
-    runs[number].take()
-    if 0 <= then < len(runs):
-        runs[then].fetch()
+def _wait_and_start_next(tensors: list[ShardedTensor], number: int, then: int) -> None:
+    tensors[number].wait()
+    if 0 <= then < len(tensors):
+        tensors[then].start_gather()
 
 
 class ShardedLayer:
-    """Tensors that are divided as one run of bytes; they are empty except between `fill` and `clear`.
+    """Tensors that are sharded as one sequence of bytes; they are empty except between `fill` and `clear`.
 
     Args:
-        places: where they are, all on one device.
-        offload: keep this process's part in host memory.
+        attributes: where the tensors are, all on one device.
+        offload: whether to store this process's shard in host memory.
     """
 
-    def __init__(self, places: list[Place], offload: bool):
-        tensors = [getattr(owner, name) for owner, name in places]
-        self.places, device = places, tensors[0].device
-        self.like = [(tensor.dtype, tensor.shape, tensor.nbytes) for tensor in tensors]
-        self.nothing = [torch.empty(0, dtype=tensor.dtype, device=device) for tensor in tensors]
-        self.room = [ALIGNMENT * math.ceil(tensor.nbytes / ALIGNMENT) for tensor in tensors]
-        self.room.append(-sum(self.room) % (ALIGNMENT * dist.get_world_size()))  # to divide evenly
-        run = torch.zeros(sum(self.room), dtype=torch.uint8, device=device)
-        for piece, tensor in zip(run.split(self.room), tensors, strict=False):
+    def __init__(self, attributes: list[Attribute], offload: bool):
+        tensors = [getattr(owner, name) for owner, name in attributes]
+        self.attributes, device = attributes, tensors[0].device
+        self.formats = [(tensor.dtype, tensor.shape, tensor.nbytes) for tensor in tensors]
+        self.empty = [torch.empty(0, dtype=tensor.dtype, device=device) for tensor in tensors]
+        self.padded_sizes = [ALIGNMENT * math.ceil(tensor.nbytes / ALIGNMENT) for tensor in tensors]
+        self.padded_sizes.append(-sum(self.padded_sizes) % (ALIGNMENT * dist.get_world_size()))  # for equal shards
+        content = torch.zeros(sum(self.padded_sizes), dtype=torch.uint8, device=device)
+        for piece, tensor in zip(content.split(self.padded_sizes), tensors, strict=False):
             piece[: tensor.nbytes] = tensor.detach().contiguous().view(-1).view(torch.uint8)
-        part = run.chunk(dist.get_world_size())[dist.get_rank()]
-        self.run = Gathering(part.cpu().pin_memory() if offload else part.clone(), device)
+        shard = content.chunk(dist.get_world_size())[dist.get_rank()]
+        self.bytes = ShardedTensor(shard.cpu().pin_memory() if offload else shard.clone(), device)
         self.clear()
 
     def fill(self) -> None:
-        """Have the tensors where their run was gathered."""
-        pieces = self.run.whole.split(self.room)
-        for (owner, name), (dtype, shape, size), piece in zip(self.places, self.like, pieces, strict=False):
+        """Make the tensors views of the gathered bytes."""
+        pieces = self.bytes.gathered.split(self.padded_sizes)
+        for (owner, name), (dtype, shape, size), piece in zip(self.attributes, self.formats, pieces, strict=False):
             setattr(owner, name, piece[:size].view(dtype).view(shape))
 
     def clear(self) -> None:
-        for (owner, name), nothing in zip(self.places, self.nothing, strict=True):
-            setattr(owner, name, nothing)
+        for (owner, name), empty in zip(self.attributes, self.empty, strict=True):
+            setattr(owner, name, empty)
 
 
 class ShardedRows:
-    """A frozen matrix (rows, columns), read a run of `rows` at a time; of each run every process has `own` rows."""
+    """A frozen matrix (length, columns), read in chunks of `rows`; of each chunk every process stores `own_rows`."""
 
     def __init__(self, matrix: torch.Tensor, device: torch.device, base: "ShardedBase"):
         processes = dist.get_world_size()
         self.length, self.dtype, self.device, self.base = len(matrix), matrix.dtype, device, base
-        self.own = math.ceil(HEAD_ROWS / processes)
-        self.rows = self.own * processes
-        filled = torch.nn.functional.pad(matrix, (0, 0, 0, -len(matrix) % self.rows))
-        runs = filled.view(-1, processes, self.own, filled.shape[1])[:, dist.get_rank()]  # (runs, own, columns)
-        self.part = runs.cpu().pin_memory() if base.offload else runs.to(device, copy=True)
-        self.runs = [Gathering(run, device) for run in self.part]
+        self.own_rows = math.ceil(HEAD_ROWS / processes)
+        self.rows = self.own_rows * processes
+        padded = torch.nn.functional.pad(matrix, (0, 0, 0, -len(matrix) % self.rows))
+        shards = padded.view(-1, processes, self.own_rows, padded.shape[1])[:, dist.get_rank()]  # (chunks, own_rows, columns)
+        self.shards = shards.cpu().pin_memory() if base.offload else shards.to(device, copy=True)
+        self.chunks = [ShardedTensor(shard, device) for shard in self.shards]
 
     def __len__(self) -> int:
         return self.length
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        """Each run of rows, to be used before the next is asked for."""
-        for number, run in enumerate(self.runs):
-            self.base.between(partial(_take_and_fetch, self.runs, number, number + 1))
-            yield run.whole[: self.length - number * self.rows]
+        """Yield each chunk, (rows or fewer, columns), to be used before the next."""
+        for number, chunk in enumerate(self.chunks):
+            self.base.run_gather(partial(_wait_and_start_next, self.chunks, number, number + 1))
+            yield chunk.gathered[: self.length - number * self.rows]
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows of the matrix: ids, (B, T) in every process -> (B, T, columns). Each looks up for all what it has."""
-        asked = torch.empty(dist.get_world_size(), *ids.shape, dtype=ids.dtype, device=self.device)
-        dist.all_gather_into_tensor(asked, ids[None].to(self.device).contiguous())
-        run, place = asked // self.rows, asked % self.rows
-        mine = place // self.own == dist.get_rank()
-        found = self.part.flatten(0, 1)[(run * self.own + place % self.own).to(self.part.device)].to(self.device)
-        found = torch.where(mine[..., None], found, 0.0)
-        dist.all_reduce(found)  # one process has the row, the others zeros
+        """Return rows of the matrix, (B, T, columns), of the ids (B, T) of this process.
+
+        All processes call this at once, with ids of one shape: each looks up its own rows for all of them.
+        """
+        all_ids = torch.empty(dist.get_world_size(), *ids.shape, dtype=ids.dtype, device=self.device)
+        dist.all_gather_into_tensor(all_ids, ids[None].to(self.device).contiguous())
+        chunk, row = all_ids // self.rows, all_ids % self.rows
+        stored_here = row // self.own_rows == dist.get_rank()
+        index = chunk * self.own_rows + row % self.own_rows
+        found = self.shards.flatten(0, 1)[index.to(self.shards.device)].to(self.device)
+        found = torch.where(stored_here[..., None], found, 0.0)
+        dist.all_reduce(found)  # one process has the row, the others have zeros
         return found[dist.get_rank()]
 
 
 class ShardedBase:
-    """The layers of a base model, and its embedding and head where they are divided as well."""
+    """The sharded layers of a base model, and its embedding and head if they are sharded too.
+
+    Attributes:
+        parameters: weights that are sharded; a packed byte counts as two.
+    """
 
     def __init__(self, offload: bool):
         self.offload = offload
         self.layers: list[ShardedLayer] = []
-        self.runs: list[Gathering] = []  # the layers'
+        self.layer_bytes: list[ShardedTensor] = []
         self.embedding: ShardedRows | None = None
         self.head: ShardedRows | None = None
-        self.parameters = 0  # weights that are divided, a packed byte counted as two
-        self.between: Callable[[Callable[[], None]], None] = _at_once  # how to gather within a pass
+        self.parameters = 0
+        self.run_gather: Callable[[Action], None] = _run
 
-    def settle(self, device: torch.device) -> None:
-        """Once all is divided: two places in turn, so that a run comes while the one before it is in use."""
-        self.runs = [layer.run for layer in self.layers]
-        sequences = [self.runs, *(matrix.runs for matrix in (self.embedding, self.head) if matrix)]
-        size = max(run.size for runs in sequences for run in runs)
-        places = torch.empty(2, ALIGNMENT * math.ceil(size / ALIGNMENT), dtype=torch.uint8, device=device)
-        for runs in sequences:
-            for number, run in enumerate(runs):
-                run.land(places[number % 2])
+    def allocate_buffers(self, device: torch.device) -> None:
+        """Allocate two buffers after everything is sharded, so that one layer is gathered while the one before it is used."""
+        self.layer_bytes = [layer.bytes for layer in self.layers]
+        sequences = [self.layer_bytes, *(matrix.chunks for matrix in (self.embedding, self.head) if matrix)]
+        size = max(tensor.size for tensors in sequences for tensor in tensors)
+        buffers = torch.empty(2, ALIGNMENT * math.ceil(size / ALIGNMENT), dtype=torch.uint8, device=device)
+        for tensors in sequences:
+            for number, tensor in enumerate(tensors):
+                tensor.set_buffer(buffers[number % 2])
 
     @contextmanager
-    def gathering(self, between: Callable[[Callable[[], None]], None]) -> Iterator[None]:
-        """While it lasts, `between` is given what gathers, each time a pass comes to it."""
-        self.between = between
+    def intercept_gathers(self, handle: Callable[[Action], None]) -> Iterator[None]:
+        """Pass each gather to `handle` instead of running it, while the context lasts."""
+        self.run_gather = handle
         try:
             yield
         finally:
-            self.between = _at_once
+            self.run_gather = _run
 
     @contextmanager
-    def whole(self, number: int, then: int) -> Iterator[None]:
-        """A layer is there while the context lasts, and its neighbour that comes then is on its way."""
-        self.between(partial(_take_and_fetch, self.runs, number, then))
+    def gathered(self, number: int, then: int) -> Iterator[None]:
+        """Fill layer `number` while the context lasts, and start to gather layer `then`."""
+        self.run_gather(partial(_wait_and_start_next, self.layer_bytes, number, then))
         self.layers[number].fill()
         try:
             yield
@@ -192,19 +206,19 @@ class ShardedBase:
             self.layers[number].clear()
 
 
-def _at_once(action: Callable[[], None]) -> None:
+def _run(action: Action) -> None:
     action()
 
 
 def load_sharded(
     folder: Path, quantization: BitsAndBytesConfig | None, device: str, dtype: torch.dtype, offload: bool, embedding: bool
 ) -> PreTrainedModel:
-    """A Llama-like model, read a layer at a time, of which each process keeps its part; `sharded_base` finds the parts.
+    """Load a Llama-like model layer by layer, keeping this process's shard of each; `sharded_base` returns the shards.
 
     Args:
         folder: with config.json and *.safetensors.
-        offload: keep the parts in host memory.
-        embedding: whether to divide embedding and head, too.
+        offload: whether to store the shards in host memory.
+        embedding: whether to shard embedding and head too.
 
     Raises:
         UserError: files or tensors are missing or damaged.
@@ -216,27 +230,29 @@ def load_sharded(
     for number, layer in enumerate(decoder.layers):
         if quantization:
             _make_4bit(layer, quantization)
-        _fill(layer, f"model.layers.{number}.", stored, device, dtype)
-        bases = [module for group in projections_of(layer) for module in group]
-        base.parameters += sum(module.in_features * module.out_features for module in bases)
-        base.layers.append(ShardedLayer([place for module in bases for place in _large(module.weight)], offload))
-    _fill(decoder.norm, "model.norm.", stored, device, dtype)
+        _read_parameters(layer, f"model.layers.{number}.", stored, device, dtype)
+        projections = [module for group in projections_of(layer) for module in group]
+        base.parameters += sum(module.in_features * module.out_features for module in projections)
+        attributes = [attribute for module in projections for attribute in _large_tensors(module.weight)]
+        base.layers.append(ShardedLayer(attributes, offload))
+    _read_parameters(decoder.norm, "model.norm.", stored, device, dtype)
     head, place = model.get_output_embeddings(), "cpu" if embedding else device
-    _fill(decoder.embed_tokens, "model.embed_tokens.", stored, place, dtype)
+    _read_parameters(decoder.embed_tokens, "model.embed_tokens.", stored, place, dtype)
     if model.config.tie_word_embeddings:
         head.weight = decoder.embed_tokens.weight
     else:
-        _fill(head, "lm_head.", stored, place, dtype)
+        _read_parameters(head, "lm_head.", stored, place, dtype)
     if embedding:
-        _divide_embedding(decoder.embed_tokens, head, base, device)
-    base.settle(torch.device(device))
+        _shard_embedding(decoder.embed_tokens, head, base, device)
+    base.allocate_buffers(torch.device(device))
     if quantization:
-        model.is_loaded_in_4bit = True  # as from_pretrained: peft goes by it
+        model.is_loaded_in_4bit = True  # as from_pretrained sets it, for peft
     model.sharded_base = base
     return model.eval()
 
 
 def _make_4bit(layer: Any, quantization: BitsAndBytesConfig) -> None:
+    # Not by model.load.pack_skeleton: the library would mark the model as one that the Trainer refuses.
     for parent in (layer.self_attn, layer.mlp):
         for name, linear in list(parent.named_children()):
             if isinstance(linear, torch.nn.Linear):
@@ -249,11 +265,11 @@ def _make_4bit(layer: Any, quantization: BitsAndBytesConfig) -> None:
                 setattr(parent, name, packed)
 
 
-def _fill(module: Any, prefix: str, stored: dict[str, Stored], device: str, dtype: torch.dtype) -> None:
-    """Read a module's parameters, one at a time; what is 4-bit is packed on the way."""
+def _read_parameters(module: Any, prefix: str, stored: dict[str, StoredTensor], device: str, dtype: torch.dtype) -> None:
+    """Read a module's parameters one at a time, and pack those that are 4-bit."""
     for name, empty in list(module.named_parameters()):
         if prefix + name not in stored:
-            raise UserError(f"model.name: no file of it holds {prefix}{name}; copy or download it again")
+            raise UserError("model.name", None, f"has no tensor {prefix}{name}", "copy or download the model again")
         value = stored[prefix + name].read().to(device, dtype)
         owner = module.get_submodule(name.rpartition(".")[0])
         if isinstance(empty, bitsandbytes.nn.Params4bit):
@@ -266,22 +282,22 @@ def _fill(module: Any, prefix: str, stored: dict[str, Stored], device: str, dtyp
             setattr(owner, name.rpartition(".")[2], torch.nn.Parameter(value, requires_grad=False))
 
 
-def _large(weight: Any) -> list[Place]:
-    """What of a weight is worth dividing: its packed bytes and the absmax of their blocks."""
+def _large_tensors(weight: Any) -> list[Attribute]:
+    """Return the tensors of a weight that are worth sharding: its packed bytes, and the absmax of their blocks."""
     state = getattr(weight, "quant_state", None)
     return [(weight, "data")] if state is None else [(weight, "data"), (state, "absmax")]
 
 
-def _divide_embedding(embedding: Any, head: Any, base: ShardedBase, device: str) -> None:
-    weights = {id(module.weight): module.weight for module in (embedding, head)}  # one where they are tied
-    divided = {key: ShardedRows(weight.data, torch.device(device), base) for key, weight in weights.items()}
-    base.embedding, base.head = (divided[id(module.weight)] for module in (embedding, head))
+def _shard_embedding(embedding: Any, head: Any, base: ShardedBase, device: str) -> None:
+    weights = {id(module.weight): module.weight for module in (embedding, head)}  # one entry if they are tied
+    sharded = {key: ShardedRows(weight.data, torch.device(device), base) for key, weight in weights.items()}
+    base.embedding, base.head = (sharded[id(module.weight)] for module in (embedding, head))
     for weight in weights.values():
         base.parameters += weight.numel()
         weight.data = torch.empty(0, dtype=weight.dtype, device=device)
 
 
 def sharded_base(model: Any) -> ShardedBase | None:
-    """The parts of a PEFT or base model, or None for one that is whole."""
+    """Return the shards of a PEFT or base model, or None if it is not sharded."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return getattr(base, "sharded_base", None)

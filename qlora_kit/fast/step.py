@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 
 from qlora_kit.errors import UserError
-from qlora_kit.fast.micro_step import MicroStep, why_not_compiled, why_not_graphed, why_not_used
+from qlora_kit.fast.micro_step import MicroStep, StepSettings, why_not_compiled, why_not_graphed, why_not_used
 from qlora_kit.fast.training_pass import FastDecoder, why_not_fast
 from qlora_kit.model.loss import IGNORED
 
@@ -58,7 +58,7 @@ class FastStep:
         may_fall_back = (use_compile or use_graphs) and True not in (compiled, captured)
         self.lora = [parameter for parameter in model.parameters() if parameter.requires_grad]
         decoder = FastDecoder(model, len(model.get_decoder().layers) if model.is_gradient_checkpointing else 0, use_compile)
-        self.micro = MicroStep(decoder, rows, length, seed, use_graphs, _warn if may_fall_back else None)
+        self.micro = MicroStep(decoder, StepSettings(rows, length, seed, use_graphs), _warn if may_fall_back else None)
         self.parameters = [decoder.adapters.flat]
         self.rows, self.length, self.steps = rows, length, 0
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from qlora_kit.fast.micro_step import MicroStep
+from qlora_kit.fast.micro_step import MicroStep, StepSettings
 from qlora_kit.fast.projection import draw_keys
 from qlora_kit.fast.training_pass import FastDecoder
 from qlora_kit.model.loss import positions, record_mask, token_losses
@@ -102,7 +102,7 @@ def test_micro_batches_bring_their_own_records(tiny_dir, blocks):
     """Also a smaller last one, in the shape of the others."""
     ids, labels, starts = blocks
     decoder = FastDecoder(model_of(tiny_dir, four_bits=True), 0, compiled=False)
-    micro = MicroStep(decoder, 2, LENGTH, seed=0, captured=False, packed=True)
+    micro = MicroStep(decoder, StepSettings(2, LENGTH, seed=0, captured=False, packed=True))
     together = micro.losses(ids, labels, starts).clone()
     for row in (1, 0):
         one = slice(row, row + 1)

@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qlora_kit.fast import llama_layer as steps
-from qlora_kit.fast.llama_layer import Norms, Part, Rotary
+from qlora_kit.fast import llama_layer
+from qlora_kit.fast.llama_layer import Norms, Rotary, UnpackedGroup
 from qlora_kit.fast.mlp_activation import (
     activate,
     activate_backward,
-    activate_backward_in_one,
-    activate_in_one,
+    activate_backward_triton,
+    activate_triton,
     add_sums,
     has_kernels,
 )
@@ -26,7 +26,7 @@ def random(*shape):
     return torch.randn(*shape, generator=GENERATOR, dtype=torch.float64)
 
 
-def part(fan_in, *sizes):
+def group(fan_in, *sizes):
     """Projections with LoRA of rank 2 and dropout; the weight is built again from A and B, so that autograd sees them."""
     weights = tuple(random(size, fan_in) for size in sizes)
     A, B = random(2 * len(sizes), fan_in).requires_grad_(), tuple(random(size, 2).requires_grad_() for size in sizes)
@@ -35,10 +35,10 @@ def part(fan_in, *sizes):
     beside = F.pad(torch.block_diag(*B), (0, width - 2 * len(sizes)))
     assert torch.equal(torch.cat([torch.cat(weights), beside], 1), unpack_stacked(weights, B, 2, torch.float64))
     gradients = lora._replace(A=torch.zeros_like(A), B=tuple(torch.zeros_like(b) for b in B))
-    return Part(torch.cat([torch.cat(weights), beside], 1), random(sum(sizes)), lora, gradients, KEY)
+    return UnpackedGroup(torch.cat([torch.cat(weights), beside], 1), random(sum(sizes)), lora, gradients, KEY)
 
 
-def frozen(p: Part) -> Part:
+def frozen(p: UnpackedGroup) -> UnpackedGroup:
     """For the hand-written pass, which runs without autograd."""
     return p._replace(weight=p.weight.detach(), lora=p.lora._replace(A=p.lora.A.detach(), B=tuple(b.detach() for b in p.lora.B)))
 
@@ -65,41 +65,41 @@ def rotary():
 @pytest.mark.parametrize("with_heads", [False, True], ids=["plain", "norm over each head"])
 def test_attention_input(rotary, with_heads):
     sizes = (8, 4, 4)  # two heads of q, one of k and v
-    h, qkv, norm = random(BATCH * LENGTH, HIDDEN).requires_grad_(), part(HIDDEN, *sizes), norms(with_heads)
-    heads, _, _ = steps.attention_input(h, BATCH, sizes, qkv, norm, rotary)
+    h, qkv, norm = random(BATCH * LENGTH, HIDDEN).requires_grad_(), group(HIDDEN, *sizes), norms(with_heads)
+    heads, _, _ = llama_layer.attention_input(h, BATCH, sizes, qkv, norm, rotary)
     assert [tuple(x.shape) for x in heads] == [(2, 2, 5, 4), (2, 1, 5, 4), (2, 1, 5, 4)]
     upstream, dh = tuple(random(*x.shape) for x in heads), random(*h.shape)
     with torch.no_grad():
-        _, xa, product = steps.attention_input(h, BATCH, sizes, frozen(qkv), norm, rotary)
-        dproduct = torch.cat(steps.heads_backward(upstream, product, sizes, norm, rotary), 1)
-        actual = steps.attention_input_backward(dh, dproduct, h, xa, frozen(qkv), norm)
+        _, xa, product = llama_layer.attention_input(h, BATCH, sizes, frozen(qkv), norm, rotary)
+        dproduct = torch.cat(llama_layer.heads_backward(upstream, product, sizes, norm, rotary), 1)
+        actual = llama_layer.attention_input_backward(dh, dproduct, h, xa, frozen(qkv), norm)
     assert (product is not None) == with_heads
     assert_gradients(heads, upstream, [h], [actual - dh], qkv)  # dh came along the residual path
 
 
 def test_mlp():
     h, attended = random(BATCH * LENGTH, HIDDEN).requires_grad_(), random(BATCH, 2, LENGTH, HEAD).requires_grad_()
-    o, gate_up, down, norm = part(8, HIDDEN), part(HIDDEN, MLP, MLP), part(MLP, HIDDEN), norms()
-    middle, gates, _, _ = steps.mlp_input(h, attended, o, gate_up, norm)
-    out, _ = steps.mlp_output(middle, *activate(gates, down.lora, KEY), down)
+    o, gate_up, down, norm = group(8, HIDDEN), group(HIDDEN, MLP, MLP), group(MLP, HIDDEN), norms()
+    middle, gates, _, _ = llama_layer.mlp_input(h, attended, o, gate_up, norm)
+    out, _ = llama_layer.mlp_output(middle, *activate(gates, down.lora, KEY), down)
     upstream = random(*out.shape)
     with torch.no_grad():
         o_, gate_up_, down_ = frozen(o), frozen(gate_up), frozen(down)
-        middle, gates, o_xa, gate_up_xa = steps.mlp_input(h, attended, o_, gate_up_, norm)
-        _, down_xa = steps.mlp_output(middle, *activate(gates, down_.lora, KEY), down_)
-        dy, u = steps.mlp_output_backward(upstream, down_xa, down_)
+        middle, gates, o_xa, gate_up_xa = llama_layer.mlp_input(h, attended, o_, gate_up_, norm)
+        _, down_xa = llama_layer.mlp_output(middle, *activate(gates, down_.lora, KEY), down_)
+        dy, u = llama_layer.mlp_output_backward(upstream, down_xa, down_)
         dgates, sums = activate_backward(dy, u, gates, gate_up_xa, KEY, down_.lora, gate_up_.lora)
         add_sums(sums, down_.gradients, gate_up_.gradients)
-        actual = steps.mlp_input_backward(upstream, dgates, middle, attended, o_xa, o_, gate_up_, norm)
+        actual = llama_layer.mlp_input_backward(upstream, dgates, middle, attended, o_xa, o_, gate_up_, norm)
     assert_gradients(out, upstream, [h, attended], actual, o, gate_up, down)
 
 
 def test_rms_norm_equals_torchs_and_gradcheck():
     x, weight = random(4, HIDDEN).requires_grad_(), random(HIDDEN)
-    torch.testing.assert_close(steps.rms_norm(x, weight, 1e-6), F.rms_norm(x, (HIDDEN,), weight, 1e-6))
+    torch.testing.assert_close(llama_layer.rms_norm(x, weight, 1e-6), F.rms_norm(x, (HIDDEN,), weight, 1e-6))
     upstream = random(4, HIDDEN)
     (expected,) = torch.autograd.grad(F.rms_norm(x, (HIDDEN,), weight, 1e-6), x, upstream)
-    torch.testing.assert_close(steps.rms_norm_backward(upstream, x, weight, 1e-6), expected)
+    torch.testing.assert_close(llama_layer.rms_norm_backward(upstream, x, weight, 1e-6), expected)
 
 
 def adapter(rank, sizes, adapted, fan_in, keep, dtype):
@@ -130,8 +130,8 @@ def test_the_kernels_compute_what_the_steps_compute_in_fp32(rows, mlp, rank, kee
         dgates, sums = backward(change(dy), change(u), change(gates), change(xa), KEY.cuda(), down, gate_up)
         return [y, dgates, *(None if part is None else part.sum(0) for part in (parts, *sums))]
 
-    in_one, in_steps = run(activate_in_one, activate_backward_in_one, dtype), run(activate, activate_backward, torch.float32)
-    for actual, expected in zip(in_one, in_steps, strict=True):
+    by_kernel, in_steps = run(activate_triton, activate_backward_triton, dtype), run(activate, activate_backward, torch.float32)
+    for actual, expected in zip(by_kernel, in_steps, strict=True):
         assert (actual is None) == (expected is None)
         if expected is not None:
             torch.testing.assert_close(actual.float(), expected, rtol=0.02, atol=0.01 * expected.abs().max().item())

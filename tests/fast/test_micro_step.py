@@ -8,10 +8,12 @@ from bitsandbytes import functional as bnb
 
 from qlora_kit.errors import Failed, UserError
 from qlora_kit.fast import nf4
-from qlora_kit.fast.micro_step import MicroStep, why_not_compiled, why_not_graphed, why_not_used
+from qlora_kit.fast.micro_step import MicroStep, StepSettings, why_not_compiled, why_not_graphed, why_not_used
 from qlora_kit.fast.training_pass import FastDecoder, offload_embedding
-from qlora_kit.training.build import end_all
+from qlora_kit.training.build import fail_without_fallback
 from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
+
+SETTINGS = StepSettings(2, 20, seed=1, captured=False)
 
 
 def test_what_cannot_work_is_said_where_it_was_insisted_on():
@@ -30,7 +32,7 @@ def test_what_cannot_work_is_said_where_it_was_insisted_on():
 )
 def test_what_triton_lacks_is_said(monkeypatch, tmp_path, lacking, told):
     monkeypatch.setattr(nf4, "triton", None if lacking == "triton" else object())
-    monkeypatch.setattr(nf4, "_launch", lambda *rest: None)  # the trial kernel
+    monkeypatch.setattr(nf4, "_launch_unpack", lambda *rest: None)  # the trial kernel
     monkeypatch.setattr(nf4.bnb, "quantize_4bit", lambda *rest, **more: (SimpleNamespace(), None))
     monkeypatch.setattr(torch, "ones", lambda *rest, **more: None)
     monkeypatch.setattr(torch, "empty", lambda *rest, **more: None)
@@ -59,19 +61,19 @@ def test_where_compiling_fails_the_plain_functions_take_over_and_lose_nothing(de
     def broken(*arguments):
         raise RuntimeError("no kernel\nfor this GPU")
 
-    monkeypatch.setattr("qlora_kit.fast.training_pass._compiled", lambda function: broken)
+    monkeypatch.setattr("qlora_kit.fast.training_pass.compile_once", lambda function: broken)
     ids, share, told, results = torch.arange(40).view(2, 20), torch.tensor(0.1), [], []
     for compiled in (False, True):
-        micro = MicroStep(decoder(compiled), 2, 20, seed=1, captured=False, give_up=told.append)
+        micro = MicroStep(decoder(compiled), SETTINGS, told.append)
         micro.begin_step(0)
         losses = [micro.train(ids, ids, share).item() for _ in range(2)]
         results.append((losses, micro.decoder.adapters.gradient.clone(), micro.losses(ids, ids)))
     assert told == ["no kernel for this GPU"]
     torch.testing.assert_close(*results, rtol=0, atol=0)
-    insisted = MicroStep(decoder(True), 2, 20, seed=1, captured=False, give_up=None)
+    insisted = MicroStep(decoder(True), SETTINGS)
     with pytest.raises(RuntimeError, match="no kernel"):
         insisted.losses(ids, ids)
-    divided = MicroStep(decoder(True), 2, 20, seed=1, captured=False, give_up=end_all)
+    divided = MicroStep(decoder(True), SETTINGS, fail_without_fallback)
     with pytest.raises(Failed, match=r"no kernel .*performance\.compile=false"):
         divided.losses(ids, ids)
 
@@ -80,10 +82,10 @@ def test_out_of_memory_is_no_reason_to_give_compiling_up(decoder, monkeypatch):
     def full(*arguments):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("qlora_kit.fast.training_pass._compiled", lambda function: full)
+    monkeypatch.setattr("qlora_kit.fast.training_pass.compile_once", lambda function: full)
     told, ids = [], torch.arange(40).view(2, 20)
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        MicroStep(decoder(True), 2, 20, 1, captured=False, give_up=told.append).losses(ids, ids)
+        MicroStep(decoder(True), SETTINGS, told.append).losses(ids, ids)
     assert not told
 
 
@@ -113,7 +115,7 @@ class TestOnTheGpu:
         """Loss of three micro-batches, gradient, and evaluation, of an optimizer step."""
         ids = torch.randint(6000, (3, 4, 64), generator=torch.Generator().manual_seed(0)).pin_memory()
         starts = torch.arange(64).expand(4, 64) // 24 * 24 if packed else None  # records of 24, 24 and 16 tokens
-        micro = MicroStep(decoder, 4, 64, seed=1, captured=captured, packed=packed)
+        micro = MicroStep(decoder, StepSettings(4, 64, seed=1, captured=captured, packed=packed))
         before = micro.losses(ids[0], ids[0], starts).clone()
         micro.begin_step(7)
         share = torch.tensor(1.0 / ids[:, :, 1:].numel(), device="cuda")

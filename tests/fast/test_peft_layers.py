@@ -7,7 +7,7 @@ from peft.tuners.lora.bnb import Linear4bit
 
 from qlora_kit.fast.nf4 import unpack_stacked
 from qlora_kit.fast.peft_layers import FusedLinear4bit, fuse
-from qlora_kit.fast.projection import Lora, LoraProjection, draw_keys, keep_mask, project, reduced
+from qlora_kit.fast.projection import Lora, LoraProjection, draw_keep_mask, draw_keys, project, reduce_to_rank
 from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
 
 
@@ -29,7 +29,7 @@ def unfused(x, weight, bias, A, B, scale, mask, keep):
 def test_gradcheck_in_fp64_and_equal_to_the_unfused_formula_under_the_same_mask(keep):
     x, weight, bias, A, B = problem()
     key = torch.tensor(12345, dtype=torch.int32)
-    mask = keep_mask(x.shape, key, keep).double()
+    mask = draw_keep_mask(x.shape, key, keep).double()
     assert (mask.mean() < 1) == (keep < 1)
 
     def fused(x, A, B):
@@ -57,8 +57,8 @@ def test_projections_that_share_an_input_are_one_product(adapted_members):
     lora = Lora(torch.cat(As), Bs, sizes, 0.5, 0.8)
     stacked = unpack_stacked(weights, Bs, lora.rank, torch.float64)
     assert stacked.shape == (11, 5 + 8)  # 2, 4 or 6 columns of B, rounded up to 8
-    y = project(x, reduced(x, lora, key), stacked, None)
-    mask, waiting, expected = keep_mask(x.shape, key, 0.8).double(), list(As), []
+    y = project(x, reduce_to_rank(x, lora, key), stacked, None)
+    mask, waiting, expected = draw_keep_mask(x.shape, key, 0.8).double(), list(As), []
     for weight, B in zip(weights, Bs, strict=True):
         update = 0.0 if B is None else 0.5 * ((x * mask / 0.8) @ waiting.pop(0).T) @ B.T
         expected.append(x @ weight.T + update)
@@ -70,7 +70,7 @@ def test_projections_that_share_an_input_are_one_product(adapted_members):
 
 @pytest.mark.parametrize("keep", [0.95, 0.5])
 def test_the_mask_keeps_its_share_in_every_row_and_column_and_for_every_key(keep):
-    masks = torch.stack([keep_mask(torch.Size((600, 500)), key, keep).double() for key in draw_keys((3,), 4)])
+    masks = torch.stack([draw_keep_mask(torch.Size((600, 500)), key, keep).double() for key in draw_keys((3,), 4)])
     count = 600 * 500
     spread = (keep * (1 - keep)) ** 0.5
     assert (masks.mean((1, 2)) - keep).abs().max() < 4 * spread / count**0.5
@@ -79,7 +79,7 @@ def test_the_mask_keeps_its_share_in_every_row_and_column_and_for_every_key(keep
 
 
 def test_neighbouring_elements_are_independent():
-    mask = keep_mask(torch.Size((1000, 300)), draw_keys((4,), 1)[0], 0.5).double().flatten() * 2 - 1
+    mask = draw_keep_mask(torch.Size((1000, 300)), draw_keys((4,), 1)[0], 0.5).double().flatten() * 2 - 1
     for other in (mask[1:], mask[2:], mask[300:]):
         assert abs((mask[: len(other)] * other).mean()) < 4 / len(other) ** 0.5
 
@@ -88,7 +88,7 @@ def test_neighbouring_elements_are_independent():
 def test_masks_of_different_keys_are_independent(keep):
     """All pairs of 40 keys, some a bit apart: correlations as scattered as those of independent draws."""
     keys = torch.cat([draw_keys((5,), 32), draw_keys((5,), 1) ^ (1 << torch.arange(8, dtype=torch.int32))])
-    masks = torch.stack([keep_mask(torch.Size((40_000,)), key, keep).double() for key in keys])
+    masks = torch.stack([draw_keep_mask(torch.Size((40_000,)), key, keep).double() for key in keys])
     pairs = torch.corrcoef(masks)[torch.triu_indices(40, 40, 1).unbind()] * 200  # times the root of the count: a normal variable
     assert pairs.std() < 1.1 and pairs.abs().max() < 4.5
 

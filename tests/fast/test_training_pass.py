@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
 
-from qlora_kit.fast.micro_step import MicroStep
+from qlora_kit.fast.micro_step import MicroStep, StepSettings
 from qlora_kit.fast.projection import draw_keys
 from qlora_kit.fast.training_pass import FastDecoder, why_not_fast
 from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
@@ -170,7 +170,7 @@ def test_a_batch_with_fewer_rows_counts_for_what_it_holds(tiny_dir):
     """Filled up with rows without labels: the loss and gradients of the rows there are."""
     model = adapt(load(tiny_dir))
     expected = librarys(model, *batch(2))
-    micro = MicroStep(FastDecoder(model, 0, compiled=False), 5, 24, seed=1, captured=False)
+    micro = MicroStep(FastDecoder(model, 0, compiled=False), StepSettings(5, 24, seed=1, captured=False))
     micro.begin_step(0)
     micro.train(*batch(5), torch.tensor(1.0))  # leaves other rows behind
     micro.begin_step(1)
@@ -185,7 +185,7 @@ def test_dropout_follows_from_seed_step_and_micro_step(tiny_dir):
     decoder = FastDecoder(model, 0, compiled=False)
 
     def losses(seed, step):
-        micro = MicroStep(decoder, 2, 24, seed, captured=False)
+        micro = MicroStep(decoder, StepSettings(2, 24, seed, captured=False))
         micro.begin_step(step)
         return [micro.train(*batch(), torch.tensor(0.01)).item() for _ in range(2)]
 
@@ -239,4 +239,4 @@ def test_the_reason_against_it_is_said(tiny_dir, kin, other_models):
     assert "variant" in why_not_fast(dora, 24)
     embedding = adapt(load(tiny_dir))
     embedding.base_model.model.model.norm.weight.requires_grad_(True)
-    assert "is trained" in why_not_fast(embedding, 24)
+    assert "trained parameters" in why_not_fast(embedding, 24)
