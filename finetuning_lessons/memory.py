@@ -25,7 +25,7 @@ RULE_BYTES = {"full": 12.0, "LoRA": 2.0, "QLoRA": 0.5}  # per parameter
 COLOURS = {"full": RED, "LoRA": BLUE, "QLoRA": GREEN}
 BFLOAT16_BYTES = 2
 # Rows of the account that are not weights, gradients or optimizer state.
-ACTIVATIONS = ("kept activations", "unpacked weights", "largest layer's workspace", "logits above that", "libraries")
+ACTIVATIONS = ("kept activations", "largest layer's workspace", "logits above that", "libraries")
 
 
 def llama(layers: int, hidden: int, heads: int, kv_heads: int, mlp: int, vocabulary: int, tied: bool = False) -> ModelShape:

@@ -82,7 +82,6 @@ def plan_table(plan: Plan, config: Config, shape: ModelShape, limit: float, card
         f"{config.model.name}: {each}{plan.micro_batch} x {times} sequences of {config.data.max_length} tokens, "
         f"rank {config.lora.rank}, {plan.recomputed} of {shape.layers} layers recomputed"
     )
-    title += ", weights unpacked once" if plan.keep_weights else ""
     paged = 0.0 if plan.parts["optimizer state"] else config.training.optimizer_bytes * plan.parts["adapters (fp32)"] / 4
     rows = list(plan.parts.items())
     rows += [("sum: torch's allocator", plan.peak), ("paged optimizer state", paged), ("CUDA context (about)", CONTEXT_BYTES)]

@@ -16,9 +16,7 @@ CONTEXT_BYTES = 0.6 * GIB
 UNPACKED_TOGETHER = ("o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def estimate_memory(
-    shape: ModelShape, config: Config, micro_batch: int, recomputed: int, keep_weights: bool = False, processes: int = 1
-) -> dict[str, float]:
+def estimate_memory(shape: ModelShape, config: Config, micro_batch: int, recomputed: int, processes: int = 1) -> dict[str, float]:
     """Return the bytes of each item at the peak of a training run on a GPU; their sum is what torch's allocator needs.
 
     CUDA manages the state of a paged optimizer outside the allocator, so it is not counted.
@@ -26,7 +24,6 @@ def estimate_memory(
     Args:
         micro_batch: sequences per forward pass.
         recomputed: layers that keep only their input and recompute the rest in the backward pass.
-        keep_weights: the weights unpacked in the forward pass are kept for the backward pass.
         processes: how many processes share the frozen weights under performance.fsdp.
     """
     fsdp, offloaded, rank = config.performance.fsdp, config.performance.offload_embedding, config.lora.rank
@@ -37,8 +34,7 @@ def estimate_memory(
     weights = _weight_bytes(config.quantization, element) * shape.projection_parameters()
     share = 0.0 if fsdp == "offload" else 1 / processes if fsdp else 1.0  # of the frozen weights, on this GPU
     kept = recomputed * (shape.hidden + rank) + (shape.layers - recomputed) * _kept_elements(shape, rank)
-    kept_weights = shape.layers * _unpacked_elements(shape, rank, tuple(shape.projections())) if keep_weights else 0
-    unpacked = 0 if keep_weights else _unpacked_elements(shape, rank, UNPACKED_TOGETHER)
+    unpacked = _unpacked_elements(shape, rank, UNPACKED_TOGETHER)
     workspace = element * (tokens * _working_elements(shape, compiled, recomputed == shape.layers) + unpacked)
     rows = min(HEAD_ROWS, shape.vocabulary) if offloaded or fsdp else vocabulary_piece(tokens, shape.vocabulary)
     head_piece = element * rows * shape.hidden
@@ -53,7 +49,6 @@ def estimate_memory(
         "gradients (fp32)": 4.0 * adapters,
         "optimizer state": 0.0 if "paged" in config.training.optim else config.training.optimizer_bytes * adapters,
         "kept activations": float(element * tokens * kept),
-        "unpacked weights": float(element * kept_weights),
         **({"gathered weights": gathered} if fsdp else {}),
         "largest layer's workspace": float(workspace),
         # The logits are freed before the backward pass begins: only what exceeds a layer's workspace counts.

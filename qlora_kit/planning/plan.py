@@ -16,10 +16,9 @@ FILL = 0.9  # share of the memory limit that a plan uses: the prediction may be 
 TOLERANCE = 1.08  # a run is refused only above this share of the limit: the prediction may be 8 % too high
 # Fixed cost of a micro-step (unpacking weights, launching kernels) in tokens' worth of work, and the cost of recomputing all
 # layers as a share. Fitted on an H200, 2026-11-22, to micro-steps of 512, 2,048 and 8,192 tokens with all layers recomputed
-# (36.5, 80.6 and 275.1 ms) and of the last two with none (65.3 and 216.6 ms; 214.7 with each weight unpacked once).
+# (36.5, 80.6 and 275.1 ms) and of the last two with none (65.3 and 216.6 ms).
 MICRO_STEP_TOKENS = 600
 RECOMPUTATION = 0.27
-KEPT_WEIGHTS_TOKENS = 80  # of MICRO_STEP_TOKENS, saved by unpacking each weight only once
 
 
 @dataclass(frozen=True)
@@ -30,13 +29,11 @@ class Plan:
         micro_batch: sequences per forward pass.
         recomputed: layers whose activations are recomputed in the backward pass.
         parts: bytes of each item of memory; empty without a prediction.
-        keep_weights: the backward pass reuses the weights that the forward pass unpacked.
     """
 
     micro_batch: int
     recomputed: int
     parts: dict[str, float]
-    keep_weights: bool = False
 
     @property
     def peak(self) -> float:
@@ -58,17 +55,14 @@ def make_plan(config: Config, shape: ModelShape | None, limit: float | None, pro
         return Plan(share if micro == "auto" else micro, layers, {})
     batches = _divisors(config.effective_batch // processes) if micro == "auto" else [micro]
     choices = {"auto": range(shape.layers + 1), True: [shape.layers], False: [0]}[recompute]
-    divisions = [(b, n, False) for b in batches for n in choices]
-    if recompute == "auto" and not config.performance.fsdp:
-        divisions += [(b, 0, True) for b in batches]
-    plans = [Plan(b, n, estimate_memory(shape, config, b, n, keep, processes), keep) for b, n, keep in divisions]
+    plans = [Plan(b, n, estimate_memory(shape, config, b, n, processes)) for b in batches for n in choices]
     fitting = [plan for plan in plans if plan.peak <= FILL * limit]
     if not fitting:
         return min(plans, key=lambda plan: plan.peak)
 
     def cost(plan: Plan) -> float:
-        fixed = MICRO_STEP_TOKENS - KEPT_WEIGHTS_TOKENS * plan.keep_weights
-        return fixed / (plan.micro_batch * config.data.max_length) + RECOMPUTATION * plan.recomputed / shape.layers
+        tokens = plan.micro_batch * config.data.max_length
+        return MICRO_STEP_TOKENS / tokens + RECOMPUTATION * plan.recomputed / shape.layers
 
     return min(fitting, key=cost)
 
@@ -86,14 +80,14 @@ def resume_plan(
 
     Args:
         plan: of a run that starts now.
-        before: `micro_batch`, `recomputed` and `keep_weights` of the interrupted run.
+        before: `micro_batch` and `recomputed` of the interrupted run.
         settings_unchanged: `plan_inputs` and the number of processes are the same; otherwise `plan` is returned.
     """
-    micro_batch, recomputed, keep = before["micro_batch"], before["recomputed"], before["keep_weights"]
+    micro_batch, recomputed = before["micro_batch"], before["recomputed"]
     if not settings_unchanged or config.effective_batch % micro_batch:
         return plan
-    parts = estimate_memory(shape, config, micro_batch, recomputed, keep, processes) if shape and plan.parts else {}
-    resumed = Plan(micro_batch, recomputed, parts, keep)
+    parts = estimate_memory(shape, config, micro_batch, recomputed, processes) if shape and plan.parts else {}
+    resumed = Plan(micro_batch, recomputed, parts)
     return plan if limit is not None and resumed.peak > TOLERANCE * limit else resumed
 
 

@@ -36,7 +36,6 @@ def test_every_item_of_qwen_3b_by_hand(qwen_3b):
         "gradients (fp32)": 4 * 29_933_568,
         "optimizer state": 0,  # paged: CUDA manages it, outside the allocator
         "kept activations": 2 * 36 * 512 * (2_048 + 16),  # each layer's input, and the product of its input with the A of `down`
-        "unpacked weights": 0,
         # a token: 7 x 11,008; input, its gradient and the residual 3 x 2,048; q and attention output 2 x 2,048; k and v 2 x 256;
         # weights with LoRA's columns: o 2,064 x 2,048, gate and up 2 x 2,080 x 11,008, down 11,024 x 2,048
         "largest layer's workspace": 2 * (512 * (77_056 + 10_752) + 4_227_072 + 2 * 22_896_640 + 22_577_152),
@@ -57,16 +56,6 @@ def test_a_layer_without_recomputation_keeps_its_activations(qwen_3b):
     layer = 4_096 + 4_096 + 512 + 22_016 + 7 * 16
     assert estimate(qwen_3b, recomputed=0)["kept activations"] == 2 * 36 * 512 * layer
     assert estimate(qwen_3b, micro_batch=4, recomputed=30)["kept activations"] == 2 * 4 * 512 * (30 * (2_048 + 16) + 6 * layer)
-
-
-def test_weights_that_stay_unpacked_are_counted_in_full(qwen_3b):
-    unpacked_twice, unpacked_once = (estimate_memory(qwen_3b, Config(), 1, 0, keep_weights=keep) for keep in (False, True))
-    qkv, o, gate_up = (2_048 + 48) * (2_048 + 256 + 256), (2_048 + 16) * 2_048, (2_048 + 32) * 22_016
-    down = (11_008 + 16) * 2_048
-    assert unpacked_twice["unpacked weights"] == 0
-    assert unpacked_once["unpacked weights"] == 2 * 36 * (qkv + o + gate_up + down)
-    saved = unpacked_twice["largest layer's workspace"] - unpacked_once["largest layer's workspace"]
-    assert saved == 2 * (o + gate_up + down)
 
 
 def test_logits_count_where_they_exceed_a_layers_workspace(shapes):

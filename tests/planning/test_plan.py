@@ -8,7 +8,6 @@ from qlora_kit.config import GIB, Config
 from qlora_kit.config_file import load_config, override
 from qlora_kit.planning.memory import estimate_memory
 from qlora_kit.planning.plan import (
-    KEPT_WEIGHTS_TOKENS,
     MICRO_STEP_TOKENS,
     RECOMPUTATION,
     Plan,
@@ -36,28 +35,25 @@ def shape(request, shapes) -> ModelShape:
 
 def cost(plan: Plan, config: Config, layers: int) -> float:
     """Return the predicted work per token that depends on the plan, in units of one token's work."""
-    fixed = MICRO_STEP_TOKENS - KEPT_WEIGHTS_TOKENS * plan.keep_weights
-    return fixed / (plan.micro_batch * config.data.max_length) + RECOMPUTATION * plan.recomputed / layers
+    return MICRO_STEP_TOKENS / (plan.micro_batch * config.data.max_length) + RECOMPUTATION * plan.recomputed / layers
 
 
 @pytest.mark.parametrize("changes", RUNS, ids=str)
 def test_a_plan_is_the_fastest_that_leaves_a_tenth_of_the_memory_free(shape, changes):
     config = override(Config(), changes)
     divisors = [n for n in range(1, config.effective_batch + 1) if config.effective_batch % n == 0]
-    ways = [(b, n, keep) for b in divisors for n in range(shape.layers + 1) for keep in (False, True) if n == 0 or not keep]
+    ways = [(b, n) for b in divisors for n in range(shape.layers + 1)]
     peaks = {way: sum(estimate_memory(shape, config, *way).values()) for way in ways}
     for gib in LIMITS:
         plan = make_plan(config, shape, gib * GIB)
-        assert plan.peak == peaks[plan.micro_batch, plan.recomputed, plan.keep_weights]  # the micro-batch divides the batch
+        assert plan.peak == peaks[plan.micro_batch, plan.recomputed]  # the micro-batch divides the batch
         fitting = [way for way, peak in peaks.items() if peak <= 0.9 * gib * GIB]
         if not fitting:
             assert plan.peak == min(peaks.values())
             continue
-        # No other way that fits has as large a micro-batch, as few recomputed layers, and keeps as much.
-        as_fast = [
-            (b, n, keep) for b, n, keep in fitting if b >= plan.micro_batch and n <= plan.recomputed and keep >= plan.keep_weights
-        ]
-        assert as_fast == [(plan.micro_batch, plan.recomputed, plan.keep_weights)]
+        # No other way that fits has as large a micro-batch and as few recomputed layers.
+        as_fast = [(b, n) for b, n in fitting if b >= plan.micro_batch and n <= plan.recomputed]
+        assert as_fast == [(plan.micro_batch, plan.recomputed)]
 
 
 @pytest.mark.parametrize("changes", RUNS, ids=str)
@@ -69,7 +65,7 @@ def test_more_memory_never_makes_a_run_slower(shape, changes):
 
 def test_with_enough_memory_the_effective_batch_is_one_micro_batch_and_nothing_is_recomputed(qwen_3b):
     plan = make_plan(Config(), qwen_3b, 139 * GIB)
-    assert (plan.micro_batch, plan.recomputed, plan.keep_weights) == (16, 0, True)
+    assert (plan.micro_batch, plan.recomputed) == (16, 0)
 
 
 def test_the_default_run_fits_a_card_of_8_gib(qwen_3b):
@@ -124,7 +120,7 @@ def test_the_librarys_layers_have_no_prediction(qwen_3b):
 def test_a_resumed_run_keeps_its_plan_unless_the_settings_changed(root):
     tiny = root / "configs" / "tiny.yaml"
     config = load_config(tiny, {"training.batch_size": 8, "training.gradient_accumulation_steps": 1})
-    before = {"micro_batch": 4, "recomputed": 3, "keep_weights": False}
+    before = {"micro_batch": 4, "recomputed": 3}
     now = Plan(8, 0, {})
     assert resume_plan(now, config, None, None, before, settings_unchanged=True) == Plan(4, 3, {})
     assert resume_plan(now, config, None, None, before, settings_unchanged=False) == now
