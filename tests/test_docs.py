@@ -1,0 +1,37 @@
+"""Run the Python snippets of each page in docs/, in their order and in one process per page."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NEEDED = ("assets", "configs", "samples", "config.yaml")  # what snippets read, by its path in the repository
+SNIPPETS = {
+    page: re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    for page in sorted((ROOT / "docs").glob("*.md"))
+}
+
+
+def test_there_are_snippets_to_run():
+    assert sum(map(len, SNIPPETS.values())) > 4
+
+
+@pytest.mark.parametrize("page", [page for page, snippets in SNIPPETS.items() if snippets], ids=lambda page: page.stem)
+def test_snippets_run_in_order(page, tmp_path):
+    for name in NEEDED:
+        (tmp_path / name).symlink_to(ROOT / name)
+    program = tmp_path / "snippets.py"
+    program.write_text("\n".join(SNIPPETS[page]), encoding="utf-8")
+    result = subprocess.run(
+        [sys.executable, program.name],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
