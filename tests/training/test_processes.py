@@ -16,7 +16,7 @@ from qlora_kit.config_file import load_config
 from qlora_kit.errors import Failed, Problem, Stopped, UserError
 from qlora_kit.planning.plan import check_division, make_plan
 from qlora_kit.training import processes
-from qlora_kit.training.build import IGNORED, OwnRows
+from qlora_kit.training.build import IGNORED, RankCollator
 from qlora_kit.training.processes import Shard, Team, check_identical, choose_own_gpu, connect, read_team
 
 # train_qlora.py, in which rank 1 executes {what} after step 5.
@@ -249,7 +249,7 @@ def test_shards_hold_every_item_and_gather_to_the_whole(monkeypatch):
 
 def test_each_row_goes_to_one_process_and_a_process_without_rows_trains_nothing():
     rows = [{"input_ids": torch.full((4,), n), "labels": torch.full((4,), n), "block": torch.tensor(n)} for n in range(3)]
-    taken = [OwnRows(Team(rank, 3), 2)(rows) for rank in range(3)]
+    taken = [RankCollator(Team(rank, 3), 2)(rows) for rank in range(3)]
     assert [batch["block"].tolist() for batch in taken] == [[0, 1], [2], [-1]]
     assert (taken[2]["labels"] == IGNORED).all() and taken[1]["labels"].tolist() == [[2] * 4]
 
