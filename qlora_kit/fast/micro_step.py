@@ -101,7 +101,6 @@ class MicroStep:
         """Return a MicroStep for fewer rows, and free the graphs of this one, which must not be used any more."""
         self.runners.clear()
         self.pool = None
-        self.decoder.keep_weights = False  # unpacked weights take as much memory for a smaller batch
         return MicroStep(self.decoder, self.settings._replace(rows=rows), self.on_fallback)
 
     def _fill(self, ids: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor | None) -> None:

@@ -46,7 +46,6 @@ class SavedLayer(NamedTuple):
     h: torch.Tensor
     down_xa: torch.Tensor | None  # kept by every layer: it is small, and recomputing it takes the widest tensor, silu(gate) · up
     activations: Activations | None  # None: recomputed
-    groups: tuple[UnpackedGroup, ...] | None  # in the order of GROUPS; None: unpacked again
 
 
 HOST_COPY = "weight_in_host_memory"
@@ -76,10 +75,9 @@ class FastDecoder:
     Args:
         recomputed: layers with gradient checkpointing, counted from the first: they keep their input and recompute the rest.
         compiled: whether torch.compile fuses the steps of a layer.
-        keep_weights: whether the weights that the forward pass unpacks stay unpacked for the backward pass.
     """
 
-    def __init__(self, model: Any, recomputed: int, compiled: bool, keep_weights: bool = False):
+    def __init__(self, model: Any, recomputed: int, compiled: bool):
         parts = decoder_and_head(model)
         assert parts is not None, "why_not_fast comes first"
         self.decoder = parts[0]
@@ -94,7 +92,7 @@ class FastDecoder:
         self.embeds_outside_graph = offloaded or not isinstance(self.embedding, torch.Tensor)
         self.dtype, self.hidden = self.embedding.dtype, len(self.decoder.norm.weight)
         self.head_rows = HEAD_ROWS if offloaded else getattr(self.head, "rows", None)
-        self.recomputed, self.compiled, self.keep_weights = recomputed, compiled, keep_weights
+        self.recomputed, self.compiled = recomputed, compiled
         self.adapters = FlatAdapters([parameter for parameter in model.parameters() if parameter.requires_grad])
         self.layers = read_layers(self.decoder, self.adapters.add)
         assert self.adapters.used == len(self.adapters.flat), "an adapter outside the decoder's projections"
@@ -174,13 +172,12 @@ class FastDecoder:
         """Return a layer's output, and what its backward pass needs: all activations, or `h` and xa of `down` alone."""
         qkv, o, gate_up = self._unpack(layer, keys, "qkv", "o", "gate_up")
         activations = self._compute_activations(layer, h, layout, qkv, o, gate_up, keep_all)
-        kept = (qkv, o, gate_up) if keep_all and self.keep_weights else ()
         del qkv, o, gate_up
         (down,) = self._unpack(layer, keys, "down")
         activate = self._kernel_or_compiled(mlp_activation.activate_triton, mlp_activation.activate, activations.gates, down.lora)
         mlp_output = self._compiled(llama_layer.mlp_output)
         out, down_xa = mlp_output(activations.middle, *activate(activations.gates, down.lora, down.key), down)
-        return out, SavedLayer(h, down_xa, activations if keep_all else None, (*kept, down) if kept else None)
+        return out, SavedLayer(h, down_xa, activations if keep_all else None)
 
     def _compute_activations(
         self,
@@ -203,14 +200,14 @@ class FastDecoder:
         self, layer: Layer, dh: torch.Tensor, saved: SavedLayer, layout: BlockLayout, keys: torch.Tensor
     ) -> torch.Tensor:
         """Return the gradient of a layer's input, given that of its output, and add to the gradients of its LoRA matrices."""
-        h, down_xa, activations, groups = saved
-        qkv, o, gate_up = groups[:3] if groups else self._unpack(layer, keys, "qkv", "o", "gate_up")
+        h, down_xa, activations = saved
+        qkv, o, gate_up = self._unpack(layer, keys, "qkv", "o", "gate_up")
         if activations is None:
             activations = self._compute_activations(layer, h, layout, qkv, o, gate_up, True)
         heads, qkv_xa, product, attended, middle, gates, o_xa, gate_up_xa = activations
-        down = groups[3] if groups else self._unpack(layer, keys, "down")[0]
+        (down,) = self._unpack(layer, keys, "down")
         dgates = self._gates_backward(dh, gates, down_xa, gate_up_xa, down, gate_up)
-        del saved, activations, groups, gates, down  # frees the memory of what is no longer needed
+        del saved, activations, gates, down  # frees the memory of what is no longer needed
         mlp_input_backward = self._compiled(llama_layer.mlp_input_backward)
         dh, dattended = mlp_input_backward(dh, dgates, middle, attended.detach(), o_xa, o, gate_up, layer.norms)
         del dgates, middle, o, gate_up
