@@ -1,11 +1,12 @@
 """The output folder: whether a run may write there, disk space, and atomic writes."""
 
+import os
 import shutil
 
 import pytest
 
 from qlora_kit.errors import UserError
-from qlora_kit.output.folder import check_disk, check_output_dir
+from qlora_kit.output.folder import check_disk, check_output_dir, existing_parent, staged_folder
 
 
 def finish(folder):
@@ -67,3 +68,59 @@ def test_a_run_without_space_for_a_checkpoint_and_the_adapter_is_refused(tmp_pat
     ):
         check_disk(tmp_path / "new", 29_933_568, 2.0)
     check_disk(tmp_path / "new", 10_000_000, 2.0)
+
+
+@pytest.mark.parametrize("path", ["there", "there/not yet/at all", "there/file/below"])
+def test_the_existing_parent_is_the_nearest_ancestor_that_exists(tmp_path, path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").touch()
+    nearest = "there/file" if "file" in path else "there"
+    assert existing_parent(tmp_path / path) == tmp_path / nearest
+
+
+def write(tmp_path, text: str, aside: str | None = "aside") -> None:
+    """Write a folder with a file in a folder."""
+    place, staging = tmp_path / "place", tmp_path / "staging" / "place"
+    with staged_folder(place, staging, tmp_path / aside if aside else None) as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "file").write_text(text)
+
+
+def read(tmp_path) -> str:
+    return (tmp_path / "place" / "inner" / "file").read_text()
+
+
+def test_a_staged_folder_replaces_the_one_before_it(tmp_path):
+    for text in ("old", "new"):
+        write(tmp_path, text)
+        assert read(tmp_path) == text
+    assert not any((tmp_path / "staging").iterdir()) and not (tmp_path / "aside").exists()
+
+
+def test_without_a_place_aside_the_folder_that_was_first_stays(tmp_path):
+    write(tmp_path, "first", aside=None)
+    write(tmp_path, "second", aside=None)
+    assert read(tmp_path) == "first" and not any((tmp_path / "staging").iterdir())
+
+
+def test_a_failed_rename_puts_the_replaced_folder_back(tmp_path, monkeypatch):
+    write(tmp_path, "old")
+    rename = os.rename
+
+    def fail(source, target):
+        if source == tmp_path / "staging" / "place":
+            raise OSError("no")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(OSError, match="no"):
+        write(tmp_path, "new")
+    assert read(tmp_path) == "old" and not any((tmp_path / "staging").iterdir()) and not (tmp_path / "aside").exists()
+
+
+def test_a_failed_block_leaves_nothing_but_the_folder_before_it(tmp_path):
+    write(tmp_path, "old")
+    with pytest.raises(KeyboardInterrupt), staged_folder(tmp_path / "place", tmp_path / "staging" / "place") as folder:
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+    assert read(tmp_path) == "old" and not any((tmp_path / "staging").iterdir())
