@@ -1,4 +1,4 @@
-"""Prompts -> tokens, one step of all prompts at a time: which engine does it, and the one by the library's own `generate`."""
+"""The choice of an engine, and transformers' `generate` as an engine: prompts -> tokens, one step of all prompts at a time."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -11,18 +11,18 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaL
 from transformers.generation.streamers import BaseStreamer
 
 from qlora_kit.config import GenerationSettings
+from qlora_kit.inference.generator import Engine
+from qlora_kit.inference.graph_engine import GraphEngine, why_not_decoded
 from qlora_kit.inference.sampling import penalise
 
-LONGEST_TEXT = 8192  # tokens that an attention window must reach over, where the model's context is longer
-Step = list[int | None]  # a prompt's next token; None once it has ended
+LONGEST_TEXT = 8192  # tokens; GraphEngine needs an attention window over the model's context, or over this if it is shorter
+Step = list[int | None]  # the next token of each prompt's answer; None after its end
 
 
-def choose_engine(model: Any, pad_id: int | None) -> tuple[Any, str | None]:
-    """The fast engine where it can serve, else the library's, and on a GPU why."""
+def choose_engine(model: Any, pad_id: int | None) -> tuple[Engine, str | None]:
+    """Return GraphEngine if it covers a model on a GPU, else LibraryEngine and, on a GPU, a line for the user that says why."""
     if model.device.type != "cuda":
         return LibraryEngine(model, pad_id), None
-    from qlora_kit.inference.graph_engine import GraphEngine, why_not_decoded
-
     context = getattr(model.config, "max_position_embeddings", None) or LONGEST_TEXT
     if reason := why_not_decoded(model, min(context, LONGEST_TEXT)):
         return LibraryEngine(model, pad_id), f"Answers are written by the library's generate ({reason}), which is slower"
@@ -30,25 +30,26 @@ def choose_engine(model: Any, pad_id: int | None) -> tuple[Any, str | None]:
 
 
 class LibraryEngine:
-    """Any model that the library can load. fast/decode.py does the same faster for those that it covers."""
+    """Decode any model that the library can load; graph_engine.GraphEngine is faster for those that it covers."""
 
     def __init__(self, model: Any, pad_id: int | None):
         self.model, self.pad_id = model.eval(), pad_id or 0
 
     @property
     def context(self) -> int | None:
-        """Tokens of prompt and answer together at most; None where the model states none."""
+        """The most tokens of prompt and answer together; None if the model states no limit."""
         return getattr(self.model.config, "max_position_embeddings", None)
 
     def steps(self, prompts: list[list[int]], settings: GenerationSettings, seed: int, stop_ids: list[int]) -> Iterator[Step]:
-        """The same prompts, settings and seed give the same tokens, whatever came before.
+        """Yield the next token of each answer until all have ended, for at most `settings.max_new_tokens` steps.
 
-        A prompt's stop token is its last; `settings.max_new_tokens` steps at most. Closing the iterator stops the work.
+        The same prompts, settings and seed give the same tokens. An answer ends with one of `stop_ids`. Closing the iterator
+        stops the decoding.
         """
-        ids, mask = _padded_left(prompts, self.pad_id, self.model.device)
-        streamer, stopping = _Tokens(), Event()
+        ids, mask = _pad_left(prompts, self.pad_id, self.model.device)
+        streamer, stopping = _StepQueue(), Event()
 
-        def work() -> None:
+        def decode() -> None:
             try:
                 torch.manual_seed(seed)
                 stop = StoppingCriteriaList([lambda seen, scores: torch.full((len(seen),), stopping.is_set(), device=ids.device)])
@@ -59,45 +60,45 @@ class LibraryEngine:
                         eos_token_id=stop_ids, pad_token_id=self.pad_id, **_library_settings(settings),
                     )  # fmt: skip
                 streamer.queue.put(None)
-            except BaseException as error:  # raised again below, in the thread that can answer it
+            except BaseException as error:  # raised again by _read_steps, in the reader's thread
                 streamer.queue.put(error)
 
-        worker = Thread(target=work)
+        worker = Thread(target=decode)
         worker.start()
         try:
-            yield from _until_ended(streamer, len(prompts), stop_ids)
-        finally:  # also when the reader stops listening
+            yield from _read_steps(streamer, len(prompts), stop_ids)
+        finally:  # also when the reader closes the iterator
             stopping.set()
             worker.join()
 
     def adapter_off(self) -> AbstractContextManager:
-        """The base model alone, while the context lasts."""
+        """Switch the adapter off while the context lasts."""
         return self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext()
 
 
 class _Penalty(LogitsProcessor):
-    """fast/sampling.py's repetition penalty within `generate`.
+    """sampling.py's repetition penalty, for `generate`.
 
     Args:
-        begins: of each row, where its prompt begins behind the padding.
+        starts: the index in each row at which the padding ends and the prompt begins.
     """
 
-    def __init__(self, penalty: float, begins: list[int], stop_ids: list[int]):
-        self.penalty, self.begins = penalty, begins
+    def __init__(self, penalty: float, starts: list[int], stop_ids: list[int]):
+        self.penalty, self.starts = penalty, starts
         self.stop_ids = [token for token in stop_ids if token >= 0]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         if self.penalty == 1:
             return scores
         seen = torch.zeros_like(scores, dtype=torch.bool)
-        for row, begin in enumerate(self.begins):
-            seen[row, input_ids[row, begin:]] = True
+        for row, start in enumerate(self.starts):
+            seen[row, input_ids[row, start:]] = True
         seen[:, self.stop_ids] = False
         return penalise(scores, seen, self.penalty)
 
 
-class _Tokens(BaseStreamer):
-    """Hands each step's tokens to another thread."""
+class _StepQueue(BaseStreamer):
+    """Pass each step's tokens from the decoding thread to the reader's."""
 
     def __init__(self) -> None:
         self.queue: SimpleQueue = SimpleQueue()
@@ -106,13 +107,13 @@ class _Tokens(BaseStreamer):
     def put(self, value: torch.Tensor) -> None:
         if self.prompt_seen:
             self.queue.put(value.tolist())
-        self.prompt_seen = True  # the first call brings the prompts
+        self.prompt_seen = True  # the first call passes the prompts
 
     def end(self) -> None:
         pass
 
 
-def _until_ended(streamer: _Tokens, count: int, stop_ids: list[int]) -> Iterator[Step]:
+def _read_steps(streamer: _StepQueue, count: int, stop_ids: list[int]) -> Iterator[Step]:
     ended = [False] * count
     while (step := streamer.queue.get()) is not None:
         if isinstance(step, BaseException):
@@ -121,8 +122,8 @@ def _until_ended(streamer: _Tokens, count: int, stop_ids: list[int]) -> Iterator
         ended = [done or token in stop_ids for token, done in zip(step, ended, strict=True)]
 
 
-def _padded_left(prompts: list[list[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids and attention mask, (B, longest), shorter prompts to the right."""
+def _pad_left(prompts: list[list[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and attention mask, (B, longest), with the padding on the left."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad_id] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
