@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import quantization_utils
-from qlora_kit.adapter.fold import unpack
+from qlora_kit.adapter.fold import dequantize
 from qlora_kit.errors import UserError
 from qlora_kit.model import load as model_load
 from qlora_kit.planning.shape import read_shape
@@ -424,5 +424,5 @@ def test_merging_unpacks_rows_of_every_length(shape):
     values = torch.randn(shape)
     packed, state = bitsandbytes.functional.quantize_4bit(values, quant_type="nf4", compress_statistics=True)
     packed = bitsandbytes.nn.Params4bit(packed, requires_grad=False, quant_state=state)
-    error = (unpack(packed) - values).norm() / values.norm()
-    assert unpack(packed).shape == shape and error < 0.11  # NF4 of normal numbers: 0.09
+    error = (dequantize(packed) - values).norm() / values.norm()
+    assert dequantize(packed).shape == shape and error < 0.11  # NF4 of normal numbers: 0.09

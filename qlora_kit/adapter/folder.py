@@ -1,8 +1,8 @@
-"""An adapter's folder -> how to load and prompt it.
+"""An adapter's folder: how to load and prompt the adapter.
 
-run.json (written by train_qlora.py) names base model, revision, quantization, prompt style and stop tokens. A plain PEFT adapter
-names its base model; the rest is assumed, and `notes` say what. A checkpoint goes by the run.json of its run. Whether the
-adapter's tensors fit the base model: attach.py.
+run.json, which train_qlora.py writes, names base model, revision, quantization, prompt style and stop tokens. A plain PEFT
+adapter names its base model; the rest is assumed, and `notes` state it. A checkpoint uses the run.json of its run. attach.py
+checks that the adapter's tensors fit the base model.
 """
 
 import sys
@@ -14,243 +14,244 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.config import Config, ModelSettings, QuantizationSettings
 from qlora_kit.config_file import load_config
 from qlora_kit.errors import UserError
-from qlora_kit.model.fingerprint import tensor_shapes, weights_fingerprint
+from qlora_kit.model.fingerprint import weights_fingerprint
 from qlora_kit.model.hub import TOKENIZER_FILES, is_local, model_folder, read_json, remote_code_warning
 from qlora_kit.model.tokenizer import load_tokenizer, tokenizer_fingerprint, vocabulary_fingerprint
-from qlora_kit.output.checkpoints import candidates, newest_valid
-from qlora_kit.output.folder import ADAPTER_FILES, CHECKPOINTS, CONFIG, PASSPORT
+from qlora_kit.model.weight_files import StoredTensor, read_header
+from qlora_kit.output.checkpoints import find_newest_valid, list_checkpoints
+from qlora_kit.output.folder import ADAPTER_FILES, CHECKPOINT_PREFIX, CHECKPOINTS, CONFIG, PROVENANCE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PROMPTS_ARE = {"text": "continued as plain text", "chat": "put through the chat template", "instruction": "given as instructions"}
+STYLES = {"text": "continued as plain text", "chat": "put through the chat template", "instruction": "given as instructions"}
 
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """What an adapter's folder says about how to load and prompt it."""
+    """The content of an adapter's folder, without its weights.
+
+    Attributes:
+        tokenizer: the tokenizer saved with the adapter, else the base model's.
+        config: the run's resolved settings: `generation` holds the defaults of answers, `data` how a text is cut into blocks.
+        style: how prompts were given in training, a key of STYLES.
+        stop_ids: tokens that end an answer; None leaves them to the tokenizer.
+        provenance: run.json, with the fingerprints of base model and tokenizer; empty without one.
+        notes: lines for the user: settings that are assumed, or taken from another folder.
+    """
 
     folder: Path
     model: ModelSettings
-    tokenizer: ModelSettings  # where the tokenizer is: beside the adapter, else with the base model
+    tokenizer: ModelSettings
     quantization: QuantizationSettings
-    config: (
-        Config  # the run's resolved settings: `generation` holds the defaults of answers, `data` how a text is cut into blocks
-    )
-    style: str  # how prompts were given in training: text, chat or instruction
-    stop_ids: list[int] | None  # end an answer; None: unknown, to be taken from the tokenizer
-    passport: dict[str, Any]  # run.json, with the fingerprints of base model and tokenizer; empty without one
-    notes: tuple[str, ...] = ()  # what the user is to be told: what is assumed, or taken from elsewhere
-
-    @property
-    def complete(self) -> bool:
-        """False: nothing says how the adapter was trained."""
-        return bool(self.passport)
+    config: Config
+    style: str
+    stop_ids: list[int] | None
+    provenance: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def read_adapter(name: str, trust_remote_code: bool = False) -> AdapterSource:
-    """Read what an adapter's folder says.
+    """Read an adapter's folder; loads no weights.
 
     Args:
-        trust_remote_code: the user's own word. What the folder says of it counts for nothing: anyone may have written that.
+        trust_remote_code: the user's decision. A folder may come from anyone, so its own setting is not enough.
 
     Raises:
-        UserError: no such folder, no adapter in it, an adapter without tensors, or a file that cannot be read; or the run was
-            made with code that comes with its base model, and the user did not say that it may run here.
+        UserError: the folder does not exist or holds no adapter, a file is damaged, or the run used code that comes with its base
+            model and `trust_remote_code` is false.
     """
     folder = _adapter_folder(name)
-    key = f"--adapter {name}"
-    _check_files(folder, key)
+    read_json(folder / ADAPTER_FILES[1], "--adapter")
+    if not read_adapter_header(folder):
+        raise UserError("--adapter", folder, f"has no tensors in {ADAPTER_FILES[0]}", "copy it again, or save the adapter again")
     run = _run_folder(folder)
     config = load_config(run / CONFIG) if (run / CONFIG).is_file() else None
-    if (run / PASSPORT).is_file():
-        source = _by_passport(folder, run, config or Config(), key)
+    if (run / PROVENANCE).is_file():
+        source = _from_provenance(folder, run, config or Config())
     else:
-        source = _by_assumption(folder, run, config, key)
+        source = _from_assumptions(folder, run, config)
     if source.model.trust_remote_code and not trust_remote_code:
-        raise UserError(
-            f"{key}: its run used Python code that comes with {source.model.name}, which would run here with all your rights; "
-            "add --trust_remote_code if you have read it"
-        )
+        problem = f"was trained with Python code that comes with {source.model.name} and would run here with all your rights"
+        raise UserError("--adapter", name, problem, "add --trust_remote_code if you have read it")
     if not trust_remote_code:
         return source
     model, tokenizer = (found.model_copy(update={"trust_remote_code": True}) for found in (source.model, source.tokenizer))
     return replace(source, model=model, tokenizer=tokenizer, notes=(*source.notes, remote_code_warning(model)))
 
 
+def read_adapter_header(folder: Path) -> dict[str, StoredTensor]:
+    """Return an adapter's tensors by name; none is read.
+
+    Raises:
+        UserError: its file of weights is damaged.
+    """
+    try:
+        return read_header(folder / ADAPTER_FILES[0])
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise UserError("--adapter", folder, f"has a damaged {ADAPTER_FILES[0]} ({reason})", "copy it again") from None
+
+
 def _adapter_folder(name: str) -> Path:
     folder = Path(name).expanduser()
-    key = f"--adapter {name}"
     if folder.is_file():
-        raise UserError(f"{key}: a file; name the folder that it is in: --adapter {folder.parent}")
+        raise UserError("--adapter", name, "is a file, not a folder", f"use its folder: --adapter {folder.parent}")
     if not folder.is_dir():
-        raise UserError(f"{key}: no such folder; train one: python train_qlora.py --output_dir {name}")
+        raise UserError("--adapter", name, "does not exist", f"train one with python train_qlora.py --output_dir {name}")
     missing = [file for file in ADAPTER_FILES if not (folder / file).is_file()]
     if missing:
-        raise UserError(f"{key}: no adapter there ({missing[0]} not found); {_what_to_use(folder)}")
+        raise UserError("--adapter", name, f"holds no adapter: {missing[0]} is missing", _suggest_folder(folder))
     return folder
 
 
-def _what_to_use(folder: Path) -> str:
-    """Instead of a folder without an adapter."""
-    found = [*folder.glob(f"{CHECKPOINTS}/checkpoint-*"), *folder.glob("checkpoint-*")]  # of a run's folder, or of all of them
+def _suggest_folder(folder: Path) -> str:
+    """Return the remedy for a folder without an adapter."""
+    patterns = (
+        f"{CHECKPOINTS}/{CHECKPOINT_PREFIX}*",
+        f"{CHECKPOINT_PREFIX}*",
+    )  # in a run's folder, or in that of its checkpoints
+    found = [path for pattern in patterns for path in folder.glob(pattern)]
     if found:
         newest = max(found, key=lambda path: path.stat().st_mtime)
-        return (
-            f"its run is unfinished: continue it with --resume, or use {newest}" if newest.parent != folder else f"use {newest}"
-        )
+        return f"use {newest}" if newest.parent == folder else f"continue its unfinished run with --resume, or use {newest}"
     if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
-        return "it holds a whole model; name the folder of an adapter to it"
-    return "name a folder that train_qlora.py finished"
-
-
-def _check_files(folder: Path, key: str) -> None:
-    """
-    Raises:
-        UserError: one of its two files is damaged, or that of the weights holds no tensor.
-    """
-    if not isinstance(read_json(folder / ADAPTER_FILES[1], key), dict):
-        raise UserError(f"{key}: its {ADAPTER_FILES[1]} is no JSON object; copy it again")
-    try:
-        shapes = tensor_shapes(folder / ADAPTER_FILES[0])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{key}: {ADAPTER_FILES[0]} is damaged ({' '.join(str(error).split())[:100]}); copy it again") from None
-    if not shapes:
-        raise UserError(
-            f"{key}: {ADAPTER_FILES[0]} holds no tensor; copy it again, or save the adapter again where it was trained"
-        )
+        return "use the folder of an adapter to this whole model"
+    return "use a folder that train_qlora.py finished"
 
 
 def _run_folder(folder: Path) -> Path:
-    """A checkpoint's run is two levels up; any other folder is its own."""
+    """Return the folder of a checkpoint's run, two levels up; any other folder itself."""
     above = folder.absolute().parent
-    is_checkpoint = above.name == CHECKPOINTS and not (folder / PASSPORT).is_file()
-    return above.parent if is_checkpoint and any((above.parent / file).is_file() for file in (PASSPORT, CONFIG)) else folder
+    is_checkpoint = above.name == CHECKPOINTS and not (folder / PROVENANCE).is_file()
+    return above.parent if is_checkpoint and any((above.parent / file).is_file() for file in (PROVENANCE, CONFIG)) else folder
 
 
 def _tokenizer_folder(*folders: Path) -> Path | None:
+    """Return the first folder with a tokenizer."""
     return next((folder for folder in folders if any((folder / file).is_file() for file in TOKENIZER_FILES)), None)
 
 
-def _by_passport(folder: Path, run: Path, config: Config, key: str) -> AdapterSource:
-    passport = read_json(run / PASSPORT, key)
+def _from_provenance(folder: Path, run: Path, config: Config) -> AdapterSource:
+    provenance = read_json(run / PROVENANCE, "--adapter")
     try:
-        base, trusted = passport["base_model"], passport["trust_remote_code"]
+        base, trusted = provenance["base_model"], provenance["trust_remote_code"]
         name = base["name"] if not base["folder"] or Path(base["name"]).is_dir() else base["folder"]
-        revision = base["revision"] if is_local(name) else passport.get("base_commit") or base["revision"]
+        revision = base["revision"] if is_local(name) else provenance.get("base_commit") or base["revision"]
         model = ModelSettings(name=name, revision=revision, trust_remote_code=trusted)
-        beside = _tokenizer_folder(folder, run)
-        if passport["prompt_style"] not in PROMPTS_ARE:
-            raise ValueError(f"prompt_style {passport['prompt_style']!r}")
+        own = _tokenizer_folder(folder, run)
+        if provenance["prompt_style"] not in STYLES:
+            raise ValueError(f"prompt_style {provenance['prompt_style']!r}")
         return AdapterSource(
             folder=folder,
             model=model,
-            tokenizer=ModelSettings(name=str(beside), trust_remote_code=trusted) if beside else model,
-            quantization=QuantizationSettings(**passport["quantization"]),
+            tokenizer=ModelSettings(name=str(own), trust_remote_code=trusted) if own else model,
+            quantization=QuantizationSettings(**provenance["quantization"]),
             config=config,
-            style=passport["prompt_style"],
-            stop_ids=passport.get("stop_ids"),
-            passport=passport,
-            notes=(f"{folder} is a checkpoint: loaded and prompted as {run / PASSPORT} says",) if run != folder else (),
+            style=provenance["prompt_style"],
+            stop_ids=provenance.get("stop_ids"),
+            provenance=provenance,
+            notes=(f"{folder} is a checkpoint: loaded and prompted as {run / PROVENANCE} says",) if run != folder else (),
         )
     except (KeyError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{key}: its run.json is damaged ({reason}); copy it again, or delete it to load a plain adapter"
-        ) from None
+        problem = f"has a damaged {PROVENANCE} ({str(error).splitlines()[0]})"
+        raise UserError("--adapter", folder, problem, "copy it again, or delete it to load a plain adapter") from None
 
 
-def _by_assumption(folder: Path, run: Path, config: Config | None, key: str) -> AdapterSource:
-    """A plain PEFT adapter, or a checkpoint of a run that has not finished."""
-    base = read_json(folder / ADAPTER_FILES[1], key).get("base_model_name_or_path")
+def _from_assumptions(folder: Path, run: Path, config: Config | None) -> AdapterSource:
+    """Describe a plain PEFT adapter, or a checkpoint of an unfinished run."""
+    base = read_json(folder / ADAPTER_FILES[1], "--adapter").get("base_model_name_or_path")
     if not base:
-        raise UserError(f"{key}: its adapter_config.json names no base model; add base_model_name_or_path")
+        raise UserError("--adapter", folder, f"names no base model in {ADAPTER_FILES[1]}", "add base_model_name_or_path")
     model = config.model if config and config.model.name == base else ModelSettings(name=base)
-    beside = _tokenizer_folder(folder, run)
-    style = _style_of_run(folder, run, config.data.format) if config else "chat" if beside and _has_template(beside) else "text"
-    packing = (config or Config()).quantization
-    bits = f"4-bit {packing.quant_type.upper()}" if packing.load_in_4bit else "16-bit"
-    note = f"{folder} has no run.json: taking {base} in {bits}; prompts are {PROMPTS_ARE[style]}"
+    own = _tokenizer_folder(folder, run)
+    if config:
+        style = _style_of_run(folder, run, config.data.format)
+    else:  # a tokenizer with a chat template is saved with an adapter that was trained on chats
+        style = "chat" if own and _has_template(own) else "text"
+    quantization = (config or Config()).quantization
+    bits = f"4-bit {quantization.quant_type.upper()}" if quantization.load_in_4bit else "16-bit"
     return AdapterSource(
         folder=folder,
         model=model,
-        tokenizer=ModelSettings(name=str(beside)) if beside else model,
-        quantization=packing,
+        tokenizer=ModelSettings(name=str(own)) if own else model,
+        quantization=quantization,
         config=config or Config(),
         style=style,
         stop_ids=None,
-        passport={},
-        notes=(note,),
+        provenance={},
+        notes=(f"{folder} has no {PROVENANCE}: assuming {base} in {bits}; prompts are {STYLES[style]}",),
     )
 
 
 def _has_template(folder: Path) -> bool:
-    """Whether the tokenizer there was saved with a chat template; whoever saves one beside an adapter has trained on chats."""
+    """Return whether the tokenizer in a folder has a chat template."""
     settings = folder / "tokenizer_config.json"
     stated = read_json(settings, "--adapter").get("chat_template") if settings.is_file() else None
     return bool(stated) or (folder / "chat_template.jinja").is_file()
 
 
-def _style_of_run(folder: Path, run: Path, stated: str) -> str:
-    """Return how a run gave its prompts: what its checkpoint's manifest says, else what the format that is `stated` implies."""
-    checkpoint, _ = newest_valid([folder] if run != folder else candidates(run / CHECKPOINTS))
+def _style_of_run(folder: Path, run: Path, data_format: str) -> str:
+    """Return the prompt style that a checkpoint's manifest states, else the one that data.format implies."""
+    checkpoint, _ = find_newest_valid([folder] if run != folder else list_checkpoints(run / CHECKPOINTS))
     if checkpoint:
         return checkpoint.run["prompt_style"]
-    return {"auto": "text", "text": "text", "instruction": "instruction"}.get(stated, "chat")
-
-
-# What it was trained with, before anything large is loaded
+    return {"auto": "text", "text": "text", "instruction": "instruction"}.get(data_format, "chat")
 
 
 def fetch_base(source: AdapterSource, fetch: Callable[[ModelSettings], Path]) -> Path:
-    """What hub.fetch_tokenizer or hub.fetch_model makes ready of an adapter's base model.
+    """Return the folder of an adapter's base model.
+
+    Args:
+        fetch: hub.fetch_tokenizer or hub.fetch_model.
 
     Raises:
-        UserError: as they do, with the place that names the base model here.
+        UserError: as they do, with the adapter's file that names the base model.
     """
     try:
         return fetch(source.model)
     except UserError as error:
-        named = "base_model in its run.json" if source.complete else f"base_model_name_or_path in its {ADAPTER_FILES[1]}"
-        key = f"--adapter {source.folder}: {named}: "
-        raise UserError(*(problem.replace("model.name: ", key, 1) for problem in error.lines)) from None
+        file = PROVENANCE if source.provenance else ADAPTER_FILES[1]
+        raise UserError.of(
+            replace(one, key="--adapter", value=source.folder, problem=f"names {one.value} in its {file}, which {one.problem}")
+            for one in error.problems
+        ) from None
 
 
 def check_base(source: AdapterSource) -> None:
-    """Compare the base model's weights with those of training; nothing is loaded.
+    """Check that the base model has the weights that the adapter was trained on; loads none.
 
     Raises:
-        UserError: they are others.
+        UserError: it has others.
     """
-    recorded, folder = source.passport.get("base_weights_sha256"), model_folder(source.model)
+    recorded, folder = source.provenance.get("base_weights_sha256"), model_folder(source.model)
     found = weights_fingerprint(folder) if folder else None
     if recorded and found and found != recorded:
+        problem = (
+            f"was trained on other weights than those of {source.model.name} "
+            f"(fingerprint {recorded[:12]} in {PROVENANCE}, {found[:12]} in the model)"
+        )
         raise UserError(
-            f"--adapter {source.folder}: {source.model.name} has other weights than the adapter was trained on (fingerprint "
-            f"{found[:12]}, run.json has {recorded[:12]}); restore them, or delete base_weights_sha256 from run.json to go on"
+            "--adapter", source.folder, problem, f"restore the model, or delete base_weights_sha256 from {PROVENANCE}"
         )
 
 
 def load_checked_tokenizer(source: AdapterSource) -> "PreTrainedTokenizerBase":
-    """The tokenizer that stands beside the adapter, its chat template too; else the base model's.
+    """Load the tokenizer and the chat template saved with the adapter, else the base model's.
 
     Raises:
-        UserError: it cannot be loaded, or its vocabulary is not that of training.
+        UserError: the tokenizer cannot be loaded, or has another vocabulary than in training.
     """
     tokenizer = load_tokenizer(source.tokenizer)
-    recorded = source.passport.get("tokenizer_sha256")
+    recorded = source.provenance.get("tokenizer_sha256")
     if recorded and tokenizer_fingerprint(tokenizer) != recorded:
-        # A later library may describe the same tokenizer in other words; the vocabulary has no two descriptions.
-        vocabulary = source.passport.get("vocabulary_sha256")
+        # A later library may serialize the same tokenizer differently; the fingerprint of the vocabulary stays the same.
+        vocabulary = source.provenance.get("vocabulary_sha256")
         if vocabulary is None:
-            print(
-                f"{source.folder}: the tokenizer is described otherwise than in training (tokenizer_sha256 in run.json): "
-                "it may be another one",
-                file=sys.stderr,
-            )
+            note = f"{source.folder}: the tokenizer differs from tokenizer_sha256 in {PROVENANCE} and may be another one"
+            print(note, file=sys.stderr)
         elif vocabulary != vocabulary_fingerprint(tokenizer):
-            raise UserError(
-                f"--adapter {source.folder}: the tokenizer in {source.tokenizer.name} has another vocabulary than the adapter "
-                "was trained with (vocabulary_sha256 in run.json); copy its tokenizer files again"
-            )
+            problem = f"was trained with another vocabulary than that of the tokenizer in {source.tokenizer.name}"
+            remedy = f"copy the tokenizer files again ({PROVENANCE} has their vocabulary_sha256)"
+            raise UserError("--adapter", source.folder, problem, remedy)
     return tokenizer

@@ -1,6 +1,6 @@
-"""An adapter's files -> the pair of matrices of each module, with its scale; what is no plain LoRA is refused.
+"""A, B and scale of each module, from the adapter's files; anything that is not plain LoRA is refused.
 
-Imports no torch: what cannot be merged is said at once.
+Imports no torch, so that an adapter that cannot be merged is refused at once.
 """
 
 import math
@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit.adapter.folder import read_adapter_header
 from qlora_kit.errors import UserError
 from qlora_kit.model.hub import read_json
+from qlora_kit.model.weight_files import StoredTensor
 from qlora_kit.output.folder import ADAPTER_FILES
 
 if TYPE_CHECKING:
@@ -21,54 +23,50 @@ MORE_THAN_LORA = (
     "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication",
     "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
 )  # fmt: skip
-# Other ways to begin, such as pissa, change the base model's weights, which a folder with the adapter alone does not hold.
+# Other initializations, such as pissa, change the base model's weights, which the adapter's folder does not contain.
 KEEPS_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
 @dataclass(frozen=True)
 class LoraPair:
-    """A and B of one module: its update is scale · B A."""
+    """A (r, in) and B (out, r) of one module: its update is scale · B A."""
 
-    file: Path
-    module: str
-    shape: tuple[int, int]  # (out, in)
+    a: StoredTensor
+    b: StoredTensor
     scale: float
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return the shape of the update, (out, in)."""
+        return self.b.shape[0], self.a.shape[1]
+
     def read(self) -> "tuple[torch.Tensor, torch.Tensor]":
-        """A (r, in) and B (out, r) in fp32."""
-        from safetensors import safe_open
-
-        with safe_open(self.file, framework="pt") as tensors:
-            a, b = (tensors.get_tensor(f"base_model.model.{self.module}.lora_{letter}.weight").float() for letter in "AB")
-        return a, b
+        """Read A (r, in) and B (out, r) in fp32."""
+        return self.a.read().float(), self.b.read().float()
 
 
-def read_pairs(folder: Path, key: str) -> dict[str, LoraPair]:
-    """The pairs of an adapter, by module.
-
-    Args:
-        key: the flag and the folder, as messages name them.
+def read_pairs(folder: Path) -> dict[str, LoraPair]:
+    """Return the pairs of an adapter by module; reads no matrix.
 
     Raises:
-        UserError: the adapter is damaged, or holds what cannot be merged.
+        UserError: the adapter is damaged, or is not plain LoRA.
     """
-    settings = read_json(folder / ADAPTER_FILES[1], key)
-    _check_settings(settings, key)
-    shapes = _read_shapes(folder / ADAPTER_FILES[0], key)
+    settings = read_json(folder / ADAPTER_FILES[1], "--adapter")
+    _check_settings(settings, folder)
+    matrices = _find_matrices(folder)
     pairs = {}
-    for module in dict.fromkeys(module for module, _ in shapes):
-        a, b = shapes.get((module, "A")), shapes.get((module, "B"))
-        if not a or not b or len(a) != 2 or len(b) != 2 or a[0] != b[1]:
-            raise UserError(f"{key}: {module}: its lora_A and lora_B do not belong together; copy the adapter again")
-        scale = _scale(settings, module, a[0], key)
-        pairs[module] = LoraPair(folder / ADAPTER_FILES[0], module, (b[0], a[1]), scale)
+    for module in dict.fromkeys(module for module, _ in matrices):
+        a, b = matrices.get((module, "A")), matrices.get((module, "B"))
+        if not a or not b or len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+            raise UserError("--adapter", folder, f"has no lora_A and lora_B of one rank for {module}", "copy it again")
+        pairs[module] = LoraPair(a, b, _scale(settings, module, a.shape[0], folder))
     if not pairs:
-        raise UserError(f"{key}: adapter_model.safetensors holds no LoRA matrices; copy the adapter again")
+        raise UserError("--adapter", folder, "holds no LoRA matrices", "copy it again")
     return pairs
 
 
-def _check_settings(settings: dict[str, Any], key: str) -> None:
+def _check_settings(settings: dict[str, Any], folder: Path) -> None:
     kind, start = settings.get("peft_type", "LORA"), settings.get("init_lora_weights")
     extra = {name: settings[name] for name in MORE_THAN_LORA if settings.get(name)}
     if kind != "LORA":
@@ -78,45 +76,34 @@ def _check_settings(settings: dict[str, Any], key: str) -> None:
     if start not in KEEPS_THE_BASE:
         extra["init_lora_weights"] = start
     if extra:
-        said = ", ".join(f"{name}: {value}" for name, value in extra.items())
-        raise UserError(
-            f"{key}: cannot be merged matrix by matrix ({said}); use peft's merge_and_unload, or the adapter as it is"
-        )
+        listed = ", ".join(f"{name}: {value}" for name, value in extra.items())
+        remedy = "use peft's merge_and_unload, or the adapter without merging"
+        raise UserError("--adapter", folder, f"cannot be merged matrix by matrix ({listed})", remedy)
 
 
-def _read_shapes(path: Path, key: str) -> dict[tuple[str, str], tuple[int, ...]]:
-    """Shapes by module and letter."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as tensors:
-            found = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{key}: {path.name} is damaged ({error}); copy it again") from None
-    shapes = {}
-    for name, shape in found.items():
+def _find_matrices(folder: Path) -> dict[tuple[str, str], StoredTensor]:
+    """Return the adapter's tensors by module and letter."""
+    matrices = {}
+    for name, stored in read_adapter_header(folder).items():
         match = KEY.fullmatch(name)
         if not match:
-            raise UserError(
-                f"{key}: holds {name}, which is no part of a matrix's LoRA update and cannot be merged; use the adapter as it is"
-            )
-        shapes[match[1], match[2]] = shape
-    return shapes
+            problem = f"holds {name}, which belongs to no LoRA update of a matrix and cannot be merged"
+            raise UserError("--adapter", folder, problem, "use the adapter without merging")
+        matrices[match[1], match[2]] = stored
+    return matrices
 
 
-def _scale(settings: dict[str, Any], module: str, rank: int, key: str) -> float:
-    """alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732); patterns of names may set both for some modules."""
-    stated = _of_module(settings.get("rank_pattern"), module, settings.get("r"))
-    alpha = _of_module(settings.get("alpha_pattern"), module, settings.get("lora_alpha"))
+def _scale(settings: dict[str, Any], module: str, rank: int, folder: Path) -> float:
+    """Return alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732); patterns may set both for some modules."""
+    stated = _matching_value(settings.get("rank_pattern"), module, settings.get("r"))
+    alpha = _matching_value(settings.get("alpha_pattern"), module, settings.get("lora_alpha"))
     if stated != rank or not isinstance(alpha, int | float):
-        raise UserError(
-            f"{key}: {module}: its matrices have rank {rank}, adapter_config.json says rank {stated}, alpha {alpha}; "
-            "copy the adapter again"
-        )
+        problem = f"has matrices of rank {rank} for {module}, but rank {stated} and alpha {alpha} in {ADAPTER_FILES[1]}"
+        raise UserError("--adapter", folder, problem, "copy it again")
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
-def _of_module(pattern: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of the module's name, as peft matches it."""
-    found = (value for name, value in (pattern or {}).items() if re.fullmatch(rf"(.*\.)?({name})", module))
+def _matching_value(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+    """Return the value of the first pattern that matches the end of the module's name, as in peft."""
+    found = (value for name, value in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({name})", module))
     return next(found, default)

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-    """Write the PEFT adapter and the tokenizer beside their place, then move them in, the weights last.
+    """Write the PEFT adapter and the tokenizer to a temporary folder, then move its files to `folder`, the weights last.
 
     Raises:
-        Failed: as write_adapter, or the disk refuses it.
+        Failed: the adapter contains NaN or infinity, or the disk is full or broken.
     """
     size = 4.0 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) + TOKENIZER_BYTES
     with (
@@ -29,23 +29,23 @@ def save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folde
         tokenizer.save_pretrained(staging)
         for file in sorted(Path(staging).iterdir(), key=lambda path: path.name == ADAPTER_FILES[0]):
             flush(file)
-            if file.is_dir():  # a tokenizer with several chat templates has a folder of them, and no folder replaces another
+            if file.is_dir():  # several chat templates are a folder, which os.replace cannot replace
                 shutil.rmtree(folder / file.name, ignore_errors=True)
             os.replace(file, folder / file.name)
         flush(folder)
 
 
 def write_adapter(model: "PeftModel", folder: Path) -> None:
-    """adapter_config.json and adapter_model.safetensors; no room on the GPU is taken for it.
+    """Write adapter_config.json and adapter_model.safetensors; takes no GPU memory.
 
-    peft copies tensors that share memory, as those of fast/adapters.py do, where they lie: it is given copies. Without
-    save_embedding_layers=False it asks the Hub for the base model's vocabulary.
+    peft copies tensors that share memory, as those of fast/flat_adapters.py do, on their device; it is given copies on the CPU.
+    Without save_embedding_layers=False it asks the Hub for the base model's vocabulary.
 
     Raises:
-        Failed: the last update made the adapter infinite or NaN.
+        Failed: the adapter contains NaN or infinity.
     """
     weights = {name: parameter.data.cpu() for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not all(value.isfinite().all() for value in weights.values()):
-        raise Failed("the adapter holds values that are no numbers, so it was not written: try a lower --learning_rate")
+        raise Failed("the adapter contains NaN or infinity and was not written; train again with a lower --learning_rate")
     model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # peft's model card is a form to fill in
+    (folder / "README.md").unlink(missing_ok=True)  # peft's model card is an empty form

@@ -5,7 +5,7 @@ import sys
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_kit.adapter.attach import attach_adapter, check_vocabulary, does_nothing
+from qlora_kit.adapter.attach import attach_adapter, check_vocabulary, is_identity
 from qlora_kit.adapter.fold import check_memory, fold
 from qlora_kit.adapter.folder import AdapterSource, check_base, fetch_base
 from qlora_kit.inference.generator import Engine, FixedAdapter
@@ -60,8 +60,8 @@ def load_engine(
 
 def _attach(model: PreTrainedModel, source: AdapterSource, device: str, merged: bool) -> PreTrainedModel | PeftModel:
     adapted = attach_adapter(model, source, device)
-    if does_nothing(adapted, source.folder):
-        _say(f"{source.folder} does nothing: all its B are zero, so every answer is the base model's")
+    if is_identity(adapted, source):
+        _say(f"{source.folder} changes nothing: all its B are zero, so every answer is the base model's")
     return fold(adapted) if merged else adapted
 
 

@@ -1,67 +1,67 @@
-"""Does the merged model predict as base + adapter does? Perplexity of both on the same blocks, one model loaded at a time.
+"""Check a merged model against base + adapter: the perplexity of both on the same blocks, one model loaded at a time.
 
-Where both have the same weights up to rounding, their mean losses must agree. On the original base the error of quantization is
-gone, which changes the loss: there the merged model must only not be worse by more than a margin.
+If both have the same weights up to rounding, their mean losses must agree. Merging onto the original base removes the error of
+quantization, which changes the loss: there the merged model must only not be worse by more than a margin.
 """
 
 import math
-from dataclasses import dataclass
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.adapter.folder import AdapterSource
 from qlora_kit.config import Config, DataSettings
-from qlora_kit.data.blocks import Blocks, RecordBlocks
+from qlora_kit.data.blocks import TrainingBlocks
 from qlora_kit.data.dataset import load_blocks
 from qlora_kit.data.source import check_source, is_file_name
-from qlora_kit.errors import UserError
+from qlora_kit.errors import Failed, UserError
 from qlora_kit.merge.weights import Packing
+from qlora_kit.model.device import is_out_of_memory
+from qlora_kit.model.gpu_placement import choose_device_map
 from qlora_kit.model.load import DeviceMap, load_base_model, quantization_config
 from qlora_kit.model.perplexity import (
+    Difference,
     Perplexity,
     from_block_losses,
     library_losses,
     loss_difference,
-    measure_perplexity,
+    measure_block_losses,
     plus_minus,
 )
 
 ARTICLES = Path(__file__).resolve().parents[2] / "samples" / "articles.txt"
 BLOCKS, LENGTH = 16, 512  # at most: 8,192 tokens
-ROUNDING, MARGIN = 0.01, 0.05  # nats a token
+ROUNDING, MARGIN = 0.01, 0.05  # nats per token
 ERRORS = 2.0  # standard errors of the difference that may be chance
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A model's loss on each block: sums in nats, and how many tokens they are of."""
-
-    sums: list[float]
-    counts: list[int]
-
-    @property
-    def perplexity(self) -> Perplexity:
-        return from_block_losses(self.sums, self.counts)
-
-
-@dataclass(frozen=True)
 class Comparison:
-    """merged less adapter, in nats a token, with the standard error of the paired difference."""
+    """Perplexities of base + adapter and of the merged model on the same blocks.
+
+    Attributes:
+        difference: merged - adapter.
+        same_weights: both have the same weights up to rounding.
+        data: the name of the blocks.
+    """
 
     adapter: Perplexity
     merged: Perplexity
-    difference: float
-    standard_error: float  # nan for a single block
-    same_weights: bool  # up to rounding
+    difference: Difference
+    same_weights: bool
+    data: str = ""
 
     @property
     def passed(self) -> bool:
+        loss, error = self.difference
         allowed = ROUNDING if self.same_weights else MARGIN
-        beyond = abs(self.difference) if self.same_weights else self.difference
-        chance = 0.0 if math.isnan(self.standard_error) else ERRORS * self.standard_error
-        return beyond <= max(allowed, chance)  # False for a loss that is no number
+        chance = 0.0 if math.isnan(error) else ERRORS * error
+        return (abs(loss) if self.same_weights else loss) <= max(allowed, chance)  # False for NaN
 
     @property
     def rule(self) -> str:
@@ -69,84 +69,146 @@ class Comparison:
         return f"may {kind} by {allowed} nats or {ERRORS:g} standard errors, whichever is more"
 
     def lines(self) -> list[str]:
+        """Return the lines of the report."""
         return [
+            f"Perplexity on {self.data}:",
             f"  base + adapter   {self.adapter}",
             f"  merged           {self.merged}",
-            f"  difference       {plus_minus(self.difference, self.standard_error, '+.4f')} nats a token",
+            f"  difference       {plus_minus(*self.difference, '+.4f')} nats per token",
             f"  {'pass' if self.passed else 'FAIL'}             {self.rule}",
         ]
 
+    def as_json(self) -> dict[str, Any]:
+        """Return the `check` of merge.json; a standard error that does not exist is null."""
+        difference = self.difference.as_json()
+        return {
+            "adapter": self.adapter.as_json(),
+            "merged": self.merged.as_json(),
+            "difference": difference["loss"],
+            "standard_error": difference["standard_error"],
+            "same_weights": self.same_weights,
+            "data": self.data,
+            "rule": self.rule,
+            "passed": self.passed,
+        }
 
-def compare(adapter: Measured, merged: Measured, same_weights: bool) -> Comparison:
-    """The same blocks in the same order; their differences have a far smaller error than either mean."""
-    difference = loss_difference(adapter.sums, merged.sums, adapter.counts)
-    return Comparison(adapter.perplexity, merged.perplexity, *difference, same_weights)
 
-
-# On what
-
-
-def check_blocks(
-    source: AdapterSource, name: str | None, tokenizer: Any, positions: int | None
-) -> tuple[Blocks | RecordBlocks, str]:
-    """Blocks to check on, and what they are.
+def compare_losses(
+    adapter: Sequence[float], merged: Sequence[float], counts: Sequence[int], same_weights: bool, data: str = ""
+) -> Comparison:
+    """Compare two models by their summed losses on each block; a paired difference has a far smaller error than either mean.
 
     Args:
-        name: a file; None takes the run's own evaluation data where that is local, else the articles that come with the code.
-        positions: tokens that the model reads at most.
+        adapter, merged: nats of each block.
+        counts: predicted tokens of each block.
+        data: the name of the blocks.
+    """
+    difference = loss_difference(adapter, merged, counts)
+    return Comparison(from_block_losses(adapter, counts), from_block_losses(merged, counts), difference, same_weights, data)
+
+
+def load_check_blocks(
+    source: AdapterSource, name: str | None, tokenizer: PreTrainedTokenizerBase, positions: int | None
+) -> tuple[TrainingBlocks, str]:
+    """Return the blocks to check on, and their name.
+
+    Args:
+        name: a file; None takes the run's own evaluation data if they are local, else samples/articles.txt.
+        positions: the most tokens that the model reads; None if it states no limit.
 
     Raises:
-        UserError: it cannot be read, or fills no block.
+        UserError: the file cannot be read, or fills no block.
     """
     own = source.config.data
-    if name is None and source.complete and _is_here(own):
+    if name is None and source.provenance and _is_available(own):
         blocks = load_blocks(source.config, tokenizer)[1]
         assert blocks is not None  # with an eval_split
-        length, what = own.max_length, "the run's evaluation data"
+        length, name = own.max_length, "the run's evaluation data"
     else:
-        length, what = min(own.max_length, LENGTH, positions or LENGTH), name or str(ARTICLES)
-        changes = {"dataset": what, "subset": None, "format": "auto", "eval_split": None, "max_train_samples": None}
+        length, name = min(own.max_length, LENGTH, positions or LENGTH), name or str(ARTICLES)
+        changes = {"dataset": name, "subset": None, "format": "auto", "eval_split": None, "max_train_samples": None}
         data = own.model_copy(update=changes | {"max_length": length})
         try:
             check_source(data)
-            blocks = load_blocks(Config(data=data), tokenizer)[0]
+            blocks = load_blocks(Config(data=data), tokenizer, "--check")[0]
         except UserError as error:
-            raise error.under("--check", what, remedy="use another file, or --check none") from None
+            problems = [replace(one, key="--check", value=name) if one.key == "data.dataset" else one for one in error.problems]
+            raise _or_no_check(UserError.of(problems)) from None
     blocks = blocks.take(BLOCKS)
-    return blocks, f"{len(blocks)} block{'s' if len(blocks) > 1 else ''} of {length} tokens, {what}"
+    return blocks, f"{len(blocks)} block{'s' if len(blocks) > 1 else ''} of {length} tokens, {name}"
 
 
-def _is_here(data: DataSettings) -> bool:
-    """Whether a run's evaluation data are local and still there."""
+def _or_no_check(error: UserError) -> UserError:
+    return UserError.of(replace(one, remedy=f"{one.remedy}, or use --check none") for one in error.problems)
+
+
+def _is_available(data: DataSettings) -> bool:
+    """Return whether a run's evaluation data are local and still exist."""
     if data.eval_split is None:
         return False
     names = [*data.names, *([data.eval_split] if isinstance(data.eval_split, str) and is_file_name(data.eval_split) else [])]
     return all(Path(name).expanduser().exists() for name in names)
 
 
-# Models
+def choose_device_maps(source: AdapterSource, base: Path, packing: Packing, wanted: str) -> list[DeviceMap]:
+    """Return where to load base + adapter, and where the merged model, which is not packed.
+
+    Args:
+        base: the base model's folder.
+        wanted: auto or one, as in choose_device_map.
+
+    Raises:
+        UserError: the GPUs have no room for one of them.
+    """
+    device_maps = []
+    for packed in (source.quantization.load_in_4bit, False):
+        quantization = source.quantization.model_copy(update={"load_in_4bit": packed})
+        try:
+            device_map, note = choose_device_map(base, source.model, quantization, packing.dtype, packing.device, wanted)
+        except UserError as error:
+            raise _or_no_check(error) from None
+        if note:
+            print(note, file=sys.stderr)
+        device_maps.append(device_map)
+    return device_maps
 
 
-def measure_adapter(source: AdapterSource, base: str, packing: Packing, device_map: DeviceMap, blocks: Any) -> Measured:
-    """Of base + adapter, loaded as for training."""
+def compare_models(
+    output: Path, source: AdapterSource, packing: Packing, device_maps: list[DeviceMap], blocks: TrainingBlocks
+) -> tuple[list[float], list[float], list[int]]:
+    """Return the losses of base + adapter and of the merged model on each block in nats, and its predicted tokens.
+
+    Args:
+        output: the folder of the merged model.
+        device_maps: those of base + adapter and of the merged model.
+
+    Raises:
+        Failed: the GPU's memory is full.
+    """
+    try:
+        adapter, counts = _measure(_load_adapted(source, packing, device_maps[0]), blocks)
+        trusted = source.model.trust_remote_code
+        merged = load_base_model(output, None, device=device_maps[1], dtype=packing.dtype, trust_remote_code=trusted)
+        return adapter, _measure(merged, blocks)[0], counts
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        remedy = "check with --overwrite --device cpu"
+        raise Failed(f"the GPU's memory is full: {output} is complete and was not checked; {remedy}") from None
+
+
+def _load_adapted(source: AdapterSource, packing: Packing, device_map: DeviceMap) -> PeftModel:
+    """Load base + adapter as for training."""
     model = load_base_model(
-        base,
+        source.model.name,
         quantization_config(packing.settings, packing.dtype),
         device=device_map,
         dtype=packing.dtype,
         revision=source.model.revision,
         trust_remote_code=source.model.trust_remote_code,
     )
-    return _measure(PeftModel.from_pretrained(model, source.folder, torch_device=packing.device), blocks)
+    return PeftModel.from_pretrained(model, source.folder, torch_device=packing.device)
 
 
-def measure_merged(folder: Path, packing: Packing, device_map: DeviceMap, trust_remote_code: bool, blocks: Any) -> Measured:
-    """Of the merged model, loaded without peft and without quantization."""
-    model = load_base_model(folder, None, device=device_map, dtype=packing.dtype, trust_remote_code=trust_remote_code)
-    return _measure(model, blocks)
-
-
-def _measure(model: Any, blocks: Any) -> Measured:
-    losses_of = library_losses(model)
-    each = [measure_perplexity(losses_of, [blocks[index]], batch_size=1) for index in range(len(blocks))]
-    return Measured([one.loss * one.tokens for one in each], [one.tokens for one in each])
+def _measure(model: PreTrainedModel | PeftModel, blocks: TrainingBlocks) -> tuple[list[float], list[int]]:
+    return measure_block_losses(library_losses(model), blocks, batch_size=1)

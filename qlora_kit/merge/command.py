@@ -3,35 +3,188 @@
     python -m qlora_kit.merge --adapter output_tiny --output merged
     python -m qlora_kit.merge --adapter output_tiny --output merged --base dequantized
 
-Onto the original 16-bit weights, or with --base dequantized onto what training saw: the weights packed to 4 bits and unpacked
-again. One tensor is in memory at a time. Then the perplexity of the merged model is compared with that of base + adapter;
-exit status 1 says that they differ by more than they may.
+The update is added to the original 16-bit weights, or with --base dequantized to the weights that training saw: packed to 4 bits
+and unpacked again. One tensor is in memory at a time. Then the perplexity of the merged model is compared with that of base +
+adapter; exit status 1 means that they differ by more than they may.
 """
 
 import argparse
 import signal
 import sys
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from qlora_kit import cli
 from qlora_kit.adapter.folder import AdapterSource, fetch_base, read_adapter
 from qlora_kit.adapter.lora_pairs import read_pairs
 from qlora_kit.config import GIB, ModelSettings
 from qlora_kit.errors import Failed, Stopped, UserError
-from qlora_kit.merge.folder import check_disk, check_output, copy_small_files, record_check, staged, write_mark
+from qlora_kit.merge.folder import (
+    SMALL_FILES_BYTES,
+    Base,
+    check_output,
+    record_check,
+    staged_merge,
+    write_small_files,
+)
 from qlora_kit.model import hub
-from qlora_kit.model.hub import TOKENIZER_FILES, fetch_model, is_local, read_context
 from qlora_kit.model.tokenizer import load_tokenizer
+from qlora_kit.output.folder import require_space
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from qlora_kit.merge.weights import Merge, Packing
-    from qlora_kit.model.load import DeviceMap
+    from qlora_kit.merge.check import Comparison
+    from qlora_kit.merge.weights import MergePlan
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """A merged model.
+
+    Attributes:
+        folder: loads with transformers alone.
+        files: names of its safetensors files.
+        nbytes: bytes of its weights.
+        seconds: time that writing took.
+        check: comparison with base + adapter, with `passed` and `lines()`; None if there was none.
+    """
+
+    folder: Path
+    files: list[str]
+    nbytes: int
+    seconds: float
+    check: "Comparison | None"
+
+
+def merge(
+    adapter: str | Path,
+    output: str | Path,
+    base: Base = "original",
+    *,
+    check: bool | str | Path = True,
+    device: str = "auto",
+    device_map: str = "auto",
+    max_shard_size: str = "4GB",
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> MergeResult:
+    """Merge an adapter into its base model and compare the result with base + adapter.
+
+        result = merge("output_tiny", "merged")
+        result.check.passed
+
+    Args:
+        adapter: the folder that train_qlora.py wrote, a checkpoint of it, or any plain LoRA adapter of peft.
+        output: folder for the merged model: new, or empty.
+        base: the weights to add the update to: `original` are the model's own, `dequantized` those that training saw.
+        check: a file of text or records to compare on; True takes the run's evaluation data, else samples/articles.txt; False
+            compares nothing.
+        device: auto, cuda or cpu, for packing and for the check.
+        device_map: for the check; auto takes several GPUs if the first has no room, one always takes the first.
+        max_shard_size: of a file; the base's own files are kept if none is larger.
+        overwrite: replace the merged model that `output` holds.
+        trust_remote_code: run Python code that comes with the base model.
+
+    Raises:
+        UserError: an argument is wrong, the adapter cannot be merged or does not fit its base model, or there is no room on the
+            disk or the GPUs; nothing was written.
+        Failed: the disk refuses, or the GPU's memory is full during the check.
+    """
+    shard_bytes = parse_size(max_shard_size)
+    source = read_adapter(str(adapter), trust_remote_code)
+    for note in source.notes:
+        print(note, file=sys.stderr)
+    check_base_choice(base, source)
+    pairs = read_pairs(source.folder)
+    folder = check_output(str(output), overwrite, source)
+    hub.prepare(source.model.name)
+    base_folder = fetch_base(source, hub.fetch_model)
+
+    from qlora_kit.merge import check as checks
+    from qlora_kit.merge import weights
+
+    packing = weights.training_packing(source, device)
+    plan = weights.plan_merge(base_folder, source, pairs, packing if base == "dequantized" else None)
+    require_space("--output", folder, plan.nbytes + SMALL_FILES_BYTES)
+    tokenizer = _load_tokenizer(source, base_folder)
+    if check:
+        name = None if check is True else str(check)
+        blocks, data = checks.load_check_blocks(source, name, tokenizer, hub.read_context(base_folder))
+        device_maps = checks.choose_device_maps(source, base_folder, packing, device_map)
+    print(_describe(source, base, len(pairs)), file=sys.stderr)
+    started = time.monotonic()
+    with staged_merge(folder, plan.nbytes) as staging:
+        files = _write_weights(plan, staging, shard_bytes)
+        write_small_files(staging, base_folder, source, tokenizer, base, len(plan.recipes))
+    result = MergeResult(folder, files, plan.nbytes, time.monotonic() - started, None)
+    if not check:
+        return result
+    print(f"{folder} is written. Checking: base + adapter, then the merged model", file=sys.stderr)
+    losses = checks.compare_models(folder, source, packing, device_maps, blocks)
+    same_weights = base == "dequantized" or not source.quantization.load_in_4bit
+    comparison = checks.compare_losses(*losses, same_weights, data)
+    record_check(folder, comparison)
+    return replace(result, check=comparison)
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of a size such as 4GB; raises UserError if it is no size."""
+    number = text.rstrip("".join(map(chr, range(65, 123))) + " ")
+    try:
+        size = int(float(number) * UNITS[text[len(number) :].strip().upper()])
+        if size < 1:
+            raise ValueError
+    except (ValueError, KeyError, OverflowError):
+        remedy = "use a number with its unit, such as 4GB or 500MiB"
+        raise UserError("--max_shard_size", text, "is no size", remedy) from None
+    return size
+
+
+def check_base_choice(base: str, source: AdapterSource) -> None:
+    """Check that the adapter can be merged onto these weights; raises UserError if not."""
+    if base not in get_args(Base):
+        raise UserError("--base", base, "names no weights", f"use {' or '.join(get_args(Base))}")
+    if base == "dequantized" and not source.quantization.load_in_4bit:
+        raise UserError(
+            "--base", base, f"needs a 4-bit base, and {source.folder} was trained on a 16-bit one", "use --base original"
+        )
+
+
+def _load_tokenizer(source: AdapterSource, base: Path) -> "PreTrainedTokenizerBase":
+    """Load the adapter's tokenizer, with the chat template it was trained with; else the base model's."""
+    has_own = any((source.folder / name).is_file() for name in hub.TOKENIZER_FILES)
+    folder = source.folder if has_own else base
+    return load_tokenizer(ModelSettings(name=str(folder), trust_remote_code=source.model.trust_remote_code))
+
+
+def _describe(source: AdapterSource, base: Base, matrices: int) -> str:
+    quantization = source.quantization
+    packed = f"{quantization.quant_type.upper()}{' with double quantization' if quantization.use_double_quant else ''}"
+    onto = "its original weights" if base == "original" else f"its weights after {packed}"
+    line = f"Merging {matrices} matrices of {source.folder} into {source.model.name}, onto {onto}"
+    if source.provenance:
+        return line
+    assumed = packed if quantization.load_in_4bit else "16 bits"
+    return f"{line}\n{source.folder} has no run.json: assuming that its base model was in {assumed} in training"
+
+
+def _write_weights(plan: "MergePlan", folder: Path, shard_bytes: int) -> list[str]:
+    """Merge and write all tensors, with a progress bar on a terminal; return the names of the files."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+    from qlora_kit.merge.write import write_weights
+
+    console = Console(stderr=True)
+    columns = (BarColumn(bar_width=None), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=plan.nbytes)
+        return write_weights(plan.tensors, plan.merge_tensor, folder, shard_bytes, lambda count: progress.advance(task, count))
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -50,7 +203,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--max_shard_size",
         default="4GB",
         metavar="SIZE",
-        help="of a file, such as 500MB; smaller ones of the base are kept (default: %(default)s)",
+        help="of a file, such as 500MB; the base's own files are kept if none is larger (default: %(default)s)",
     )
     parser.add_argument(
         "--check",
@@ -64,178 +217,38 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--device_map",
         choices=["auto", "one"],
         default="auto",
-        help="for the check; auto: over several GPUs where the first cannot hold a model; one: onto the first in any case",
+        help="for the check; auto: several GPUs if the first cannot hold a model; one: always the first",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the merge that the output folder holds")
     return parser.parse_args(argv)
 
 
-def parse_size(text: str) -> int:
-    """Bytes.
-
-    Raises:
-        UserError: no size.
-    """
-    number = text.rstrip("".join(map(chr, range(65, 123))) + " ")
-    try:
-        size = int(float(number) * UNITS[text[len(number) :].strip().upper()])
-        if size < 1:
-            raise ValueError
-    except (ValueError, KeyError, OverflowError):
-        raise UserError(f"--max_shard_size: {text!r}: should be a number with its unit, such as 4GB or 500MiB") from None
-    return size
-
-
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    limit = parse_size(arguments.max_shard_size)
-    source = read_adapter(arguments.adapter, arguments.trust_remote_code)
-    for note in source.notes:
-        print(note, file=sys.stderr)
-    key = f"--adapter {arguments.adapter}"
-    if arguments.base == "dequantized" and not source.quantization.load_in_4bit:
-        raise UserError(f"--base dequantized: {source.folder} was trained on a 16-bit base; use --base original")
-    pairs = read_pairs(source.folder, key)
-    output = check_output(arguments.output, arguments.overwrite, source)
     cli.prepare_libraries()
-    hub.prepare(source.model.name)
-    base = fetch_base(source, fetch_model)
-
-    from qlora_kit.merge.check import check_blocks
-    from qlora_kit.merge.weights import plan_merge
-
-    loading = how_loaded(source, arguments.device)
-    merge = plan_merge(base, source.model, pairs, loading if arguments.base == "dequantized" else None, key)
-    check_disk(output, merge.nbytes)
-    tokenizer = _load_tokenizer(source, base)
-    checked = None if arguments.check == "none" else check_blocks(source, arguments.check, tokenizer, read_context(base))
-    device_maps = place_models(source, base, loading, arguments.device_map) if checked else []
-    say_what_is_merged(source, arguments.base, len(pairs))
-    write_merge(output, merge, limit, base, source, tokenizer, arguments.base)
-    if checked:
-        check_merge(output, source, base, loading, arguments.base, device_maps, *checked)
-
-
-def _load_tokenizer(source: AdapterSource, base: Path) -> "PreTrainedTokenizerBase":
-    """The adapter's, with the chat template it was trained with; the base model's where it brings none."""
-    brings_one = any((source.folder / name).is_file() for name in TOKENIZER_FILES)
-    folder = source.folder if brings_one else base
-    return load_tokenizer(ModelSettings(name=str(folder), trust_remote_code=source.model.trust_remote_code))
-
-
-def how_loaded(source: AdapterSource, device: str) -> "Packing":
-    """How the base model was loaded for training, on the device that is here."""
-    from qlora_kit.merge.weights import Packing
-    from qlora_kit.model.device import choose_device, usable_dtype
-
-    device = choose_device(device, "--device")
-    dtype, _ = usable_dtype(source.quantization.compute_dtype, device, insisted=False)
-    return Packing(source.quantization, dtype, device)
-
-
-def place_models(source: AdapterSource, base: Path, loading: "Packing", wanted: str) -> "list[DeviceMap]":
-    """Where the check loads base + adapter, and then the merged model, which is not packed.
-
-    Raises:
-        UserError: there is no room for one of them; nothing has been written yet.
-    """
-    from qlora_kit.model.gpu_placement import choose_device_map
-
-    found = []
-    for packed in (source.quantization.load_in_4bit, False):
-        quantization = source.quantization.model_copy(update={"load_in_4bit": packed})
-        try:
-            device_map, note = choose_device_map(base, source.model, quantization, loading.dtype, loading.device, wanted)
-        except UserError as error:
-            raise UserError(*(f"{problem}; or do not check: --check none" for problem in error.lines)) from None
-        if note:
-            print(note, file=sys.stderr)
-        found.append(device_map)
-    return found
-
-
-def say_what_is_merged(source: AdapterSource, base: str, matrices: int) -> None:
-    quantization = source.quantization
-    packed = f"{quantization.quant_type.upper()}{' with double quantization' if quantization.use_double_quant else ''}"
-    onto = "its original weights" if base == "original" else f"its weights as {packed} leaves them"
-    print(f"Merging {matrices} matrices of {source.folder} into {source.model.name}, onto {onto}", file=sys.stderr)
-    if not source.complete:
-        assumed = packed if quantization.load_in_4bit else "16 bits"
-        print(f"{source.folder} has no run.json: taking its base model to have been in {assumed} in training", file=sys.stderr)
-
-
-def write_merge(
-    output: Path, merge: "Merge", limit: int, base: Path, source: AdapterSource, tokenizer: "PreTrainedTokenizerBase", onto: str
-) -> None:
-    """Everything of the merged model, whole or not at all.
-
-    Raises:
-        UserError: a merged matrix holds values that are no numbers.
-        Failed: the disk refuses.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
-
-    from qlora_kit.merge.write import write_weights
-
-    console, started = Console(stderr=True), time.monotonic()
-    columns = (BarColumn(bar_width=None), DownloadColumn(binary_units=True), TimeRemainingColumn())
-    with staged(output) as folder:
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-            task = progress.add_task("", total=merge.nbytes)
-            files = write_weights(merge.tensors, merge.tensor, folder, limit, lambda count: progress.advance(task, count))
-        copy_small_files(folder, base, source, tokenizer)
-        write_mark(folder, source, onto, len(merge.recipes))
-    seconds = time.monotonic() - started
-    count = f"{len(files)} file{'s' if len(files) > 1 else ''}"
-    print(f"Merged: {output} ({merge.nbytes / GIB:.2f} GiB in {count}, {seconds:.0f} s)", flush=True)
-
-
-# The check
-
-
-def check_merge(
-    output: Path,
-    source: AdapterSource,
-    base: Path,
-    loading: "Packing",
-    onto: str,
-    device_maps: "list[DeviceMap]",
-    blocks: Any,
-    what: str,
-) -> None:
-    """Compare the merged model with base + adapter, print both and write the result into the folder.
-
-    Args:
-        device_maps: of base + adapter, and of the merged model.
-
-    Raises:
-        Failed: they differ by more than they may, or the GPU is too small for the comparison.
-    """
-    from qlora_kit.merge.check import compare, measure_adapter, measure_merged
-    from qlora_kit.model.device import is_out_of_memory
-
-    name = str(base) if is_local(source.model.name) else source.model.name
-    print("Checking: base + adapter, then the merged model", file=sys.stderr)
-    try:
-        adapter = measure_adapter(source, name, loading, device_maps[0], blocks)
-        merged = measure_merged(output, loading, device_maps[1], source.model.trust_remote_code, blocks)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise Failed(
-            f"the GPU's memory is full: {output} is whole and not checked; check with --overwrite --device cpu"
-        ) from None
-    result = compare(adapter, merged, same_weights=onto == "dequantized" or not source.quantization.load_in_4bit)
-    print(f"Perplexity on {what}:", *result.lines(), sep="\n", flush=True)
-    record_check(output, result, what)
-    if not result.passed:
-        hint = "" if result.same_weights else ", or take the weights it was trained on: --base dequantized"
-        raise Failed(f"the merged model differs from base + adapter by more than it may; {output} is kept: do not trust it{hint}")
+    result = merge(
+        arguments.adapter,
+        arguments.output,
+        arguments.base,
+        check={None: True, "none": False}.get(arguments.check, arguments.check),
+        device=arguments.device,
+        device_map=arguments.device_map,
+        max_shard_size=arguments.max_shard_size,
+        overwrite=arguments.overwrite,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    count = f"{len(result.files)} file{'s' if len(result.files) > 1 else ''}"
+    print(f"Merged: {result.folder} ({result.nbytes / GIB:.2f} GiB in {count}, {result.seconds:.0f} s)")
+    if result.check:
+        print(*result.check.lines(), sep="\n", flush=True)
+        if not result.check.passed:
+            hint = "" if result.check.same_weights else ", or merge onto the weights it was trained on: --base dequantized"
+            difference = "the merged model differs from base + adapter by more than it may"
+            raise Failed(f"{difference}; {result.folder} is kept: do not trust it{hint}")
 
 
 def run() -> None:
-    """Run the command as a process: SIGTERM removes what was begun."""
+    """Run the command as a process: SIGTERM removes the unfinished output."""
     signal.signal(signal.SIGTERM, _terminate)
     cli.run(main)
 

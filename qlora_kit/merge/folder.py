@@ -1,4 +1,4 @@
-"""The folder of a merged model: may it be written, how it comes into being whole, and what lies in it beside the weights."""
+"""The merged model's folder: whether it may be written, its atomic writing, and its files besides the weights."""
 
 import json
 import os
@@ -7,15 +7,15 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from qlora_kit.adapter.folder import AdapterSource
-from qlora_kit.config import GIB
+from qlora_kit.config import MIB
 from qlora_kit.data.chat_template import find_stop_ids
-from qlora_kit.errors import Failed, UserError
+from qlora_kit.errors import UserError
 from qlora_kit.model.hub import read_json
+from qlora_kit.output.folder import existing_parent, replace_text, report_disk_errors, staged_folder
 from qlora_kit.output.provenance import now, versions
 
 if TYPE_CHECKING:
@@ -23,96 +23,65 @@ if TYPE_CHECKING:
 
     from qlora_kit.merge.check import Comparison
 
-MARK = "merge.json"  # says that a folder is a merge, and of what
-SMALL_FILES_BYTES = 64 * 2**20  # room for config and tokenizer: Qwen2.5's takes 11 MiB
+MERGE_FILE = "merge.json"  # marks a folder as a merge, and says of what
+SMALL_FILES_BYTES = 64 * MIB  # room for config and tokenizer: Qwen2.5's takes 11 MiB
+Base = Literal["original", "dequantized"]  # the weights that the update is added to
 
 
 def check_output(name: str, overwrite: bool, source: AdapterSource) -> Path:
-    """The output folder, when a merge may be written there. Creates and removes nothing.
+    """Return the output folder if a merge may be written there; create and remove nothing.
 
     Raises:
-        UserError: it holds something, or cannot be written.
+        UserError: it is not empty, cannot be written, or holds a file that the merge reads.
     """
-    folder, key = Path(name).expanduser().resolve(), f"--output {name}"
-    parent = next(path for path in folder.parents if path.exists())
-    if (folder.exists() and not folder.is_dir()) or not parent.is_dir():
-        raise UserError(f"{key}: {folder if folder.exists() else parent} is a file, not a folder; name another --output")
+    folder, key = Path(name).expanduser().resolve(), "--output"
+    parent = existing_parent(folder.parent)
+    for path in (folder, parent):
+        if path.exists() and not path.is_dir():
+            raise UserError(key, name, f"{path} is a file, not a folder", "use another --output")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"{key}: {parent} cannot be written; change its permissions or name another --output")
+        raise UserError(key, name, f"{parent} cannot be written", "change its permissions or use another --output")
     for used in (source.folder, Path(source.model.name).expanduser()):
         if used.exists() and used.resolve().is_relative_to(folder):
-            raise UserError(f"{key}: holds {used}, which is read here; name another --output")
+            raise UserError(key, name, f"holds {used}, which the merge reads", "use another --output")
     if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / MARK).is_file():
-            raise UserError(f"{key}: is not empty; name a new folder")
+        if not (folder / MERGE_FILE).is_file():
+            raise UserError(key, name, "is not empty", "use a new folder")
         if not overwrite:
-            raise UserError(f"{key}: holds a merged model; replace it with --overwrite, or name another --output")
+            raise UserError(key, name, "holds a merged model", "replace it with --overwrite, or use another --output")
     return folder
 
 
-def check_disk(output: Path, weights: int) -> None:
-    """
-    Raises:
-        UserError: the disk has less room than the merged model takes. A model that it replaces stays until the new one is whole.
-    """
-    parent = next(path for path in output.parents if path.exists())
-    needed, free = weights + SMALL_FILES_BYTES, shutil.disk_usage(parent).free
-    if free < needed:
-        raise UserError(
-            f"--output {output}: needs {needed / GIB:.2f} GiB, and its disk has {free / GIB:.2f} GiB free: "
-            f"{(needed - free) / GIB:.2f} GiB missing; free them, or name a folder on another disk"
-        )
-
-
 @contextmanager
-def staged(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its place when all went well, and is removed otherwise.
+def staged_merge(output: Path, nbytes: int) -> Iterator[Path]:
+    """Give a folder to write into, which takes the place of `output` if the block succeeds, and is removed if not.
+
+    Args:
+        nbytes: bytes of the weights.
 
     Raises:
-        Failed: the disk refuses.
+        Failed: the disk is full or broken.
     """
-    staging, former = (output.with_name(f".{output.name}.{what}-{os.getpid()}") for what in ("merging", "former"))
-    try:
-        staging.mkdir(parents=True)
-        yield staging
-        if output.exists():
-            os.rename(output, former)
-        os.rename(staging, output)
-    except OSError as error:
-        raise Failed(f"{output}: cannot be written ({error.strerror or error}); nothing was left there") from None
-    finally:
-        if former.exists() and not output.exists():
-            os.rename(former, output)
-        shutil.rmtree(staging, ignore_errors=True)
-        shutil.rmtree(former, ignore_errors=True)
+    staging, aside = (output.with_name(f".{output.name}.{use}-{os.getpid()}") for use in ("merging", "former"))
+    disk_errors = report_disk_errors("the merged model", output, nbytes + SMALL_FILES_BYTES)
+    with disk_errors, staged_folder(output, staging, aside) as folder:
+        yield folder
 
 
-def copy_small_files(folder: Path, base: Path, source: AdapterSource, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Config and code of the base model, tokenizer and chat template of the adapter, and where answers end."""
+def write_small_files(
+    folder: Path, base: Path, source: AdapterSource, tokenizer: "PreTrainedTokenizerBase", onto: Base, matrices: int
+) -> None:
+    """Write the base model's config and code, the adapter's tokenizer and chat template, generation config and merge.json.
+
+    Args:
+        base: the base model's folder.
+        matrices: number of matrices that were changed.
+    """
     for path in [base / "config.json", *(base.glob("*.py") if source.model.trust_remote_code else ())]:
         shutil.copyfile(path, folder / path.name)
     tokenizer.save_pretrained(folder)
-    settings = read_json(base / "config.json", "model.name")
-    known = ("bos_token_id", "eos_token_id", "pad_token_id")
-    generation = {key: settings[key] for key in known if settings.get(key) is not None}
-    if (base / "generation_config.json").is_file():
-        generation = read_json(base / "generation_config.json", "model.name")
-    if ids := stop_ids(generation.get("eos_token_id"), source, tokenizer):
-        generation["eos_token_id"] = ids
-    if tokenizer.pad_token_id is not None:
-        generation["pad_token_id"] = tokenizer.pad_token_id
-    _write_json(folder / "generation_config.json", generation)
-
-
-def stop_ids(known: int | list[int] | None, source: AdapterSource, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Ids that end an answer: the base model's, and those that the adapter was trained to end with."""
-    ids: list[Any] = known if isinstance(known, list) else [known]
-    ids = [*ids, *(find_stop_ids(tokenizer, source.style) if source.stop_ids is None else source.stop_ids)]
-    return [number for number in dict.fromkeys(ids) if number is not None]
-
-
-def write_mark(folder: Path, source: AdapterSource, onto: str, matrices: int) -> None:
-    mark: dict[str, Any] = {
+    _write_json(folder / "generation_config.json", _generation_config(base, source, tokenizer))
+    described = {
         "adapter": str(source.folder.resolve()),
         "base_model": source.model.model_dump(),
         "onto": onto,
@@ -120,17 +89,39 @@ def write_mark(folder: Path, source: AdapterSource, onto: str, matrices: int) ->
         "matrices": matrices,
         "check": None,
         "versions": versions(),
-        "command": shlex.join(["python", "-m", "qlora_kit.merge", *sys.argv[1:]]),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "finished": now(),
     }
-    _write_json(folder / MARK, mark)
+    _write_json(folder / MERGE_FILE, described)
 
 
-def record_check(output: Path, result: "Comparison", what: str) -> None:
-    mark = read_json(output / MARK, f"--output {output}")
-    mark["check"] = asdict(result) | {"data": what, "rule": result.rule, "passed": result.passed}
-    _write_json(output / MARK, mark)
+def _generation_config(base: Path, source: AdapterSource, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """Return the base model's generation config with the tokens that end the adapter's answers."""
+    if (base / "generation_config.json").is_file():
+        generation = read_json(base / "generation_config.json", "model.name")
+    else:
+        settings = read_json(base / "config.json", "model.name")
+        known = ("bos_token_id", "eos_token_id", "pad_token_id")
+        generation = {key: settings[key] for key in known if settings.get(key) is not None}
+    if ids := merge_stop_ids(generation.get("eos_token_id"), source, tokenizer):
+        generation["eos_token_id"] = ids
+    if tokenizer.pad_token_id is not None:
+        generation["pad_token_id"] = tokenizer.pad_token_id
+    return generation
+
+
+def merge_stop_ids(known: int | list[int] | None, source: AdapterSource, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return the ids that end an answer: the base model's, and those that the adapter was trained to end with."""
+    own = find_stop_ids(tokenizer, source.style) if source.stop_ids is None else source.stop_ids
+    ids = [*(known if isinstance(known, list) else [known]), *own]
+    return [number for number in dict.fromkeys(ids) if number is not None]
+
+
+def record_check(output: Path, comparison: "Comparison") -> None:
+    """Write the result of the check into merge.json."""
+    described = read_json(output / MERGE_FILE, "--output")
+    _write_json(output / MERGE_FILE, described | {"check": comparison.as_json()})
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    replace_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")

@@ -1,6 +1,7 @@
 """Load a base model in 4 bits, with bitsandbytes' CPU fixes."""
 
 import functools
+import os
 from pathlib import Path
 
 import bitsandbytes
@@ -11,7 +12,6 @@ from transformers.quantizers import AutoHfQuantizer
 
 from qlora_kit.config import ModelSettings, QuantizationSettings
 from qlora_kit.errors import UserError
-from qlora_kit.model.hub import is_local
 
 DeviceMap = dict[str, int | str]  # module -> number of its GPU, or cpu; the module "" is the whole model
 # Tokens that models reserve for padding, in the order in which they are tried.
@@ -65,7 +65,7 @@ def load_base_model(
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            name,
+            os.path.expanduser(name),
             quantization_config=quantization,
             dtype=dtype,
             device_map={"": 0 if device == "cuda" else device} if isinstance(device, str) else device,
@@ -81,9 +81,9 @@ def load_base_model(
     return model
 
 
-def build_skeleton(folder: Path, model: ModelSettings) -> PreTrainedModel:
-    """Return the model in `folder` without its weights; raises UserError if it is no causal language model."""
-    name = str(folder) if is_local(model.name) else model.name
+def build_skeleton(model: ModelSettings) -> PreTrainedModel:
+    """Return a base model without its weights; raises UserError if it is no causal language model."""
+    name = os.path.expanduser(model.name)
     try:
         config = AutoConfig.from_pretrained(name, revision=model.revision or "main", trust_remote_code=model.trust_remote_code)
         with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""An adapter folded into the loaded model, against the same model with the adapter beside its weights."""
+"""Fold adapters into loaded models, and compare with the same models before folding."""
 
 import json
 import shutil
@@ -51,20 +51,20 @@ def logits(model) -> torch.Tensor:
     ("tiny", True, {"targets": ["q_proj", "v_proj"], "use_rslora": True}),
     ("llama", False, {}),
     ("gpt2", True, {}),
-    ("gpt2", False, {"fan_in_fan_out": True}),  # whose matrices lie the other way round
+    ("gpt2", False, {"fan_in_fan_out": True}),  # GPT-2 stores its matrices transposed
 ])  # fmt: skip
-def test_the_folded_model_computes_what_the_adapter_beside_it_computed(tiny_dir, other_models, name, packed, settings):
+def test_the_folded_model_has_the_logits_of_base_and_adapter(tiny_dir, other_models, name, packed, settings):
     adapted = with_adapter(tiny_dir if name == "tiny" else other_models[name], packed, **settings)
     expected = logits(adapted)
     with adapted.disable_adapter():
-        assert (logits(adapted) - expected).abs().max() > 0.1  # the adapter does something
+        assert (logits(adapted) - expected).abs().max() > 0.1  # the adapter changes the logits
     folded = fold(adapted)
     torch.testing.assert_close(logits(folded), expected, rtol=1e-3, atol=2e-3)
     assert not any(isinstance(module, LoraLayer | bitsandbytes.nn.Linear4bit) for module in folded.modules())
     assert {parameter.dtype for parameter in folded.parameters()} == {torch.float32}
 
 
-def test_in_16_bits_it_agrees_within_their_rounding(tiny_dir):
+def test_in_16_bits_the_loss_agrees_within_rounding(tiny_dir):
     adapted = with_adapter(tiny_dir, packed=True, dtype=torch.bfloat16)
 
     def loss(model) -> float:
@@ -76,7 +76,7 @@ def test_in_16_bits_it_agrees_within_their_rounding(tiny_dir):
     assert {parameter.dtype for parameter in folded.parameters()} == {torch.bfloat16}
 
 
-def test_the_command_answers_as_without_the_flag(adapter, root, monkeypatch, capsys):
+def test_merged_answers_are_those_without_the_flag(adapter, root, monkeypatch, capsys):
     monkeypatch.chdir(root)
     flags = [
         "--adapter",
@@ -96,7 +96,7 @@ def test_the_command_answers_as_without_the_flag(adapter, root, monkeypatch, cap
     assert capsys.readouterr().out == expected
 
 
-def test_the_engine_of_graphs_takes_a_folded_model(adapter, root, monkeypatch):
+def test_the_graph_engine_runs_a_folded_model(adapter, root, monkeypatch):
     from qlora_kit.config import GenerationSettings
 
     monkeypatch.chdir(root)
@@ -108,7 +108,7 @@ def test_the_engine_of_graphs_takes_a_folded_model(adapter, root, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_a_folded_model_answers_by_graphs_what_the_library_answers(adapter, root, monkeypatch):
+def test_on_a_gpu_the_graph_engine_answers_a_folded_model_as_the_library_does(adapter, root, monkeypatch):
     from qlora_kit.config import GenerationSettings
     from qlora_kit.inference.library_engine import LibraryEngine
 
@@ -121,22 +121,19 @@ def test_on_a_gpu_a_folded_model_answers_by_graphs_what_the_library_answers(adap
     assert list(generator.engine.steps(ids, greedy, 1, [])) == expected
 
 
-# Room
-
-
 @pytest.mark.parametrize("dtype, width", [(torch.bfloat16, 2), (torch.float32, 4)])
-def test_too_little_memory_is_told_before_anything_is_loaded(tiny_dir, monkeypatch, dtype, width):
-    """3,543,360 parameters, the largest projection 192 x 512 in fp32 beside them, and room for answers."""
+def test_too_little_memory_is_refused_before_loading(tiny_dir, monkeypatch, dtype, width):
+    """The model needs 3,543,360 parameters, its largest projection 192 x 512 in fp32, and room for answers."""
     needed = 3_543_360 * width + 192 * 512 * 4 + ANSWER_BYTES
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=needed))
     check_memory(ModelSettings(name=str(tiny_dir)), dtype, "cpu")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=needed - 1))
-    with pytest.raises(UserError, match=f"--merged: .* takes {needed / GIB:.2f} GiB in .*; leave --merged out") as error:
+    with pytest.raises(UserError, match=f"^--merged: needs {needed / GIB:.2f} GiB for .*, or leave --merged out") as error:
         check_memory(ModelSettings(name=str(tiny_dir)), dtype, "cpu")
     assert "\n" not in error.value.lines[0]
 
 
-def test_what_is_no_plain_lora_is_refused_before_the_base_model_is_looked_at(adapter, tmp_path):
+def test_an_adapter_that_is_not_plain_lora_is_refused_before_the_base_model_is_read(adapter, tmp_path):
     folder = shutil.copytree(adapter, tmp_path / "adapter")
     for file, change in (("adapter_config.json", {"use_dora": True}), ("run.json", {"base_model": {"name": "some/model",
                           "revision": None, "folder": None}})):  # fmt: skip

@@ -1,4 +1,4 @@
-"""Where a base model goes, from sizes worked out by hand; and a model in parts, whose parts accelerate really brings together."""
+"""Place base models by sizes computed by hand, and run a model whose layers are on several devices."""
 
 import json
 from pathlib import Path
@@ -12,6 +12,7 @@ from qlora_kit.config import GIB, GenerationSettings, ModelSettings, Quantizatio
 from qlora_kit.errors import UserError
 from qlora_kit.inference.library_engine import LibraryEngine
 from qlora_kit.merge import command
+from qlora_kit.merge.check import choose_device_maps
 from qlora_kit.merge.weights import Packing
 from qlora_kit.model.gpu_placement import (
     TEXT_TOKENS,
@@ -37,7 +38,7 @@ VOCABULARY = 2 * 512 * 64  # embedding, and as much for the head
 
 @pytest.fixture
 def folder(tmp_path):
-    """A Llama of four layers; its config.json is all that is there."""
+    """Return the folder of a Llama of four layers that has a config.json and no weights."""
     shape = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
         "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512,
@@ -48,11 +49,11 @@ def folder(tmp_path):
 
 
 def empty(folder, packed: bool):
-    return build_empty(folder, ModelSettings(name=str(folder)), torch.bfloat16, packed)
+    return build_empty(ModelSettings(name=str(folder)), torch.bfloat16, packed)
 
 
 @pytest.mark.parametrize("load_in_4bit, gib", [(True, 1.333 + 0.580), (False, 5.168 + 0.580)])
-def test_what_qwen_3b_takes(load_in_4bit, gib):
+def test_the_bytes_of_qwen_3b_are_those_computed_by_hand(load_in_4bit, gib):
     """2,774,532,096 weights in 4.127 bits or 16, and 311,406,592 others in 16; 3,085,938,688 in all."""
     shape = read_shape(KNOWN_CONFIGS["Qwen/Qwen2.5-3B-Instruct"])
     weights, room = needed_bytes(shape, QuantizationSettings(load_in_4bit=load_in_4bit), 2)
@@ -70,12 +71,12 @@ def test_what_qwen_3b_takes(load_in_4bit, gib):
         ([1, 14], "several", 0), ([4, 4, 3, 4], "none", 10), ([6, 6, 6, 5], "none", 3), ([7, 7, 3, 8], "several", 0),
     ],
 )  # fmt: skip
-def test_ten_units_of_weights_with_four_beside_them_on_each_gpu(free, places, missing):
+def test_ten_units_of_weights_need_four_more_on_each_gpu(free, places, missing):
     assert fits(10, 4, free) == places
     assert places == "one" or missing_bytes(10, 4, free) == missing
 
 
-def test_whole_layers_go_over_the_gpus_in_their_order(folder):
+def test_undivided_layers_fill_the_gpus_in_their_order(folder):
     """accelerate keeps room for one more layer on the first GPU: 300,000 - 73,984 hold the embedding and two layers."""
     device_map, missing = spread(empty(folder, False), [300_000, 300_000], BYTES_4BIT_DOUBLE)
     assert 300_000 - LAYER - VOCABULARY - 2 * LAYER in range(LAYER) and 2 * LAYER + VOCABULARY + 2 * 64 < 300_000
@@ -84,39 +85,37 @@ def test_whole_layers_go_over_the_gpus_in_their_order(folder):
     assert (device_map, missing) == (expected, 0)
 
 
-def test_packed_layers_count_as_packed(folder):
+def test_packed_layers_count_with_their_packed_size(folder):
     """150,000 bytes a GPU: two layers of 16 bits and the head would be 213,504; packed, two are 37,376 and four 74,752."""
     budgets = [150_000, 150_000]
     assert spread(empty(folder, False), budgets, BYTES_4BIT_DOUBLE)[1] > 0
     device_map, missing = spread(empty(folder, True), budgets, BYTES_4BIT_DOUBLE)
     assert missing == 0 and set(device_map.values()) == {0, 1}
-    assert 4 * PACKED_LAYER + 2 * VOCABULARY > 150_000  # so it had to be two
+    assert 4 * PACKED_LAYER + 2 * VOCABULARY > 150_000  # so one GPU is not enough
 
 
-def test_layers_that_go_evenly_over_three_gpus_may_need_the_brim_of_two(folder):
+def test_layers_that_do_not_fit_evenly_fill_up_each_gpu(folder):
     """Even shares, 427,136 / 3 + 1.25 x 73,984 bytes, hold one layer, then three, and the third GPU has no room for the head."""
     device_map, missing = spread(empty(folder, False), [300_000, 300_000, 10_000], BYTES_4BIT_DOUBLE)
     assert missing == 0 and set(device_map.values()) == {0, 1}
 
 
-def test_what_finds_no_room_is_counted(folder):
-    """The embedding goes onto the second GPU, nothing beside it: four layers, the last norm and the head are left."""
+def test_the_bytes_of_layers_without_a_gpu_are_counted(folder):
+    """The embedding goes onto the second GPU alone; four layers, the last norm and the head find no room."""
     _, missing = spread(empty(folder, False), [100_000, 100_000], BYTES_4BIT_DOUBLE)
     assert missing == pytest.approx(4 * LAYER + 2 * 64 + VOCABULARY, abs=200)  # rotary tables
 
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """Pretends to GPUs with so many bytes free beside what each needs in any case; returns what was asked about."""
-    asked = []
+    """Return a function that sets each GPU's free bytes beyond `room`, and returns the numbers of the GPUs that were read."""
+    read = []
 
     def pretend(room: float, *budgets: int):
-        asked.clear()
+        read.clear()
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(budgets))
-        monkeypatch.setattr(
-            torch.cuda, "mem_get_info", lambda number: (asked.append(number), (int(room) + budgets[number], 0))[1]
-        )
-        return asked
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (read.append(number), (int(room) + budgets[number], 0))[1])
+        return read
 
     return pretend
 
@@ -130,11 +129,11 @@ def room_of(folder) -> float:
     return needed_bytes(read_shape(json.loads((folder / "config.json").read_text())), QuantizationSettings(), 2)[1]
 
 
-def test_several_gpus_are_taken_where_the_first_has_no_room(folder, gpus):
+def test_several_gpus_are_used_if_the_first_has_no_room(folder, gpus):
     whole = 4 * LAYER + 2 * VOCABULARY + 2 * 64
     room = room_of(folder)
-    asked = gpus(room, whole, whole)
-    assert choose(folder) == ({"": 0}, None) and set(asked) == {0}  # the others are left alone
+    read = gpus(room, whole, whole)
+    assert choose(folder) == ({"": 0}, None) and set(read) == {0}
     gpus(room, whole - 1, whole)
     device_map, note = choose(folder)
     assert set(device_map.values()) == {0, 1} and device_map["model.embed_tokens"] == 0
@@ -154,33 +153,33 @@ def test_no_room_is_one_line_before_anything_is_loaded(folder, gpus, budgets):
     with pytest.raises(UserError) as error:
         choose(folder)
     (line,) = error.value.lines
-    assert line.startswith(f"model.name: {folder}: takes 0.00 GiB in bfloat16 and 0.5") and "\n" not in line
+    assert line.startswith(f"model.name: {folder}: needs 0.00 GiB in bfloat16 and 0.5") and "\n" not in line
     assert line.count(" + ") == len(budgets) - 1
-    assert "GiB missing; free them, use --device cpu, or insist on the first GPU: --device_map one" in line
+    assert "GiB, use --device cpu, or force the first GPU with --device_map one." in line
 
 
-def test_the_first_device_is_taken_where_nothing_is_to_be_decided(folder, other_models, gpus):
-    asked = gpus(0, 1, 1)
+def test_the_first_device_is_used_without_reading_memory_if_there_is_no_choice(folder, other_models, gpus):
+    read = gpus(0, 1, 1)
     assert choose(folder, wanted="one") == ({"": 0}, None)
     assert choose(folder, device="cpu") == ({"": "cpu"}, None)
     assert choose(other_models["gpt2"]) == ({"": 0}, None)  # its shape is not known
-    assert asked == []
+    assert read == []
 
 
-def test_a_merge_whose_check_has_no_room_is_refused_before_it_begins(adapter, root, gpus, monkeypatch, capsys):
+def test_a_merge_whose_check_has_no_room_is_refused_before_writing(adapter, root, gpus, monkeypatch, capsys):
     """Packed the base fits on the first GPU; the merged model, of 3,543,360 parameters in 16 bits, on both or on none."""
     monkeypatch.chdir(root)
     source = read_adapter(str(adapter))
-    loading = Packing(source.quantization, torch.bfloat16, "cuda")
+    packing = Packing(source.quantization, torch.bfloat16, "cuda")
     room = room_of(root / "assets/tiny-qwen2")
     gpus(room, 6_000_000, 6_000_000)
-    packed, whole = command.place_models(source, root / "assets/tiny-qwen2", loading, "auto")
+    packed, whole = choose_device_maps(source, root / "assets/tiny-qwen2", packing, "auto")
     assert packed == {"": 0} and set(whole.values()) == {0, 1}
     assert capsys.readouterr().err.endswith("spread over 2 GPUs\n")
     gpus(room, 6_000_000)
-    with pytest.raises(UserError, match=r"in bfloat16 .*; or do not check: --check none$"):
-        command.place_models(source, root / "assets/tiny-qwen2", loading, "auto")
-    assert command.place_models(source, root / "assets/tiny-qwen2", loading, "one") == [{"": 0}, {"": 0}]
+    with pytest.raises(UserError, match=r"in bfloat16 .*, or use --check none\.$"):
+        choose_device_maps(source, root / "assets/tiny-qwen2", packing, "auto")
+    assert choose_device_maps(source, root / "assets/tiny-qwen2", packing, "one") == [{"": 0}, {"": 0}]
 
 
 def test_the_flag_takes_a_hyphen():
@@ -190,8 +189,8 @@ def test_the_flag_takes_a_hyphen():
     assert command.parse_arguments(flags).device_map == "auto"
 
 
-def test_a_model_in_parts_answers_and_loses_as_the_whole_one(tiny_dir):
-    """Two layers stay on disk, so that accelerate's hooks bring the parts together, here without a GPU."""
+def test_a_model_on_several_devices_gives_the_same_answers_and_losses(tiny_dir):
+    """Two layers stay on disk, so that accelerate's hooks move them, here without a GPU."""
     parts = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", *(f"model.layers.{n}" for n in range(6))]
     device_map = dict.fromkeys(parts, "cpu") | {"model.layers.2": "disk", "model.layers.5": "disk"}
     results = []
