@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from qlora_kit.config import GIB, MIB
 from qlora_kit.errors import Failed, UserError
 
@@ -38,9 +40,6 @@ def check_output_dir(name: str, overwrite: bool, resume: bool) -> Path:
         remedy = "continue it with --resume, replace it with --overwrite, or use another --output_dir"
         raise UserError(key, name, f"already holds {content}", remedy)
     return folder
-
-
-# Disk space
 
 
 def existing_parent(path: Path) -> Path:
@@ -102,15 +101,13 @@ def report_disk_errors(what: str, folder: Path, needed: float) -> Iterator[None]
     Raises:
         Failed: it cannot be written; names the reason and how much space is missing.
     """
-    from safetensors import SafetensorError
-
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         # torch.save raises the message of its zip writer, which mentions positions in the file only.
         if isinstance(error, RuntimeError) and "inline_container.cc" not in str(error):
             raise
-        reason = error.strerror if isinstance(error, OSError) else "the disk accepted only a part of it"
+        reason = (error.strerror or error) if isinstance(error, OSError) else "the disk accepted only a part of it"
         missing = missing_space(folder, needed) / MIB
         space = f"; {missing:.1f} MiB of {needed / MIB:.1f} are missing" if missing > 0 else ""
         raise Failed(f"{what} cannot be written to {folder} ({reason}{space})") from error

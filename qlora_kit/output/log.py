@@ -38,7 +38,7 @@ class RunLog:
             (folder / name).touch()  # a short run may have nothing to log
         waiting, self._waiting = self._waiting, []
         for text in waiting:
-            self.file_only(text)
+            self.write_to_file(text)
 
     def copy_to(self, checkpoint: Path) -> None:
         """Copy both files into a checkpoint."""
@@ -49,13 +49,13 @@ class RunLog:
             else:
                 (checkpoint / name).touch()
 
-    def line(self, text: str = "") -> None:
+    def write(self, text: str = "") -> None:
         """Write a line to standard error and to training_log.txt."""
         if self.enabled:
             print(redact(text), file=sys.stderr)
-        self.file_only(text)
+        self.write_to_file(text)
 
-    def file_only(self, text: str) -> None:
+    def write_to_file(self, text: str) -> None:
         """Write a line to training_log.txt, or keep it until `open`."""
         text = redact(text)
         if not self.enabled:
@@ -65,7 +65,7 @@ class RunLog:
         else:
             _append(self._folder / LOG, text)
 
-    def metrics(self, values: dict[str, Any]) -> None:
+    def write_metrics(self, values: dict[str, Any]) -> None:
         """Write an object to metrics.jsonl, with null for NaN and infinity, which JSON does not have."""
         if not self.enabled:
             return

@@ -65,7 +65,7 @@ class ProgressCallback(TrainerCallback):
             values |= {key: value for key, value in logs.items() if key.startswith("eval_")}
         else:
             return  # the Trainer's closing summary
-        self.log.metrics(values)
+        self.log.write_metrics(values)
         self._show(values)
 
     def close(self) -> None:
@@ -83,11 +83,11 @@ class ProgressCallback(TrainerCallback):
             info = f"loss {values['loss']:.4f}, lr {values['learning_rate']:.2e}, {speed}{memory}"
             if self.bar:
                 self.bar.update(self.task, info=info)
-                self.log.file_only(f"step {values['step']}/{self.total}: {info}")
+                self.log.write_to_file(f"step {values['step']}/{self.total}: {info}")
                 return
             info = f"step {values['step']}/{self.total}: {info}, {self.speed.remaining(self.total - values['step'])} left"
         self.console.print(info, highlight=False, soft_wrap=True)
-        self.log.file_only(info)
+        self.log.write_to_file(info)
 
     def evaluation(self, blocks: int) -> "EvaluationBar":
         return EvaluationBar(self.console, self.bar, blocks)

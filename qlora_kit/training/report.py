@@ -55,18 +55,18 @@ class RunReport:
     def announce(self, notes: list[str]) -> None:
         """Print device, base model, and the notes on the checkpoint that the run resumes."""
         config, machine, team = self.run.config, self.run.machine, self.run.team
-        self.log.file_only(f"{self.run.started}  {command_line()}")
+        self.log.write_to_file(f"{self.run.started}  {command_line()}")
         for line in machine.description:
-            self.log.line(line)
+            self.log.write(line)
         if team.count > 1:
-            self.log.line(f"Processes: {team.count}, each with the base model on its own device; rank 0 reports")
+            self.log.write(f"Processes: {team.count}, each with the base model on its own device; rank 0 reports")
         quantization = f"4-bit {config.quantization.quant_type.upper()}" if config.quantization.load_in_4bit else "16-bit"
         double = " with double quantization" if config.quantization.load_in_4bit and config.quantization.use_double_quant else ""
-        self.log.line(f"Base model: {config.model.name}, {quantization}{double}, computing in {machine.dtype_name}")
+        self.log.write(f"Base model: {config.model.name}, {quantization}{double}, computing in {machine.dtype_name}")
         if config.model.trust_remote_code:
-            self.log.line(remote_code_warning(config.model))
+            self.log.write(remote_code_warning(config.model))
         for note in notes:
-            self.log.line(note)
+            self.log.write(note)
 
     @contextmanager
     def logging_failure(self) -> Iterator[None]:
@@ -76,12 +76,12 @@ class RunReport:
         except BaseException as ending:
             reason = str(ending) or type(ending).__name__
             with suppress(OSError):  # the disk may be the reason
-                self.log.file_only(f"{now()}  ended without an adapter: {reason.splitlines()[0]}")
+                self.log.write_to_file(f"{now()}  ended without an adapter: {reason.splitlines()[0]}")
             raise
 
     def describe_model(self, trainable: int, total: int) -> None:
         lora = self.run.config.lora
-        self.log.line(
+        self.log.write(
             f"LoRA: rank {lora.rank}, alpha {lora.alpha:g}, {trainable:,} trainable parameters "
             f"of {total:,} ({100 * trainable / total:.2f} %)"
         )
@@ -100,30 +100,30 @@ class RunReport:
         division += f" in each of {team.count} processes" if team.count > 1 else ""
         if reason:
             self.predicted_gib = None  # the prediction was for the fast path
-            self.log.line(f"Each optimizer step: {division}, through the library's layers ({reason})")
+            self.log.write(f"Each optimizer step: {division}, through the library's layers ({reason})")
             return
         layers = f"{plan.recomputed} layers recomputed in the backward pass" if plan.recomputed else "no layer recomputed"
-        self.log.line(f"Each optimizer step: {division}; {layers}")
+        self.log.write(f"Each optimizer step: {division}; {layers}")
         if self.run.machine.device == "cuda":
             compiled = f"no, {not_compiled}" if not_compiled else "yes, the first evaluation and the first step wait for it"
-            self.log.line(f"  compiled: {compiled}; CUDA graphs: {f'no, {not_captured}' if not_captured else 'yes'}")
+            self.log.write(f"  compiled: {compiled}; CUDA graphs: {f'no, {not_captured}' if not_captured else 'yes'}")
         if self.predicted_gib:
-            self.log.line(f"  memory predicted at the peak: {self.predicted_gib:.2f} GiB")
+            self.log.write(f"  memory predicted at the peak: {self.predicted_gib:.2f} GiB")
 
     def fall_back(self, reason: str) -> None:
-        self.log.line(f"Compiling or capturing failed ({reason}): continuing without it, slower, with the same result")
+        self.log.write(f"Compiling or capturing failed ({reason}): continuing without it, slower, with the same result")
 
     def out_of_memory(self, place: str, micro_batch: int) -> None:
         """Print that the micro-batch shrinks to `micro_batch` sequences, and where memory ran out."""
         rows = f"{micro_batch} sequence{'s' * (micro_batch > 1)}"
-        self.log.line(f"Out of GPU memory {place} with {rows} at a time; the effective batch stays")
+        self.log.write(f"Out of GPU memory {place} with {rows} at a time; the effective batch stays")
 
     def describe_data(self, train: "TrainingBlocks", evaluation: "TrainingBlocks | None") -> None:
         """Print the data, and keep what run.json says of them."""
         config = self.run.config
         steps = config.steps_per_epoch(len(train))
         source = ", ".join(config.data.names)
-        self.log.line(f"Training data: {source}: {train.describe()}; {steps:,} optimizer steps an epoch")
+        self.log.write(f"Training data: {source}: {train.describe()}; {steps:,} optimizer steps an epoch")
         self.run.data = {
             "source": config.data.dataset,
             "prompt_style": train.prompt_style,
@@ -132,15 +132,15 @@ class RunReport:
             "train_sha256": train.fingerprint(),
         }
         if evaluation:
-            self.log.line(f"Evaluation data: {evaluation.summarise()}, {len(evaluation):,} blocks")
+            self.log.write(f"Evaluation data: {evaluation.summarise()}, {len(evaluation):,} blocks")
             self.run.data |= {"eval_blocks": len(evaluation), "eval_sha256": evaluation.fingerprint()}
 
     def memory(self, when: str) -> None:
         if held := self.run.machine.memory_gib():
-            self.log.line(f"GPU memory {when}: {held['allocated']:.2f} GiB allocated, {held['reserved']:.2f} GiB reserved")
+            self.log.write(f"GPU memory {when}: {held['allocated']:.2f} GiB allocated, {held['reserved']:.2f} GiB reserved")
 
     def perplexity(self, whose: str, result: "Perplexity") -> None:
-        self.log.line(f"Perplexity of the {whose}: {result}")
+        self.log.write(f"Perplexity of the {whose}: {result}")
 
     def definition(self, result: "Perplexity") -> str:
         """Return what the printed perplexity means, so that it can be compared with others."""
@@ -152,27 +152,27 @@ class RunReport:
     def summary(self, folder: Path, result: "RunResult") -> None:
         """Print time, memory, perplexities and the files of a run that has ended well."""
         minutes, seconds = divmod(round(self.seconds()), 60)
-        self.log.line(f"\nDone in {minutes}:{seconds:02d}.")
+        self.log.write(f"\nDone in {minutes}:{seconds:02d}.")
         if result.steps < result.last_step:
-            self.log.line(
+            self.log.write(
                 f"  the adapter is that of step {result.steps}, the best evaluated; training ended after step {result.last_step}"
             )
         if held := self.run.machine.memory_gib():
             predicted = f" (predicted {self.predicted_gib:.2f})" if self.predicted_gib else ""
-            self.log.line(
+            self.log.write(
                 f"  GPU memory   peak {held['peak_reserved']:.2f} GiB reserved{predicted}, "
                 f"{held['peak_allocated']:.2f} GiB allocated"
             )
         if result.base and result.trained:
-            self.log.line(f"  perplexity   base model {result.base}  ->  adapter {result.trained}")
-            self.log.line(f"               {self.definition(result.trained)}")
+            self.log.write(f"  perplexity   base model {result.base}  ->  adapter {result.trained}")
+            self.log.write(f"               {self.definition(result.trained)}")
             if result.trained.loss >= result.base.loss:
-                self.log.line("               no better than the base model: try a lower --learning_rate, or more steps")
+                self.log.write("               no better than the base model: try a lower --learning_rate, or more steps")
         size = (folder / "adapter_model.safetensors").stat().st_size / MIB
-        self.log.line(f"  adapter      {folder / 'adapter_model.safetensors'} ({size:.1f} MiB)")
-        self.log.line(f"  curves       {folder / CURVES}")
-        self.log.line(f"  log          {folder / LOG}")
-        self.log.line(f"  talk to it   python inference_example.py --mode interactive --adapter {shlex.quote(str(folder))}")
+        self.log.write(f"  adapter      {folder / 'adapter_model.safetensors'} ({size:.1f} MiB)")
+        self.log.write(f"  curves       {folder / CURVES}")
+        self.log.write(f"  log          {folder / LOG}")
+        self.log.write(f"  talk to it   python inference_example.py --mode interactive --adapter {shlex.quote(str(folder))}")
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ def log() -> RunLog:
 
 
 def test_lines_before_the_log_is_opened_are_written_when_it_opens(log, tmp_path, capsys):
-    log.line("first")
-    log.file_only("second")
+    log.write("first")
+    log.write_to_file("second")
     assert list(tmp_path.iterdir()) == []
     log.open(tmp_path, checkpoint=None)
-    log.line("third ±")
+    log.write("third ±")
     assert (tmp_path / LOG).read_text(encoding="utf-8") == "first\nsecond\nthird ±\n"
     shown = capsys.readouterr()
     assert shown.err == "first\nthird ±\n"
@@ -32,7 +32,7 @@ def test_metrics_are_read_back_as_they_were_written(log, tmp_path):
     log.open(tmp_path, checkpoint=None)
     entries = [{"step": 0, "eval_loss": 3.5}, {"step": 1, "loss": 3.25, "learning_rate": 1e-5}]
     for entry in entries:
-        log.metrics(entry)
+        log.write_metrics(entry)
     assert read_metrics(tmp_path) == entries
     assert len((tmp_path / METRICS).read_text().splitlines()) == 2
 
@@ -40,9 +40,9 @@ def test_metrics_are_read_back_as_they_were_written(log, tmp_path):
 def test_a_new_run_does_not_append_to_the_files_of_a_failed_one(log, tmp_path):
     (tmp_path / LOG).write_text("old\n")
     (tmp_path / METRICS).write_text('{"step": 7, "loss": 1.0}\n')  # it would appear in the curves
-    log.line("new")
+    log.write("new")
     log.open(tmp_path, checkpoint=None)
-    log.metrics({"step": 1, "loss": 3.0})
+    log.write_metrics({"step": 1, "loss": 3.0})
     assert (tmp_path / LOG).read_text() == "new\n"
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 3.0}]
 
@@ -53,15 +53,15 @@ def test_a_resumed_log_continues_that_of_the_checkpoint(log, tmp_path):
     out.mkdir()
     checkpoint.mkdir()
     log.open(out, checkpoint=None)
-    log.line("step 1")
-    log.metrics({"step": 1, "loss": 3.0})
+    log.write("step 1")
+    log.write_metrics({"step": 1, "loss": 3.0})
     log.copy_to(checkpoint)
-    log.line("step 2")
+    log.write("step 2")
     (out / METRICS).write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "lo')
     again = RunLog()
-    again.line("again")
+    again.write("again")
     again.open(out, checkpoint)
-    again.metrics({"step": 2, "loss": 2.0})
+    again.write_metrics({"step": 2, "loss": 2.0})
     assert read_metrics(out) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]
     assert (out / LOG).read_text() == "step 1\nagain\n"
 
@@ -70,7 +70,7 @@ def test_nan_and_infinity_are_written_as_null(tmp_path):
     """A single evaluation block has no standard error; a resumed run reads the base model's perplexity from the log."""
     log = RunLog()
     log.open(tmp_path, None)
-    log.metrics({"step": 0} | as_metrics(from_block_losses([12.0], [6])))
+    log.write_metrics({"step": 0} | as_metrics(from_block_losses([12.0], [6])))
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     entry = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert entry["eval_standard_error"] is None and entry["eval_loss"] == 2.0
