@@ -332,9 +332,9 @@ def test_the_command_does_not_repeat_a_token(capsys, monkeypatch, arguments):
 
 def test_the_log_and_the_command_line_of_run_json_are_redacted(tmp_path, capsys, monkeypatch):
     log = RunLog()
-    log.line(f"before the folder is there: {TOKEN}")
+    log.write(f"before the folder is there: {TOKEN}")
     log.open(tmp_path, None)
-    log.line(f"https://me:swordfish@host/ and {TOKEN}")
+    log.write(f"https://me:swordfish@host/ and {TOKEN}")
     written = (tmp_path / "training_log.txt").read_text() + capsys.readouterr().err
     assert TOKEN not in written and "swordfish" not in written
     assert written.count("hf_***") == 4 and written.count("https://***@host/") == 2
