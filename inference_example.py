@@ -27,13 +27,12 @@ from qlora_kit.adapter.folder import AdapterSource, fetch_base, load_checked_tok
 from qlora_kit.adapter.lora_pairs import read_pairs
 from qlora_kit.config import GenerationSettings
 from qlora_kit.data.chat_template import find_stop_ids
-from qlora_kit.data.source import source_files
+from qlora_kit.data.source import list_source_files
 from qlora_kit.errors import UserError
 from qlora_kit.inference.generator import FixedAdapter, Generator, replace_settings
 from qlora_kit.inference.prompts import Prompt, PromptEncoder, demo_prompts, encode_prompts, read_prompt, read_prompt_file
 from qlora_kit.inference.terminal import format_json
 from qlora_kit.model import hub
-from qlora_kit.model.hub import fetch_tokenizer, is_local, read_context
 
 if TYPE_CHECKING:
     from qlora_kit.inference.compare import Comparison
@@ -133,8 +132,8 @@ def check_flags(arguments: argparse.Namespace) -> None:
         if is_wrong:
             raise UserError(flag, None, problem, remedy)
     check_seed(arguments.seed)
-    if arguments.perplexity is not None and is_local(arguments.perplexity):
-        source_files(arguments.perplexity, "--perplexity")
+    if arguments.perplexity is not None and hub.is_local(arguments.perplexity):
+        list_source_files(arguments.perplexity, "--perplexity")
     size = arguments.batch_size
     if size is not None and not (size.isdecimal() and int(size)):
         raise UserError("--batch_size", size, "is not a whole number of at least 1", f"leave it out for {BATCH_SIZE}")
@@ -157,7 +156,7 @@ def open_adapter(folder: str, system: str | None, merged: bool, trust_remote_cod
         problem = f"cannot be used with {source.folder}, which was not trained on chats"
         raise UserError("--system", None, problem, "leave it out")
     if merged:
-        read_pairs(source.folder, f"--adapter {source.folder}")
+        read_pairs(source.folder)
     return source
 
 
@@ -165,7 +164,7 @@ def sampling_settings(arguments: argparse.Namespace, own: GenerationSettings) ->
     """Return the adapter's own settings, changed by the flags; raises UserError with one problem for each wrong value."""
     flags = {key: getattr(arguments, key) for key in GenerationSettings.model_fields}
     given = {key: value for key, value in flags.items() if value is not None}
-    return replace_settings(own, given, "--", "leave it out for the adapter's own {}")
+    return replace_settings(own, given, "--")
 
 
 def read_prompts(arguments: argparse.Namespace, style: str) -> list[Prompt]:
@@ -189,7 +188,7 @@ def load_encoder(source: AdapterSource, system: str | None, data: str = ".") -> 
     hub.prepare(source.model.name, data)
     for note in source.notes:
         print(note, file=sys.stderr)
-    context = read_context(fetch_base(source, fetch_tokenizer))
+    context = hub.read_context(fetch_base(source, hub.fetch_tokenizer))
     tokenizer = load_checked_tokenizer(source)
     stop_ids = find_stop_ids(tokenizer, source.style) if source.stop_ids is None else source.stop_ids
     return PromptEncoder(tokenizer, source.style, stop_ids, source.config.data.train_on, system), context
@@ -235,8 +234,7 @@ def load_generator(
     fixed = choose_fixed(merged, base_only)
     source = open_adapter(str(adapter), system, merged, trust_remote_code)
     if not isinstance(settings, GenerationSettings):
-        remedy = "leave it out for the adapter's own {}"
-        settings = replace_settings(source.config.generation, settings or {}, "generation.", remedy)
+        settings = replace_settings(source.config.generation, settings or {}, "generation.")
     encoder, _ = load_encoder(source, system)
 
     from qlora_kit.inference.load import load_engine

@@ -16,7 +16,7 @@ import torch
 from qlora_kit.config import GenerationSettings
 from qlora_kit.config_file import closest, did_you_mean
 from qlora_kit.data.chat_template import Message
-from qlora_kit.data.formats import checked_text
+from qlora_kit.data.formats import require_text
 from qlora_kit.errors import BadRecord, UserError
 from qlora_kit.inference.generator import Generated, Generator, replace_settings
 from qlora_kit.inference.terminal import Terminal
@@ -84,7 +84,7 @@ class Conversation:
         try:
             if line.startswith("/"):
                 return self._run_command(line)
-            self._ask(checked_text(line, "the input"), self.generator.seed, self.rounds)
+            self._ask(require_text(line, "the input"), self.generator.seed, self.rounds)
         except UserError as error:
             for problem in error.lines:
                 self.terminal.say_error(problem)
@@ -155,7 +155,7 @@ class Conversation:
     def _run_command(self, line: str) -> bool:
         name, given = [*line.split(maxsplit=1), ""][:2]
         name = name.lower()
-        given = checked_text(given.strip(), name)
+        given = require_text(given.strip(), name)
         if name not in COMMANDS:
             raise UserError(name, None, "is not a command" + did_you_mean(closest(name, COMMANDS)), "use /help for the list")
         argument = COMMANDS[name][0]
@@ -208,8 +208,7 @@ class Conversation:
                 raise UserError(f"/set {key}", None, problem, f"use one of {', '.join(known)}")
             if not value:
                 raise UserError(f"/set {key}", None, "needs a value", f"use /set {key} {getattr(GenerationSettings(), key)}")
-            settings = self.generator.settings
-            self.generator.settings = replace_settings(settings, {key: value}, "/set ", "use another value; it stays {}")
+            self.generator.settings = replace_settings(self.generator.settings, {key: value}, "/set ")
         self.terminal.say_dimly(", ".join(f"{key} {value}" for key, value in self.generator.settings))
 
     def _last_round(self, command: str) -> Round:

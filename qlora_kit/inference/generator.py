@@ -55,26 +55,26 @@ class Generated:
         return self.tokens / self.seconds
 
 
-def replace_settings(settings: GenerationSettings, changes: Mapping[str, Any], prefix: str, keep: str) -> GenerationSettings:
+def replace_settings(settings: GenerationSettings, changes: Mapping[str, Any], prefix: str) -> GenerationSettings:
     """Return the settings with some keys of `generation` changed.
 
     Args:
         prefix: stands before a key in messages: `--`, `/set ` or `generation.`.
-        keep: the remedy for a wrong value; `{}` is the value that holds without the change.
 
     Raises:
         UserError: keys are unknown or values wrong: one problem for each.
     """
 
-    def under_prefix(problem: Problem) -> Problem:
+    def with_prefix(problem: Problem) -> Problem:
         key = problem.key.removeprefix("generation.")
-        remedy = keep.format(getattr(settings, key)) if key in GenerationSettings.model_fields else problem.remedy
+        known = key in GenerationSettings.model_fields
+        remedy = f"use another value, or keep {getattr(settings, key)}" if known else problem.remedy
         return replace(problem, key=prefix + key, remedy=remedy, place="")
 
     try:
         return override(Config(generation=settings), {f"generation.{key}": value for key, value in changes.items()}).generation
     except UserError as error:
-        raise UserError.of(map(under_prefix, error.problems)) from None
+        raise UserError.of(map(with_prefix, error.problems)) from None
 
 
 class Generator:

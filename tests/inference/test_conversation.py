@@ -1,14 +1,10 @@
-"""The interactive mode: through a real pseudo-terminal, and what it says and keeps with answers that are given to it."""
+"""Check what a conversation sends, prints, keeps and saves, with scripted answers."""
 
 import io
 import json
-import os
 import re
-import select
 import signal
-import subprocess
 import sys
-import termios
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,9 +21,6 @@ from qlora_kit.inference.conversation import COMMANDS
 from qlora_kit.inference.generator import Generator
 from qlora_kit.inference.modes import run_interactive
 from qlora_kit.inference.prompts import PromptEncoder
-from qlora_kit.inference.terminal import Terminal
-
-SPLIT = "👩‍👩‍👧‍👦 says 𓂀𓂀𓂀 and 日本語の文, then ½ ℵ and naïveté. "  # each of these signs is several tokens to the tiny tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +29,12 @@ def tokenizer(tiny_dir):
 
 
 class Scripted:
-    """An engine that gives answers in their order, each with its end; `^C` in one presses Ctrl+C there."""
+    """An engine that gives the answers in their order, each with a stop token; `^C` in an answer presses Ctrl+C there."""
 
     def __init__(self, tokenizer, *answers: str, context: int | None = 1024, pause: float = 0):
         self.tokenizer, self.answers, self.context, self.pause = tokenizer, list(answers), context, pause
         self.adapted = True
-        self.asked: list[tuple] = []  # the prompt's text, settings, seed, whether the adapter was on
+        self.asked: list[tuple] = []  # the prompt's text, settings, seed, whether the adapter is on
 
     def steps(self, prompts, settings, seed, stop_ids):
         self.asked.append((self.tokenizer.decode(prompts[0]), settings, seed, self.adapted))
@@ -63,7 +56,7 @@ class Scripted:
 
 
 class Typed(io.StringIO):
-    """Standard input that takes itself for a terminal; a line `^C` is that key."""
+    """Standard input that claims to be a terminal; a line `^C` presses Ctrl+C."""
 
     def isatty(self):
         return True
@@ -77,7 +70,7 @@ class Typed(io.StringIO):
 
 @pytest.fixture
 def converse(tokenizer, monkeypatch, capsys):
-    """Runs a conversation of some lines and answers -> what was printed, what was said beside it, and the engine."""
+    """Return a function: inputs and answers of a conversation -> standard output, standard error, the engine."""
 
     def run(lines, *answers, style="chat", stdin=Typed, context=1024, compare=False, fixed=None, **settings):
         monkeypatch.setattr(sys, "stdin", stdin("".join(f"{line}\n" for line in lines)))
@@ -91,16 +84,13 @@ def converse(tokenizer, monkeypatch, capsys):
 
 
 def chat(*turns: str) -> str:
-    """Turns as the tiny tokenizer's template writes them, up to an answer."""
+    """Return turns as the tiny tokenizer's template writes them, up to an answer."""
     roles = ("user", "assistant") if len(turns) % 2 else ("system", "user", "assistant")
-    said = [
+    messages = [
         (roles[0] if not number else ("user", "assistant")[(number + len(turns) + 1) % 2], turn)
         for number, turn in enumerate(turns)
     ]
-    return "".join(f"<|im_start|>{role}\n{turn}<|im_end|>\n" for role, turn in said) + "<|im_start|>assistant\n"
-
-
-# --- what is sent, printed and said -----------------------------------------------------------------------------------------
+    return "".join(f"<|im_start|>{role}\n{turn}<|im_end|>\n" for role, turn in messages) + "<|im_start|>assistant\n"
 
 
 def test_a_chat_sends_the_conversation_and_the_first_line_says_so(converse):
@@ -129,7 +119,7 @@ def test_each_answer_is_followed_by_tokens_speed_and_context(converse, tokenizer
     assert f"context {prompt + 2} of 1,024, cut at max_new_tokens" in err
 
 
-def test_in_a_pipe_answers_alone_are_on_standard_output_and_no_prompt_is_written(converse):
+def test_a_pipe_gets_answers_alone_and_no_prompt(converse):
     out, err, _ = converse(["Hi", "/reset", "And?"], "Hello!", "Yes.", stdin=io.StringIO)
     assert out == "Hello!\nYes.\n"
     assert "> " not in err and "\x1b" not in err
@@ -141,20 +131,7 @@ def test_a_backslash_joins_lines_also_at_the_end_of_input(converse, tokenizer):
     assert err.count("... ") == 3
 
 
-def test_control_characters_of_an_answer_reach_a_pipe_and_no_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", io.StringIO())
-    terminal = Terminal()
-    terminal.print_answer("a\x1b[2J\x9b1m\tb\n")
-    assert capsys.readouterr().out == "a\x1b[2J\x9b1m\tb\n"
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    terminal.print_answer("a\x1b[2J\x9b1m\tb\n")
-    assert capsys.readouterr().out == "a␛[2J\ufffd1m\tb\n"
-
-
-# --- Ctrl+C -----------------------------------------------------------------------------------------------------------------
-
-
-def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(converse):
+def test_ctrl_c_stops_the_answer_and_keeps_what_was_printed(converse):
     before = signal.getsignal(signal.SIGINT)
     out, err, engine = converse(["Hi", "And?"], "Hello there^C and so on", "Yes.")
     assert out == "Hello there\nYes.\n"
@@ -163,26 +140,24 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(converse):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_an_answer_that_was_stopped_before_its_first_word_is_left_out(converse):
-    out, err, engine = converse(["Hi", "And?"], "^C𓂀", "Yes.")
-    assert out == "\nYes.\n"  # one token of the sign was there, and nothing of it is printed
-    assert "no words: left out" in err and engine.asked[1][0] == chat("And?")
+def test_an_answer_stopped_before_its_first_word_is_left_out(converse):
+    out, err, engine = converse(["Hi", "/save chat.jsonl", "And?"], "^C𓂀", "Yes.")
+    assert out == "\nYes.\n"  # one token of the character was generated, and none of it is printed
+    assert "no words: left out" in err and "/save: chat.jsonl: needs an answer" in err
+    assert engine.asked[1][0] == chat("And?")
 
 
 def test_ctrl_c_at_the_prompt_says_how_to_leave_and_twice_leaves(converse):
     out, err, _ = converse(["^C", "Hi", "^C", "^C", "And?"], "Hello!")
     assert out == "Hello!\n"
     assert err.count("Ctrl+C again leaves, as /exit and Ctrl+D do.") == 2
-    _, _, engine = converse(["one\\", "^C", "two"], "Yes.")  # what was typed before it is dropped
+    _, _, engine = converse(["one\\", "^C", "two"], "Yes.")  # Ctrl+C drops the lines typed before it
     assert engine.asked[0][0] == chat("two")
 
 
-def test_ctrl_c_ends_the_program_where_nobody_types(converse):
+def test_ctrl_c_ends_the_program_if_inputs_come_from_a_pipe(converse):
     with pytest.raises(KeyboardInterrupt):
         converse(["Hi", "And?"], "Hello^C there", stdin=io.StringIO)
-
-
-# --- commands ---------------------------------------------------------------------------------------------------------------
 
 
 def test_help_lists_every_command(converse):
@@ -203,7 +178,7 @@ def test_undo_and_reset(converse):
     assert [asked[0] for asked in engine.asked[2:]] == [chat("Hi", "one", "And?"), chat("New")]
 
 
-def test_the_system_turn_is_set_kept_by_reset_and_left_out_again(converse):
+def test_the_system_message_is_set_kept_by_reset_and_removed(converse):
     lines = ["/system Be brief.", "Hi", "/reset", "And?", "/system", "So?"]
     _, _, engine = converse(lines, "one", "two", "three")
     assert [asked[0] for asked in engine.asked] == [
@@ -219,9 +194,9 @@ def test_set_changes_the_next_answer(converse):
     assert err.count("max_new_tokens 7, temperature 0.25, top_p 0.9, top_k 3, repetition_penalty 1.1") == 2
 
 
-def test_a_refused_setting_stays_what_it_was_set_to(converse):
+def test_a_refused_setting_keeps_its_value(converse):
     _, err, _ = converse(["/set temperature 0.25", "/set temperature -1"])
-    assert "greater than or equal to 0. Use another value; it stays 0.25." in err
+    assert "greater than or equal to 0. Use another value, or keep 0.25." in err
 
 
 def test_compare_asks_the_base_model_the_same_and_keeps_the_adapters_answer(converse):
@@ -234,12 +209,12 @@ def test_compare_asks_the_base_model_the_same_and_keeps_the_adapters_answer(conv
     assert err.count("without the adapter:") == 2 and err.count("the same answer") == 1
 
 
-def test_with_compare_each_answer_is_followed_by_that_of_the_base_model(converse):
+def test_with_compare_the_base_models_answer_follows_each_answer(converse):
     out, err, engine = converse(["Hi", "And?", "/retry"], "Hello!", "Base", "Yes.", "Yes.", "No.", "Maybe", compare=True)
     assert out == "Hello!\nBase\nYes.\nYes.\nNo.\nMaybe\n"
     for asked, again in zip(engine.asked[::2], engine.asked[1::2], strict=True):
         assert asked[3] and again == (*asked[:3], False)
-    assert engine.asked[2][0] == chat("Hi", "Hello!", "And?")  # the base model's answers are no part of the conversation
+    assert engine.asked[2][0] == chat("Hi", "Hello!", "And?")  # without the base model's answers
     assert err.count("with the adapter:") == err.count("without the adapter:") == 3 and err.count("the same answer") == 1
 
 
@@ -249,12 +224,12 @@ def test_an_answer_that_ctrl_c_cut_is_not_compared(converse):
 
 
 @pytest.mark.parametrize("flag", ["--merged", "--base_only"])
-def test_there_is_nothing_to_compare_with(converse, flag):
+def test_compare_is_refused_without_an_adapter_to_switch(converse, flag):
     out, err, engine = converse(["Hi", "/compare"], "Hello!", fixed=flag)
     assert out == "Hello!\n" and len(engine.asked) == 1 and f"error: /compare: cannot be used with {flag}" in err
 
 
-def test_what_is_saved_is_trained_on_but_for_answers_that_were_cut(converse, tmp_path, tokenizer):
+def test_a_saved_conversation_trains_on_all_answers_but_those_that_were_cut(converse, tmp_path, tokenizer):
     file = tmp_path / "chat.jsonl"
     lines = ["/system Be brief.", "Hé 日本", "a\\", "b", "Last?", f"/save {file}", f"/save {file}"]
     _, err, _ = converse(lines, "Hello!", "one^C two", "The end.")
@@ -271,13 +246,10 @@ def test_what_is_saved_is_trained_on_but_for_answers_that_were_cut(converse, tmp
     assert tokenizer.decode(trained) == "Hello!<|im_end|>The end.<|im_end|>"
 
 
-def test_rounds_that_were_sent_alone_are_saved_alone(converse, tmp_path):
+def test_rounds_without_a_chat_are_saved_one_a_record(converse, tmp_path):
     converse(["one", "two", f"/save {tmp_path}/rounds.jsonl"], "1", "2", style="text")
     saved = [json.loads(line)["messages"] for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
     assert [[turn["content"] for turn in turns] for turns in saved] == [["one", "1"], ["two", "2"]]
-
-
-# --- mistakes ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("line, words", [
@@ -293,10 +265,10 @@ def test_rounds_that_were_sent_alone_are_saved_alone(converse, tmp_path):
     ("/set temperature", ["/set temperature", "value"]),
     ("/set temprature 1", ["/set temprature", "did you mean temperature?"]),
     ("/set lora.rank 1", ["/set lora.rank", "top_k"]),
-    ("/set temperature -1", ["/set temperature", "-1", "; it stays 0.7"]),
+    ("/set temperature -1", ["/set temperature", "-1", "or keep 0.7."]),
     ("/set temperature warm", ["/set temperature", "warm"]),
     ("/set temperature nan", ["/set temperature", "nan"]),
-    ("/set temperature 1e-30", ["/set temperature", "should be 0, which always takes the likeliest token"]),  # logits / 1e-30 overflow
+    ("/set temperature 1e-30", ["/set temperature", "should be 0, which always takes the likeliest token"]),
     ("/set temperature 1e300", ["/set temperature", "100"]),
     ("/set repetition_penalty 1e-40", ["/set repetition_penalty", "0.01"]),
     ("/set repetition_penalty 1e300", ["/set repetition_penalty", "100"]),
@@ -313,31 +285,31 @@ def test_rounds_that_were_sent_alone_are_saved_alone(converse, tmp_path):
 def test_a_mistake_is_one_line_and_ends_nothing(converse, line, words):
     answers = ["full", "Hello!"] if line == "full" else ["Hello!"]
     out, err, engine = converse([line, "Hi"], *answers)
-    (problem,) = [said for said in err.splitlines() if "error:" in said]
+    (problem,) = [printed for printed in err.splitlines() if "error:" in printed]
     for word in words:
         assert word in problem
     assert out.strip() == "Hello!" and engine.asked[-1][:2] == (chat("Hi"), GenerationSettings())
 
 
-def test_a_command_that_does_not_fit_the_adapter(converse, tmp_path):
+def test_commands_that_cannot_work_are_refused(converse, tmp_path):
     _, err, _ = converse(["/system Be brief."], style="text")
     assert "error: /system: needs an adapter trained on chats" in err
     _, err, _ = converse(["Hi", "/retry", f"/save {tmp_path}/none/chat.jsonl"], "one", temperature=0)
     assert "error: /retry: gives the same answer at temperature 0" in err and "No such file" in err
 
 
-def test_a_template_without_system_turns_refuses_one_and_the_chat_goes_on(converse, tokenizer, monkeypatch):
+def test_a_template_without_system_messages_refuses_one_and_the_chat_continues(converse, tokenizer, monkeypatch):
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn here') }}{% endif %}"
     monkeypatch.setattr(tokenizer, "chat_template", refusing + tokenizer.chat_template)
     out, err, _ = converse(["/system Be brief.", "Hi"], "Hello!")
     assert out == "Hello!\n" and "no system turn here" in err
 
 
-def test_a_full_context_is_refused_with_what_makes_room(converse, tokenizer):
+def test_a_full_context_is_refused_with_a_remedy(converse, tokenizer):
     used = len(tokenizer(chat("Hi", "Hello!", "And then?"))["input_ids"])
     lines = ["Hi", "And then?", "/reset", "And then?"]
     out, err, _ = converse(lines, "Hello!", "Yes.", context=used + 9, max_new_tokens=10)
-    (problem,) = [said for said in err.splitlines() if "error:" in said]
+    (problem,) = [printed for printed in err.splitlines() if "error:" in printed]
     assert f"error: input: {used} tokens and 10 new tokens exceed the model's context of {used + 9}. " in problem
     assert problem.endswith("Use /undo or /reset, or /set max_new_tokens 9.")
     assert out == "Hello!\nYes.\n"
@@ -345,145 +317,3 @@ def test_a_full_context_is_refused_with_what_makes_room(converse, tokenizer):
     assert ". Use a shorter input." in err
     _, err, _ = converse(["Hi"], context=100, max_new_tokens=100)
     assert re.search(r"\. Use /set max_new_tokens \d\d\.", err)
-
-
-# --- a real terminal --------------------------------------------------------------------------------------------------------
-
-# Makes the terminal on standard input the one whose Ctrl+C it hears, as a shell does.
-OWN_TERMINAL = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
-UP, BACKSPACE, CTRL_C, CTRL_D, PASTE = "\x1b[A", "\x7f", "\x03", "\x04", "\x1b[200~{}\x1b[201~"
-
-
-class Window:
-    """A process in a terminal of 40 columns, and what it shows there."""
-
-    def __init__(self, command: list[str], root: Path):
-        self.keys, terminal = os.openpty()
-        termios.tcsetwinsize(terminal, (24, 40))
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "TERM": "xterm", "LC_ALL": "C.UTF-8", "PYTHONPATH": str(root)}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", OWN_TERMINAL, sys.executable, *command], cwd=root, env=environment, start_new_session=True,
-            stdin=terminal, stdout=terminal, stderr=terminal,
-        )  # fmt: skip
-        os.close(terminal)
-        self.reads: list[bytes] = []
-        self.seen = 0
-
-    def type(self, text: str) -> None:
-        os.write(self.keys, text.encode())
-
-    def wait_for(self, pattern: str) -> str:
-        """What was shown since the last wait, up to the pattern."""
-        deadline = time.monotonic() + 60
-        while not (found := re.search(pattern, (shown := self.shown())[self.seen :], re.DOTALL)):
-            assert time.monotonic() < deadline and self.read(deadline - time.monotonic()), (
-                f"{pattern} not in {shown[self.seen :]!r}"
-            )
-        before, self.seen = self.seen, self.seen + found.end()
-        return shown[before : self.seen]
-
-    def read(self, seconds: float) -> bool:
-        if not select.select([self.keys], [], [], max(seconds, 0))[0]:
-            return False
-        try:
-            self.reads.append(os.read(self.keys, 4096))
-        except OSError:  # the process has left
-            return False
-        return True
-
-    def shown(self) -> str:
-        return b"".join(self.reads).decode(errors="ignore")
-
-    def ask(self, line: str) -> str:
-        """A line and all that it brings, up to the next prompt."""
-        self.type(line + "\n")
-        return self.wait_for(r"\n[^\n]*> $")
-
-    def interrupt(self) -> str:
-        """Ctrl+C at the prompt, and what it brings."""
-        time.sleep(0.3)  # the interpreter hears of it only while it waits for keys, not in the instant before
-        self.type(CTRL_C)
-        return self.wait_for(r"\n[^\n]*> $")
-
-    def leave(self) -> int:
-        self.type(CTRL_D)
-        while self.read(30):
-            pass
-        os.close(self.keys)
-        return self.process.wait(timeout=30)
-
-
-@pytest.fixture(scope="module")
-def chat_adapter(adapter_of) -> Path:
-    """Trained for 2 steps: enough to change answers, too few to learn when to end them."""
-    return adapter_of("--config", "configs/instruct.yaml", "--max_steps", "2", "--set", "data.max_train_samples=16")
-
-
-def test_a_conversation_in_a_narrow_terminal(root, chat_adapter, tmp_path):
-    window = Window(["inference_example.py", "--adapter", str(chat_adapter), "--max_new_tokens", "6"], root)
-    try:
-        assert window.wait_for(r"> $").lstrip().startswith("Chat: the whole conversation is sent")
-
-        assert "tokens/s" in window.ask(f"名x{BACKSPACE}前は、" + "とても長い" * 8 + "?")  # a wide sign, and a line that wraps
-        assert "removed: 名前は、とても長い" in window.ask("/undo")
-        window.ask(PASTE.format("one\rtwo\r"))
-        assert "removed: one two" in window.ask("/undo")
-        assert "did you mean /retry?" in window.ask("/rety")
-        window.ask("/set repetition_penalty 1")  # the likeliest words repeat themselves without an end
-        assert "temperature 0" in window.ask("/set temperature 0")
-        assert "max_new_tokens 900" in window.ask("/set max_new_tokens 900")
-
-        window.type("What is a river?\n")
-        window.wait_for(r"2004l\r[^\x1b]{4}")  # the answer has begun
-        window.type(CTRL_C)
-        stopped = window.wait_for(r"\n[^\n]*> $")
-        assert "cut by Ctrl+C" in stopped and int(re.search(r"(\d+) tokens", stopped)[1]) < 900
-
-        assert "max_new_tokens 12" in window.ask("/set max_new_tokens 12")
-        assert "max_new_tokens 12" in window.ask(UP)  # the line before, again
-        window.ask("And a lake?")
-        compared = window.ask("/compare")
-        assert "without the adapter:" in compared and "tokens/s" in compared
-        assert "saved in" in window.ask(f"/save {tmp_path}/chat.jsonl")
-
-        window.type("half a li")
-        window.wait_for("half a li")
-        assert "again leaves" not in window.interrupt()
-        assert "again leaves" in window.interrupt()
-        assert window.leave() == 0
-    finally:
-        window.process.kill()
-    turns = json.loads((tmp_path / "chat.jsonl").read_text(encoding="utf-8"))["messages"]
-    assert [turn["content"] for turn in turns[::2]] == ["What is a river?", "And a lake?"] and turns[1]["weight"] == 0
-    assert "".join(turns[1]["content"].split())[:20] in "".join(window.shown().split())
-    assert "Traceback" not in window.shown()
-
-
-SCRIPT = """\
-from transformers import AutoTokenizer
-from qlora_kit.inference.generator import Generator
-from qlora_kit.inference.modes import run_interactive
-from qlora_kit.inference.prompts import PromptEncoder
-from qlora_kit.config import GenerationSettings
-from tests.inference.test_conversation import SPLIT, Scripted
-tokenizer = AutoTokenizer.from_pretrained("assets/tiny-qwen2")
-engine = Scripted(tokenizer, SPLIT * 3, pause=0.003)
-encoder = PromptEncoder(tokenizer, stop_ids=[tokenizer.eos_token_id])
-run_interactive(Generator(engine, encoder, GenerationSettings(max_new_tokens=900)))
-"""
-
-
-def test_no_half_character_reaches_the_terminal(root):
-    """Of signs that are several tokens each, in a window that each line of them leaves: each write is whole characters."""
-    window = Window(["-c", SCRIPT], root)
-    try:
-        window.wait_for(r"> $")
-        before = len(window.reads)
-        answered = window.ask("Go")
-        assert SPLIT * 3 in answered
-        for written in window.reads[before:]:
-            assert "\ufffd" not in written.decode()
-        assert len(window.reads) - before > 20  # it was streamed
-        assert window.leave() == 0
-    finally:
-        window.process.kill()
