@@ -1,4 +1,4 @@
-"""The training command as a user runs it: real processes where status, streams and signals matter, main() elsewhere."""
+"""Test the training command as users run it: as a process for exit status, streams and signals, through main() otherwise."""
 
 import functools
 import io
@@ -27,7 +27,6 @@ from transformers import (
 import inference_example
 import train_qlora
 from qlora_kit import cli
-from qlora_kit.adapter.folder import read_adapter
 from qlora_kit.config import GenerationSettings
 from qlora_kit.config_file import load_config
 from qlora_kit.errors import Failed, UserError
@@ -49,7 +48,7 @@ def in_the_repository(root, monkeypatch):
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """A terminal width that wraps nothing, and no model of this machine's own cache."""
+    """Return an environment with a terminal wide enough for every line, and without this machine's model cache."""
     return os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "500", **extra}
 
 
@@ -64,7 +63,7 @@ def train(*arguments: str) -> None:
 
 @pytest.fixture
 def run_here(capsys):
-    """As `run`, in this process: a new one takes six seconds to import the libraries."""
+    """Run the command in this process, because a new one imports the libraries for six seconds."""
 
     def call(*arguments: str) -> subprocess.CompletedProcess:
         capsys.readouterr()
@@ -94,7 +93,7 @@ def trained(root, tmp_path_factory):
     return folder, result
 
 
-def test_a_run_leaves_adapter_curves_log_metrics_config_and_passport(trained):
+def test_a_run_leaves_adapter_curves_log_metrics_config_and_provenance(trained):
     folder, _ = trained
     expected = {
         "adapter_config.json", "adapter_model.safetensors", "training_curves.png", "training_log.txt", "metrics.jsonl",
@@ -105,19 +104,19 @@ def test_a_run_leaves_adapter_curves_log_metrics_config_and_passport(trained):
 
 
 def test_training_lowers_the_perplexity_of_text_it_did_not_see(trained):
-    passport = json.loads((trained[0] / "run.json").read_text())
-    before, after = passport["perplexity"]["base"], passport["perplexity"]["adapter"]
+    provenance = json.loads((trained[0] / "run.json").read_text())
+    before, after = provenance["perplexity"]["base"], provenance["perplexity"]["adapter"]
     assert after["perplexity"] + 3 * after["standard_error"] < before["perplexity"]
     assert before["tokens"] == after["tokens"] == 8 * 127  # each block predicts all but its first token
 
 
-def test_the_log_and_the_passport_state_the_same_perplexities(trained):
+def test_the_log_and_the_provenance_state_the_same_perplexities(trained):
     folder, result = trained
-    passport = json.loads((folder / "run.json").read_text())["perplexity"]
+    provenance = json.loads((folder / "run.json").read_text())["perplexity"]
     for text in (result.stderr, (folder / "training_log.txt").read_text()):
         match = re.search(r"base model ([\d.]+) ± ([\d.]+) +-> +adapter ([\d.]+) ± ([\d.]+)", text)
         shown = [float(group) for group in match.groups()]
-        stated = [passport[who][what] for who in ("base", "adapter") for what in ("perplexity", "standard_error")]
+        stated = [provenance[who][what] for who in ("base", "adapter") for what in ("perplexity", "standard_error")]
         assert shown == pytest.approx(stated, abs=0.0005)
 
 
@@ -128,7 +127,7 @@ def test_text_for_people_goes_to_standard_error_alone(trained):
     assert "python inference_example.py" in result.stderr  # the next step
 
 
-def test_no_library_speaks_to_the_user(trained):
+def test_no_library_prints_to_the_user(trained):
     lower = trained[1].stderr.lower()
     for noise in ("warning", "deprecat", "traceback", "kernels-community", "huggingface/tokenizers", "site-packages"):
         assert noise not in lower
@@ -151,16 +150,16 @@ def test_the_written_config_is_the_one_that_ran_and_runs_again(trained):
     assert config.lora.rank == 16 and config.training.output_dir == str(trained[0])
 
 
-def test_the_passport_says_where_the_adapter_comes_from(trained, tiny_dir):
-    passport = json.loads((trained[0] / "run.json").read_text())
-    assert passport["base_model"] == {"name": "assets/tiny-qwen2", "revision": None, "folder": str(tiny_dir)}
-    assert passport["quantization"]["quant_type"] == "nf4" and passport["quantization"]["compute_dtype"] == "float32"
-    assert (passport["seed"], passport["optimizer_steps"]) == (42, 12)
-    assert passport["versions"]["torch"] == torch.__version__
-    assert "--max_steps 12" in passport["command"]
-    assert passport["data"]["train_blocks"] == 32 and passport["data"]["eval_blocks"] == 8
-    assert passport["config"] == load_config(trained[0] / "config.yaml").model_dump()
-    assert (passport["last_step"], passport["ended"], passport["skipped_steps"]) == (12, "after the last step", [])
+def test_the_provenance_says_where_the_adapter_comes_from(trained, tiny_dir):
+    provenance = json.loads((trained[0] / "run.json").read_text())
+    assert provenance["base_model"] == {"name": "assets/tiny-qwen2", "revision": None, "folder": str(tiny_dir)}
+    assert provenance["quantization"]["quant_type"] == "nf4" and provenance["quantization"]["compute_dtype"] == "float32"
+    assert (provenance["seed"], provenance["optimizer_steps"]) == (42, 12)
+    assert provenance["versions"]["torch"] == torch.__version__
+    assert "--max_steps 12" in provenance["command"]
+    assert provenance["data"]["train_blocks"] == 32 and provenance["data"]["eval_blocks"] == 8
+    assert provenance["config"] == load_config(trained[0] / "config.yaml").model_dump()
+    assert (provenance["last_step"], provenance["ended"], provenance["skipped_steps"]) == (12, "after the last step", [])
 
 
 def test_the_adapter_loads_in_plain_peft_with_the_same_logits(trained, tiny_dir):
@@ -177,9 +176,7 @@ def test_the_adapter_loads_in_plain_peft_with_the_same_logits(trained, tiny_dir)
     with torch.no_grad():
         without = plain(ids).logits.clone()
         expected = PeftModel.from_pretrained(plain, folder).eval()(ids).logits
-    arguments = inference_example.parse_arguments(["--adapter", str(folder), "--device", "cpu"])
-    source = read_adapter(str(folder))
-    generator = inference_example.load_generator(source, source.config.generation, arguments)
+    generator = inference_example.load_generator(folder, device="cpu")
     with torch.no_grad():
         torch.testing.assert_close(generator.engine.model(ids).logits, expected)
     assert (expected - without).abs().max() > 0.1  # the adapter does something
@@ -193,9 +190,9 @@ def test_named_flags_reach_the_adapter(tmp_path):
           "--output_dir", str(tmp_path / "r8"))  # fmt: skip
     config = json.loads((tmp_path / "r8" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (8, 16, 0.1)
-    passport = json.loads((tmp_path / "r8" / "run.json").read_text())
-    assert passport["optimizer_steps"] == 4  # 8 blocks in batches of 2, once
-    assert passport["seed"] == 3
+    provenance = json.loads((tmp_path / "r8" / "run.json").read_text())
+    assert provenance["optimizer_steps"] == 4  # 8 blocks in batches of 2, once
+    assert provenance["seed"] == 3
     for tensor in load_file(tmp_path / "r8" / "adapter_model.safetensors").values():
         assert 8 in tensor.shape
 
@@ -253,14 +250,14 @@ def plan(capsys, *arguments: str) -> list[str]:
 
 
 def test_the_plan_is_answered_at_once_and_without_torch(root):
-    """Weights, network and GPU are not needed to say what the default run takes on a card of 8 GiB."""
+    """The plan of the default run for a card of 8 GiB needs no weights, no network and no GPU."""
     code = """
 import sys, time
 started = time.perf_counter()
 import train_qlora
 train_qlora.main(["--plan", "--set", "performance.vram_limit_gib=8"])
 seconds = time.perf_counter() - started
-heavy = {"torch", "transformers", "datasets", "peft", "numpy", "huggingface_hub"}
+heavy = {"torch", "transformers", "datasets", "peft", "huggingface_hub"}
 print(seconds, sorted(heavy & set(sys.modules)), file=sys.stderr)
 """
     quickest = 60.0
@@ -280,8 +277,8 @@ print(seconds, sorted(heavy & set(sys.modules)), file=sys.stderr)
 def test_the_plan_of_a_card_that_is_too_small_ends_with_the_remedy(capsys):
     title, *_, verdict = plan(capsys, "--set", "performance.vram_limit_gib=2.2")
     assert title.startswith("Qwen/Qwen2.5-3B-Instruct: 1 x 16 sequences of 512 tokens, rank 16, 36 of 36 layers")
-    assert verdict.startswith("Does not fit: ") and "there are 2.20 (performance.vram_limit_gib)" in verdict
-    assert verdict.endswith("the cheapest change that fits: --set performance.offload_embedding=true")
+    assert verdict.startswith("Does not fit: ") and "2.20 are available (performance.vram_limit_gib)" in verdict
+    assert verdict.endswith("Add --set performance.offload_embedding=true, the cheapest change that fits.")
     assert plan(capsys, "--config", "configs/lean.yaml", "--set", "performance.vram_limit_gib=2.2")[-1].startswith("Fits: ")
 
 
@@ -308,11 +305,11 @@ def test_a_plan_asks_for_neither_the_data_nor_a_free_folder(capsys, trained):
 def test_a_plan_for_another_architecture_is_refused_in_one_line(root, other_models):
     result = run(root, "--plan", "--model_name", str(other_models["gpt2"]))
     assert result.returncode == 2
-    assert_one_line(result, f"--plan: {other_models['gpt2']}: no prediction", "not built like Llama", "--max_steps")
+    assert_one_line(result, f"--plan: {other_models['gpt2']}: has no prediction", "not built like Llama", "--max_steps")
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--set", "performance.fused_lora=false"], ["no prediction", "performance.fused_lora is false"]),
+    (["--set", "performance.fused_lora=false"], ["has no prediction", "performance.fused_lora is false"]),
     (["--model_name", "./no-such-model"], ["model.name", "./no-such-model"]),
     (["--rank", "0"], ["lora.rank"]),
 ])  # fmt: skip
@@ -332,7 +329,7 @@ STOPPED = [*SMALL, "--max_steps", "8", "--max_length", "64", "--batch_size", "4"
 
 @pytest.fixture(scope="module")
 def stopped_and_resumed(root, tmp_path_factory):
-    """A run that got SIGTERM after its first logged step, and the arguments of the resume command that it printed, run."""
+    """Stop a run by SIGTERM after its first logged step, then run the resume command that it printed."""
     folder = tmp_path_factory.mktemp("runs") / "stopped"
     command = [sys.executable, "train_qlora.py", *STOPPED, "--output_dir", str(folder)]
     process = subprocess.Popen(command, cwd=root, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -346,7 +343,7 @@ def stopped_and_resumed(root, tmp_path_factory):
     left = {str(path.relative_to(folder)) for path in folder.rglob("*")}
     recorded, log = metrics(folder), (folder / "training_log.txt").read_text()
     message = rest.strip().splitlines()[-1]
-    python, script, *again = shlex.split(message.partition("Go on with: ")[2])
+    python, script, *again = shlex.split(message.partition("Continue with: ")[2])
     assert (python, script) == ("python", "train_qlora.py")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
@@ -354,7 +351,7 @@ def stopped_and_resumed(root, tmp_path_factory):
     return process.returncode, "".join(lines) + rest, left, recorded, log, message, folder
 
 
-def test_sigterm_saves_and_says_how_to_go_on(stopped_and_resumed):
+def test_sigterm_saves_and_prints_the_resume_command(stopped_and_resumed):
     status, stderr, left, _, log, message, folder = stopped_and_resumed
     assert status == 143
     assert "Traceback" not in stderr
@@ -367,7 +364,7 @@ def test_sigterm_saves_and_says_how_to_go_on(stopped_and_resumed):
     assert f"ended without an adapter: Stopped after step {step}" in log
 
 
-def test_the_log_of_the_whole_run_says_nothing_of_the_stop(stopped_and_resumed):
+def test_the_log_of_a_resumed_run_does_not_mention_the_stop(stopped_and_resumed):
     assert "ended without" not in (stopped_and_resumed[-1] / "training_log.txt").read_text()
 
 
@@ -384,7 +381,7 @@ def test_the_printed_command_finishes_the_run(stopped_and_resumed):
 
 
 def test_a_resumed_run_gives_the_adapter_of_an_uninterrupted_one(stopped_and_resumed, tmp_path):
-    """Data order, dropout, optimizer state and schedule all go on where they were: on the CPU byte for byte."""
+    """Data order, dropout, optimizer state and schedule continue: on the CPU the adapters are equal byte for byte."""
     folder = stopped_and_resumed[-1]
     train_qlora.main([*STOPPED, "--output_dir", str(tmp_path / "straight")])
     assert weights(folder) == weights(tmp_path / "straight")
@@ -395,8 +392,8 @@ def test_a_resumed_run_gives_the_adapter_of_an_uninterrupted_one(stopped_and_res
     assert losses(folder) == losses(tmp_path / "straight")
 
 
-def test_resuming_a_run_that_is_through_trains_no_further(tmp_path):
-    """As after a stop in the last step: the library alone would take one step more."""
+def test_resuming_a_finished_run_trains_no_further(tmp_path):
+    """After a stop in the last step, transformers alone would train one step too many."""
     arguments = ["--max_steps", "2", "--set", "training.lr_scheduler=constant", "--output_dir", str(tmp_path / "out")]
     train(*arguments)
     before = weights(tmp_path / "out"), metrics(tmp_path / "out")
@@ -406,7 +403,7 @@ def test_resuming_a_run_that_is_through_trains_no_further(tmp_path):
     assert json.loads((tmp_path / "out" / "run.json").read_text())["optimizer_steps"] == 2
 
 
-def test_resuming_from_an_earlier_checkpoint_takes_back_what_came_after_it(tmp_path):
+def test_resuming_from_an_earlier_checkpoint_logs_later_steps_once(tmp_path):
     out = tmp_path / "out"
     arguments = ["--max_steps", "3", "--set", "training.save_steps=1", "--set", "training.eval_steps=2", "--output_dir", str(out)]
     train(*arguments, "--set", "training.save_total_limit=null")
@@ -415,7 +412,7 @@ def test_resuming_from_an_earlier_checkpoint_takes_back_what_came_after_it(tmp_p
     assert (weights(out), [(line["step"], line.get("loss")) for line in metrics(out)]) == before
 
 
-def test_resuming_with_more_steps_goes_on(tmp_path):
+def test_resuming_with_more_steps_continues(tmp_path):
     arguments = ["--set", "training.lr_scheduler=constant", "--output_dir", str(tmp_path / "out")]
     train(*arguments, "--max_steps", "2")
     train(*arguments, "--max_steps", "3", "--resume")
@@ -423,7 +420,7 @@ def test_resuming_with_more_steps_goes_on(tmp_path):
 
 
 def test_more_epochs_on_a_finished_run(tmp_path):
-    """8 blocks in twos: 4 steps an epoch. What was trained before stays as it was logged, and the log says what changed."""
+    """8 blocks in batches of 2 are 4 steps per epoch. Earlier log lines stay, and the log names the changed setting."""
     arguments = ["--set", "data.eval_split=null", "--set", "training.lr_scheduler=constant", "--max_length", "16",
                  "--output_dir", str(tmp_path / "out")]  # fmt: skip
     train(*arguments, "--num_epochs", "1")
@@ -434,8 +431,8 @@ def test_more_epochs_on_a_finished_run(tmp_path):
     assert "Changed since: training.num_epochs: 2.0, was 1.0" in (tmp_path / "out" / "training_log.txt").read_text()
 
 
-def test_more_steps_follow_the_schedule_of_all_of_them(tmp_path):
-    """A cosine ends at 0. After 2 steps of 2 come 4 more, with the rates of steps 3 to 6 of 6: none of them is lost."""
+def test_more_steps_follow_the_schedule_of_the_longer_run(tmp_path):
+    """A cosine of 2 steps ends at 0; the 4 steps added to them have the rates of steps 3 to 6 of 6, not 0."""
     arguments = ["--set", "data.eval_split=null", "--set", "training.warmup_ratio=0", "--learning_rate", "1e-3",
                  "--set", "training.save_steps=1", "--output_dir", str(tmp_path / "out")]  # fmt: skip
     train(*arguments, "--max_steps", "2")
@@ -447,22 +444,22 @@ def test_more_steps_follow_the_schedule_of_all_of_them(tmp_path):
     assert third != second
 
 
-def test_a_run_that_went_further_than_it_is_asked_to_is_left_as_it_is(trained):
+def test_a_run_with_more_steps_than_asked_for_is_left_unchanged(trained):
     files = {path: path.read_bytes() for path in trained[0].rglob("*") if path.is_file() and path.name != ".lock"}
-    with pytest.raises(UserError, match=r"training\.max_steps: 1: ends the run at step 1, and .* is of step \d+; raise it"):
+    with pytest.raises(UserError, match=r"training\.max_steps: 1: ends the run at step 1, before .*checkpoint-\d+\. Raise it"):
         train_qlora.main([*TRAINED, "--output_dir", str(trained[0]), "--max_steps", "1", "--resume"])
     assert {path: path.read_bytes() for path in trained[0].rglob("*") if path.is_file() and path.name != ".lock"} == files
 
 
 def test_resuming_refuses_a_setting_that_would_make_it_another_run(trained):
     before = weights(trained[0])
-    with pytest.raises(UserError, match=r"lora\.rank: 8: .* has 16"):
+    with pytest.raises(UserError, match=r"lora\.rank: 8: differs from 16, the value of the run to resume"):
         train_qlora.main([*TRAINED, "--output_dir", str(trained[0]), "--rank", "8", "--resume"])
     assert weights(trained[0]) == before
 
 
-def test_resuming_where_nothing_is_to_resume(tmp_path):
-    with pytest.raises(UserError, match="--resume: no checkpoint"):
+def test_resuming_without_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--resume: .*: has no checkpoint"):
         train("--output_dir", str(tmp_path / "nothing"), "--resume")
     assert not (tmp_path / "nothing").exists()
 
@@ -546,7 +543,7 @@ def test_a_mistake_found_after_loading_is_one_line_and_status_2_too(run_here, tm
 
 @pytest.fixture
 def refuses(tmp_path):
-    """The run is refused in one sentence with these words, and nothing is written."""
+    """Check that a run is refused in one line with these words, and that nothing is written."""
 
     def check(*arguments: str, words: list[str]) -> None:
         before = {path for path in tmp_path.rglob("*")}
@@ -593,11 +590,11 @@ def test_a_config_file_with_a_mistake(tmp_path, text, word):
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("empty.txt", b"", ["data.dataset", "empty.txt", "empty"]),
-    ("blank.txt", b"\n \n", ["data.dataset", "blank.txt", "empty"]),
-    ("binary.txt", b"\x00\x01\x02" * 50, ["data.dataset", "binary.txt", "not text"]),
-    ("picture.png", b"\x89PNG\r\n", ["data.dataset", "picture.png", ".txt"]),
-    ("latin1.txt", "Ein Gerät ".encode("latin-1") * 300, ["data.dataset", "latin1.txt", "UTF-8"]),
+    ("empty.txt", b"", ["empty.txt: is empty"]),
+    ("blank.txt", b"\n \n", ["blank.txt: is empty"]),
+    ("binary.txt", b"\x00\x01\x02" * 50, ["binary.txt: ", "not text"]),
+    ("picture.png", b"\x89PNG\r\n", ["picture.png: ", ".txt"]),
+    ("latin1.txt", "Ein Gerät ".encode("latin-1") * 300, ["latin1.txt: ", "UTF-8"]),
     ("short.txt", b"three short words", ["data.dataset", "max_length"]),
 ])  # fmt: skip
 def test_a_dataset_file_with_a_mistake(tmp_path, refuses, name, content, words):
@@ -647,7 +644,7 @@ def test_a_hub_model_without_a_network(root, tmp_path):
 
 @NO_GPU
 def test_cuda_without_a_gpu(refuses):
-    refuses("--set", "training.device=cuda", words=["training.device: cuda", "training.device=auto"])
+    refuses("--set", "training.device=cuda", words=["training.device: cuda", "or use auto"])
 
 
 @NO_GPU
@@ -675,17 +672,17 @@ def test_a_technique_of_the_gpu_without_one_is_one_line_and_status_2_before_the_
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}, weights(folder)
     result = run_here(*TRAINED, "--output_dir", str(folder), "--overwrite", "--set", "performance.cuda_graphs=true")
     assert result.returncode == 2
-    assert_one_line(result, "performance.cuda_graphs: true: cannot work here (needs a CUDA GPU); use auto or false")
+    assert_one_line(result, "performance.cuda_graphs: true: cannot work here (needs a CUDA GPU). Use auto or false.")
     assert ({path.name: path.stat().st_mtime_ns for path in folder.iterdir()}, weights(folder)) == before
 
 
 def test_a_mistake_that_only_the_loaded_model_shows_costs_no_earlier_run(tmp_path, monkeypatch):
-    """As where a GPU lacks a compiler, or an architecture cannot be captured, and it was insisted on."""
+    """A switch set to true may fail only with the loaded model: without a compiler, or in an architecture without graphs."""
     train("--max_steps", "1", "--output_dir", str(tmp_path / "out"))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
 
     def cannot(*_):
-        raise UserError("performance.compile: true: cannot work here (needs a C compiler); use auto or false")
+        raise UserError("performance.compile", True, "cannot work here (needs a C compiler)", "use auto or false")
 
     monkeypatch.setattr("qlora_kit.training.build.build_micro_step", cannot)
     for arguments in (["--overwrite", "--seed", "1"], ["--max_steps", "2", "--resume"]):
@@ -699,12 +696,12 @@ def test_float16_needs_a_gpu(refuses):
             words=["quantization.compute_dtype", "float16", "bfloat16"])  # fmt: skip
 
 
-def test_a_mistake_in_the_data_is_told_before_weights_are_looked_for(tmp_path, tiny_dir):
+def test_a_mistake_in_the_data_is_reported_before_weights_are_searched(tmp_path, tiny_dir):
     model = tmp_path / "model"
     shutil.copytree(tiny_dir, model, ignore=shutil.ignore_patterns("*.safetensors"))
     (tmp_path / "data.csv").write_text("words\na\n")
     flags = ["--config", "configs/tiny.yaml", "--model_name", str(model), "--output_dir", str(tmp_path / "out")]
-    with pytest.raises(UserError, match=r"data\.csv: record 1: has the keys words; expected .* or text \(data\.text_field\)"):
+    with pytest.raises(UserError, match=r"data\.csv: record 1: the keys are words, expected .* or text \(data\.text_field\)"):
         train_qlora.main([*flags, "--dataset", str(tmp_path / "data.csv")])
     with pytest.raises(UserError, match="safetensors"):
         train_qlora.main(flags)
@@ -719,9 +716,9 @@ def test_a_run_on_instructions_says_what_it_read_and_how_prompts_are_to_be_given
     log = capsys.readouterr().err
     assert "Training data: samples/alpaca.jsonl: 147 alpaca records, answers trained (format recognised by its keys); " in log
     assert "Evaluation data: 16 alpaca records, answers trained, 2 blocks" in log
-    passport = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert passport["prompt_style"] == "chat" and len(passport["data"]["train_sha256"]) == 64
-    assert passport["optimizer_steps"] == 2
+    provenance = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert provenance["prompt_style"] == "chat" and len(provenance["data"]["train_sha256"]) == 64
+    assert provenance["optimizer_steps"] == 2
 
 
 def test_a_mistake_in_the_data_is_one_line_and_status_2_and_leaves_nothing(root, tmp_path):
@@ -731,7 +728,7 @@ def test_a_mistake_in_the_data_is_one_line_and_status_2_and_leaves_nothing(root,
     result = run(root, *flags)
     assert result.returncode == 2 and result.stdout == ""
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert errors == [f"error: data.dataset: {data}: line 2: broken JSON (Expecting value); mend this line"]
+    assert errors == [f"error: {data}: line 2 is not valid JSON (Expecting value). Correct the line."]
     assert result.stderr.splitlines()[-1] == errors[0] and not (tmp_path / "out").exists()
 
 
@@ -742,9 +739,8 @@ def test_what_was_trained_on_instructions_ends_its_answers_itself(root, tmp_path
         "--config", "configs/instruct.yaml", "--max_steps", "48", "--max_length", "128", "--batch_size", "1",
         "--learning_rate", "3e-3", "--set", "data.eval_split=null", "--set", "data.max_train_samples=8", "--output_dir", folder,
     ])  # fmt: skip
-    arguments = inference_example.parse_arguments(["--adapter", folder, "--device", "cpu"])
     settings = GenerationSettings(max_new_tokens=40, temperature=0.0, repetition_penalty=1.0)
-    generator = inference_example.load_generator(read_adapter(folder), settings, arguments)
+    generator = inference_example.load_generator(folder, device="cpu", settings=settings)
     prompts = [generator.encode(prompt) for prompt in ("What color is grass?", "What is a Boolean?", "Name three things.")]
     answers = generator.complete(prompts)
     assert answers[0].text == "Grass is green."
@@ -755,7 +751,7 @@ def test_what_was_trained_on_instructions_ends_its_answers_itself(root, tmp_path
 
 @pytest.mark.parametrize("called", ["../outside", "a/b", "..", ""])
 def test_a_chat_template_called_like_a_path_is_refused_before_training(tmp_path, tiny_dir, called):
-    """It would be written under that name when training is over."""
+    """After training, the template would be written to that path."""
     model = Path(shutil.copytree(tiny_dir, tmp_path / "model"))
     settings = json.loads((model / "tokenizer_config.json").read_text())
     templates = [{"name": name, "template": "{{ messages }}"} for name in ("default", called)]

@@ -65,7 +65,7 @@ class QLoraTrainer(Trainer):
         super().__init__(**rest)
         self.settings, self.steps, self.rows, self.compute_dtype = settings, steps, rows, compute_dtype
         self.store, self.team, self.report, self.progress = store, store.team, report, progress
-        self.guard = StepGuard(settings, str(compute_dtype).removeprefix("torch."), report.log.line, self)
+        self.guard = StepGuard(settings, str(compute_dtype).removeprefix("torch."), report.log.write, self)
         self.best = BestEvaluation(settings.early_stopping_patience) if settings.keeps_best_adapter else None
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole step
         self.model_accepts_loss_kwargs = True  # the same, for versions without the line above
@@ -125,13 +125,6 @@ class QLoraTrainer(Trainer):
         if self.best:
             self.best.restore(run["best"], run["best"] is not None and self.store.is_valid(run["best"]["step"]))
         return done
-
-    def begin_training(self) -> None:
-        """Finish what the library has loaded from a checkpoint, before the first step."""
-        if self.resuming is not None:
-            follow_schedule(self.lr_scheduler)
-            if self.args.device.type == "cuda":
-                move_state_to_paged_memory(getattr(self.optimizer, "optimizer", self.optimizer))  # accelerate wraps it
 
     def get_train_dataloader(self):
         loader: Any = super().get_train_dataloader()
@@ -324,7 +317,7 @@ class QLoraTrainer(Trainer):
             return None
         result = self.measure()
         self.report.perplexity("base model", result)
-        self.report.log.metrics({"step": 0, "epoch": 0.0, **as_metrics(result)})
+        self.report.log.write_metrics({"step": 0, "epoch": 0.0, **as_metrics(result)})
         return result
 
     def measure_final(self) -> Perplexity | None:
@@ -351,14 +344,11 @@ class QLoraTrainer(Trainer):
         return str(self.store.staging)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Begin a checkpoint with the adapter; the library writes the rest beside it, and `end_save` completes it."""
+        """Begin a checkpoint with the adapter; the library adds the rest, and _LoopCallback completes it."""
         folder = self.store.begin(self.state.global_step, self._state(), sum(p.numel() for p in self.trained.parameters()))
         assert output_dir == str(folder), "the library saves a checkpoint elsewhere"
         if self.team.is_main:
             write_adapter(self.adapted, folder)
-
-    def end_save(self) -> None:
-        self.store.complete(self.state.global_step, self.best.step if self.best else None)
 
     def _state(self) -> dict[str, Any]:
         """Return the state that the library's files lack."""
@@ -392,7 +382,11 @@ class _LoopCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **rest):
-        self.trainer.begin_training()
+        trainer = self.trainer
+        if trainer.resuming is not None:  # finish what the library has loaded
+            follow_schedule(trainer.lr_scheduler)
+            if args.device.type == "cuda":
+                move_state_to_paged_memory(getattr(trainer.optimizer, "optimizer", trainer.optimizer))  # accelerate wraps it
 
     def on_step_begin(self, args, state, control, **rest):
         self.trainer.resuming = None  # everything is loaded
@@ -401,4 +395,5 @@ class _LoopCallback(TrainerCallback):
         self.trainer.check_step()
 
     def on_save(self, args, state, control, **rest):
-        self.trainer.end_save()
+        best = self.trainer.best
+        self.trainer.store.complete(state.global_step, best.step if best else None)
