@@ -1,16 +1,15 @@
-"""Source -> tokens on disk -> blocks of equal length for the Trainer.
+"""Turn the data settings into training and evaluation blocks of one length.
 
-Running text is one stream: every document is followed by the separator token, which is trained like any other token, so that
-the model learns where a text ends. The stream is cut into blocks; only the tail that fills no block is left out. Records (chats,
-instructions) stay whole and are packed into blocks (packing.py). Either way labels go by position, and tokens are kept in a
-cache, so that the second run with the same data begins at once. Reading: sources.py; tokenizing: encoding.py.
+Running text is one stream: the separator token follows every document, and is trained like any other token, so that the model
+learns where a text ends. The stream is cut into blocks. Records (chats, instructions) stay whole and are packed into blocks. The
+tokens are kept in a cache on disk, so that a second run with the same data begins at once.
 """
 
 import errno
 import hashlib
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
@@ -37,22 +36,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RECORDS_AT_ONCE = 1024
-LAYOUT = 1  # of the cache; counted up when the same source is to be tokenized otherwise
-
-
-# A source as tokens
+LAYOUT = 1  # version of the cache; increase it when the same source would be tokenized differently
 
 
 def load_blocks(
     config: Config, tokenizer: "PreTrainedTokenizerBase", key: str = "data.dataset"
 ) -> tuple[TrainingBlocks, TrainingBlocks | None]:
-    """Training and evaluation blocks of `data.max_length` tokens.
+    """Return training and evaluation blocks of `data.max_length` tokens; no evaluation blocks if `data.eval_split` is null.
 
     Args:
-        key: what messages call the data set.
+        key: the flag or config key of the data set, for messages.
 
     Raises:
-        UserError: a source cannot be read, a record of it is wrong, or it is too short for one block.
+        UserError: a source cannot be read, a record is wrong, or a source is too short for one block.
     """
     data = config.data
     source = open_source(data, data.names, data.train_split, key)
@@ -69,7 +65,7 @@ def load_blocks(
 
 
 def source_blocks(source: Source, data: DataSettings, tokenizer: "PreTrainedTokenizerBase", key: str) -> TrainingBlocks:
-    """All of a source as blocks of `data.max_length` tokens; `key` is what messages call it."""
+    """Return all of a source as blocks of `data.max_length` tokens; `key` is its flag or config key, for messages."""
     if source.is_text:
         return build_text_blocks(tokenize_documents(source, source.documents, tokenizer), data.max_length, key)
     stored = tokenize_records(source, data, tokenizer)
@@ -80,14 +76,13 @@ def _hold_out_text(
     source: Source, data: DataSettings, tokenizer: "PreTrainedTokenizerBase", share: tuple[float, int]
 ) -> tuple[TextBlocks, TextBlocks]:
     @cache
-    def parts() -> tuple[Fragments, Fragments]:  # reads the source, so only when the tokens are not in the cache
+    def split() -> tuple[Fragments, Fragments]:  # reads the source, so only if the tokens are not in the cache
         return hold_out(source.documents, *share)
 
-    train = tokenize_documents(source, lambda: parts()[0](), tokenizer, ("train", *share))
-    held_out = tokenize_documents(source, lambda: parts()[1](), tokenizer, ("held out", *share))
-    return build_text_blocks(train, data.max_length, "data.dataset"), build_text_blocks(
-        held_out, data.max_length, "data.eval_split"
-    )
+    train = tokenize_documents(source, lambda: split()[0](), tokenizer, ("train", *share))
+    held_out = tokenize_documents(source, lambda: split()[1](), tokenizer, ("held out", *share))
+    length = data.max_length
+    return build_text_blocks(train, length, "data.dataset"), build_text_blocks(held_out, length, "data.eval_split")
 
 
 def _hold_out_records(
@@ -95,22 +90,21 @@ def _hold_out_records(
 ) -> tuple[RecordBlocks, RecordBlocks]:
     stored = tokenize_records(source, data, tokenizer)
     if len(stored) < 2:
-        raise UserError(
-            "data.eval_split", share[0], "is a share of a single record, which cannot be divided", "use null, or a file"
-        )
-    chosen = choose_held_out(len(stored), *share)
-    train = [number for number in range(len(stored)) if number not in chosen]
+        problem = "is a share of a single record, which cannot be divided"
+        raise UserError("data.eval_split", share[0], problem, "use null, or a file")
+    held_out = choose_held_out(len(stored), *share)
+    train = [number for number in range(len(stored)) if number not in held_out]
     pad = padding_id(tokenizer)
     return (
         build_record_blocks(stored, train, data, pad, "data.dataset"),
-        build_record_blocks(stored, sorted(chosen), data, pad, "data.eval_split"),
+        build_record_blocks(stored, sorted(held_out), data, pad, "data.eval_split"),
     )
 
 
 def tokenize_documents(
-    source: Source, documents: Fragments, tokenizer: "PreTrainedTokenizerBase", part: tuple[Any, ...] = ("all",)
+    source: Source, documents: Fragments, tokenizer: "PreTrainedTokenizerBase", part: tuple[str | float, ...] = ("all",)
 ) -> Tokens:
-    """Documents as tokens, a separator after each; from the cache where this `part` of the source is there already."""
+    """Return documents as tokens, with a separator after each; from the cache if this `part` of the source is in it."""
     separator = separator_id(tokenizer)
 
     def write(writer: TokenWriter) -> None:
@@ -124,10 +118,10 @@ def tokenize_documents(
 
 
 def tokenize_records(source: Source, data: DataSettings, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
-    """Records as tokens, trained or not; from the cache where they are there already.
+    """Return records as tokens, trained or not; from the cache if they are in it.
 
     Raises:
-        UserError: a record of a wrong form, or one that would train on nothing or never its end of turn.
+        UserError: a record is malformed, or trains no token or no end of turn.
     """
 
     def write(writer: TokenWriter) -> None:
@@ -145,21 +139,21 @@ def tokenize_records(source: Source, data: DataSettings, tokenizer: "PreTrainedT
 
 
 class RenderedRecord(NamedTuple):
-    """A record ready to be tokenized."""
+    """A record that is ready to be tokenized."""
 
     name: str  # of its file
     place: str  # in the file
     pieces: list[Piece]
-    end: int  # the token that ends its answers
+    end: int  # id of the token that ends its answers
 
 
 def _render_batches(source: Source, data: DataSettings, tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[RenderedRecord]]:
     batch: list[RenderedRecord] = []
     characters = 0
-    for part, place, record in source.records():
-        with locate_errors(part.name, place):
-            pieces = render_record(record, part.format, tokenizer, data.text_field, data.train_on)
-            batch.append(RenderedRecord(part.name, place, pieces, find_end_id(part.format, tokenizer)))
+    for file, place, record in source.records():
+        with locate_errors(file.name, place):
+            pieces = render_record(record, file.format, tokenizer, data.text_field, data.train_on)
+            batch.append(RenderedRecord(file.name, place, pieces, find_end_id(file.format, tokenizer)))
         characters += sum(len(piece.text) for piece in pieces)
         if len(batch) == RECORDS_AT_ONCE or characters > CHARACTERS_AT_ONCE:
             yield batch
@@ -168,6 +162,7 @@ def _render_batches(source: Source, data: DataSettings, tokenizer: "PreTrainedTo
 
 
 def _read_or_write(key: str, write: Callable[[TokenWriter], None]) -> Tokens:
+    """Return the tokens that the cache has under `key`; if it has none, let `write` store them first."""
     folder = find_cache_folder() / key
     if (found := read_tokens(folder)) is None:
         try:
@@ -184,7 +179,7 @@ def _read_or_write(key: str, write: Callable[[TokenWriter], None]) -> Tokens:
 
 
 def _create_progress(writer: TokenWriter) -> Progress:
-    """Shows on a terminal how far the writer is."""
+    """Return a display of the writer's progress, for a terminal only."""
     console = Console(stderr=True)
     progress = Progress(
         TextColumn("Tokenizing: {task.fields[writer].tokens:,} tokens"), TimeElapsedColumn(),
@@ -194,6 +189,6 @@ def _create_progress(writer: TokenWriter) -> Progress:
     return progress
 
 
-def _compute_key(source: Source, tokenizer: "PreTrainedTokenizerBase", *settings: Any) -> str:
-    said = (LAYOUT, source.fingerprint, tokenizer_fingerprint(tokenizer), settings)
-    return hashlib.sha256(repr(said).encode()).hexdigest()[:32]
+def _compute_key(source: Source, tokenizer: "PreTrainedTokenizerBase", *settings: object) -> str:
+    decisive = (LAYOUT, source.fingerprint, tokenizer_fingerprint(tokenizer), settings)
+    return hashlib.sha256(repr(decisive).encode()).hexdigest()[:32]

@@ -1,8 +1,7 @@
-"""Running text as documents: Wikitext's lines joined at its titles, and a share held out, a fragment at a time.
+"""Join running text to documents, and hold out a share of it.
 
-Wikitext's rows are lines: they are joined to documents at its ` = Title = ` lines. In any other table of text a row is a
-document, and a text file without such lines is one document. A document may be larger than memory: it is a run of fragments,
-the last of which says that it ends there.
+The rows of Wikitext are lines: they are joined to documents at its ` = Title = ` lines. In any other table of text each row is a
+document, and a text file without such lines is one document. A document may be larger than memory, so it is read as fragments.
 """
 
 import random
@@ -13,10 +12,9 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
 
 from qlora_kit.data.files import Row, read_text, read_text_lines
-from qlora_kit.data.formats import recognise_format, require_text
+from qlora_kit.data.formats import Record, recognise_format, require_text
 from qlora_kit.data.tokenizing import LONGEST_WORD, Fragment, check_word_length
 from qlora_kit.errors import BadRecord, UserError
 
@@ -24,76 +22,78 @@ Fragments = Callable[[], Iterator[Fragment]]  # from the beginning at each call
 
 TITLE = re.compile(r"^ = [^=](.*[^=])? = $")  # ` = Title = `, and not ` = = Section = = `
 AT_TITLES, A_ROW, A_FILE = "rows joined at ' = Title = ' lines", "one document a row", "one document a file"
-MIN_DOCUMENTS_TO_HOLD_OUT = 10  # documents: with fewer, a share is cut off the end of the text
+MIN_DOCUMENTS_TO_HOLD_OUT = 10
 FRAGMENT = 2**20  # characters
-TEXTS = ("text", "instruction")  # formats that differ by what the text says, not by the keys
+TEXT_FORMATS = {"text", "instruction"}  # formats with the same keys, told apart by the text
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A text file, or a table: a file of records, or one split of a Hub data set."""
+    """A text file, or a table: a file of records, or one split of a Hub data set.
 
-    name: str  # the path, or the data set and its split: the key of messages
-    fingerprint: str  # of the content
-    path: Path | None  # of a text file
-    rows: Callable[[], Iterator[Row]]  # of a table, from the beginning at each call
+    Attributes:
+        name: the path, or the data set and its split; the key of error messages.
+        fingerprint: SHA-256 of the content, or the fingerprint that `datasets` gives it.
+        path: None for a table.
+        rows: read a table from its beginning at each call.
+    """
+
+    name: str
+    fingerprint: str
+    path: Path | None
+    rows: Callable[[], Iterator[Row]]
     format: str = "text"
 
 
 @contextmanager
 def locate_errors(name: str, place: str) -> Iterator[None]:
-    """Say where a bad record is."""
+    """Turn a BadRecord into a UserError that names the file and the place of the record in it."""
     try:
         yield
     except BadRecord as error:
         raise UserError(name, None, f"{place}: {error}", "correct the record, or remove it") from None
 
 
-def check_format(record: dict[str, Any], expected: str, text_field: str) -> None:
-    """
+def check_format(record: Record, expected: str, text_field: str) -> None:
+    """Check that a record has the format of the records before it.
+
     Raises:
-        BadRecord: the record is of another format than `expected`.
+        BadRecord: it has another format.
     """
     found = recognise_format(record, text_field)
-    if found != expected and not {found, expected} <= set(TEXTS):
+    if found != expected and not {found, expected} <= TEXT_FORMATS:
         raise BadRecord(f"the format is {found} and that of the records before it {expected}")
 
 
-def read_documents(part: SourceFile, text_field: str) -> Iterator[Fragment]:
-    """Documents that hold more than blanks."""
-    if part.path:
-        if find_join_rule(part, text_field) == AT_TITLES:
-            return join_lines(read_text_lines(part.path))
-        return _read_as_one_document(part.path)
-    if find_join_rule(part, text_field) == AT_TITLES:
-        return join_lines(text.rstrip("\r\n") + "\n" for text in _read_texts(part, text_field))
-    return ((text, True) for text in _read_texts(part, text_field) if text.strip())
+def read_documents(file: SourceFile, text_field: str) -> Iterator[Fragment]:
+    """Return the documents of a file, without empty ones, as fragments."""
+    if file.path:
+        if find_join_rule(file, text_field) == AT_TITLES:
+            return join_lines(read_text_lines(file.path))
+        return _end_last(_read_words(file.path))
+    if find_join_rule(file, text_field) == AT_TITLES:
+        return join_lines(text.rstrip("\r\n") + "\n" for text in _read_texts(file, text_field))
+    return ((text, True) for text in _read_texts(file, text_field) if text.strip())
 
 
-@cache  # a pass over the whole where there is no title
-def find_join_rule(part: SourceFile, text_field: str) -> str:
-    """How the rows of a part become documents."""
-    if part.path:
-        return AT_TITLES if _has_title(read_text_lines(part.path)) else A_FILE
-    return AT_TITLES if _has_title(text.rstrip("\r\n") for text in _read_texts(part, text_field)) else A_ROW
+@cache  # a file without a title is read to its end
+def find_join_rule(file: SourceFile, text_field: str) -> str:
+    """Return how the rows of a file become documents: AT_TITLES, A_ROW or A_FILE."""
+    if file.path:
+        return AT_TITLES if _has_title(read_text_lines(file.path)) else A_FILE
+    return AT_TITLES if _has_title(text.rstrip("\r\n") for text in _read_texts(file, text_field)) else A_ROW
 
 
-def _read_texts(part: SourceFile, text_field: str) -> Iterator[str]:
-    """The text of each row of a table; one without a value is empty."""
-    for place, record in part.rows():
-        with locate_errors(part.name, place):
-            text = _read_text_field(record, text_field)
+def _read_texts(file: SourceFile, text_field: str) -> Iterator[str]:
+    """Yield the text of each row of a table; null becomes empty text."""
+    for place, record in file.rows():
+        with locate_errors(file.name, place):
+            if text_field not in record:
+                keys = ", ".join(map(str, record)) or "none"
+                raise BadRecord(f"{text_field} is missing among the keys {keys} (data.text_field)")
+            text = "" if record[text_field] is None else require_text(record[text_field], text_field)
+            check_word_length(text)
         yield text
-
-
-def _read_text_field(record: dict[str, Any], text_field: str) -> str:
-    if text_field not in record:
-        raise BadRecord(f"{text_field} is missing among the keys {', '.join(map(str, record)) or 'none'} (data.text_field)")
-    if record[text_field] is None:
-        return ""
-    text = require_text(record[text_field], text_field)
-    check_word_length(text)
-    return text
 
 
 def _has_title(lines: Iterable[str]) -> bool:
@@ -101,78 +101,80 @@ def _has_title(lines: Iterable[str]) -> bool:
 
 
 def join_lines(lines: Iterable[str]) -> Iterator[Fragment]:
-    """Lines with their ends, joined to documents that begin at titles; every character of the lines is kept."""
-    waiting: list[str] = []
+    """Join lines, each with its end, to documents that begin at titles; every character of the lines is kept."""
+    pending: list[str] = []
     characters, has_words = 0, False
     for line in lines:
         if has_words and line.startswith(" = ") and TITLE.match(line):
-            yield "".join(waiting), True
-            waiting, characters, has_words = [], 0, False
+            yield "".join(pending), True
+            pending, characters, has_words = [], 0, False
         elif characters > FRAGMENT:
-            yield "".join(waiting), False
-            waiting, characters = [], 0
-        waiting.append(line)
+            yield "".join(pending), False
+            pending, characters = [], 0
+        pending.append(line)
         characters += len(line)
         has_words = has_words or not line.isspace()
     if has_words:
-        text = "".join(waiting)
+        text = "".join(pending)
         yield text if text.endswith("\n") else text + "\n", True
 
 
-def _read_as_one_document(path: Path) -> Iterator[Fragment]:
-    """A text without titles.
+def _read_words(path: Path) -> Iterator[str]:
+    """Yield a text file in chunks.
 
     Raises:
-        UserError: more than LONGEST_WORD characters without a space.
+        UserError: more than LONGEST_WORD characters have no space.
     """
-
-    def checked() -> Iterator[str]:
-        for chunk in read_text(path):
-            if len(chunk) > LONGEST_WORD and not re.search(r"\s", chunk):
-                problem = f"holds {LONGEST_WORD:,} characters without a space or line end"
-                raise UserError(path, None, problem, "break it into lines of text")
-            yield chunk
-
-    return _end_last(checked())
+    for chunk in read_text(path):
+        if len(chunk) > LONGEST_WORD and not re.search(r"\s", chunk):
+            problem = f"holds {LONGEST_WORD:,} characters without a space or line end"
+            raise UserError(path, None, problem, "break it into lines of text")
+        yield chunk
 
 
 def _end_last(texts: Iterable[str]) -> Iterator[Fragment]:
-    """Texts as the fragments of one document."""
+    """Yield texts as the fragments of one document, which ends with the last."""
     for text, following in pairwise(chain(texts, [""])):
         yield text, not following
 
 
 def hold_out(documents: Fragments, fraction: float, seed: int) -> tuple[Fragments, Fragments]:
-    """Whole documents drawn by seed for evaluation; the rest, in their order, for training.
+    """Split documents into a training share and a held-out share of whole documents, both in their order.
 
-    A source with fewer than MIN_DOCUMENTS_TO_HOLD_OUT documents is cut near its end instead, at a line's end.
+    With fewer than MIN_DOCUMENTS_TO_HOLD_OUT documents, all of them are one text, which is cut near its end after a line.
+
+    Args:
+        fraction: of the documents, or of the characters of the text, that is held out.
+        seed: chooses the documents.
+
+    Returns:
+        The training share and the held-out share.
     """
     count = sum(ends for _, ends in documents())
     if count >= MIN_DOCUMENTS_TO_HOLD_OUT:
         chosen = choose_held_out(count, fraction, seed)
-        return (lambda: _select_documents(documents(), chosen, False)), (lambda: _select_documents(documents(), chosen, True))
+        return (lambda: _select(documents(), chosen, False)), (lambda: _select(documents(), chosen, True))
     cut = _find_cut(documents, fraction)
-    return (lambda: _end_last(_slice_texts(_join_documents(documents()), 0, cut))), (
-        lambda: _end_last(_slice_texts(_join_documents(documents()), cut, None))
-    )
+    return (lambda: _end_last(_slice(_join(documents()), 0, cut))), (lambda: _end_last(_slice(_join(documents()), cut, None)))
 
 
 def choose_held_out(count: int, fraction: float, seed: int) -> set[int]:
-    """Numbers of the documents or records held out, of `count`: at least one, and not all."""
+    """Return the numbers, from 0, of the documents or records that are held out: at least one of `count`, and not all."""
     share = min(max(1, round(fraction * count)), count - 1)
     return set(random.Random(seed).sample(range(count), share))
 
 
-def _select_documents(fragments: Iterable[Fragment], numbers: set[int], wanted: bool) -> Iterator[Fragment]:
+def _select(fragments: Iterable[Fragment], chosen: set[int], wanted: bool) -> Iterator[Fragment]:
+    """Yield the chosen documents, or the others if `wanted` is False."""
     number = 0
     for text, ends in fragments:
-        if (number in numbers) == wanted:
+        if (number in chosen) == wanted:
             yield text, ends
         number += ends
 
 
-def _join_documents(fragments: Iterable[Fragment]) -> Iterator[str]:
-    """All documents as one text, a line's end between them."""
+def _join(fragments: Iterable[Fragment]) -> Iterator[str]:
+    """Yield all documents as one text, with a line end between them."""
     between = ""
     for text, ends in fragments:
         yield between + text
@@ -180,21 +182,21 @@ def _join_documents(fragments: Iterable[Fragment]) -> Iterator[str]:
 
 
 def _find_cut(documents: Fragments, fraction: float) -> int:
-    """Characters before the cut: behind the last line end of the training share, where there is one."""
-    wanted = round(sum(map(len, _join_documents(documents()))) * (1 - fraction))
+    """Return the length of the training share in characters: up to its last line end, if it has one."""
+    wanted = round(sum(map(len, _join(documents()))) * (1 - fraction))
     cut = done = 0
-    for text in _join_documents(documents()):
+    for text in _join(documents()):
         if (at := text.rfind("\n", 0, max(wanted - done, 0))) >= 0:
             cut = done + at + 1
         done += len(text)
     return cut or wanted
 
 
-def _slice_texts(texts: Iterable[str], begin: int, end: int | None) -> Iterator[str]:
-    """The characters from `begin` to `end` of texts that follow each other."""
+def _slice(texts: Iterable[str], begin: int, end: int | None) -> Iterator[str]:
+    """Yield the characters from `begin` to `end` of consecutive texts."""
     done = 0
     for text in texts:
-        part = text[max(begin - done, 0) : None if end is None else max(end - done, 0)]
+        piece = text[max(begin - done, 0) : None if end is None else max(end - done, 0)]
         done += len(text)
-        if part:
-            yield part
+        if piece:
+            yield piece

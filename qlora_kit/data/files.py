@@ -1,7 +1,7 @@
-"""Local files -> running text or records with their place, a stretch at a time, so that no file has to fit into memory.
+"""Read .txt, .json, .jsonl, .csv and .parquet files piece by piece, so that no file has to fit into memory.
 
-UTF-8 with or without a byte order mark, and line ends of every system, give the same text. What is broken is one line that
-names the file and the place in it.
+Files are UTF-8, with or without a byte order mark, and every kind of line end becomes `\\n`. An error names the file, and the
+line or record in it.
 """
 
 import codecs
@@ -14,20 +14,20 @@ from typing import Any, NoReturn
 
 from qlora_kit.errors import UserError
 
-Row = tuple[str, dict[str, Any]]  # the place in its file, such as `line 3`, and the record
+Row = tuple[str, dict[str, Any]]  # the place of a record in its file, such as `line 3`, and the record
 
 CHUNK = 2**20  # characters read at once
-LONGEST_RECORD = 2**24  # bytes of a line, or characters of a record in a JSON array
-LONGEST_TOKEN = 16  # characters that a literal, an escape or a sign takes, which the end of a chunk may cut
-SPACE = re.compile(r"\s*")
+LONGEST_RECORD = 2**24  # bytes of a line, or characters of a record in a .json file
+NOT_SPACE = re.compile(r"\S")
+DECODER = json.JSONDecoder()
 csv.field_size_limit(LONGEST_RECORD)
 
 
 def read_text(path: Path) -> Iterator[str]:
-    """A text file in chunks of CHUNK characters, line ends as `\\n`.
+    """Yield a text file in chunks of CHUNK characters, with `\\n` as line end.
 
     Raises:
-        UserError: not UTF-8, or NUL bytes.
+        UserError: the file is not UTF-8, or holds NUL bytes.
     """
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -43,17 +43,17 @@ def _find_bad_byte(path: Path) -> int:
     decoder, done = codecs.getincrementaldecoder("utf-8")(), 0
     with path.open("rb") as file:
         while block := file.read(CHUNK):
-            waiting = len(decoder.getstate()[0])
+            pending = len(decoder.getstate()[0])  # bytes of a character that began in the block before
             try:
                 decoder.decode(block)
             except UnicodeDecodeError as error:
-                return done - waiting + error.start
+                return done - pending + error.start
             done += len(block)
     return done - len(decoder.getstate()[0])  # the file ends within a character
 
 
 def read_text_lines(path: Path) -> Iterator[str]:
-    """The lines of a text file with their ends; one longer than CHUNK characters comes in parts."""
+    """Yield the lines of a text file with their ends; a line longer than CHUNK characters comes in several pieces."""
     rest = ""
     for chunk in read_text(path):
         *lines, rest = (rest + chunk).split("\n")
@@ -66,17 +66,17 @@ def read_text_lines(path: Path) -> Iterator[str]:
 
 
 def read_records(path: Path) -> Iterator[Row]:
-    """The records of a .json, .jsonl, .csv or .parquet file.
+    """Yield the records of a .json, .jsonl, .csv or .parquet file with their places.
 
     Raises:
-        UserError: broken at a line or record, or a record longer than LONGEST_RECORD.
+        UserError: the file is malformed at a line or record, or a record is longer than LONGEST_RECORD.
     """
     read = {".jsonl": _read_json_lines, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
     return read[path.suffix.lower()](path)
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines by number, ends as `\\n`."""
+    """Yield the lines with their numbers and with `\\n` as line end."""
     with path.open("rb") as file:
         number = 0
         while line := file.readline(LONGEST_RECORD + 1):
@@ -101,18 +101,15 @@ def _read_json_lines(path: Path) -> Iterator[Row]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            reason = _explain_json_error(error, 0)[1]
-            raise UserError(path, None, f"line {number} is not valid JSON ({reason})", "correct the line") from None
+            problem = f"line {number} is not valid JSON ({_explain_json_error(error)})"
+            raise UserError(path, None, problem, "correct the line") from None
         if isinstance(record, list) and number == 1:
             raise UserError(path, None, "line 1 begins an array", "put one object on each line, or rename the file to .json")
         yield f"line {number}", _require_object(path, f"line {number}", record)
 
 
-def _explain_json_error(error: Exception, at: int) -> tuple[int, str]:
-    """The position and the reason of a JSON error; `at` where it states none."""
-    if isinstance(error, json.JSONDecodeError):
-        return error.pos, error.msg
-    return at, "nested too deep, or a number too long"
+def _explain_json_error(error: Exception) -> str:
+    return error.msg if isinstance(error, json.JSONDecodeError) else "nested too deep, or a number too long"
 
 
 def _require_object(path: Path, place: str, record: Any) -> dict[str, Any]:
@@ -124,73 +121,62 @@ def _require_object(path: Path, place: str, record: Any) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> Iterator[Row]:
-    """An array of objects, or objects one after the other."""
+    """Yield the objects of an array, or objects one after the other."""
     stream, number = _JsonStream(path), 0
     is_array = stream.skip("[")
     while (stream.peek() != "]") if is_array else stream.peek():
-        if is_array and number:
-            stream.expect(",")
+        if is_array and number and not stream.skip(","):
+            stream.fail("expected ,")
         number += 1
-        yield f"record {number}", _require_object(path, f"record {number}", stream.value())
-    if is_array:
-        stream.expect("]")
-        if stream.peek():
-            stream.fail("more after the array")
+        yield f"record {number}", _require_object(path, f"record {number}", stream.read_value())
+    if is_array and stream.skip("]") and stream.peek():
+        stream.fail("more after the array")
 
 
 class _JsonStream:
-    """Reads JSON values off a file, of which no more than a record and a chunk is held."""
+    """A reader of JSON values that holds no more than one record and one chunk of the file."""
 
     def __init__(self, path: Path):
-        self.chunks, self.path = read_text(path), path
-        self.text, self.at, self.line = "", 0, 1  # `line` is that of the beginning of `text`
-        self.decode = json.JSONDecoder().raw_decode
-
-    def more(self) -> bool:
-        chunk = next(self.chunks, "")
-        self.line += self.text.count("\n", 0, self.at)
-        self.text, self.at = self.text[self.at :] + chunk, 0
-        return bool(chunk)
+        self.path, self.chunks = path, read_text(path)
+        self.text, self.at, self.line = "", 0, 1  # `line` is the line on which `text` begins
 
     def peek(self) -> str:
-        """The next character that is no space; empty at the end."""
-        while True:
-            match = SPACE.match(self.text, self.at)
-            self.at = match.end() if match else self.at
-            if self.at < len(self.text) or not self.more():
-                return self.text[self.at : self.at + 1]
+        """Return the next character that is not a space; empty at the end of the file."""
+        while not (found := NOT_SPACE.search(self.text, self.at)):
+            self.at = len(self.text)
+            if not self._read_chunk():
+                return ""
+        self.at = found.start()
+        return found.group()
 
     def skip(self, character: str) -> bool:
+        """Skip the next character that is not a space if it is this one; return whether it was."""
         found = self.peek() == character
         self.at += found
         return found
 
-    def expect(self, character: str) -> None:
-        if not self.skip(character):
-            self.fail(f"expected {character}")
-
-    def value(self) -> Any:
+    def read_value(self) -> Any:
         self.peek()
         while True:
             try:
-                value, self.at = self.decode(self.text, self.at)
+                value, self.at = DECODER.raw_decode(self.text, self.at)
                 return value
             except (ValueError, RecursionError) as error:
-                at, reason = _explain_json_error(error, self.at)
-                may_go_on = at >= len(self.text) - LONGEST_TOKEN or reason.startswith("Unterminated string")
-                if len(self.text) - self.at > LONGEST_RECORD:
-                    problem = f"the record on line {self.line_number()} is longer than {LONGEST_RECORD:,} characters"
-                    raise UserError(self.path, None, problem, "close it, or split it") from None
-                offset = at - self.at
-                if not may_go_on or not self.more():
-                    self.at += offset
-                    self.fail(reason)
-
-    def line_number(self) -> int:
-        return self.line + self.text.count("\n", 0, self.at)
+                # The record may only continue in the next chunk.
+                position = error.pos - self.at if isinstance(error, json.JSONDecodeError) else 0
+                if len(self.text) - self.at > LONGEST_RECORD or not self._read_chunk():
+                    self.at += position
+                    self.fail(_explain_json_error(error))
 
     def fail(self, reason: str) -> NoReturn:
-        raise UserError(self.path, None, f"line {self.line_number()} is not valid JSON ({reason})", "correct the line")
+        problem = f"line {self.line + self.text.count(chr(10), 0, self.at)} is not valid JSON ({reason})"
+        raise UserError(self.path, None, problem, f"correct the record, which may have at most {LONGEST_RECORD:,} characters")
+
+    def _read_chunk(self) -> bool:
+        chunk = next(self.chunks, "")
+        self.line += self.text.count("\n", 0, self.at)
+        self.text, self.at = self.text[self.at :] + chunk, 0
+        return bool(chunk)
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
@@ -212,7 +198,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
-    from pyarrow import ArrowException
+    from pyarrow import ArrowException  # here, because it takes half a second
     from pyarrow.parquet import ParquetFile
 
     number = 0

@@ -1,27 +1,37 @@
-"""Records as people bring them -> chat messages or text -> pieces of text, each trained on or not.
+"""Turn records into chat messages, and messages into pieces of text that are trained or not.
 
-Pure functions on dicts. A record is one of
+A record is one of
 
     alpaca       {"instruction": ..., "input": ... (may be empty or missing), "output": ...}
     sharegpt     {"conversations": [{"from": "human" | "gpt" | "system", "value": ...}, ...]}
     messages     {"messages": [{"role": "user" | "assistant" | "system", "content": ...}, ...]}
     completion   {"prompt": ..., "completion": ...}, both text or both lists of messages
-    instruction  {"text": "### Instruction: ... ### Response: ..."}, ready made
+    instruction  {"text": "### Instruction: ... ### Response: ..."}, ready-made
     text         {"text": ...}, or another column named by data.text_field
 
-Other keys, of a record or of a turn, are left alone; only `weight` counts: an answer of weight 0 is context and never trained.
+Other keys of a record or turn are ignored, except `weight`: an answer of weight 0 is context and never trained.
 
-Chats are rendered by chat.py. What a turn says stays words: a `<|im_end|>` in it ends no turn, ordinary tokens spell it out. Text
-that is ready made is taken as it is. Imports no torch.
+The content of a turn is never read as control tokens: a `<|im_end|>` in it ends no turn and is encoded with ordinary tokens.
+Ready-made text keeps its control tokens.
 """
 
 import re
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from qlora_kit.data.chat_template import Message, Span, apply_chat_template, build_control_token_pattern, find_answer_spans
+from qlora_kit.data.chat_template import (
+    Message,
+    Span,
+    apply_chat_template,
+    build_control_token_pattern,
+    find_answer_spans,
+)
 from qlora_kit.errors import BadRecord
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Record = dict[str, Any]  # as JSON gives it
 TrainOn = Literal["assistant", "last", "all"]
 
 ROLES = {
@@ -30,26 +40,23 @@ ROLES = {
 }  # fmt: skip
 RESPONSE = re.compile(r"### Response:[ \t]*\r?\n?")
 INSTRUCTION = re.compile(r"### Instruction:")
-CUT = "\ud800"  # half a character, so that no text holds it: where a control token among the words is cut in two
+CUT = "\ud800"  # cuts a control token in a turn's content in two; half a character, so no text holds it
 
 
 class Piece(NamedTuple):
-    """A stretch of a rendered record. Each piece is tokenized by itself: pieces must not be joined before."""
+    """A piece of a rendered record. Each piece is tokenized on its own; pieces must not be joined before."""
 
     text: str
     trained: bool
 
 
-# Templates of plain text, without a chat template
-
-
 def alpaca_to_text(
-    record: dict[str, Any],
+    record: Record,
     instruction_template: str = "### Instruction:\n{instruction}\n\n",
     input_template: str = "### Input:\n{input}\n\n",
     response_template: str = "### Response:\n{output}",
 ) -> str:
-    """An Alpaca record as one text; a record without input has no input section."""
+    """Return an Alpaca record as one text, without a chat template; a record without input has no input section."""
     text = instruction_template.format(instruction=_read_text(record, "instruction"))
     if given := _read_text(record, "input", ""):
         text += input_template.format(input=given)
@@ -57,22 +64,19 @@ def alpaca_to_text(
 
 
 def sharegpt_to_text(
-    record: dict[str, Any], human_template: str = "User: {message}\n", assistant_template: str = "Assistant: {message}\n"
+    record: Record, human_template: str = "User: {message}\n", assistant_template: str = "Assistant: {message}\n"
 ) -> str:
-    """A ShareGPT record as one text, its turns one after the other."""
+    """Return a ShareGPT record as one text, without a chat template."""
     templates = {"user": human_template, "assistant": assistant_template, "system": "System: {message}\n"}
     turns = [templates[message["role"]].format(message=message["content"]) for message in from_sharegpt(record)]
     return "".join(turns).strip()
 
 
-# Records -> messages
-
-
-def recognise_format(record: dict[str, Any], text_field: str = "text") -> str:
-    """The format of a record, from its keys.
+def recognise_format(record: Record, text_field: str = "text") -> str:
+    """Return the format of a record, recognised by its keys.
 
     Raises:
-        BadRecord: the keys are those of no format.
+        BadRecord: the keys belong to no format.
     """
     if "messages" in record:
         return "messages"
@@ -91,22 +95,24 @@ def recognise_format(record: dict[str, Any], text_field: str = "text") -> str:
     )
 
 
-def from_alpaca(record: dict[str, Any]) -> list[Message]:
-    """One user turn (instruction, and input below it) and one assistant turn."""
+def from_alpaca(record: Record) -> list[Message]:
+    """Return one user turn, the instruction with the input below it, and one assistant turn."""
     instruction, given, output = _read_text(record, "instruction"), _read_text(record, "input", ""), _read_text(record, "output")
     return _build_round(f"{instruction}\n\n{given}" if given.strip() else instruction, output)
 
 
-def from_sharegpt(record: dict[str, Any]) -> list[Message]:
+def from_sharegpt(record: Record) -> list[Message]:
+    """Return the turns of a ShareGPT record."""
     return _check_order(_read_turns(record, "conversations", ("from", "role"), ("value", "content")))
 
 
-def from_messages(record: dict[str, Any]) -> list[Message]:
+def from_messages(record: Record) -> list[Message]:
+    """Return the turns of a record of messages."""
     return _check_order(_read_turns(record, "messages", ("role", "from"), ("content", "value")))
 
 
-def from_completion(record: dict[str, Any]) -> list[Message]:
-    """Prompt and completion, both text or both lists of messages; answers within a prompt are context."""
+def from_completion(record: Record) -> list[Message]:
+    """Return the turns of a prompt and its completion; answers in the prompt have weight 0."""
     prompt, completion = record.get("prompt"), record.get("completion")
     if not isinstance(prompt, list) and not isinstance(completion, list):
         return _build_round(_read_text(record, "prompt"), _read_text(record, "completion"))
@@ -114,7 +120,7 @@ def from_completion(record: dict[str, Any]) -> list[Message]:
     return _check_order([message | {"weight": 0} for message in before] + after)
 
 
-READERS: dict[str, Callable[[dict[str, Any]], list[Message]]] = {
+READERS: dict[str, Callable[[Record], list[Message]]] = {
     "alpaca": from_alpaca, "sharegpt": from_sharegpt, "messages": from_messages, "completion": from_completion,
 }  # fmt: skip
 
@@ -123,67 +129,67 @@ def _build_round(user: str, assistant: str) -> list[Message]:
     return _check_order([{"role": "user", "content": user}, {"role": "assistant", "content": assistant}])
 
 
-def _read_text(record: dict[str, Any], key: str, missing: str | None = None) -> str:
+def _read_text(record: Record, key: str, default: str | None = None) -> str:
     value = record.get(key)
-    if value is None and missing is not None:
-        return missing
+    if value is None and default is not None:
+        return default
     if key not in record:
         raise BadRecord(f"{key} is missing, expected text")
     return require_text(value, key)
 
 
-def require_text(value: Any, what: str) -> str:
-    """The text itself.
+def require_text(value: object, name: str) -> str:
+    """Return a value that must be text.
 
     Raises:
-        BadRecord: it is not text, or holds what text cannot: NUL, or half a character (an emoji's `\\ud83d` alone, in JSON).
+        BadRecord: it is not text, or holds NUL or a lone surrogate (half of an emoji, such as `\\ud83d` in JSON).
     """
     if not isinstance(value, str):
-        raise BadRecord(f"{what} holds {type(value).__name__}, expected text")
+        raise BadRecord(f"{name} holds {type(value).__name__}, expected text")
     if "\0" in value:
-        raise BadRecord(f"{what} holds NUL at character {value.index(chr(0)) + 1}, expected text")
+        raise BadRecord(f"{name} holds NUL at character {value.index(chr(0)) + 1}, expected text")
     try:
         value.isascii() or value.encode()
     except UnicodeEncodeError as error:
-        raise BadRecord(f"{what} holds half a character (a lone surrogate) at character {error.start + 1}") from None
+        raise BadRecord(f"{name} holds half a character (a lone surrogate) at character {error.start + 1}") from None
     return value
 
 
-def _read_turns(record: dict[str, Any], key: str, role_keys: tuple[str, str], content_keys: tuple[str, str]) -> list[Message]:
+def _read_turns(record: Record, key: str, role_keys: tuple[str, str], content_keys: tuple[str, str]) -> list[Message]:
     turns = record.get(key)
     if not isinstance(turns, list) or not turns:
-        what = "no turn" if isinstance(turns, list) else type(turns).__name__
-        raise BadRecord(f"{key} holds {what}, expected a list of turns")
+        found = "no turn" if isinstance(turns, list) else type(turns).__name__
+        raise BadRecord(f"{key} holds {found}, expected a list of turns")
     return [_read_turn(turn, f"turn {number} of {key}", role_keys, content_keys) for number, turn in enumerate(turns, 1)]
 
 
-def _read_turn(turn: Any, where: str, role_keys: tuple[str, str], content_keys: tuple[str, str]) -> Message:
+def _read_turn(turn: object, name: str, role_keys: tuple[str, str], content_keys: tuple[str, str]) -> Message:
     if not isinstance(turn, dict):
-        raise BadRecord(f"{where} is {type(turn).__name__}, expected {role_keys[0]} and {content_keys[0]}")
-    role_key = next((name for name in role_keys if name in turn), role_keys[0])
-    content_key = next((name for name in content_keys if name in turn), content_keys[0])
+        raise BadRecord(f"{name} is {type(turn).__name__}, expected {role_keys[0]} and {content_keys[0]}")
+    role_key = next((key for key in role_keys if key in turn), role_keys[0])
+    content_key = next((key for key in content_keys if key in turn), content_keys[0])
     role, weight = turn.get(role_key), turn.get("weight")
     if not isinstance(role, str) or role not in ROLES:
-        raise BadRecord(f"{where} has {role_key} {role!r}, expected {', '.join(ROLES)}")
+        raise BadRecord(f"{name} has {role_key} {role!r}, expected {', '.join(ROLES)}")
     if weight not in (None, 0, 1):
-        raise BadRecord(f"{where} has weight {weight!r}, expected 0 or 1")
-    message = {"role": ROLES[role], "content": require_text(turn.get(content_key), f"{content_key} of {where}")}
+        raise BadRecord(f"{name} has weight {weight!r}, expected 0 or 1")
+    message = {"role": ROLES[role], "content": require_text(turn.get(content_key), f"{content_key} of {name}")}
     return message | {"weight": 0} if weight == 0 else message
 
 
 def _check_order(messages: list[Message]) -> list[Message]:
-    """System first if at all, then user and assistant in turn, the assistant last.
+    """Return messages that begin with at most one system turn, then alternate between user and assistant, and end with an answer.
 
     Raises:
-        BadRecord: another order, or an answer without words.
+        BadRecord: the order is another, or an answer is empty.
     """
     turns = messages[1:] if messages[0]["role"] == "system" else messages
     for number, message in enumerate(turns):
         expected = ("user", "assistant")[number % 2]
         if message["role"] != expected:
-            place = number + 1 + len(messages) - len(turns)
+            turn = number + 1 + len(messages) - len(turns)
             raise BadRecord(
-                f"turn {place} is {message['role']}, expected {expected}: user and assistant take turns, system only first"
+                f"turn {turn} is {message['role']}, expected {expected}: user and assistant take turns, system only first"
             )
         if expected == "assistant" and not message["content"].strip():
             raise BadRecord("an answer is empty, expected text to train on")
@@ -192,20 +198,17 @@ def _check_order(messages: list[Message]) -> list[Message]:
     return messages
 
 
-# Messages -> pieces
+def render_chat(messages: list[Message], tokenizer: "PreTrainedTokenizerBase", train_on: TrainOn = "assistant") -> list[Piece]:
+    """Render a conversation for training, cut where trained text begins and ends.
 
-
-def render_chat(messages: list[Message], tokenizer: Any, train_on: TrainOn = "assistant") -> list[Piece]:
-    """A conversation as it is rendered for training, cut where what is trained begins and ends.
-
-    Each answer is trained together with the token that ends its turn, so that the model learns to stop; what the template puts
-    behind that token is not. The pieces joined are the whole rendering.
+    Each answer is trained together with the token that ends its turn, so that the model learns to stop; what the template writes
+    after that token is not trained. The pieces joined are the whole rendering.
 
     Args:
-        train_on: the answers of `assistant`, the `last` one only, or `all`: the whole rendering.
+        train_on: `assistant` trains every answer, `last` the last answer, `all` the whole rendering.
 
     Raises:
-        BadRecord: as apply_chat_template and find_answer_spans do.
+        BadRecord: as apply_chat_template and find_answer_spans.
     """
     turns = _split_control_tokens(messages, tokenizer)
     whole = apply_chat_template(turns, tokenizer)
@@ -217,23 +220,25 @@ def render_chat(messages: list[Message], tokenizer: Any, train_on: TrainOn = "as
     return _cut_into_pieces(whole, find_answer_spans(turns, whole, wanted, tokenizer))
 
 
-def render_prompt(messages: list[Message], tokenizer: Any, train_on: TrainOn = "assistant") -> list[Piece]:
-    """A conversation that waits for an answer: the pieces that render_chat would give up to that answer.
+def render_prompt(messages: list[Message], tokenizer: "PreTrainedTokenizerBase", train_on: TrainOn = "assistant") -> list[Piece]:
+    """Render a conversation that waits for an answer, with the same pieces that render_chat gives up to that answer.
 
     Raises:
-        BadRecord: as apply_chat_template does.
+        BadRecord: as apply_chat_template.
     """
     turns = _split_control_tokens(messages, tokenizer)
     whole = apply_chat_template(turns, tokenizer, add_generation_prompt=True)
     answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
     try:
         return _cut_into_pieces(whole, find_answer_spans(turns, whole, answers if train_on == "assistant" else [], tokenizer))
-    except BadRecord:  # earlier answers are written otherwise, as without their thoughts: only a last one could be trained
+    except (
+        BadRecord
+    ):  # the template changes earlier answers (it drops their thoughts), so only a last answer can have been trained
         return _cut_into_pieces(whole, [])
 
 
-def _split_control_tokens(messages: list[Message], tokenizer: Any) -> list[Message]:
-    """Each control token among the words cut in two, so that ordinary tokens spell it out."""
+def _split_control_tokens(messages: list[Message], tokenizer: "PreTrainedTokenizerBase") -> list[Message]:
+    """Return the messages with each control token in their content cut in two, so that ordinary tokens encode it."""
     control = build_control_token_pattern(tokenizer)
     return [
         {"role": message["role"], "content": control.sub(lambda token: token[0][0] + CUT + token[0][1:], message["content"])}
@@ -242,13 +247,13 @@ def _split_control_tokens(messages: list[Message], tokenizer: Any) -> list[Messa
 
 
 def render_instruction(text: str, end: str, train_on: TrainOn = "assistant") -> list[Piece]:
-    """Ready-made `### Instruction: ... ### Response: ...` text of one or more rounds: responses are trained, each with an end.
+    """Cut ready-made `### Instruction: ... ### Response: ...` text of one or more rounds; responses are trained with an end.
 
     Args:
         end: the text of the token that ends a response.
 
     Raises:
-        BadRecord: an instruction without a response, or no `end`.
+        BadRecord: an instruction has no response, or `end` is empty.
     """
     if not end:
         raise BadRecord("the tokenizer has no end-of-sequence token, so the model would not learn to stop")
@@ -272,10 +277,10 @@ def render_instruction(text: str, end: str, train_on: TrainOn = "assistant") -> 
 
 
 def _cut_into_pieces(whole: str, spans: list[Span]) -> list[Piece]:
-    """A rendering cut at the spans, which are trained, and at each CUT, which is left out."""
+    """Cut a rendering at the spans, which are trained, and at each CUT, which is removed."""
     pieces, at = [], 0
     for start, stop in [*spans, (len(whole), len(whole))]:
-        for stretch, trained in ((whole[at:start], False), (whole[start:stop], True)):
-            pieces += [Piece(text, trained) for text in stretch.split(CUT) if text]
+        for text, trained in ((whole[at:start], False), (whole[start:stop], True)):
+            pieces += [Piece(part, trained) for part in text.split(CUT) if part]
         at = stop
     return pieces

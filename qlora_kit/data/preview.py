@@ -1,13 +1,14 @@
-"""What a run would train on, to be looked at before it starts: the first records with their trained tokens marked, and counts.
+"""Print the data that a run would train on (--preview): the first records with trained tokens marked, and counts.
 
-Trained tokens are coloured on a terminal and stand between [[ and ]] elsewhere. Nothing but the tokenizer is loaded.
+Trained tokens are green on a terminal, and between [[ and ]] elsewhere. Of the model only the tokenizer is loaded.
 """
 
 import math
 import re
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import numpy as np
 from rich.console import Console
 from rich.text import Text
 
@@ -18,15 +19,16 @@ from qlora_kit.data.tokenizing import EncodedRecord
 from qlora_kit.model.tokenizer import separator_id
 
 if TYPE_CHECKING:
-    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
-SHOWN = 3  # records
-LONGEST_SHOWN = 400  # tokens of a record
+RECORDS_SHOWN = 3
+TOKENS_SHOWN = 400  # of a record
 BINS = 8  # of the histogram, up to data.max_length
 BAR = 40  # characters
-INVISIBLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a terminal would obey instead of showing
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters but tab and line end, which a terminal would obey
 TRAIN_ON = {"assistant": "every answer", "last": "the last answer", "all": "prompts and answers"}
+
+Rows = list[tuple[str, str]]  # name and value
 
 
 def show_preview(
@@ -53,38 +55,34 @@ def show_preview(
 
 
 def _choose_examples(train: TrainingBlocks) -> list[tuple[str, EncodedRecord]]:
-    import numpy as np
-
     if isinstance(train, TextBlocks):
         return [("Block 1", EncodedRecord(train.ids[0], np.ones(train.ids.shape[1], dtype=bool)))]
-    numbers = np.flatnonzero(train.lengths)[:SHOWN].tolist()
+    numbers = np.flatnonzero(train.lengths)[:RECORDS_SHOWN].tolist()
     return [(f"Record {number + 1}, {train.lengths[number]:,} tokens", train.record(number)) for number in numbers]
 
 
 def mark_trained(record: EncodedRecord, tokenizer: "PreTrainedTokenizerBase", coloured: bool) -> Text:
-    """The words of a record, its trained tokens marked."""
-    import numpy as np
-
+    """Return the text of a record with its trained tokens marked: in green if `coloured`, else between [[ and ]]."""
     text = Text()
     trained = record.labels() >= 0
-    borders = np.flatnonzero(np.diff(trained[:LONGEST_SHOWN])) + 1
-    for part in np.split(np.arange(min(len(record), LONGEST_SHOWN)), borders):
-        ids = record.ids[part].tolist()
+    borders = np.flatnonzero(np.diff(trained[:TOKENS_SHOWN])) + 1
+    for positions in np.split(np.arange(min(len(record), TOKENS_SHOWN)), borders):
+        ids = record.ids[positions].tolist()
         words = str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        words = INVISIBLE.sub(lambda match: repr(match.group())[1:-1], words)
-        if not trained[part[0]]:
+        words = CONTROL.sub(lambda match: repr(match.group())[1:-1], words)
+        if not trained[positions[0]]:
             text.append(words, style="dim")
         else:
             text.append(words if coloured else f"[[{words}]]", style="green")
-    if len(record) > LONGEST_SHOWN:
-        text.append(f" ... ({len(record) - LONGEST_SHOWN:,} more tokens)", style="italic")
-    text.rstrip()  # the line end that a template puts behind the last turn
+    if len(record) > TOKENS_SHOWN:
+        text.append(f" ... ({len(record) - TOKENS_SHOWN:,} more tokens)", style="italic")
+    text.rstrip()  # the line end that a template writes after the last turn
     return text
 
 
-def _describe_records(config: Config, tokenizer: "PreTrainedTokenizerBase", train: RecordBlocks) -> list[tuple[str, str]]:
+def _describe_records(config: Config, tokenizer: "PreTrainedTokenizerBase", train: RecordBlocks) -> Rows:
     data, counts = config.data, train.counts
-    recognised = ", recognised by their keys" if data.format == "auto" else ""
+    recognised = ", recognised by their keys" if train.format_recognised else ""
     return [
         ("records", f"{counts.records:,} ({' and '.join(train.formats)}{recognised})"),
         ("tokens", f"{counts.tokens:,}"),
@@ -98,16 +96,14 @@ def _describe_records(config: Config, tokenizer: "PreTrainedTokenizerBase", trai
     ]
 
 
-def _describe_template(train: RecordBlocks, tokenizer: Any) -> str:
+def _describe_template(train: RecordBlocks, tokenizer: "PreTrainedTokenizerBase") -> str:
     if train.formats == ["instruction"]:
         return "none: the text is ready made"
     return "the tokenizer's chat template" if tokenizer.chat_template else "`Role: content` lines: the tokenizer has no template"
 
 
 def _describe_end_token(train: RecordBlocks, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Whether each record teaches to stop: counted in the labels, not taken from the rules that made them."""
-    import numpy as np
-
+    """Return the end tokens and whether every record trains one, counted in the labels themselves."""
     end_ids = train.stored.about["end_ids"]
     kept = np.flatnonzero(train.lengths)
     stops = np.isin(train.stored.ids, end_ids) & train.stored.trained
@@ -116,7 +112,7 @@ def _describe_end_token(train: RecordBlocks, tokenizer: "PreTrainedTokenizerBase
     return f"{tokens}, trained: {'yes' if not without else f'not in {without:,} records'}"
 
 
-def _describe_text(tokenizer: "PreTrainedTokenizerBase", train: TextBlocks) -> list[tuple[str, str]]:
+def _describe_text(tokenizer: "PreTrainedTokenizerBase", train: TextBlocks) -> Rows:
     separator = tokenizer.convert_ids_to_tokens(separator_id(tokenizer))
     return [
         ("documents", f"{train.documents:,} ({train.join_rule})"),
@@ -128,15 +124,13 @@ def _describe_text(tokenizer: "PreTrainedTokenizerBase", train: TextBlocks) -> l
     ]
 
 
-def draw_histogram(lengths: "np.ndarray", top: int) -> list[str]:
-    """Lengths in tokens, before any is cut, as lines with bars; all beyond `top` in one line."""
-    import numpy as np
-
+def draw_histogram(lengths: np.ndarray, top: int) -> list[str]:
+    """Return a histogram of lengths in tokens, (records,), as lines with bars; lengths above `top` share one line."""
     borders = np.unique(np.linspace(0, top, BINS + 1).astype(int))
     counts = [int(((lengths > low) & (lengths <= high)).sum()) for low, high in pairwise(borders)]
     names = [f"{low + 1:,} - {high:,}" for low, high in pairwise(borders)]
-    if beyond := int((lengths > top).sum()):
-        counts.append(beyond)
+    if above := int((lengths > top).sum()):
+        counts.append(above)
         names.append(f"more than {top:,}")
     bars = ["#" * math.ceil(BAR * count / max(counts)) for count in counts]
     lines = [f"{name:>16}  {count:>9,}  {bar}" for name, count, bar in zip(names, counts, bars, strict=True)]

@@ -1,6 +1,6 @@
-"""Where data comes from: a Hub data set, local files or folders, or a list of them -> running text, or records of known formats.
+"""Open the data set that a run names: a Hub data set, local files or folders, or a list of them.
 
-How files are read: readers.py; how text becomes documents: documents.py; how records become tokens: encoding.py.
+The result is a Source of running text, or of records of known formats.
 """
 
 import hashlib
@@ -9,71 +9,75 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qlora_kit.config import DataSettings
 from qlora_kit.data.documents import SourceFile, check_format, find_join_rule, locate_errors, read_documents
 from qlora_kit.data.files import Row, read_records
-from qlora_kit.data.formats import recognise_format
+from qlora_kit.data.formats import Record, recognise_format
 from qlora_kit.data.tokenizing import Fragment
 from qlora_kit.errors import UserError
 from qlora_kit.model.hub import FILE_SUFFIXES, is_local
 
-TABLE_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")  # the other kinds are text
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+TABLE_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")  # the others are text
 WIKITEXT_2_TOKENS = 2_400_000  # training split, Qwen2.5 tokenizer, rounded: used to estimate a run's length only
 
 
 @dataclass(frozen=True)
 class Source:
-    """Running text, as documents, or records of known formats."""
+    """Files of running text, or of records."""
 
-    parts: list[SourceFile]
+    files: list[SourceFile]
     text_field: str
-    format_recognised: bool  # the format was recognised, and not stated
+    format_recognised: bool  # in each file's first record, so that the others must match; else it is set
 
     @property
     def formats(self) -> list[str]:
-        return list(dict.fromkeys(part.format for part in self.parts))
+        """The formats of the files, each once."""
+        return list(dict.fromkeys(file.format for file in self.files))
 
     @property
     def is_text(self) -> bool:
+        """True for running text."""
         return self.formats == ["text"]
 
     @property
     def fingerprint(self) -> str:
-        said = [(part.fingerprint, part.format) for part in self.parts]
-        return hashlib.sha256(repr((said, self.text_field)).encode()).hexdigest()
+        """SHA-256 of the content and of the settings by which it is read."""
+        parts = [(file.fingerprint, file.format) for file in self.files]
+        return hashlib.sha256(repr((parts, self.text_field)).encode()).hexdigest()
 
-    def records(self) -> Iterator[tuple[SourceFile, str, dict[str, Any]]]:
-        """File, place in it and fields of each record.
+    def records(self) -> Iterator[tuple[SourceFile, str, Record]]:
+        """Yield each record with its file and its place in it.
 
         Raises:
-            UserError: a record of another format than those before it.
+            UserError: a record has another format than the records before it.
         """
-        for part in self.parts:
-            for place, record in part.rows():
+        for file in self.files:
+            for place, record in file.rows():
                 if self.format_recognised:
-                    with locate_errors(part.name, place):
-                        check_format(record, part.format, self.text_field)
-                yield part, place, record
+                    with locate_errors(file.name, place):
+                        check_format(record, file.format, self.text_field)
+                yield file, place, record
 
     def documents(self) -> Iterator[Fragment]:
-        for part in self.parts:
-            yield from read_documents(part, self.text_field)
+        """Yield the documents of all files as fragments."""
+        for file in self.files:
+            yield from read_documents(file, self.text_field)
 
     def find_join_rule(self) -> str:
-        """How rows became documents."""
-        return ", ".join(dict.fromkeys(find_join_rule(part, self.text_field) for part in self.parts))
-
-
-# Before anything is loaded
+        """Return how rows became documents, in words."""
+        return ", ".join(dict.fromkeys(find_join_rule(file, self.text_field) for file in self.files))
 
 
 def check_source(data: DataSettings) -> None:
-    """Find out before the model is loaded whether a local source can be read; Hub sources are checked when loaded.
+    """Check, before the model is loaded, that local sources can be read; Hub data sets are checked when they are opened.
 
     Raises:
-        UserError: missing, empty, or of a kind that is not text.
+        UserError: a file is missing, empty or not text.
     """
     local = [name for name in data.names if is_local(name)]
     for name in local:
@@ -88,12 +92,19 @@ def check_source(data: DataSettings) -> None:
 
 
 def is_file_name(eval_split: str) -> bool:
-    """A split's name may also be that of a folder here, such as `test`: only a file, or a written-out path, is taken for one."""
+    """Return whether data.eval_split names a file or is written as a path; else it is a split, even if a folder has its name."""
     return Path(eval_split).is_file() or "/" in eval_split or eval_split.startswith(("~", "."))
 
 
 def list_source_files(name: str, key: str = "data.dataset") -> list[Path]:
-    """The files of a local source in a stable order."""
+    """Return the files of a local source in a stable order.
+
+    Args:
+        key: the flag or config key that holds `name`, for messages.
+
+    Raises:
+        UserError: the source does not exist, or is a folder without files of a known kind.
+    """
     path = Path(name).expanduser()
     if not path.exists():
         raise UserError(key, name, "does not exist", "use a text file, or a Hub data set such as Salesforce/wikitext")
@@ -123,10 +134,10 @@ def _check_file(path: Path) -> None:
 
 
 def estimate_tokens(data: DataSettings) -> float | None:
-    """Training tokens of one epoch, roughly and before anything is read; None for a Hub data set of unknown size."""
+    """Return the approximate training tokens of one epoch, without reading the data; None for an unknown Hub data set."""
     tokens: float
     if all(is_local(name) for name in data.names):
-        # about 4 bytes of English a token
+        # a token has about 4 bytes of English
         tokens = sum(path.stat().st_size for name in data.names for path in list_source_files(name)) / 4
     elif data.subset and data.subset.startswith("wikitext-2"):
         tokens = WIKITEXT_2_TOKENS
@@ -135,28 +146,28 @@ def estimate_tokens(data: DataSettings) -> float | None:
     return min(tokens, (data.max_train_samples or math.inf) * data.max_length)
 
 
-# Opening
-
-
 def open_source(data: DataSettings, names: list[str], split: str, key: str) -> Source:
-    """Names -> what can be read from them; of each table the first record is read, for its format.
+    """Open the named files and data sets; the first record of each table is read to recognise its format.
+
+    Args:
+        split: the split of a Hub data set.
+        key: the flag or config key that holds the names, for messages.
 
     Raises:
-        UserError: a source or split does not exist or cannot be reached, is of an unknown format, or text stands beside records.
+        UserError: a source or split does not exist, cannot be reached or has no known format, or text and records are mixed.
     """
-    parts: list[SourceFile] = []
+    files: list[SourceFile] = []
     for name in names:
         if is_local(name):
-            parts += [_open_file(path) for path in list_source_files(name, key)]
+            files += [_open_file(path) for path in list_source_files(name, key)]
         else:
-            parts.append(_open_hub_table(data, name, split, key))
-    parts = [replace(part, format=_find_format(part, data)) for part in parts]
-    source = Source(parts, data.text_field, format_recognised=data.format == "auto")
+            files.append(_open_hub_table(data, name, split, key))
+    files = [replace(file, format=_find_format(file, data)) for file in files]
+    source = Source(files, data.text_field, format_recognised=data.format == "auto")
     if "text" in source.formats and not source.is_text:
-        text, other = (next(part for part in parts if (part.format == "text") == is_text) for is_text in (True, False))
-        raise UserError(
-            key, text.name, f"is running text, and {other.name} holds {other.format} records", "use one kind at a time"
-        )
+        text, other = (next(file for file in files if (file.format == "text") == is_text) for is_text in (True, False))
+        problem = f"is running text, and {other.name} holds {other.format} records"
+        raise UserError(key, text.name, problem, "use one kind at a time")
     return source
 
 
@@ -169,52 +180,28 @@ def _open_file(path: Path) -> SourceFile:
     return SourceFile(str(path), fingerprint, path, lambda: iter(()))
 
 
-def _find_format(part: SourceFile, data: DataSettings) -> str:
-    """
+def _find_format(file: SourceFile, data: DataSettings) -> str:
+    """Return the format of a file.
+
     Raises:
-        UserError: the table is empty, or its first record is of no known format; or a text file is to be read as records.
+        UserError: a table is empty or its first record has no known format, or data.format is one of records for a text file.
     """
-    if part.path:
+    if file.path:
         if data.format not in ("auto", "text"):
             remedy = "convert it to .jsonl, or set data.format to auto"
-            raise UserError("data.format", data.format, f"cannot be the format of {part.path}, which is running text", remedy)
+            raise UserError("data.format", data.format, f"cannot be the format of {file.path}, which is running text", remedy)
         return "text"
-    place, record = next(part.rows(), ("", None))
+    place, record = next(file.rows(), ("", None))
     if record is None:
-        raise UserError(part.name, None, "has no record", "put records into it, or use another file")
+        raise UserError(file.name, None, "has no record", "put records into it, or use another file")
     if data.format != "auto":
         return data.format
-    with locate_errors(part.name, place):
+    with locate_errors(file.name, place):
         return recognise_format(record, data.text_field)
 
 
-# The Hub
-
-
-def _open_hub_table(data: DataSettings, name: str, split: str, flag: str) -> SourceFile:
-    from datasets import DatasetDict, load_dataset
-    from datasets.exceptions import DatasetNotFoundError, DatasetsError
-
-    in_config = not flag.startswith("--")  # then `flag` may be data.eval_split, which names a split of data.dataset
-    key = "data.dataset" if in_config else flag
-    try:
-        table = load_dataset(_find_download(name), data.subset, split=split)
-    except (ConnectionError, OSError) as error:
-        if isinstance(error, DatasetNotFoundError) and not os.environ.get("HF_HUB_OFFLINE"):
-            problem = "is neither a file here nor a data set on the Hub"
-            raise UserError(key, name, problem, "correct the name, or log in if the data set is private") from None
-        remedy = f"download it where there is a network (hf download --repo-type dataset {name}), or use a local text file: "
-        remedy += f"{'--dataset' if in_config else flag} FILE"
-        raise UserError(key, name, "is not on this machine, and the Hub cannot be reached", remedy) from None
-    except ValueError as error:  # unknown subset or split: the message lists what there is
-        remedy = "correct data.subset, data.train_split or data.eval_split"
-        if not in_config:
-            remedy = f"name its subset, {flag} {name}:SUBSET, or a file of it, downloaded"
-        raise UserError(key, name, f"cannot be loaded ({' '.join(str(error).split())})", remedy) from None
-    except (DatasetsError, RuntimeError) as error:  # files that do not fit together, or a data set that is a program
-        reason = " ".join(str(error.__cause__ or error).split())[:300]
-        raise UserError(key, name, f"cannot be read ({reason})", "use another data set, or a local file") from None
-    assert not isinstance(table, DatasetDict)
+def _open_hub_table(data: DataSettings, name: str, split: str, key: str) -> SourceFile:
+    table = _load_hub_table(data, name, split, key)
 
     def rows() -> Iterator[Row]:
         return ((f"record {number}", record) for number, record in enumerate(table, 1))
@@ -222,8 +209,36 @@ def _open_hub_table(data: DataSettings, name: str, split: str, flag: str) -> Sou
     return SourceFile(f"{name}, {split}", table._fingerprint, None, rows)
 
 
+def _load_hub_table(data: DataSettings, name: str, split: str, key: str) -> "Dataset":
+    from datasets import DatasetDict, load_dataset
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
+
+    flag = key if key.startswith("--") else "--dataset"
+    key = key if key.startswith("--") else "data.dataset"  # data.eval_split names a split of data.dataset
+    try:
+        table = load_dataset(_find_download(name), data.subset, split=split)
+    except (ConnectionError, OSError) as error:
+        if isinstance(error, DatasetNotFoundError) and not os.environ.get("HF_HUB_OFFLINE"):
+            problem = "is neither a file here nor a data set on the Hub"
+            raise UserError(key, name, problem, "correct the name, or log in if the data set is private") from None
+        remedy = (
+            f"download it where there is a network (hf download --repo-type dataset {name}), or use a local file: {flag} FILE"
+        )
+        raise UserError(key, name, "is not on this machine, and the Hub cannot be reached", remedy) from None
+    except ValueError as error:  # an unknown subset or split: the message lists those that exist
+        remedy = "correct data.subset, data.train_split or data.eval_split"
+        if key == flag:
+            remedy = f"name its subset, {flag} {name}:SUBSET, or download a file of it and use that"
+        raise UserError(key, name, f"cannot be loaded ({' '.join(str(error).split())})", remedy) from None
+    except (DatasetsError, RuntimeError) as error:  # files with different columns, or a data set that is a program
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise UserError(key, name, f"cannot be read ({reason})", "use another data set, or a local file") from None
+    assert not isinstance(table, DatasetDict)
+    return table
+
+
 def _find_download(name: str) -> str:
-    """Without a network: the folder of the copy that `hf download` made, where there is one. `datasets` would not look there."""
+    """Return the folder of `hf download` for an offline process, because `datasets` does not search there; else the name."""
     from huggingface_hub import snapshot_download
 
     if not os.environ.get("HF_HUB_OFFLINE"):

@@ -1,13 +1,13 @@
-"""Tokens on disk: written a batch at a time, found again by what they were made from, read through a memory map.
+"""Store token ids on disk, and read them through a memory map.
 
-A folder below the cache of `datasets` holds one source as it was tokenized:
+A folder in the cache of `datasets` holds one tokenized source; its name is a hash of everything that decides the tokens:
 
     ids.bin       int32, the tokens of all documents or records, one after the other
-    trained.bin   bool, whether each is trained; records only, for of running text every token is
+    trained.bin   bool, whether each token is trained; empty for running text, where every token is
     ends.bin      int64, where each document or record ends in them
-    about.json    what else is known: how rows became documents
+    about.json    how rows became documents, or the formats and end tokens of the records
 
-It is written under another name and moved into place whole.
+The folder is written under another name and renamed when it is complete.
 """
 
 import json
@@ -19,10 +19,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
 
 FILES = {"ids.bin": "int32", "trained.bin": "bool", "ends.bin": "int64"}
 ABOUT = "about.json"
@@ -32,9 +31,9 @@ ABOUT = "about.json"
 class Tokens:
     """Documents or records as tokens, memory-mapped."""
 
-    ids: "np.ndarray"  # (tokens,) int32
-    trained: "np.ndarray"  # (tokens,) bool; empty for running text
-    ends: "np.ndarray"  # (documents,) int64
+    ids: np.ndarray  # (tokens,) int32
+    trained: np.ndarray  # (tokens,) bool; empty for running text
+    ends: np.ndarray  # (documents,) int64
     about: dict[str, Any]
 
     def __len__(self) -> int:
@@ -42,28 +41,28 @@ class Tokens:
 
 
 class TokenWriter:
-    """Appends to the files of a folder that is being made."""
+    """A writer that appends to the files of a folder under construction."""
 
     def __init__(self, folder: Path, stack: ExitStack):
         self.files = {name: stack.enter_context((folder / name).open("wb")) for name in FILES}
         self.tokens = 0
         self.about: dict[str, Any] = {}
 
-    def append(self, ids: "np.ndarray", trained: "np.ndarray | None" = None) -> None:
-        """Tokens of the document or record that is open."""
+    def append(self, ids: np.ndarray, trained: np.ndarray | None = None) -> None:
+        """Append tokens to the current document or record."""
         self.files["ids.bin"].write(ids.tobytes())
         if trained is not None:
             self.files["trained.bin"].write(trained.tobytes())
         self.tokens += len(ids)
 
     def end_document(self) -> None:
-        """The document or record ends here."""
+        """End the current document or record."""
         self.files["ends.bin"].write(self.tokens.to_bytes(8, sys.byteorder))
 
 
 @contextmanager
 def write_tokens(folder: Path) -> Iterator[TokenWriter]:
-    """A writer whose files stand in `folder` when all went well, and nowhere otherwise."""
+    """Give a writer whose files are moved to `folder` at the end, and deleted after an error."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".writing-"))
     try:
@@ -81,7 +80,7 @@ def write_tokens(folder: Path) -> Iterator[TokenWriter]:
 
 
 def read_tokens(folder: Path) -> Tokens | None:
-    """What `write_tokens` left in `folder`; None where nothing stands there."""
+    """Return the tokens that write_tokens stored in `folder`; None if there are none."""
     if not (folder / ABOUT).is_file():
         return None
     about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
@@ -89,16 +88,14 @@ def read_tokens(folder: Path) -> Tokens | None:
     return Tokens(ids, trained, ends, about)
 
 
-def _map_file(path: Path, dtype: str) -> "np.ndarray":
-    import numpy as np
-
-    if path.stat().st_size == 0:  # cannot be mapped
+def _map_file(path: Path, dtype: str) -> np.ndarray:
+    if path.stat().st_size == 0:  # an empty file cannot be mapped
         return np.empty(0, dtype)
     return np.memmap(path, dtype, mode="r")
 
 
 def find_cache_folder() -> Path:
-    """`qlora_kit` beside the caches of the `datasets` library, whose settings it obeys."""
+    """Return the folder `qlora_kit` in the cache of the `datasets` library, which its environment variables can move."""
     from huggingface_hub.constants import HF_HOME
 
     return Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME, "datasets"), "qlora_kit").expanduser()

@@ -1,63 +1,61 @@
-"""Records and running text -> token ids, and which of them are trained; a record cut to length or dropped.
+"""Turn records and running text into token ids, and records into labels; cut or drop records that are too long.
 
-Labels go by position, never by token id: a pad, separator or end token is trained where it stands in an answer. Each piece of a
-record is tokenized by itself, as a prompt is when the adapter is used, so that no token joins the end of a prompt with the
-beginning of its answer. Running text is tokenized a stretch at a time, with the tokens that the whole would give.
+Labels depend on a token's position, never on its id: a pad, separator or end token is trained if it is part of an answer. Each
+piece of a record is tokenized on its own, as a prompt is at inference, so that no token joins the end of a prompt with the
+beginning of its answer. Running text is tokenized in stretches, which together give the tokens of the whole text.
 """
 
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, cast
+
+import numpy as np
 
 from qlora_kit.data.chat_template import find_end_of_turn
-from qlora_kit.data.formats import READERS, Piece, TrainOn, render_chat, render_instruction, require_text
+from qlora_kit.data.formats import READERS, Piece, Record, TrainOn, render_chat, render_instruction, require_text
 from qlora_kit.errors import BadRecord
 
 if TYPE_CHECKING:
-    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
 TooLong = Literal["cut", "drop"]
-Fragment = tuple[str, bool]  # a stretch of a document, and whether the document ends with it
+Fragment = tuple[str, bool]  # a piece of a document, and whether the document ends with it
 LONGEST_WORD = 1_000_000  # characters without a space or line end; more is no text, and tokenizers take all memory for it
 
-STRETCH = 2**16  # characters of running text that are tokenized at once: many stretches keep all cores busy
-CHARACTERS_AT_ONCE = 2**20  # so that the tokenizer's objects, a hundred bytes a token, take little
+STRETCH = 2**16  # characters of running text in one string: many strings keep all cores busy
+CHARACTERS_AT_ONCE = 2**20  # limits the tokenizer's objects, which take a hundred bytes a token
 DOCUMENTS_AT_ONCE = 1024
-SEAM_SEARCH = 2**12  # characters at the end of a stretch in which a place to cut is looked for
-SEAM_CONTEXT = 256  # characters on both sides of a cut by which it is checked
-SEAMS = (re.compile(r"\n(?=\S)"), re.compile(r"\S(?= \S)"))  # a line's end, else a word's
+SEAM_SEARCH = 2**12  # characters at the end of a stretch that are searched for a seam
+SEAM_CONTEXT = 256  # characters on each side of a seam by which it is checked
+SEAMS = (re.compile(r"\n(?=\S)"), re.compile(r"\S(?= \S)"))  # the end of a line, or of a word
 
 
 @dataclass(frozen=True)
 class EncodedRecord:
     """One record: ids (length,) int32, and whether each is trained, (length,) bool."""
 
-    ids: "np.ndarray"
-    trained: "np.ndarray"
+    ids: np.ndarray
+    trained: np.ndarray
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def labels(self) -> "np.ndarray":
-        """(length,) int64: the id where it is trained, else -100; the first is predicted from nothing. The model shifts them."""
-        import numpy as np
-
+    def labels(self) -> np.ndarray:
+        """Return the labels, (length,) int64: the id of each trained token but the first, else -100. The model shifts them."""
         labels = np.where(self.trained, self.ids, IGNORED).astype(np.int64)
         labels[:1] = IGNORED
         return labels
 
 
-# Records
-
-
-def render_record(record: dict[str, Any], kind: str, tokenizer: Any, text_field: str, train_on: TrainOn) -> list[Piece]:
-    """A record of format `kind` as it is rendered for training.
+def render_record(
+    record: Record, kind: str, tokenizer: "PreTrainedTokenizerBase", text_field: str, train_on: TrainOn
+) -> list[Piece]:
+    """Render a record of format `kind` for training.
 
     Raises:
-        BadRecord: it is not of that format, or holds what is no text.
+        BadRecord: the record is not of that format, or holds something that is not text.
     """
     if kind == "instruction":
         text = require_text(record.get(text_field), text_field)
@@ -69,48 +67,48 @@ def render_record(record: dict[str, Any], kind: str, tokenizer: Any, text_field:
     return pieces
 
 
-def find_end_id(kind: str, tokenizer: Any) -> int:
-    """The token that ends an answer in records of format `kind`.
+def find_end_id(kind: str, tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Return the id of the token that ends an answer in records of format `kind`.
 
     Raises:
-        BadRecord: there is none.
+        BadRecord: no token ends an answer.
     """
-    return tokenizer.eos_token_id if kind == "instruction" else tokenizer.convert_tokens_to_ids(find_end_of_turn(tokenizer))
+    if kind == "instruction":
+        return tokenizer.eos_token_id
+    return cast(int, tokenizer.convert_tokens_to_ids(find_end_of_turn(tokenizer)))
 
 
 def check_word_length(text: str) -> None:
-    """
+    """Check that a text has spaces or line ends.
+
     Raises:
-        BadRecord: more than LONGEST_WORD characters without a space.
+        BadRecord: more than LONGEST_WORD characters have none.
     """
     if len(text) > LONGEST_WORD and max(map(len, text.split()), default=0) > LONGEST_WORD:
         raise BadRecord(f"the text holds more than {LONGEST_WORD:,} characters without a space or line end")
 
 
 def encode_records(records: list[list[Piece]], tokenizer: "PreTrainedTokenizerBase") -> list[EncodedRecord]:
-    """Tokens of each record; the Rust tokenizer spreads all pieces over all cores."""
-    import numpy as np
-
+    """Return the tokens of each record, given as pieces; the Rust tokenizer uses all cores."""
     records = [
         [Piece(text, piece.trained) for piece in pieces for text in _split_long_text(piece.text, tokenizer)] for pieces in records
     ]
-    tokens = iter(encode_strings([piece.text for pieces in records for piece in pieces], tokenizer))
+    ids_of_pieces = iter(encode_strings([piece.text for pieces in records for piece in pieces], tokenizer))
     encoded = []
     for pieces in records:
-        parts = [next(tokens) for _ in pieces]
-        trained = np.repeat(np.array([piece.trained for piece in pieces], dtype=bool), [len(part) for part in parts])
-        encoded.append(EncodedRecord(np.array([token for part in parts for token in part], dtype=np.int32), trained))
+        ids = [next(ids_of_pieces) for _ in pieces]
+        trained = np.repeat(np.array([piece.trained for piece in pieces], dtype=bool), [len(each) for each in ids])
+        encoded.append(EncodedRecord(np.array([token for each in ids for token in each], dtype=np.int32), trained))
     return encoded
 
 
 def _split_long_text(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """A very long text in stretches that have the tokens of the whole."""
-    return [text] if len(text) <= STRETCH else [part for part, _ in _split_into_stretches([(text, True)], tokenizer)]
+    return [text] if len(text) <= STRETCH else [stretch for stretch, _ in _split_into_stretches([(text, True)], tokenizer)]
 
 
 def encode_strings(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
-    """Ids of each text, without the special tokens that a tokenizer puts around a sequence."""
-    unique = list(dict.fromkeys(texts))  # what a template puts between turns is the same in all
+    """Return the ids of each text, without the special tokens that a tokenizer adds around a sequence."""
+    unique = list(dict.fromkeys(texts))  # the text that a template writes between turns is always the same
     ids: dict[str, list[int]] = {}
     batch: list[str] = []
     characters = 0
@@ -127,33 +125,33 @@ def _encode_batch(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> lis
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    if backend.truncation or backend.padding:  # a tokenizer.json may bring them
+    if backend.truncation or backend.padding:  # a tokenizer.json may set them
         backend.no_truncation()
         backend.no_padding()
-    # Past tokenizer(...), which builds masks, offsets and objects for each text: a third of the time.
+    # tokenizer(...) also builds masks, offsets and objects for each text, which takes a third of the time.
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def check_trained(record: EncodedRecord, end: int) -> None:
-    """Refuse a record that teaches nothing, or never to stop.
+    """Check that a record trains an answer and its end.
 
     Args:
-        end: the token that ends an answer.
+        end: the id of the token that ends an answer.
 
     Raises:
-        BadRecord: no token is trained; or none of the trained ones is `end`.
+        BadRecord: no token is trained, or none of the trained tokens is `end`.
     """
-    if not record.trained[1:].any():  # the first token is predicted from nothing
+    if not record.trained[1:].any():  # the first token is never predicted
         raise BadRecord("no token is trained, expected an answer")
     if not (record.ids[record.trained] == end).any():
         raise BadRecord("no end-of-turn token is trained, so the model would not learn to stop")
 
 
 def shorten(record: EncodedRecord, max_length: int, too_long: TooLong, train_on: TrainOn = "assistant") -> EncodedRecord | None:
-    """The record in at most `max_length` tokens: cut from the left, where the prompt is, or None where it is dropped.
+    """Return the record in at most `max_length` tokens, cut from the left, where the prompt is; None if it is dropped.
 
-    A record whose last answer does not fit whole behind a token of its prompt is dropped either way: half an answer is no
-    answer. Where prompts are trained as well, there is no such border, and the end of the record stays.
+    A record is dropped if its last answer and one token of the prompt do not fit, even if `too_long` is `cut`: no answer is cut.
+    With `train_on` = `all` there is no such limit, and the end of the record is kept.
     """
     if len(record) <= max_length:
         return record
@@ -166,17 +164,13 @@ def shorten(record: EncodedRecord, max_length: int, too_long: TooLong, train_on:
 
 
 def _find_last_answer_end(record: EncodedRecord) -> int:
-    """Where the last stretch of trained tokens ends."""
     return int(record.trained.nonzero()[0].max(initial=-1)) + 1
-
-
-# Running text
 
 
 def encode_documents(
     fragments: Iterable[Fragment], tokenizer: "PreTrainedTokenizerBase", separator: int
-) -> Iterator[tuple["np.ndarray", bool]]:
-    """Fragments of documents -> ids (n,) int32 of a stretch, and whether a document ends with it: then the separator is last."""
+) -> Iterator[tuple[np.ndarray, bool]]:
+    """Yield the ids (n,) int32 of each stretch, and whether a document ends with it; then the separator is the last id."""
     batch: list[Fragment] = []
     characters = 0
     for stretch in _split_into_stretches(fragments, tokenizer):
@@ -190,30 +184,28 @@ def encode_documents(
 
 def _encode_stretches(
     batch: list[Fragment], tokenizer: "PreTrainedTokenizerBase", separator: int
-) -> Iterator[tuple["np.ndarray", bool]]:
-    import numpy as np
-
+) -> Iterator[tuple[np.ndarray, bool]]:
     for ids, (_, ends) in zip(encode_strings([text for text, _ in batch], tokenizer), batch, strict=True):
         yield np.array([*ids, separator] if ends else ids, dtype=np.int32), ends
 
 
 def _split_into_stretches(fragments: Iterable[Fragment], tokenizer: "PreTrainedTokenizerBase") -> Iterator[Fragment]:
-    """The same text in stretches of about STRETCH characters, wherever the tokenizer allows a cut."""
-    waiting = ""
+    """Yield the same text in stretches of about STRETCH characters, split at seams."""
+    pending = ""
     for text, ends in fragments:
-        waiting += text
-        while len(waiting) > STRETCH and (at := find_seam(waiting, tokenizer)):
-            yield waiting[:at], False
-            waiting = waiting[at:]
+        pending += text
+        while len(pending) > STRETCH and (at := find_seam(pending, tokenizer)):
+            yield pending[:at], False
+            pending = pending[at:]
         if ends:
-            yield waiting, True
-            waiting = ""
+            yield pending, True
+            pending = ""
 
 
 def find_seam(text: str, tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Where text longer than STRETCH may be cut so that the tokens of both parts are those of the whole; 0 where no place is.
+    """Return where text longer than STRETCH can be split so that both parts have the tokens of the whole; 0 if nowhere.
 
-    A place is taken when it is so for the text around it. For a tokenizer that marks the beginning of each text there is none.
+    A place is chosen if this holds for the text around it. It never holds for a tokenizer that marks the beginning of each text.
     """
     for end in dict.fromkeys((min(STRETCH, len(text) - SEAM_CONTEXT), len(text) - SEAM_CONTEXT)):
         for pattern in SEAMS:

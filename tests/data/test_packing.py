@@ -1,48 +1,27 @@
-"""Records -> blocks: nothing lost, nothing split, little padding, and labels and starts that keep records apart."""
+"""Records -> blocks: nothing lost, nothing split, little padding; records that are too long are cut or dropped, and counted."""
 
 import time
 
 import numpy as np
 import pytest
-import torch
 
-from qlora_kit.config import DataSettings
-from qlora_kit.data.packing import build_record_blocks, count_labels, pack
-from qlora_kit.data.token_cache import Tokens
+from qlora_kit.data.packing import count_labels, pack
 from qlora_kit.errors import UserError
-
-PAD = 9
+from tests.data.builders import PAD, record_blocks
 
 
 def packed(lengths, capacity: int) -> list[list[int]]:
     order, bounds = pack(np.array(lengths), capacity)
-    return [part.tolist() for part in np.split(order, bounds[1:-1])]
-
-
-def stored(*records: str) -> Tokens:
-    """Records as strings of p (prompt) and a (answer); ids count up from 100 within each record."""
-    ids = np.array([100 + at for record in records for at in range(len(record))], dtype=np.int32)
-    trained = np.array([letter == "a" for letter in "".join(records)])
-    about = {"formats": ["alpaca"], "end_ids": [0]}
-    return Tokens(ids, trained, np.cumsum([len(record) for record in records], dtype=np.int64), about)
-
-
-def blocks_of(*records: str, numbers=None, **data):
-    tokens = stored(*records)
-    numbers = range(len(tokens)) if numbers is None else numbers
-    return build_record_blocks(tokens, numbers, DataSettings(**{"max_length": 8, **data}), PAD, "data.dataset")
-
-
-# Which records share a block
+    return [numbers.tolist() for numbers in np.split(order, bounds[1:-1])]
 
 
 def test_best_fit_by_hand():
-    """Longest first: the 6, the 5 and the 4 fit beside nothing, the 3 goes to the 5 (room 3), the 2 to the 6 (room 2)."""
+    """Longest first: the 6, the 5 and the 4 fit into no common block, the 3 goes to the 5 (room 3), the 2 to the 6 (room 2)."""
     assert packed([2, 6, 3, 5, 4], 8) == [[0, 1], [2, 3], [4]]
 
 
 def test_the_block_with_the_least_room_is_taken():
-    """The 3 fits beside the 5 (room 3) and beside the 4 (room 4)."""
+    """The 3 fits into the block of the 5 (room 3) and into that of the 4 (room 4)."""
     assert packed([5, 4, 3], 8) == [[0, 2], [1]]
 
 
@@ -50,13 +29,13 @@ def test_a_full_record_is_a_block_of_its_own():
     assert packed([8, 8, 1], 8) == [[0], [1], [2]]
 
 
-def test_blocks_stand_in_the_order_of_their_earliest_record():
+def test_blocks_are_in_the_order_of_their_earliest_record():
     firsts = [block[0] for block in packed(np.random.default_rng(1).integers(1, 30, 200), 64)]
     assert firsts == sorted(firsts)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_every_record_stands_in_one_block_and_no_block_is_too_long(seed):
+def test_every_record_is_in_one_block_and_no_block_is_too_long(seed):
     lengths = np.random.default_rng(seed).integers(1, 65, 500)
     blocks = packed(lengths, 64)
     assert sorted(number for block in blocks for number in block) == list(range(500))
@@ -69,7 +48,7 @@ def test_the_same_lengths_are_packed_the_same_way():
 
 
 def chat_lengths(count: int, capacity: int) -> np.ndarray:
-    """Log-normal, as the lengths of instructions and chats are: a median of 120 tokens, some of thousands, those cut."""
+    """Log-normal lengths, as instructions and chats have: a median of 120 tokens, some of thousands, limited to the capacity."""
     return np.random.default_rng(0).lognormal(np.log(120), 0.9, count).astype(int).clip(8, capacity)
 
 
@@ -87,38 +66,8 @@ def test_packing_does_not_search_all_blocks():
     assert time.perf_counter() - start < 20
 
 
-# What stands in a block
-
-
-def test_a_packed_block_by_hand():
-    blocks = blocks_of("ppaa", "pa")
-    assert len(blocks) == 1
-    block = blocks[0]
-    assert all(row.dtype == torch.int64 and row.shape == (8,) for name, row in block.items() if name != "block")
-    assert block["input_ids"].tolist() == [100, 101, 102, 103, 100, 101, PAD, PAD]
-    assert block["labels"].tolist() == [-100, -100, 102, 103, -100, 101, -100, -100]
-    assert block["starts"].tolist() == [0, 0, 0, 0, 4, 4, 6, 6]
-
-
-def test_the_first_token_of_a_record_is_not_predicted_from_the_record_before():
-    assert blocks_of("aaa", "aaa")[0]["labels"].tolist() == [-100, 101, 102, -100, 101, 102, -100, -100]
-
-
-def test_without_packing_each_record_is_a_block():
-    blocks = blocks_of("ppaa", "pa", packing=False)
-    assert [block["input_ids"].tolist() for block in (blocks[0], blocks[1])] == [
-        [100, 101, 102, 103, *[PAD] * 4],
-        [100, 101, *[PAD] * 6],
-    ]
-    assert "starts" not in blocks[1]  # padding comes last, where no record sees it
-
-
-def test_a_full_block_has_no_padding():
-    assert blocks_of("ppaaaaaa")[0]["starts"].tolist() == [0] * 8
-
-
 def test_long_records_are_cut_from_the_left_and_counted():
-    blocks = blocks_of("pppppppaaa", "pa" * 6, "pa")
+    blocks = record_blocks("pppppppaaa", "pa" * 6, "pa")
     first = blocks[0]
     assert first["input_ids"].tolist() == list(range(102, 110))
     assert first["labels"].tolist() == [-100] * 5 + [107, 108, 109]
@@ -129,47 +78,25 @@ def test_long_records_are_cut_from_the_left_and_counted():
 
 
 def test_records_that_cannot_be_cut_are_dropped_and_counted():
-    blocks = blocks_of("paaaaaaaaa", "pa", "ppppppppppa", too_long="drop")
+    blocks = record_blocks("paaaaaaaaa", "pa", "ppppppppppa", too_long="drop")
     assert [blocks[0][key].tolist() for key in ("input_ids", "labels")] == [[100, 101] + [PAD] * 6, [-100, 101] + [-100] * 6]
     assert len(blocks) == 1
     assert (blocks.counts.dropped, blocks.counts.dropped_tokens, blocks.counts.trained) == (2, 21, 1)
-    assert blocks_of("paaaaaaaaa", "pa").counts.dropped == 1  # its answer does not fit either way
+    assert record_blocks("paaaaaaaaa", "pa").counts.dropped == 1  # its answer does not fit either way
 
 
 def test_when_no_record_fits_the_run_ends_with_one_problem():
     with pytest.raises(
-        UserError, match=r"data\.dataset: has no record that fits into data\.max_length 8 \(records: 2, the shortest of 10 tokens"
+        UserError,
+        match=r"data\.dataset: has no record that fits into data\.max_length 8 \(records: 2, the shortest of 10 tokens",
     ):
-        blocks_of("p" + "a" * 9, "p" + "a" * 11)
+        record_blocks("p" + "a" * 9, "p" + "a" * 11)
 
 
-def test_a_part_of_the_records_holds_these_only():
-    blocks = blocks_of("ppaa", "pa", "ppa", numbers=[0, 2])
+def test_a_share_of_the_records_is_packed_alone():
+    blocks = record_blocks("ppaa", "pa", "ppa", numbers=[0, 2])
     assert blocks[0]["input_ids"].tolist() == [100, 101, 102, 103, 100, 101, 102, PAD]
     assert (blocks.documents, blocks.counts.trained, blocks.tokens) == (2, 3, 7)
-
-
-def test_a_block_names_itself_and_its_records_as_the_source_counts_them():
-    blocks = blocks_of("ppaa", "pa", "ppaaa", "pa", numbers=[0, 2, 3])  # 4, 5 and 2 tokens: the 2 goes to the 5
-    assert [blocks[number]["block"] for number in range(len(blocks))] == [0, 1]
-    assert [blocks.sources(number) for number in range(len(blocks))] == [[1], [3, 4]]
-
-
-def test_fill_and_tokens_leave_padding_out():
-    blocks = blocks_of("ppaa", "ppaaa", "pa")
-    assert (len(blocks), blocks.tokens, blocks.fill) == (2, 11, 11 / 16)
-
-
-def test_take_keeps_the_first_blocks():
-    blocks = blocks_of("pppppaaa", "ppppppaa", "pa")
-    assert len(blocks.take(2)) == 2 and blocks.take(2).tokens == 16
-    assert len(blocks.take(None)) == len(blocks.take(9)) == 3
-
-
-def test_the_fingerprint_tells_ids_and_labels_apart():
-    one = blocks_of("ppaa", "pa").fingerprint()
-    assert one == blocks_of("ppaa", "pa").fingerprint()
-    assert len({one, *(blocks_of(*records).fingerprint() for records in (("pppa", "pa"), ("ppaa", "paa"), ("ppaa",)))}) == 4
 
 
 def test_labels_are_counted_by_record():

@@ -1,4 +1,4 @@
-"""`train_qlora.py --preview`: what a user sees before training, and that nothing else happens."""
+"""`train_qlora.py --preview` prints records and counts, and does nothing else."""
 
 import io
 import json
@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -25,7 +26,7 @@ RECORDS = [
 
 @pytest.fixture
 def preview(root, tmp_path, monkeypatch, capsys):
-    """preview(records, *flags) -> what is printed to standard output."""
+    """Return a function that previews records with flags and returns standard output."""
     monkeypatch.chdir(root)
 
     def preview(records: list[dict], *flags: str) -> str:
@@ -39,19 +40,19 @@ def preview(root, tmp_path, monkeypatch, capsys):
     return preview
 
 
-def rows_of(shown: str) -> dict[str, str]:
-    return {line[:12].strip(): line[12:] for line in shown.splitlines() if line[:1].isalpha() and line[11:12] == " "}
+def rows_of(output: str) -> dict[str, str]:
+    return {line[:12].strip(): line[12:] for line in output.splitlines() if line[:1].isalpha() and line[11:12] == " "}
 
 
 def test_the_first_records_are_shown_with_their_trained_tokens_marked(preview):
-    shown = preview(RECORDS)
-    assert "<|im_start|>user\nSay hi<|im_end|>\n<|im_start|>assistant\n[[Hi<|im_end|>]]\n" in shown
-    assert "<|im_start|>user\nTranslate\n\nHallo<|im_end|>\n<|im_start|>assistant\n[[Hello<|im_end|>]]\n" in shown
+    output = preview(RECORDS)
+    assert "<|im_start|>user\nSay hi<|im_end|>\n<|im_start|>assistant\n[[Hi<|im_end|>]]\n" in output
+    assert "<|im_start|>user\nTranslate\n\nHallo<|im_end|>\n<|im_start|>assistant\n[[Hello<|im_end|>]]\n" in output
 
 
-def test_what_a_terminal_would_obey_is_shown_instead(preview):
-    shown = preview(RECORDS)
-    assert "\x1b" not in shown and "Say \\x1b[2J it" in shown
+def test_control_characters_are_escaped(preview):
+    output = preview(RECORDS)
+    assert "\x1b" not in output and "Say \\x1b[2J it" in output
 
 
 def test_counts_by_hand(preview):
@@ -66,7 +67,7 @@ def test_counts_by_hand(preview):
     assert 48 < longest < tokens
 
 
-def test_the_share_that_is_trained_follows_the_setting(preview):
+def test_the_trained_share_follows_train_on(preview):
     share = {
         on: float(rows_of(preview(RECORDS[:2], "--set", f"data.train_on={on}"))["trained"].split()[0])
         for on in ("assistant", "all")
@@ -87,9 +88,9 @@ def test_held_out_records_are_counted_by_themselves(preview):
 def test_running_text_is_shown_as_blocks(root, monkeypatch, capsys):
     monkeypatch.chdir(root)
     train_qlora.main(["--preview", "--config", "configs/tiny.yaml"])
-    shown = capsys.readouterr().out
-    assert shown.startswith("Block 1\n \n[[ = Tides = \n")  # the first token of a block is predicted from nothing
-    rows = rows_of(shown)
+    output = capsys.readouterr().out
+    assert output.startswith("Block 1\n \n[[ = Tides = \n")  # the first token of a block is predicted from nothing
+    rows = rows_of(output)
     assert rows["documents"] == "37 (rows joined at ' = Title = ' lines)"
     assert rows["separator"] == "<|endoftext|> after each document, trained: yes"
 
@@ -101,8 +102,8 @@ def test_a_mistake_in_a_record_is_one_problem_with_its_line(preview):
     assert "records.jsonl: line 6: output holds int, expected text. " in problem
 
 
-def test_lengths_are_counted_in_equal_steps_and_beyond():
-    lines = [line.split() for line in draw_histogram(__import__("numpy").array([1, 8, 9, 64, 65, 900]), 64)]
+def test_lengths_are_counted_in_equal_steps_and_above_the_limit():
+    lines = [line.split() for line in draw_histogram(np.array([1, 8, 9, 64, 65, 900]), 64)]
     assert [line[:4] for line in lines[1:3]] == [["1", "-", "8", "2"], ["9", "-", "16", "1"]]
     assert lines[-2][3] == "1" and lines[-1][:4] == ["more", "than", "64", "2"]
     assert len(lines) == 1 + 8 + 1

@@ -1,6 +1,6 @@
-"""Random conversations, in any script, of any length, with control tokens and role headers among the words.
+"""Random conversations, in any script, of any length, with control tokens and role headers in their content.
 
-The reference is the tokenizer's own rendering of the whole conversation, and the words as they were said.
+The reference is the tokenizer's own rendering of the whole conversation, and the content itself.
 """
 
 import copy
@@ -9,10 +9,10 @@ import unicodedata
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
-from qlora_kit.data.formats import READERS, BadRecord, from_messages, recognise_format, render_chat, render_instruction
-from tests.written_out import DEFAULT_SYSTEM
+from qlora_kit.data.formats import READERS, from_messages, recognise_format, render_chat, render_instruction
+from qlora_kit.errors import BadRecord
+from tests.data.builders import DEFAULT_SYSTEM
 
 STRIPPING = """\
 {% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content | trim }} [/INST]{% elif m.role == 'system' %}\
@@ -24,7 +24,7 @@ SETTINGS = settings(
     derandomize=True, database=None, max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 
-characters = st.characters(exclude_categories=["Cs", "Cn"], exclude_characters="\0")  # no half and no unassigned ones
+characters = st.characters(exclude_categories=["Cs", "Cn"], exclude_characters="\0")  # no surrogates, no unassigned characters
 words = st.lists(st.text(characters, max_size=20) | st.sampled_from(TRAPS), max_size=5).map("".join)
 long_words = st.builds(lambda text, times: text * times, words, st.sampled_from([1, 1, 1, 2000]))
 
@@ -38,8 +38,8 @@ def conversations(draw) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def tokenizers(tiny_dir):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_dir)
+def tokenizers(tokenizer):
+    """Return the tiny tokenizer with each of TEMPLATES, by its name."""
     made = {name: copy.deepcopy(tokenizer) for name in TEMPLATES}
     for name, template in TEMPLATES.items():
         made[name].chat_template = tokenizer.chat_template if template is ... else template
@@ -51,13 +51,13 @@ def readable(messages) -> bool:
 
 
 def as_text(messages) -> str:
-    """What a tokenizer without a template gets."""
+    """The rendering of a tokenizer without a template."""
     end = {"system": "", "user": "", "assistant": "<|im_end|>"}
     return "".join(f"{turn['role'].capitalize()}: {turn['content']}{end[turn['role']]}\n" for turn in messages)
 
 
 def stretches(pieces) -> list[str]:
-    """Trained text, one string for all the pieces that follow each other."""
+    """Trained text, with consecutive trained pieces joined."""
     joined = [""]
     for piece in pieces:
         if piece.trained:
@@ -98,9 +98,7 @@ def test_no_token_is_lost_and_the_only_control_tokens_are_the_templates(tokenize
     parts = tokenizer([piece.text for piece in pieces], add_special_tokens=False)["input_ids"]
     ids = [number for part in parts for number in part]
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert tokenizer.decode(ids) == unicodedata.normalize(
-        "NFC", whole
-    )  # as Qwen's tokenizer writes é, whether of one part or two
+    assert tokenizer.decode(ids) == unicodedata.normalize("NFC", whole)  # Qwen's tokenizer writes é as one character
     start, end, separator = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
     assert [number for number in ids if number in (start, end, separator)] == [start, end] * len(messages)
     trained = [number for part, piece in zip(parts, pieces, strict=True) if piece.trained for number in part]
@@ -109,7 +107,7 @@ def test_no_token_is_lost_and_the_only_control_tokens_are_the_templates(tokenize
 
 @SETTINGS
 @given(messages=conversations().filter(readable))
-def test_the_last_answer_alone_and_all_of_it(tokenizers, messages):
+def test_the_last_answer_alone_or_everything_can_be_trained(tokenizers, messages):
     last = render_chat(messages, tokenizers["own"], "last")
     assert stretches(last) == [f"{messages[-1]['content']}<|im_end|>"]
     everything = render_chat(messages, tokenizers["own"], "all")
@@ -143,7 +141,7 @@ def test_a_record_is_read_or_refused_in_one_line(record):
 
 @settings(SETTINGS, max_examples=200)
 @given(rounds=st.lists(st.tuples(words, words), min_size=1, max_size=3))
-def test_ready_made_text_is_cut_where_its_responses_are(rounds):
+def test_ready_made_text_is_cut_at_its_responses(rounds):
     rounds = [tuple(text.replace("###", "#").removesuffix("</s>") for text in one) for one in rounds]
     text = "\n\n".join(f"### Instruction:\n{question}\n\n### Response:\n{answer}" for question, answer in rounds)
     if not all(answer.strip() for _, answer in rounds):

@@ -1,6 +1,6 @@
-"""Each sample file -> records -> messages -> rendering -> tokens -> labels: some written out in full, all by what they decode to.
+"""Each sample file -> records -> messages -> rendering -> tokens -> labels: some in full, all by the text they decode to.
 
-With the embedded tokenizer, and with Qwen2.5's own where it lies beside the project.
+With the embedded tokenizer, and with Qwen2.5's own if QLORA_QWEN_TOKENIZER names its folder.
 """
 
 import csv
@@ -63,7 +63,7 @@ def trained_spans(labels, tokenizer) -> list[str]:
 
 
 def answers(record: dict) -> list[str]:
-    """What the assistant says in a record, read straight from its keys."""
+    """The answers in a record, read directly from its keys."""
     match record:
         case {"output": text} | {"completion": text}:
             return [text]
@@ -92,7 +92,7 @@ def test_the_table_of_samples_is_complete_and_counts_right():
 
 
 @pytest.mark.parametrize("name", [*CHATS, "instruction.jsonl"])
-def test_what_is_trained_is_what_the_assistant_says_and_the_end_of_its_turn(name, tokenizer):
+def test_the_answers_and_their_ends_are_trained(name, tokenizer):
     for record in records(name):
         ids, labels = labelled(pieces_of(record, tokenizer), tokenizer)
         assert trained_spans(labels, tokenizer) == [f"{answer}<|im_end|>" for answer in answers(record)]
@@ -106,10 +106,12 @@ def test_no_token_is_lost_and_none_added(name, tokenizer):
         ids, _ = labelled(pieces_of(record, tokenizer), tokenizer)
         whole = tokenizer.apply_chat_template(READERS[recognise_format(record)](record), tokenize=False)
         assert tokenizer.decode(ids) == whole
-        assert ids == tokenizer(whole, add_special_tokens=False)["input_ids"]  # these words join no token with a prompt's end
+        assert (
+            ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
+        )  # in this text no token joins a prompt with its answer
 
 
-# Written out in full: what stands before the answer, what is trained, and what is left behind it.
+# In full: the text before the answer, the trained text, and the text after it.
 EXPECTED = {
     "alpaca.jsonl": [
         ("<|im_start|>user\nWhat is the sqlite3 module for?<|im_end|>\n<|im_start|>assistant\n", False),
@@ -144,7 +146,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_a_record_written_out(name, tokenizer):
+def test_the_pieces_of_a_record_in_full(name, tokenizer):
     expected = list(EXPECTED[name])
     (record,) = (record for record in records(name) if answers(record)[0] + "<|im_end|>" == expected[1][0])
     if name in CHATS and tokenizer.vocab_size > 100_000 and "system\n" not in expected[0][0]:

@@ -1,4 +1,4 @@
-"""Records -> ids and labels by position, checked and cut to length; expectations written by hand, id for id where it matters."""
+"""Records -> ids and labels by position, checked and cut to length; expectations are written by hand."""
 
 import numpy as np
 import pytest
@@ -21,17 +21,12 @@ from qlora_kit.errors import BadRecord
 END, START, NEWLINE = 6143, 6142, 198  # <|im_end|>, <|im_start|> and \n of the embedded tokenizer
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tiny_dir):
-    return AutoTokenizer.from_pretrained(tiny_dir)
-
-
 def encoded(ids, trained) -> EncodedRecord:
     return EncodedRecord(np.array(ids, dtype=np.int32), np.array(trained, dtype=bool))
 
 
 def labels_of(record: dict, kind: str, tokenizer, train_on="assistant") -> tuple[str, list[str]]:
-    """The whole record and each stretch of labels, decoded."""
+    """The whole record and each run of labels, decoded."""
     (record,) = encode_records([render_record(record, kind, tokenizer, "text", train_on)], tokenizer)
     spans = [[]]
     for label in record.labels().tolist():
@@ -43,8 +38,6 @@ def test_the_ids_named_here_are_those_of_the_tokenizer(tokenizer):
     assert tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"]) == [END, START]
     assert tokenizer.encode("\n") == [NEWLINE]
 
-
-# From a record to its labels
 
 MESSAGES = {
     "messages": [
@@ -65,7 +58,7 @@ RENDERED = (
     [
         ("assistant", ["Hello!<|im_end|>", "4<|im_end|>"]),
         ("last", ["4<|im_end|>"]),
-        ("all", [RENDERED.removeprefix("<|im_start|>")]),  # but the first token, which nothing predicts
+        ("all", [RENDERED.removeprefix("<|im_start|>")]),  # but the first token, which is never predicted
     ],
 )
 def test_labels_are_the_answers_and_the_tokens_that_end_them(tokenizer, train_on, expected):
@@ -109,7 +102,7 @@ def test_records_come_back_in_their_order_and_empty_batches_empty(tokenizer):
     assert encode_records([], tokenizer) == []
 
 
-def test_truncation_and_padding_that_a_tokenizer_file_brings_change_nothing(tiny_dir):
+def test_truncation_and_padding_of_a_tokenizer_file_change_nothing(tiny_dir):
     limited = AutoTokenizer.from_pretrained(tiny_dir)
     expected = encode_strings(["sea " * 20, "sea"], limited)
     limited.backend_tokenizer.enable_truncation(4)
@@ -124,7 +117,7 @@ def test_the_first_token_is_never_a_label():
 
 
 @pytest.mark.parametrize("text", [None, 7, "a\0b", "\ud83d"])
-def test_ready_made_text_that_is_none_is_refused(tokenizer, text):
+def test_ready_made_text_must_be_text(tokenizer, text):
     with pytest.raises(BadRecord, match="text holds "):
         render_record({"text": text}, "instruction", tokenizer, "text", "assistant")
 
@@ -141,10 +134,10 @@ def test_a_very_long_answer_has_the_tokens_of_the_whole(tokenizer):
     assert record.ids[record.trained].tolist() == tokenizer.encode(words, add_special_tokens=False)
 
 
-# What stops a run
+# Records that stop a run
 
 
-def test_a_record_that_trains_its_end_is_in_order():
+def test_a_record_that_trains_its_end_is_accepted():
     check_trained(encoded([1, 2, END], [False, True, True]), END)
 
 
@@ -160,16 +153,16 @@ def test_a_record_whose_end_is_no_label_is_refused():
 
 
 def test_chats_end_with_the_templates_token_and_ready_made_text_with_the_tokenizers(tiny_dir):
-    base = AutoTokenizer.from_pretrained(tiny_dir, eos_token="<|endoftext|>")  # as Qwen's base models have it
+    base = AutoTokenizer.from_pretrained(tiny_dir, eos_token="<|endoftext|>")  # as in Qwen's base models
     assert base.convert_ids_to_tokens([find_end_id("messages", base), find_end_id("instruction", base)]) == [
         "<|im_end|>",
         "<|endoftext|>",
     ]
 
 
-# Too long
+# Records that are too long
 
-#        prompt         answer      prompt      answer      behind it
+#        prompt         answer      prompt      answer      after it
 LONG = [False] * 4 + [True] * 3 + [False] * 2 + [True] * 3 + [False]  # 13 tokens
 
 
@@ -188,29 +181,29 @@ def test_a_long_record_loses_its_beginning(max_length):
 
 
 @pytest.mark.parametrize("max_length", [1, 3, 4])
-def test_a_record_whose_last_answer_does_not_fit_behind_a_token_of_its_prompt_is_dropped(max_length):
+def test_a_record_whose_last_answer_does_not_fit_after_a_token_of_its_prompt_is_dropped(max_length):
     assert shorten(encoded(range(13), LONG), max_length, "cut") is None
 
 
-def test_where_prompts_are_trained_the_end_of_a_long_record_stays():
+def test_if_prompts_are_trained_the_end_of_a_long_record_is_kept():
     assert shorten(encoded(range(13), [True] * 13), 4, "cut", "all").ids.tolist() == [9, 10, 11, 12]
 
 
-def test_long_records_are_dropped_where_that_is_set():
+def test_long_records_are_dropped_if_too_long_is_drop():
     assert shorten(encoded(range(13), LONG), 12, "drop") is None
 
 
-# Where running text may be cut
+# Seams of running text
 
 
-def test_text_is_cut_at_a_line_and_else_between_words(tokenizer):
+def test_text_is_split_at_a_line_end_or_else_between_words(tokenizer):
     lines = "The sea rises and falls.\n" * (STRETCH // 10)
     assert lines[find_seam(lines, tokenizer) - 1] == "\n"
     words = "tide " * (STRETCH // 2)
     assert words[find_seam(words, tokenizer) :].startswith(" tide")
 
 
-def test_a_tokenizer_that_marks_the_beginning_of_each_text_is_given_no_cut(tiny_dir):
+def test_text_is_never_split_for_a_tokenizer_that_marks_the_beginning_of_each_text(tiny_dir):
     from tokenizers import normalizers
 
     marking = AutoTokenizer.from_pretrained(tiny_dir)
