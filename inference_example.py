@@ -42,6 +42,7 @@ SEED = 42
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the flags and choose the default mode."""
     parser = cli.OneLineParser(__doc__)
     parser.add_argument(
         "--mode",
@@ -140,7 +141,7 @@ def check_flags(arguments: argparse.Namespace) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """Check a seed; raises UserError."""
+    """Check that a seed is a whole number of 32 bits; raises UserError."""
     if not 0 <= seed < 2**32:
         raise UserError("--seed", seed, "is not a whole number from 0 to 2**32 - 1", f"leave it out for {SEED}")
 
@@ -177,10 +178,10 @@ def read_prompts(arguments: argparse.Namespace, style: str) -> list[Prompt]:
 
 
 def load_encoder(source: AdapterSource, system: str | None, data: str = ".") -> tuple[PromptEncoder, int | None]:
-    """Return what turns prompts into the adapter's tokens, and the model's context in tokens where the model states one.
+    """Return the adapter's prompt encoder and the model's context in tokens; print what the folder leaves to assume.
 
     Args:
-        data: a data set that is needed later, so that the Hub is asked for it if it is not local.
+        data: a data set that will be read too: whether the Hub answers is tested once for both.
 
     Raises:
         UserError: the base model's tokenizer cannot be found or loaded, or has another vocabulary than in training.
@@ -195,7 +196,7 @@ def load_encoder(source: AdapterSource, system: str | None, data: str = ".") -> 
 
 
 def choose_fixed(merged: bool, base_only: bool) -> FixedAdapter | None:
-    """Return the flag that keeps the adapter on or off for good; raises UserError if there are two."""
+    """Return the flag after which the adapter cannot be switched on and off; raises UserError if both are set."""
     if merged and base_only:
         raise UserError("--merged", None, "cannot be combined with --base_only", "remove one")
     return "--merged" if merged else "--base_only" if base_only else None
@@ -252,6 +253,7 @@ def print_comparison(comparison: "Comparison", arguments: argparse.Namespace) ->
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command: check everything that needs no model, load, measure, answer."""
     arguments = parse_arguments(argv)
     check_streams(arguments)
     check_flags(arguments)

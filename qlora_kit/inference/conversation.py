@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -128,9 +127,8 @@ class Conversation:
     def _answer(self, ids: list[int], settings: GenerationSettings, seed: int) -> tuple[str, Generated]:
         """Stream an answer; return the text that was printed, and the answer as generated."""
         printed = []
-        stream: Any = self.generator.stream(ids, settings, seed)
         try:
-            with closing(stream):
+            with closing(self.generator.stream(ids, settings, seed)) as stream:
                 for piece in stream:
                     printed.append(piece)
                     self.terminal.print_answer(piece)

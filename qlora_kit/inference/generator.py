@@ -5,6 +5,7 @@ output into text: which part of an answer can be printed already, and why the an
 """
 
 import time
+from collections import abc
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -113,7 +114,7 @@ class Generator:
         """
         return self.complete([self.encode(prompt)])[0]
 
-    def stream(self, ids: list[int], settings: GenerationSettings | None = None, seed: int | None = None) -> Iterator[str]:
+    def stream(self, ids: list[int], settings: GenerationSettings | None = None, seed: int | None = None) -> abc.Generator[str]:
         """Yield the answer in pieces, one a token, empty while a character is incomplete; then set `last`.
 
         Args:

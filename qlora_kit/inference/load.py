@@ -1,4 +1,4 @@
-"""Adapter folder + flags -> Generator: the half that needs torch."""
+"""Base model + adapter -> the engine that answers."""
 
 import sys
 
@@ -23,7 +23,7 @@ def load_engine(
     device_map: str = "auto",
     fixed: FixedAdapter | None = None,
 ) -> Engine:
-    """Load the base model and the adapter, and choose the engine that answers with them.
+    """Load the base model and the adapter, and return the fastest engine that can answer with them.
 
     Args:
         device: auto, cuda or cpu.
