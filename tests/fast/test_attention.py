@@ -1,4 +1,4 @@
-"""A packed block against its records alone: the same losses and gradients, on the fast path and on the library's."""
+"""A packed block against its records alone: equal losses and gradients, on the fast path and through the library."""
 
 import pytest
 import torch
@@ -8,14 +8,14 @@ from qlora_kit.fast.micro_step import MicroStep, StepSettings
 from qlora_kit.fast.projection import draw_keys
 from qlora_kit.fast.training_pass import FastDecoder
 from qlora_kit.model.loss import positions, record_mask, token_losses
-from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
+from tests.fast.models import adapt, load_base, matrices
 
 LENGTH = 24
-RECORDS = [[7, 9, 5], [3, 11, 10]]  # lengths in two blocks, the rest is padding
+RECORDS = [[7, 9, 5], [3, 11, 10]]  # lengths of the records in two blocks; the rest is padding
 
 
 def block_of(lengths, generator):
-    """ids, labels and starts of one block; the first of a record is no label, nor is padding."""
+    """ids, labels and starts of one block; the first token of a record and the padding have no label."""
     ids = torch.randint(6000, (LENGTH,), generator=generator)
     labels, starts, at = ids.clone(), torch.zeros(LENGTH, dtype=torch.long), 0
     for length in lengths:
@@ -32,24 +32,13 @@ def blocks():
     return [torch.stack(rows) for rows in zip(*(block_of(lengths, generator) for lengths in RECORDS), strict=True)]
 
 
-def alone(ids, labels):
-    """Each record of the blocks, (1, length)."""
+def split_records(ids, labels):
+    """Row, start, ids and labels, (1, length), of each record of the blocks."""
     for row, lengths in enumerate(RECORDS):
         at = 0
         for length in lengths:
             yield row, at, ids[row : row + 1, at : at + length], labels[row : row + 1, at : at + length]
             at += length
-
-
-def model_of(tiny_dir, four_bits):
-    bnb = create_bnb_config(compute_dtype=torch.float32) if four_bits else None
-    model, _ = load_model_and_tokenizer(str(tiny_dir), bnb, device="cpu", dtype=torch.float32)
-    torch.manual_seed(0)
-    model = prepare_model_for_training(model, create_lora_config(4, dropout=0.0), use_gradient_checkpointing=False)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return model
 
 
 def test_positions_and_mask_by_hand():
@@ -60,48 +49,48 @@ def test_positions_and_mask_by_hand():
 
 
 @pytest.mark.parametrize("four_bits", [True, False])
-def test_losses_of_a_packed_block_are_those_of_its_records_alone(tiny_dir, blocks, four_bits):
-    model = model_of(tiny_dir, four_bits)
+def test_losses_of_a_packed_block_are_those_of_its_records_split_records(tiny_dir, blocks, four_bits):
+    model = adapt(load_base(tiny_dir, four_bits=four_bits))
     ids, labels, starts = blocks
     with torch.no_grad():
         library = token_losses(model.eval(), ids, labels, starts)
-        through = token_losses(model, ids, labels)  # every record sees those before it
+        unmasked = token_losses(model, ids, labels)  # each record attends to those before it
         fast = FastDecoder(model, 0, compiled=False).losses(ids, labels, starts)[:, :-1]
-        for row, at, record, label in alone(ids, labels):
+        for row, at, record, label in split_records(ids, labels):
             expected = model(input_ids=record).logits[0, :-1].log_softmax(-1).gather(1, label[0, 1:, None])[:, 0].neg()
             here = slice(at, at + record.shape[1] - 1)
             for losses in (library, fast):
                 torch.testing.assert_close(losses[row, here], expected, rtol=1e-4, atol=1e-5)
-            assert at == 0 or not torch.allclose(through[row, here], expected, rtol=1e-2)
+            assert at == 0 or not torch.allclose(unmasked[row, here], expected, rtol=1e-2)
     assert (library != 0).sum() == (fast != 0).sum() == (labels != -100).sum()
 
 
 @pytest.mark.parametrize("recomputed", [0, 6])
-def test_gradients_of_a_packed_block_are_those_of_its_records_together(tiny_dir, blocks, recomputed):
-    model = model_of(tiny_dir, four_bits=True)
+def test_gradients_of_a_packed_block_are_the_sum_of_those_of_its_records(tiny_dir, blocks, recomputed):
+    model = adapt(load_base(tiny_dir))
     ids, labels, starts = blocks
-    share = 1.0 / (labels != -100).sum()
-    loss = sum(model(input_ids=r, labels=t).loss * (t[:, 1:] != -100).sum() for _, _, r, t in alone(ids, labels)) * share
+    loss_scale = 1.0 / (labels != -100).sum()
+    loss = (
+        sum(model(input_ids=r, labels=t).loss * (t[:, 1:] != -100).sum() for _, _, r, t in split_records(ids, labels))
+        * loss_scale
+    )
     loss.backward()
-    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    expected = {name: matrix.grad.clone() for name, matrix in matrices(model).items()}
     model.zero_grad()
-    (token_losses(model, ids, labels, starts).sum() * share).backward()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            assert (parameter.grad - expected[name]).norm() < 1e-4 * expected[name].norm(), name
+    (token_losses(model, ids, labels, starts).sum() * loss_scale).backward()
+    for name, matrix in matrices(model).items():
+        assert (matrix.grad - expected[name]).norm() < 1e-4 * expected[name].norm(), name
     decoder = FastDecoder(model, recomputed, compiled=False)
     decoder.adapters.clear_gradients()
     keys = draw_keys((0,), 24).view(-1, 4)
-    assert decoder.accumulate(ids, labels, share, keys, starts).item() == pytest.approx(loss.item(), rel=1e-5)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            assert (decoder.adapters.gradient_of(parameter) - expected[name]).norm() < 1e-4 * expected[name].norm(), name
+    assert decoder.accumulate(ids, labels, loss_scale, keys, starts).item() == pytest.approx(loss.item(), rel=1e-5)
+    for name, matrix in matrices(model).items():
+        assert (decoder.adapters.gradient_of(matrix) - expected[name]).norm() < 1e-4 * expected[name].norm(), name
 
 
-def test_micro_batches_bring_their_own_records(tiny_dir, blocks):
-    """Also a smaller last one, in the shape of the others."""
+def test_a_smaller_micro_batch_uses_the_starts_of_its_own_records(tiny_dir, blocks):
     ids, labels, starts = blocks
-    decoder = FastDecoder(model_of(tiny_dir, four_bits=True), 0, compiled=False)
+    decoder = FastDecoder(adapt(load_base(tiny_dir)), 0, compiled=False)
     micro = MicroStep(decoder, StepSettings(2, LENGTH, seed=0, captured=False, packed=True))
     together = micro.losses(ids, labels, starts).clone()
     for row in (1, 0):
@@ -110,11 +99,11 @@ def test_micro_batches_bring_their_own_records(tiny_dir, blocks):
     assert micro.smaller(1).starts.shape == (1, LENGTH)
 
 
-def test_another_architecture_keeps_records_apart_too(blocks):
+def test_the_librarys_layers_keep_the_records_of_other_architectures_apart(blocks):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=6144)).eval()
     ids, labels, starts = blocks
     with torch.no_grad():
         packed = token_losses(model, ids, labels, starts)
-        for row, at, record, label in alone(ids, labels):
+        for row, at, record, label in split_records(ids, labels):
             torch.testing.assert_close(packed[row, at : at + record.shape[1] - 1], token_losses(model, record, label)[0])

@@ -1,4 +1,4 @@
-"""The hand-written backward passes against autograd through the hand-written forward ones, in fp64."""
+"""The written-out backward passes against autograd through the written-out forward passes, in fp64."""
 
 import pytest
 import torch
@@ -27,19 +27,19 @@ def random(*shape):
 
 
 def group(fan_in, *sizes):
-    """Projections with LoRA of rank 2 and dropout; the weight is built again from A and B, so that autograd sees them."""
+    """Projections with LoRA of rank 2 and dropout; the weight contains the differentiable B, so that autograd reaches them."""
     weights = tuple(random(size, fan_in) for size in sizes)
     A, B = random(2 * len(sizes), fan_in).requires_grad_(), tuple(random(size, 2).requires_grad_() for size in sizes)
     lora = Lora(A, B, sizes, 0.5, 0.75)
     width = 8 * -(-2 * len(sizes) // 8)
-    beside = F.pad(torch.block_diag(*B), (0, width - 2 * len(sizes)))
-    assert torch.equal(torch.cat([torch.cat(weights), beside], 1), unpack_stacked(weights, B, 2, torch.float64))
+    right = F.pad(torch.block_diag(*B), (0, width - 2 * len(sizes)))
+    assert torch.equal(torch.cat([torch.cat(weights), right], 1), unpack_stacked(weights, B, 2, torch.float64))
     gradients = lora._replace(A=torch.zeros_like(A), B=tuple(torch.zeros_like(b) for b in B))
-    return UnpackedGroup(torch.cat([torch.cat(weights), beside], 1), random(sum(sizes)), lora, gradients, KEY)
+    return UnpackedGroup(torch.cat([torch.cat(weights), right], 1), random(sum(sizes)), lora, gradients, KEY)
 
 
-def frozen(p: UnpackedGroup) -> UnpackedGroup:
-    """For the hand-written pass, which runs without autograd."""
+def detach(p: UnpackedGroup) -> UnpackedGroup:
+    """The same group, cut off from autograd."""
     return p._replace(weight=p.weight.detach(), lora=p.lora._replace(A=p.lora.A.detach(), B=tuple(b.detach() for b in p.lora.B)))
 
 
@@ -70,11 +70,11 @@ def test_attention_input(rotary, with_heads):
     assert [tuple(x.shape) for x in heads] == [(2, 2, 5, 4), (2, 1, 5, 4), (2, 1, 5, 4)]
     upstream, dh = tuple(random(*x.shape) for x in heads), random(*h.shape)
     with torch.no_grad():
-        _, xa, product = llama_layer.attention_input(h, BATCH, sizes, frozen(qkv), norm, rotary)
+        _, xa, product = llama_layer.attention_input(h, BATCH, sizes, detach(qkv), norm, rotary)
         dproduct = torch.cat(llama_layer.heads_backward(upstream, product, sizes, norm, rotary), 1)
-        actual = llama_layer.attention_input_backward(dh, dproduct, h, xa, frozen(qkv), norm)
+        actual = llama_layer.attention_input_backward(dh, dproduct, h, xa, detach(qkv), norm)
     assert (product is not None) == with_heads
-    assert_gradients(heads, upstream, [h], [actual - dh], qkv)  # dh came along the residual path
+    assert_gradients(heads, upstream, [h], [actual - dh], qkv)  # dh is the gradient along the residual path
 
 
 def test_mlp():
@@ -84,7 +84,7 @@ def test_mlp():
     out, _ = llama_layer.mlp_output(middle, *activate(gates, down.lora, KEY), down)
     upstream = random(*out.shape)
     with torch.no_grad():
-        o_, gate_up_, down_ = frozen(o), frozen(gate_up), frozen(down)
+        o_, gate_up_, down_ = detach(o), detach(gate_up), detach(down)
         middle, gates, o_xa, gate_up_xa = llama_layer.mlp_input(h, attended, o_, gate_up_, norm)
         _, down_xa = llama_layer.mlp_output(middle, *activate(gates, down_.lora, KEY), down_)
         dy, u = llama_layer.mlp_output_backward(upstream, down_xa, down_)
@@ -102,8 +102,8 @@ def test_rms_norm_equals_torchs_and_gradcheck():
     torch.testing.assert_close(llama_layer.rms_norm_backward(upstream, x, weight, 1e-6), expected)
 
 
-def adapter(rank, sizes, adapted, fan_in, keep, dtype):
-    """LoRA on the GPU of those projections of a group that `adapted` names, A rounded to `dtype`; None where it names none."""
+def make_lora(rank, sizes, adapted, fan_in, keep, dtype):
+    """LoRA on the GPU, A rounded to `dtype`, for the projections whose flag in `adapted` is 1; None if there are none."""
     if not any(adapted):
         return None
     A = (torch.randn(rank * sum(adapted), fan_in, device="cuda") / 10).to(dtype).float()
@@ -118,16 +118,18 @@ def adapter(rank, sizes, adapted, fan_in, keep, dtype):
 @pytest.mark.parametrize("adapted", [(1, 1, 1), (1, 0, 1), (0, 1, 0), (1, 1, 0), (0, 0, 1), (0, 0, 0)], ids=str)  # gate, up, down
 def test_the_kernels_compute_what_the_steps_compute_in_fp32(rows, mlp, rank, keep, adapted, dtype):
     torch.manual_seed(0)
-    down, gate_up = adapter(rank, (7,), adapted[2:], mlp, keep, dtype), adapter(rank, (mlp, mlp), adapted[:2], 5, keep, dtype)
+    down, gate_up = make_lora(rank, (7,), adapted[2:], mlp, keep, dtype), make_lora(rank, (mlp, mlp), adapted[:2], 5, keep, dtype)
     gates, dy = torch.randn(rows, 2 * mlp, device="cuda").to(dtype), torch.randn(rows, mlp, device="cuda").to(dtype)
     u = None if down is None else torch.randn(rows, rank, device="cuda").to(dtype)
     xa = None if gate_up is None else torch.randn(rows, len(gate_up.A), device="cuda").to(dtype)
     assert has_kernels(gates, down, gate_up)
 
     def run(forward, backward, kind):
-        change = lambda t: t if t is None else t.to(kind)  # noqa: E731
-        y, parts = forward(change(gates), down, KEY.cuda())
-        dgates, sums = backward(change(dy), change(u), change(gates), change(xa), KEY.cuda(), down, gate_up)
+        def convert(tensor):
+            return tensor if tensor is None else tensor.to(kind)
+
+        y, parts = forward(convert(gates), down, KEY.cuda())
+        dgates, sums = backward(convert(dy), convert(u), convert(gates), convert(xa), KEY.cuda(), down, gate_up)
         return [y, dgates, *(None if part is None else part.sum(0) for part in (parts, *sums))]
 
     by_kernel, in_steps = run(activate_triton, activate_backward_triton, dtype), run(activate, activate_backward, torch.float32)

@@ -1,14 +1,14 @@
-"""The fused projection against autograd's own derivative and against peft's layer."""
+"""The fused projection against autograd's derivative and against peft's layers."""
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.bnb import Linear4bit
 
 from qlora_kit.fast.nf4 import unpack_stacked
 from qlora_kit.fast.peft_layers import FusedLinear4bit, fuse
 from qlora_kit.fast.projection import Lora, LoraProjection, draw_keep_mask, draw_keys, project, reduce_to_rank
-from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
+from tests.fast.models import adapt, load_base, matrices
 
 
 def problem(dtype=torch.float64):
@@ -44,7 +44,7 @@ def test_gradcheck_in_fp64_and_equal_to_the_unfused_formula_under_the_same_mask(
 
 @pytest.mark.parametrize("adapted_members", [(True, True, True), (True, False, True), (False, True, False)])
 def test_projections_that_share_an_input_are_one_product(adapted_members):
-    """q, k, v of 6, 2 and 3 columns: stacked, the same as one after the other; those without LoRA stay the base product."""
+    """q, k and v of 6, 2 and 3 columns: stacked or one after the other, with or without LoRA on each."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(7, 5, generator=generator, dtype=torch.float64)
     sizes, key = (6, 2, 3), torch.tensor(99, dtype=torch.int32)
@@ -65,16 +65,13 @@ def test_projections_that_share_an_input_are_one_product(adapted_members):
     torch.testing.assert_close(y, torch.cat(expected, 1))
 
 
-# The mask
-
-
 @pytest.mark.parametrize("keep", [0.95, 0.5])
 def test_the_mask_keeps_its_share_in_every_row_and_column_and_for_every_key(keep):
     masks = torch.stack([draw_keep_mask(torch.Size((600, 500)), key, keep).double() for key in draw_keys((3,), 4)])
     count = 600 * 500
     spread = (keep * (1 - keep)) ** 0.5
     assert (masks.mean((1, 2)) - keep).abs().max() < 4 * spread / count**0.5
-    for dimension, length in ((1, 600), (2, 500)):  # as scattered as independent draws are: not more, not less
+    for dimension, length in ((1, 600), (2, 500)):  # the standard deviation of independent draws
         assert masks.mean(dimension).std() == pytest.approx(spread / length**0.5, rel=0.1)
 
 
@@ -86,30 +83,16 @@ def test_neighbouring_elements_are_independent():
 
 @pytest.mark.parametrize("keep", [0.95, 0.5])
 def test_masks_of_different_keys_are_independent(keep):
-    """All pairs of 40 keys, some a bit apart: correlations as scattered as those of independent draws."""
+    """The correlations between 40 keys, some of which differ in one bit, are those of independent draws."""
     keys = torch.cat([draw_keys((5,), 32), draw_keys((5,), 1) ^ (1 << torch.arange(8, dtype=torch.int32))])
     masks = torch.stack([draw_keep_mask(torch.Size((40_000,)), key, keep).double() for key in keys])
-    pairs = torch.corrcoef(masks)[torch.triu_indices(40, 40, 1).unbind()] * 200  # times the root of the count: a normal variable
+    pairs = torch.corrcoef(masks)[torch.triu_indices(40, 40, 1).unbind()] * 200  # times the root of the count: standard normal
     assert pairs.std() < 1.1 and pairs.abs().max() < 4.5
 
 
-def test_keys_follow_from_the_seed():
+def test_keys_depend_on_the_seed_alone():
     assert torch.equal(draw_keys((1, 2, 3), 5), draw_keys((1, 2, 3), 5))
     assert not torch.equal(draw_keys((1, 2, 3), 5), draw_keys((1, 2, 4), 5))
-
-
-# peft's layers under it
-
-
-def adapted(tiny_dir, dropout, checkpointing=False, dtype=torch.float32):
-    model, _ = load_model_and_tokenizer(str(tiny_dir), create_bnb_config(compute_dtype=dtype), device="cpu", dtype=dtype)
-    torch.manual_seed(0)  # of A
-    model = prepare_model_for_training(model, create_lora_config(dropout=dropout), use_gradient_checkpointing=checkpointing)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.02, generator=generator)
-    return model.train()
 
 
 def loss_and_gradients(model):
@@ -118,12 +101,12 @@ def loss_and_gradients(model):
     torch.manual_seed(3)
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
-    return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return loss.detach(), {name: matrix.grad for name, matrix in matrices(model).items()}
 
 
 def test_a_quantized_model_trains_as_with_pefts_layers(tiny_dir):
-    expected_loss, expected = loss_and_gradients(adapted(tiny_dir, dropout=0.0))
-    model = adapted(tiny_dir, dropout=0.0)
+    expected_loss, expected = loss_and_gradients(adapt(load_base(tiny_dir)))
+    model = adapt(load_base(tiny_dir))
     assert fuse(model) == 6 * 7
     loss, actual = loss_and_gradients(model)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-5)
@@ -131,8 +114,8 @@ def test_a_quantized_model_trains_as_with_pefts_layers(tiny_dir):
         torch.testing.assert_close(actual[name], gradient, rtol=1e-3, atol=1e-6)
 
 
-def test_recomputation_draws_the_same_dropout_again(tiny_dir):
-    plain, recomputed = adapted(tiny_dir, 0.3), adapted(tiny_dir, 0.3, checkpointing=True)
+def test_gradient_checkpointing_draws_the_same_dropout_again(tiny_dir):
+    plain, recomputed = adapt(load_base(tiny_dir), 0.3), adapt(load_base(tiny_dir), 0.3, checkpointing=True)
     fuse(plain), fuse(recomputed)
     loss, gradients = loss_and_gradients(plain)
     again, other = loss_and_gradients(recomputed)
@@ -142,7 +125,7 @@ def test_recomputation_draws_the_same_dropout_again(tiny_dir):
 
 
 def test_dropout_keeps_the_mean_and_is_off_outside_training(tiny_dir):
-    model = adapted(tiny_dir, dropout=0.5)
+    model = adapt(load_base(tiny_dir), dropout=0.5)
     layer = model.base_model.model.model.layers[0].mlp.down_proj
     x = torch.randn(1, 7, 512, generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
@@ -158,12 +141,10 @@ def test_dropout_keeps_the_mean_and_is_off_outside_training(tiny_dir):
 
 
 def test_the_saved_adapter_is_a_standard_one(tiny_dir, tmp_path):
-    model = adapted(tiny_dir, dropout=0.0)
+    model = adapt(load_base(tiny_dir))
     fuse(model)
     model.save_pretrained(tmp_path)
-    base, _ = load_model_and_tokenizer(
-        str(tiny_dir), create_bnb_config(compute_dtype=torch.float32), device="cpu", dtype=torch.float32
-    )
+    base = load_base(tiny_dir)
     plain = PeftModel.from_pretrained(base, tmp_path).eval()
     ids = torch.arange(20)[None]
     with torch.no_grad():
@@ -171,12 +152,8 @@ def test_the_saved_adapter_is_a_standard_one(tiny_dir, tmp_path):
     assert {type(module) for module in plain.modules()} >= {Linear4bit}
 
 
-def test_layers_that_the_function_does_not_cover_stay_pefts(tiny_dir):
-    from peft import LoraConfig, get_peft_model
-
-    base, _ = load_model_and_tokenizer(
-        str(tiny_dir), create_bnb_config(compute_dtype=torch.float32), device="cpu", dtype=torch.float32
-    )
+def test_layers_that_are_not_covered_stay_pefts(tiny_dir):
+    base = load_base(tiny_dir)
     model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM"))
     assert fuse(model) == 0
     assert not any(isinstance(module, FusedLinear4bit) for module in model.modules())

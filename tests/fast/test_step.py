@@ -7,23 +7,14 @@ from transformers import AutoModelForCausalLM
 
 from qlora_kit.errors import UserError
 from qlora_kit.fast import FastStep
-from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
+from tests.fast.models import adapt, load_base, matrices
 
 ROWS, LENGTH = 2, 24
 
 
-def load(tiny_dir):
-    bnb = create_bnb_config(compute_dtype=torch.float32)
-    return load_model_and_tokenizer(str(tiny_dir), bnb, device="cpu", dtype=torch.float32)[0]
-
-
 @pytest.fixture
-def adapt(tiny_dir):
-    def make(dropout=0.0, checkpointing=False):
-        torch.manual_seed(0)  # of A
-        return prepare_model_for_training(load(tiny_dir), create_lora_config(4, 8.0, dropout), checkpointing).train()
-
-    return make
+def make_model(tiny_dir):
+    return lambda **settings: adapt(load_base(tiny_dir), std=0.0, **settings)
 
 
 def batches(count, rows=ROWS):
@@ -33,10 +24,6 @@ def batches(count, rows=ROWS):
         labels = ids.clone()
         labels[0, :9] = -100
         yield ids, labels
-
-
-def matrices(model):
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def train_with_autograd(model, data, calls=1):
@@ -67,10 +54,10 @@ def assert_equal(actual, expected):
      ("matrices, afterwards", 1, False)],
     ids=str,
 )  # fmt: skip
-def test_a_loop_trains_as_with_autograd(adapt, optimized, calls, set_to_none):
+def test_a_loop_trains_as_with_autograd(make_model, optimized, calls, set_to_none):
     """Whichever tensors the optimizer was given, and however it clears gradients."""
-    expected = train_with_autograd(adapt(), batches(6), calls)
-    model = adapt()
+    expected = train_with_autograd(make_model(), batches(6), calls)
+    model = make_model()
     before = torch.optim.AdamW(matrices(model).values(), lr=1e-3)
     fast, losses = FastStep(model, ROWS, LENGTH), []
     given = fast.parameters if optimized == "flat tensor" else matrices(model).values()
@@ -85,24 +72,24 @@ def test_a_loop_trains_as_with_autograd(adapt, optimized, calls, set_to_none):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 8])
-def test_a_batch_of_any_size_is_averaged_over_all_its_tokens(adapt, rows):
-    expected = train_with_autograd(adapt(), batches(1, rows=5))
-    model = adapt()
+def test_a_batch_of_any_size_is_averaged_over_all_its_tokens(make_model, rows):
+    expected = train_with_autograd(make_model(), batches(1, rows=5))
+    model = make_model()
     loss = FastStep(model, rows, LENGTH).step(*next(batches(1, rows=5)))
     gradients = {name: parameter.grad for name, parameter in matrices(model).items()}
     assert_equal(([loss.item()], gradients), expected[:2])
 
 
-def test_a_batch_without_labels_changes_nothing(adapt):
-    fast = FastStep(adapt(), ROWS, LENGTH)
+def test_a_batch_without_labels_changes_nothing(make_model):
+    fast = FastStep(make_model(), ROWS, LENGTH)
     ids, labels = next(batches(1))
     assert fast.step(ids, torch.full_like(labels, -100)).item() == 0
     assert not fast.parameters[0].grad.any()
 
 
-def test_dropout_is_the_models_and_follows_from_the_seed(adapt):
+def test_dropout_is_the_models_and_follows_from_the_seed(make_model):
     def losses(dropout, seed):
-        fast = FastStep(adapt(dropout), ROWS, LENGTH, seed=seed)
+        fast = FastStep(make_model(dropout=dropout), ROWS, LENGTH, seed=seed)
         ids, labels = next(batches(1))
         with torch.no_grad():
             fast.parameters[0].normal_(std=0.1, generator=torch.Generator().manual_seed(1))
@@ -115,13 +102,13 @@ def test_dropout_is_the_models_and_follows_from_the_seed(adapt):
     assert len({*losses(0.5, seed=1), *losses(0.5, seed=2)}) == 6
 
 
-def test_gradient_checkpointing_is_the_models(adapt):
-    assert FastStep(adapt(), ROWS, LENGTH).micro.decoder.recomputed == 0
-    assert FastStep(adapt(checkpointing=True), ROWS, LENGTH).micro.decoder.recomputed == 6
+def test_gradient_checkpointing_is_the_models(make_model):
+    assert FastStep(make_model(), ROWS, LENGTH).micro.decoder.recomputed == 0
+    assert FastStep(make_model(checkpointing=True), ROWS, LENGTH).micro.decoder.recomputed == 6
 
 
-def test_the_model_evaluates_and_saves_what_was_trained(adapt, tiny_dir, tmp_path):
-    model = adapt()
+def test_the_model_evaluates_and_saves_what_was_trained(make_model, tiny_dir, tmp_path):
+    model = make_model()
     fast = FastStep(model, ROWS, LENGTH)
     optimizer = torch.optim.AdamW(fast.parameters, lr=1e-3)
     ids, labels = next(batches(1))
@@ -133,11 +120,11 @@ def test_the_model_evaluates_and_saves_what_was_trained(adapt, tiny_dir, tmp_pat
     after = model(input_ids=ids, labels=labels).loss.item()
     assert after < before - 0.1 and after == pytest.approx(fast.step(ids, labels).item(), rel=1e-5)
     model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(load(tiny_dir), tmp_path)
+    again = PeftModel.from_pretrained(load_base(tiny_dir), tmp_path)
     assert again.eval()(input_ids=ids, labels=labels).loss.item() == pytest.approx(after, rel=1e-6)
 
 
-def test_a_model_that_is_not_covered_is_refused_with_the_reason(adapt, tiny_dir, other_models):
+def test_a_model_that_is_not_covered_is_refused_with_the_reason(make_model, tiny_dir, other_models):
     def refused(model):
         with pytest.raises(UserError, match=r"model: has no fast training pass \((.*)\)\. Train it with autograd\.") as error:
             FastStep(model, ROWS, LENGTH)
@@ -145,27 +132,27 @@ def test_a_model_that_is_not_covered_is_refused_with_the_reason(adapt, tiny_dir,
 
     gpt2 = get_peft_model(AutoModelForCausalLM.from_pretrained(other_models["gpt2"]), LoraConfig(task_type="CAUSAL_LM"))
     assert "gpt2 is not built like Llama" in refused(gpt2)
-    assert "not the LoRA matrices" in refused(adapt().requires_grad_(False))
+    assert "not the LoRA matrices" in refused(make_model().requires_grad_(False))
     uneven = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 8}, task_type="CAUSAL_LM")
-    assert "differ in rank" in refused(get_peft_model(load(tiny_dir), uneven))
+    assert "differ in rank" in refused(get_peft_model(load_base(tiny_dir), uneven))
 
 
 @pytest.mark.parametrize("key", ["compiled", "captured"])
-def test_what_cannot_work_here_is_refused_where_it_is_required(adapt, key):
+def test_what_cannot_work_here_is_refused_where_it_is_required(make_model, key):
     with pytest.raises(UserError, match=rf"{key}: true: cannot work here \(needs a CUDA GPU\)"):
-        FastStep(adapt(), ROWS, LENGTH, **{key: True})
+        FastStep(make_model(), ROWS, LENGTH, **{key: True})
 
 
-def test_a_wrong_shape_is_refused(adapt):
-    fast = FastStep(adapt(), ROWS, LENGTH)
+def test_a_wrong_shape_is_refused(make_model):
+    fast = FastStep(make_model(), ROWS, LENGTH)
     ids, labels = next(batches(1))
     for wrong in ((ids[:, :-1], labels[:, :-1]), (ids, labels[:1]), (ids[0], labels[0])):
         with pytest.raises(ValueError, match=r"should be \(rows, 24\)"):
             fast.step(*wrong)
 
 
-def test_a_second_fast_step_for_the_same_model_ends_the_first(adapt):
-    model = adapt()
+def test_a_second_fast_step_for_the_same_model_ends_the_first(make_model):
+    model = make_model()
     first, second = FastStep(model, ROWS, LENGTH), FastStep(model, ROWS, LENGTH)
     second.step(*next(batches(1)))
     with pytest.raises(RuntimeError, match="make a new FastStep"):

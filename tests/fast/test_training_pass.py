@@ -1,4 +1,4 @@
-"""The fast path against transformers, peft and autograd, on real 4-bit models."""
+"""FastDecoder against transformers, peft and autograd, on real 4-bit models."""
 
 import pytest
 import torch
@@ -8,24 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3
 from qlora_kit.fast.micro_step import MicroStep, StepSettings
 from qlora_kit.fast.projection import draw_keys
 from qlora_kit.fast.training_pass import FastDecoder, why_not_fast
-from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer, prepare_model_for_training
-
-SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def load(folder, dtype=torch.float32, four_bits=True):
-    bnb = create_bnb_config(compute_dtype=dtype) if four_bits else None
-    return load_model_and_tokenizer(str(folder), bnb, device="cpu", dtype=dtype)[0]
-
-
-def adapt(model, dropout=0.0, targets=SEVEN):
-    torch.manual_seed(0)  # of A
-    adapted = prepare_model_for_training(model, create_lora_config(4, 8.0, dropout, targets), use_gradient_checkpointing=False)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05, generator=generator)
-    return adapted.train()
+from tests.fast.models import SEVEN, adapt, load_base, matrices
 
 
 def batch(rows=2, length=24):
@@ -35,22 +18,21 @@ def batch(rows=2, length=24):
     return ids, labels
 
 
-def librarys(model, ids, labels):
+def compute_with_autograd(model, ids, labels):
     """Loss and gradients by transformers, peft and autograd."""
     model.zero_grad()
     loss = model(input_ids=ids, labels=labels).loss
     loss.backward()
-    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    return loss.item(), {name: matrix.grad.clone() for name, matrix in matrices(model).items()}
 
 
-def ours(model, ids, labels, recomputed=0, key=0):
+def compute_fast(model, ids, labels, recomputed=0, key=0):
     decoder = FastDecoder(model, recomputed, compiled=False)
     decoder.adapters.clear_gradients()
-    share = 1.0 / (labels[:, 1:] != -100).sum()
+    loss_scale = 1.0 / (labels[:, 1:] != -100).sum()
     keys = draw_keys((key,), 4 * len(decoder.layers)).view(-1, 4)
-    loss = decoder.accumulate(ids, labels, share, keys).item()
-    views = {name: decoder.adapters.gradient_of(p).clone() for name, p in model.named_parameters() if p.requires_grad}
-    return loss, views
+    loss = decoder.accumulate(ids, labels, loss_scale, keys).item()
+    return loss, {name: decoder.adapters.gradient_of(matrix).clone() for name, matrix in matrices(model).items()}
 
 
 def assert_same(actual, expected, tolerance=1e-4):
@@ -59,14 +41,13 @@ def assert_same(actual, expected, tolerance=1e-4):
     for name, gradient in expected[1].items():
         assert gradient.abs().max() > 0
         assert (actual[1][name] - gradient).norm() < tolerance * gradient.norm(), name
-        assert actual[1][name].norm().item() == pytest.approx(gradient.norm().item(), rel=max(tolerance / 4, 1e-4)), (
-            name
-        )  # no scale is off
+        norm = pytest.approx(gradient.norm().item(), rel=max(tolerance / 4, 1e-4))  # fails if a factor such as `scale` is wrong
+        assert actual[1][name].norm().item() == norm, name
 
 
 @pytest.fixture(scope="module")
-def kin(tmp_path_factory, tiny_dir):
-    """Folders of small random models of the other architectures: what each has and Qwen2 has not."""
+def other_folders(tmp_path_factory, tiny_dir):
+    """Folders of small random models of the other Llama-like architectures, each with what Qwen2 does not have."""
     from transformers import AutoTokenizer
 
     torch.manual_seed(0)
@@ -93,38 +74,40 @@ def kin(tmp_path_factory, tiny_dir):
 
 
 @pytest.mark.parametrize("name", ["llama", "llama3-rope", "mistral", "qwen3"])
-def test_other_llama_like_models_train_as_with_the_library(kin, name):
-    model = adapt(load(kin[name]))
+def test_other_llama_like_models_train_as_with_the_library(other_folders, name):
+    model = adapt(load_base(other_folders[name]))
     assert why_not_fast(model, 24) is None
-    expected = librarys(model, *batch())
-    assert_same(ours(model, *batch(), recomputed=1), expected)
+    expected = compute_with_autograd(model, *batch())
+    assert_same(compute_fast(model, *batch(), recomputed=1), expected)
 
 
 @pytest.mark.parametrize("four_bits", [True, False])
 @pytest.mark.parametrize("targets", [SEVEN, ["q_proj", "v_proj"], ["k_proj", "up_proj", "down_proj"], ["o_proj"]], ids=str)
-def test_the_embedded_model_trains_as_with_the_library(tiny_dir, four_bits, targets):
-    model = adapt(load(tiny_dir, four_bits=four_bits), targets=targets)
-    expected = librarys(model, *batch())
-    assert_same(ours(model, *batch()), expected)
+def test_any_choice_of_projections_trains_as_with_the_library(tiny_dir, four_bits, targets):
+    model = adapt(load_base(tiny_dir, four_bits=four_bits), targets=targets)
+    expected = compute_with_autograd(model, *batch())
+    assert_same(compute_fast(model, *batch()), expected)
 
 
-def test_bf16_agrees_within_its_rounding(tiny_dir):
-    model = adapt(load(tiny_dir, torch.bfloat16))
-    assert_same(ours(model, *batch(4, 64)), librarys(model, *batch(4, 64)), tolerance=0.08)  # six layers of 8-bit rounding
+def test_bf16_trains_as_with_the_library_up_to_rounding(tiny_dir):
+    model = adapt(load_base(tiny_dir, torch.bfloat16))
+    assert_same(
+        compute_fast(model, *batch(4, 64)), compute_with_autograd(model, *batch(4, 64)), tolerance=0.08
+    )  # six layers of 8-bit rounding
 
 
 @pytest.mark.parametrize("recomputed", [1, 3, 6])
 def test_recomputing_layers_changes_nothing_with_dropout(tiny_dir, recomputed):
-    model = adapt(load(tiny_dir), dropout=0.3)
-    expected = ours(model, *batch())
-    loss, gradients = ours(model, *batch(), recomputed)
+    model = adapt(load_base(tiny_dir), dropout=0.3)
+    expected = compute_fast(model, *batch())
+    loss, gradients = compute_fast(model, *batch(), recomputed)
     assert loss == expected[0] and all(torch.equal(gradients[name], expected[1][name]) for name in gradients)
-    assert ours(model, *batch(), key=1)[0] != loss
+    assert compute_fast(model, *batch(), key=1)[0] != loss
 
 
 def test_dropout_has_the_gradient_of_its_own_loss(tiny_dir):
-    """Along a random direction, the difference quotient of the loss under fixed masks."""
-    model = adapt(load(tiny_dir), dropout=0.3)
+    """The difference quotient of the loss along a random direction, under fixed masks, is the gradient times the direction."""
+    model = adapt(load_base(tiny_dir), dropout=0.3)
     decoder = FastDecoder(model, 3, compiled=False)
     keys = draw_keys((5,), 4 * 6).view(-1, 4)
 
@@ -144,8 +127,8 @@ def test_dropout_has_the_gradient_of_its_own_loss(tiny_dir):
     assert (higher - loss()) / (2 * step) == pytest.approx((gradient @ direction).item(), rel=0.01)
 
 
-def test_evaluation_drops_nothing_and_equals_the_library(tiny_dir):
-    model = adapt(load(tiny_dir), dropout=0.5)
+def test_losses_are_the_librarys_without_dropout(tiny_dir):
+    model = adapt(load_base(tiny_dir), dropout=0.5)
     ids, labels = batch()
     losses = FastDecoder(model, 0, compiled=False).losses(ids, labels)
     assert losses.shape == ids.shape and losses[:, -1].abs().max() == 0 and losses[0, :8].abs().max() == 0
@@ -153,12 +136,12 @@ def test_evaluation_drops_nothing_and_equals_the_library(tiny_dir):
     assert (losses.sum() / (labels[:, 1:] != -100).sum()).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_adapters_stay_pefts_to_save_and_to_load(tiny_dir, tmp_path):
-    model = adapt(load(tiny_dir))
+def test_peft_saves_and_loads_the_flat_adapters_base(tiny_dir, tmp_path):
+    model = adapt(load_base(tiny_dir))
     decoder = FastDecoder(model, 0, compiled=False)
-    decoder.adapters.flat.data.mul_(1.5)  # as an optimizer would, behind peft's back
+    decoder.adapters.flat.data.mul_(1.5)  # as an optimizer does, without peft's parameters
     model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(load(tiny_dir), tmp_path)
+    again = PeftModel.from_pretrained(load_base(tiny_dir), tmp_path)
     ids, _ = batch()
     torch.testing.assert_close(again.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
     decoder.adapters.flat.data.zero_()
@@ -166,22 +149,22 @@ def test_the_adapters_stay_pefts_to_save_and_to_load(tiny_dir, tmp_path):
     assert decoder.adapters.flat.data.abs().max() > 0
 
 
-def test_a_batch_with_fewer_rows_counts_for_what_it_holds(tiny_dir):
-    """Filled up with rows without labels: the loss and gradients of the rows there are."""
-    model = adapt(load(tiny_dir))
-    expected = librarys(model, *batch(2))
+def test_a_smaller_batch_has_the_loss_and_gradients_of_its_own_rows(tiny_dir):
+    """It is filled up with rows without labels, which must not count."""
+    model = adapt(load_base(tiny_dir))
+    expected = compute_with_autograd(model, *batch(2))
     micro = MicroStep(FastDecoder(model, 0, compiled=False), StepSettings(5, 24, seed=1, captured=False))
     micro.begin_step(0)
-    micro.train(*batch(5), torch.tensor(1.0))  # leaves other rows behind
+    micro.train(*batch(5), torch.tensor(1.0))  # leaves rows in the buffers
     micro.begin_step(1)
     loss = micro.train(*batch(2), 1.0 / (batch(2)[1][:, 1:] != -100).sum()).item()
-    views = {name: micro.decoder.adapters.gradient_of(p) for name, p in model.named_parameters() if p.requires_grad}
-    assert_same((loss, views), expected)
+    gradients = {name: micro.decoder.adapters.gradient_of(matrix) for name, matrix in matrices(model).items()}
+    assert_same((loss, gradients), expected)
     assert micro.losses(*batch(2)).shape == (2, 23)
 
 
-def test_dropout_follows_from_seed_step_and_micro_step(tiny_dir):
-    model = adapt(load(tiny_dir), dropout=0.5)
+def test_dropout_depends_on_seed_step_and_micro_step_alone(tiny_dir):
+    model = adapt(load_base(tiny_dir), dropout=0.5)
     decoder = FastDecoder(model, 0, compiled=False)
 
     def losses(seed, step):
@@ -198,16 +181,16 @@ def test_dropout_follows_from_seed_step_and_micro_step(tiny_dir):
     [pytest.param(torch.float32, 1e-4, id="fp32"), pytest.param(torch.bfloat16, 0.02, id="bf16", marks=pytest.mark.slow)],
 )
 def test_learning_is_unchanged_over_200_steps(tiny_dir, root, dtype, tolerance):
-    """The loss curve of the fast path beside that of transformers, peft and autograd: same start, data and order."""
+    """The loss curve is that of transformers, peft and autograd, from the same start on the same data."""
     from transformers import AutoTokenizer
 
     text = AutoTokenizer.from_pretrained(tiny_dir)((root / "samples/articles.txt").read_text())["input_ids"]
     blocks = torch.tensor(text[: 200 * 32]).view(200, 1, 32)
     curves = []
     for fast in (False, True):
-        model = adapt(load(tiny_dir, dtype))
+        model = adapt(load_base(tiny_dir, dtype))
         decoder = FastDecoder(model, 0, compiled=False) if fast else None
-        trained = [decoder.adapters.flat] if decoder else [p for p in model.parameters() if p.requires_grad]
+        trained = [decoder.adapters.flat] if decoder else matrices(model).values()
         optimizer = torch.optim.AdamW(trained, lr=1e-3)
         curve = []
         for ids in blocks:
@@ -227,16 +210,13 @@ def test_learning_is_unchanged_over_200_steps(tiny_dir, root, dtype, tolerance):
     assert abs(curves[0][-50:].mean() - curves[1][-50:].mean()) < tolerance
 
 
-# What does not go through it
-
-
-def test_the_reason_against_it_is_said(tiny_dir, kin, other_models):
+def test_a_model_that_is_not_covered_has_a_reason(tiny_dir, other_folders, other_models):
     gpt2 = get_peft_model(AutoModelForCausalLM.from_pretrained(other_models["gpt2"]), LoraConfig(task_type="CAUSAL_LM"))
     assert "gpt2" in why_not_fast(gpt2, 24)
-    assert "64 tokens back" in why_not_fast(adapt(load(kin["mistral"])), 65)
-    frozen = load(tiny_dir).requires_grad_(False)
+    assert "64 tokens back" in why_not_fast(adapt(load_base(other_folders["mistral"])), 65)
+    frozen = load_base(tiny_dir).requires_grad_(False)
     dora = get_peft_model(frozen, LoraConfig(r=4, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM"))
     assert "variant" in why_not_fast(dora, 24)
-    embedding = adapt(load(tiny_dir))
-    embedding.base_model.model.model.norm.weight.requires_grad_(True)
-    assert "trained parameters" in why_not_fast(embedding, 24)
+    trains_a_norm = adapt(load_base(tiny_dir))
+    trains_a_norm.base_model.model.model.norm.weight.requires_grad_(True)
+    assert "trained parameters" in why_not_fast(trains_a_norm, 24)
