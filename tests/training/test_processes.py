@@ -61,6 +61,7 @@ def lines(text, *words):
 
 
 def difference(one, other):
+    """Return the greatest difference of two adapters, and the greatest value of the second."""
     a, b = (load_file(folder / "adapter_model.safetensors") for folder in (one, other))
     return max((a[name] - b[name]).abs().max().item() for name in a), max(value.abs().max().item() for value in a.values())
 
@@ -110,9 +111,8 @@ def test_a_failure_in_one_process_ends_all_with_one_line(root, tmp_path):
     run = subprocess.run([*LAUNCH, str(script)], capture_output=True, text=True, timeout=60)
     assert run.returncode and time.perf_counter() - started < 30
     assert lines(run.stderr, "error:") == ["error: rank 1: ZeroDivisionError: by zero"]
-    assert not lines(
-        run.stderr, "terminate called", "SIGABRT"
-    )  # Python must not exit while the watching thread is inside the store
+    # Python must not exit while the watching thread is inside the store.
+    assert not lines(run.stderr, "terminate called", "SIGABRT")
 
 
 def test_the_watching_thread_announces_that_it_left_the_store(monkeypatch):

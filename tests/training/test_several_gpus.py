@@ -1,4 +1,4 @@
-"""Several processes on several GPUs, as torchrun starts them, against one GPU; needs two."""
+"""Several processes on several GPUs, as torchrun starts them, compared with one GPU; needs two."""
 
 import os
 import subprocess
@@ -21,6 +21,7 @@ SETTINGS = (
 
 
 def train(root, folder, processes, *more):
+    """Train on as many GPUs as processes; return the logged losses and the log."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     visible = ",".join(os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")[:processes])
     run = subprocess.run(
