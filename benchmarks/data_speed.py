@@ -1,15 +1,19 @@
-"""How fast data is prepared: this toolkit beside TRL and a plain `datasets.map` row by row, on the same file.
+"""Measure the speed of data preparation: this toolkit, TRL and a plain `datasets.map` on the same file.
 
-    python benchmarks/data_speed.py --tokenizer DIR                       two files are made: chats, and running text
-    python benchmarks/data_speed.py --tokenizer DIR --file chats.jsonl    a file of records with prompt and completion, or a .txt
+    python benchmarks/data_speed.py --tokenizer DIR                       makes two files: chats, and running text
+    python benchmarks/data_speed.py --tokenizer DIR --file chats.jsonl    takes a .jsonl of prompt and completion, or a .txt
 
-The job: from the file to what a Trainer takes, blocks of 512 tokens. The toolkit reads, renders, masks, tokenizes, checks, packs
-and stores; a second row shows it with the tokens in its cache. TRL's SFTTrainer is constructed with the embedded model (packing
-by best fit for chats, wrapped for text; completions trained), with one process and with one a core. The plain loop calls the
-tokenizer for one row after the other and neither masks nor packs. Each row runs in a process of its own with an empty cache;
-libraries, tokenizer and model are loaded before the clock starts, and the fastest of --repeats runs counts, because what else
-the machine does can only slow one down. MB are 10**6 bytes of the file. Made files hold sentences of
-samples/articles.txt drawn at random, chats of 20 to 300 words. A system that is not installed, or fails, is a row that says so.
+The task is to turn a file into blocks of 512 tokens for a Trainer.
+
+    toolkit            reads, renders, masks, tokenizes, checks, packs and stores
+    toolkit, cached    the same with the tokens in its cache
+    trl                constructs an SFTTrainer with the embedded model: packs chats by best fit, wraps text, trains completions
+    datasets.map       calls the tokenizer row by row, and neither masks nor packs
+
+Each run has a process of its own and an empty cache. The clock starts after libraries, tokenizer and model are loaded. The
+fastest of --repeats runs counts, because other processes can only slow a run down. MB are 10**6 bytes of the file. The made files
+consist of random sentences of samples/articles.txt, in chats of 20 to 300 words. A system that fails or is not installed has a
+row that says so.
 """
 
 import argparse
@@ -24,9 +28,12 @@ import time
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from runs import installed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "assets" / "tiny-qwen2"
@@ -37,9 +44,9 @@ SYSTEMS = ("toolkit", "toolkit, cached", "trl, 1 process", "trl, a process a cor
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", type=Path, default=MODEL, metavar="DIR", help="default: the embedded model's")
-    parser.add_argument("--file", type=Path, help="a .jsonl of prompt and completion, or a .txt; default: one of each is made")
-    parser.add_argument("--megabytes", type=float, default=10, help="size of a file that is made")
+    parser.add_argument("--tokenizer", type=Path, default=MODEL, metavar="DIR", help="default: that of the embedded model")
+    parser.add_argument("--file", type=Path, help="a .jsonl of prompt and completion, or a .txt; default: make one of each")
+    parser.add_argument("--megabytes", type=float, default=10, help="size of a made file")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each row")
     parser.add_argument("--one", choices=SYSTEMS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -56,28 +63,28 @@ def main() -> None:
 
 
 def make_files(folder: Path, megabytes: float) -> list[Path]:
-    """A .jsonl of chats and a .txt of one document."""
+    """Make a .jsonl of chats and a .txt of one document, and return their paths."""
     sentences = re.findall(r"[^.\n]+ ?\.", (ROOT / "samples" / "articles.txt").read_text(encoding="utf-8"))
-    draw = random.Random(0)
+    rng = random.Random(0)
 
-    def words(few: int, many: int) -> str:
-        wanted, text = draw.randint(few, many), ""
-        while text.count(" ") < wanted:
-            text += draw.choice(sentences)
+    def make_text(fewest: int, most: int) -> str:
+        words, text = rng.randint(fewest, most), ""
+        while text.count(" ") < words:
+            text += rng.choice(sentences)
         return text.strip()
 
     chats, text = folder / "chats.jsonl", folder / "text.txt"
     with chats.open("w", encoding="utf-8") as file:
         while file.tell() < megabytes * 1e6:
-            file.write(json.dumps({"prompt": words(5, 100), "completion": words(15, 200)}) + "\n")
+            file.write(json.dumps({"prompt": make_text(5, 100), "completion": make_text(15, 200)}) + "\n")
     with text.open("w", encoding="utf-8") as file:
         while file.tell() < megabytes * 1e6:
-            file.write(words(50, 150) + "\n")
+            file.write(make_text(50, 150) + "\n")
     return [chats, text]
 
 
 def table_row(system: str, tokenizer: Path, file: Path, repeats: int) -> str:
-    """One line of the table."""
+    """Measure a system and return its line of the table."""
     row = f"| {'chats' if file.suffix == '.jsonl' else 'text'} | {system} |"
     if system.startswith("trl") and find_spec("trl") is None:
         return f"{row} not installed | |"
@@ -89,7 +96,7 @@ def table_row(system: str, tokenizer: Path, file: Path, repeats: int) -> str:
 
 
 def run_alone(system: str, tokenizer: Path, file: Path) -> float:
-    """Seconds, measured in a process of its own with an empty cache."""
+    """Return the seconds that a system takes in a process of its own with an empty cache."""
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, __file__, "--tokenizer", str(tokenizer), "--file", str(file), "--one", system]
         environment = os.environ | {"HF_DATASETS_CACHE": cache, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
@@ -98,21 +105,22 @@ def run_alone(system: str, tokenizer: Path, file: Path) -> float:
 
 
 def measure(system: str, tokenizer_folder: Path, file: Path) -> float:
-    """Seconds from the file to blocks."""
+    """Return the seconds that a system takes from the file to blocks, in this process."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    prepare = {"toolkit": toolkit, "trl": trl, "datasets.map": row_by_row}[system.partition(",")[0]]
     if system.startswith("trl"):
-        return prepare(tokenizer, file, 1 if "1 process" in system else len(os.sched_getaffinity(0)))
+        return run_trl(tokenizer, file, 1 if "1 process" in system else len(os.sched_getaffinity(0)))
+    if system == "datasets.map":
+        return run_datasets_map(tokenizer, file)
     if system == "toolkit, cached":
-        prepare(tokenizer, file)
-    return prepare(tokenizer, file)
+        run_toolkit(tokenizer, file)
+    return run_toolkit(tokenizer, file)
 
 
-def toolkit(tokenizer: Any, file: Path) -> float:
+def run_toolkit(tokenizer: "PreTrainedTokenizerBase", file: Path) -> float:
     sys.path.insert(0, str(ROOT))
-    import datasets  # noqa: F401  not needed, but the others' clocks do not count it either
+    import datasets  # noqa: F401  the clocks of the other systems do not count this import either
 
     from qlora_kit.config import Config, DataSettings
     from qlora_kit.data.dataset import load_blocks
@@ -123,7 +131,7 @@ def toolkit(tokenizer: Any, file: Path) -> float:
     return time.perf_counter() - start
 
 
-def trl(tokenizer: Any, file: Path, processes: int) -> float:
+def run_trl(tokenizer: "PreTrainedTokenizerBase", file: Path, processes: int) -> float:
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM
     from trl import SFTConfig, SFTTrainer
@@ -135,7 +143,7 @@ def trl(tokenizer: Any, file: Path, processes: int) -> float:
         dataset_num_proc=processes, use_cpu=True, bf16=False, report_to="none",
     )  # fmt: skip
 
-    def as_chat(row: dict[str, str]) -> dict[str, list[dict[str, str]]]:
+    def to_chat(row: dict[str, str]) -> dict[str, list[dict[str, str]]]:
         return {
             "prompt": [{"role": "user", "content": row["prompt"]}],
             "completion": [{"role": "assistant", "content": row["completion"]}],
@@ -144,12 +152,12 @@ def trl(tokenizer: Any, file: Path, processes: int) -> float:
     start = time.perf_counter()
     rows = load_dataset("json" if chats else "text", data_files=str(file), split="train")
     if chats:
-        rows = rows.map(as_chat, num_proc=processes)
+        rows = rows.map(to_chat, num_proc=processes)
     SFTTrainer(model=model, args=settings, train_dataset=rows, processing_class=tokenizer)
     return time.perf_counter() - start
 
 
-def row_by_row(tokenizer: Any, file: Path) -> float:
+def run_datasets_map(tokenizer: "PreTrainedTokenizerBase", file: Path) -> float:
     from datasets import load_dataset
 
     def chat(row: dict[str, str]) -> dict[str, list[int]]:
