@@ -1,4 +1,4 @@
-"""Where a loaded Llama-like model keeps its projections."""
+"""Projections of a loaded Llama-like model."""
 
 from typing import Any
 
@@ -6,15 +6,15 @@ import torch
 
 
 def projections_of(layer: Any) -> list[list[Any]]:
-    """Its projections, those that share an input together: q, k, v; o; gate, up; down."""
+    """Return the projections of a decoder layer, grouped by their input: q, k, v; o; gate, up; down."""
     attention, mlp = layer.self_attn, layer.mlp
     return [
         [attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj],
     ]  # fmt: skip
 
 
-def stacked_bias(bases: list[Any], like: torch.Tensor) -> torch.Tensor | None:
-    """One bias of all, zero where one has none, in the dtype and place of `like`; None where none has one."""
+def stack_biases(bases: list[Any], like: torch.Tensor) -> torch.Tensor | None:
+    """Concatenate the biases, zero for a missing one, in the dtype and on the device of `like`; None if all are missing."""
     if all(base.bias is None for base in bases):
         return None
     return torch.cat([like.new_zeros(base.out_features) if base.bias is None else base.bias.to(like) for base in bases])

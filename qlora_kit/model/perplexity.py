@@ -1,22 +1,39 @@
-"""Perplexity: the exponential of the token-weighted mean loss, with its standard error.
+"""Perplexity, the exponential of the token-weighted mean loss, and its standard error.
 
-A figure without its definition cannot be compared: block length and join rule go with it wherever it is printed.
+Figures can only be compared with their definition, so block length and join rule are printed with each.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from qlora_kit.model.loss import IGNORED, token_losses
 
 
+class TokenBlocks(Protocol):
+    """Items with input_ids, labels and, if a block holds several records, starts, (T,) each."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
+
+
+LossesOf = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]  # ids, labels, starts -> losses
+
+
 @dataclass(frozen=True)
 class Perplexity:
-    """loss in nats per token; standard_error is that of the perplexity."""
+    """A perplexity and what it was computed from.
+
+    Attributes:
+        loss: nats per token.
+        standard_error: of the perplexity; NaN for a single block.
+        tokens: predicted tokens.
+    """
 
     loss: float
     perplexity: float
@@ -32,7 +49,7 @@ class Perplexity:
         return asdict(self) | {"standard_error": _or_none(self.standard_error)}
 
     def definition(self, block_length: int, join_rule: str) -> str:
-        """What it means, so that it can be compared with others."""
+        """Return what the figure means, so that it can be compared with others."""
         blocks = "1 block" if self.blocks == 1 else f"{self.blocks} blocks"
         error = "one block has no standard error" if self.blocks == 1 else "± one standard error over blocks"
         return (
@@ -42,7 +59,7 @@ class Perplexity:
 
 
 def plus_minus(value: float, error: float, form: str) -> str:
-    """A value with its standard error, where it has one: that of a single block is NaN."""
+    """Return a value with its standard error; without if that is NaN, as for a single block."""
     return f"{value:{form}}" if math.isnan(error) else f"{value:{form}} ± {error:{form.lstrip('+')}}"
 
 
@@ -62,7 +79,7 @@ class Difference(NamedTuple):
 
 
 def from_block_losses(sums: Sequence[float], counts: Sequence[int]) -> Perplexity:
-    """Combine each block's summed loss and its count of predicted tokens.
+    """Return the perplexity from each block's summed loss and its number of predicted tokens.
 
     loss = Σ sums / Σ counts, the token-weighted mean. Tokens of one block depend on each other, so the error is that of a
     ratio of block totals (Cochran, Sampling Techniques, section 2.11): residuals e_i = sums_i - loss · counts_i,
@@ -74,46 +91,35 @@ def from_block_losses(sums: Sequence[float], counts: Sequence[int]) -> Perplexit
 
 
 def loss_difference(before: Sequence[float], after: Sequence[float], counts: Sequence[int]) -> Difference:
-    """How much the mean loss changed from one model to another on the same blocks.
+    """Return the change of the mean loss from one model to another on the same blocks.
 
-    A block that is hard for one is hard for the other, so the error is that of the blocks' own differences: as in
-    from_block_losses, with d_i = after_i - before_i in place of sums_i. difference = Σ d / Σ counts,
+    A block that is hard for one model is hard for the other, so the error is that of the blocks' own differences: as in
+    from_block_losses, with d_i = after_i - before_i for sums_i. difference = Σ d / Σ counts,
     e_i = d_i - difference · counts_i, SE(difference) = sqrt(n/(n-1) Σ e_i²) / Σ counts.
     """
     return Difference(*_ratio([b - a for a, b in zip(before, after, strict=True)], counts))
 
 
 def _ratio(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
-    """Σ sums / Σ counts and its standard error; NaN for that of one block."""
+    """Return Σ sums / Σ counts and its standard error, NaN for one block."""
     total, blocks = sum(counts), len(counts)
     ratio = math.fsum(sums) / total
     squares = math.fsum((s - ratio * c) ** 2 for s, c in zip(sums, counts, strict=True))
     return ratio, math.sqrt(squares * blocks / (blocks - 1)) / total if blocks > 1 else math.nan
 
 
-def measure_perplexity(
-    losses_of: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor],
-    blocks: Any,
-    batch_size: int,
-    on_batch: Callable[[int], None] = lambda done: None,
-) -> Perplexity:
-    """Perplexity on the blocks; arguments as measure_block_losses."""
-    return from_block_losses(*measure_block_losses(losses_of, blocks, batch_size, on_batch))
-
-
 def measure_block_losses(
-    losses_of: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor],
-    blocks: Any,
+    losses_of: LossesOf,
+    blocks: TokenBlocks,
     batch_size: int,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[float], list[int]]:
-    """Each block's summed loss in nats, of every token but its first, and its count of predicted tokens.
+    """Return each block's summed loss in nats, without its first token, and its number of predicted tokens.
 
     Args:
-        losses_of: ids, labels, starts (B, T) on the CPU -> losses (B, T - 1) in nats, no dropout, zero where the label is -100.
-        blocks: items with input_ids, labels and, where a block holds several records, starts (fast/attention.py), (T,) each.
-        batch_size: sequences per forward pass; no more than in training, so that evaluation fits where training does.
-        on_batch: called with the number of blocks done.
+        losses_of: ids, labels, starts (B, T) on the CPU -> losses (B, T - 1) in nats, without dropout, zero for a label of -100.
+        batch_size: sequences per forward pass; no more than in training, so that evaluation fits into memory.
+        on_batch: called with the number of blocks measured so far.
     """
     sums: list[torch.Tensor] = []
     counts: list[int] = []
@@ -127,14 +133,13 @@ def measure_block_losses(
     return torch.cat(sums).tolist(), counts
 
 
-def library_losses(model: Any, autocast: AbstractContextManager | None = None) -> Callable[..., torch.Tensor]:
-    """`losses_of` through the library's own layers."""
-
+def library_losses(model: torch.nn.Module, autocast: AbstractContextManager | None = None) -> LossesOf:
+    """Return a `losses_of` that runs the library's own layers."""
     device = next(model.parameters()).device
 
     @torch.no_grad()
     def losses(ids: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
-        if was_training := model.training:  # walking through all modules takes longer than a small batch
+        if was_training := model.training:  # visiting all modules takes longer than a small batch
             model.eval()
         with autocast or nullcontext():
             result = token_losses(model, ids.to(device), labels.to(device), None if starts is None else starts.to(device))
@@ -146,13 +151,13 @@ def library_losses(model: Any, autocast: AbstractContextManager | None = None) -
 
 
 def as_metrics(result: Perplexity) -> dict[str, float]:
-    """The keys under which metrics.jsonl and the Trainer know an evaluation."""
+    """Return an evaluation with its keys in metrics.jsonl and in the Trainer."""
     return {"eval_loss": result.loss, "eval_perplexity": result.perplexity, "eval_standard_error": result.standard_error,
             "eval_tokens": result.tokens, "eval_blocks": result.blocks}  # fmt: skip
 
 
 def recorded_base(metrics: list[dict[str, Any]]) -> Perplexity | None:
-    """The base model's perplexity as an interrupted run wrote it to metrics.jsonl."""
+    """Return the base model's perplexity that an interrupted run wrote to metrics.jsonl, or None."""
     entry = next((entry for entry in metrics if entry["step"] == 0 and "eval_loss" in entry), None)
     if entry is None:
         return None

@@ -1,4 +1,4 @@
-"""The chunked loss against PyTorch's cross-entropy and the library's own loss."""
+"""Compare the chunked loss with PyTorch's cross-entropy and with the library's own loss."""
 
 import math
 
@@ -21,9 +21,9 @@ def random_problem(dtype=torch.float64, rows=13, width=8, vocabulary=29):
 
 
 @pytest.mark.parametrize("rows", [1, 4, 13, 100])
-def test_losses_and_gradients_equal_pytorchs_whatever_the_piece(rows):
+def test_losses_and_gradients_equal_pytorchs_for_every_size_of_piece(rows):
     hidden, weight, targets = random_problem(torch.float32)
-    upstream = torch.linspace(-1, 2, len(targets))  # any use of the losses, not only their mean
+    upstream = torch.linspace(-1, 2, len(targets))  # weights other than those of a mean
     (chunked_losses(hidden, weight, targets, rows) * upstream).sum().backward()
     gradient, hidden.grad = hidden.grad, None
     expected = F.cross_entropy(F.linear(hidden, weight), targets, reduction="none", ignore_index=-100)
@@ -50,7 +50,7 @@ def test_bf16_agrees_with_fp32_within_bf16_rounding():
     assert relative < 2**-7  # bf16 keeps 8 bits
 
 
-def test_nothing_is_kept_for_a_backward_pass_without_gradient():
+def test_nothing_is_saved_for_backward_under_no_grad():
     hidden, weight, targets = random_problem(torch.float32)
     with torch.no_grad():
         assert not chunked_losses(hidden, weight, targets).requires_grad
@@ -87,8 +87,8 @@ def test_a_quantized_model_trains_as_with_the_librarys_loss(adapted):
         torch.testing.assert_close(actual[name], gradient, rtol=1e-3, atol=1e-6)
 
 
-def test_the_full_logits_are_never_made(adapted, monkeypatch):
-    """No tensor reaches tokens x vocabulary, in evaluation as in training: the head comes in pieces."""
+def test_the_full_logits_never_exist(adapted, monkeypatch):
+    """No tensor has tokens x vocabulary elements, neither in training nor in evaluation."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     largest = 0
@@ -111,12 +111,12 @@ def test_the_full_logits_are_never_made(adapted, monkeypatch):
 
 
 @pytest.mark.parametrize("tokens, pieces", [(1, 1), (441, 1), (442, 2), (512, 2), (8192, 19)])
-def test_pieces_hold_the_logits_that_they_may(tokens, pieces):
+def test_a_piece_has_at_most_2_to_the_26_logits(tokens, pieces):
     rows = vocabulary_piece(tokens, 151_936)  # 441 x 151,936 is just below 2^26
     assert math.ceil(151_936 / rows) == pieces and rows % 64 == 0 and (rows - 64) * tokens < 2**26
 
 
-def test_a_model_that_does_more_after_its_decoder_takes_the_librarys_logits(other_models):
+def test_a_model_that_is_not_llama_like_uses_the_librarys_logits(other_models):
     from transformers import AutoModelForCausalLM
 
     gpt2 = AutoModelForCausalLM.from_pretrained(other_models["gpt2"]).eval().requires_grad_(False)
@@ -127,14 +127,14 @@ def test_a_model_that_does_more_after_its_decoder_takes_the_librarys_logits(othe
         torch.testing.assert_close(token_losses(model, ids, ids).mean(), model(input_ids=ids, labels=ids).loss)
 
 
-def test_a_trained_head_is_left_to_autograd(other_models):
+def test_a_trained_head_uses_the_librarys_logits(other_models):
     from transformers import AutoModelForCausalLM
 
     assert decoder_and_head(AutoModelForCausalLM.from_pretrained(other_models["llama"])) is None  # its head requires grad
 
 
-def test_a_large_logit_in_a_late_piece_loses_nothing():
-    """The running maximum rises by hundreds: sums from before it shrink instead of overflowing."""
+def test_a_large_logit_in_a_late_piece_does_not_overflow():
+    """The running maximum rises by hundreds, and the earlier sums are scaled down."""
     hidden, weight, targets = random_problem(torch.float32)
     weight = weight * torch.linspace(1, 400, len(weight))[:, None]
     expected = F.cross_entropy(F.linear(hidden, weight), targets, reduction="none", ignore_index=-100)
@@ -146,8 +146,8 @@ def test_gradcheck_in_fp64():
     assert torch.autograd.gradcheck(lambda x: ChunkedCrossEntropy.apply(x, weight, targets, 4), (hidden,))
 
 
-def test_the_loss_is_taken_where_the_head_is(other_models, monkeypatch):
-    """Of a model over several GPUs the head may be on another than the layers: here on a device that only knows shapes."""
+def test_the_loss_is_computed_on_the_heads_device(other_models, monkeypatch):
+    """A model on several GPUs may have its head on another GPU than its layers; here the head is on the meta device."""
     from transformers import AutoModelForCausalLM
 
     llama = AutoModelForCausalLM.from_pretrained(other_models["llama"]).requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Perplexity against hand-worked numbers, an independent jackknife, and transformers' own loss."""
+"""Compare perplexities with numbers computed by hand, an independent jackknife, and transformers' own loss."""
 
 import math
 import statistics
@@ -14,12 +14,10 @@ from qlora_kit.model.perplexity import (
     from_block_losses,
     library_losses,
     loss_difference,
-    measure_perplexity,
+    measure_block_losses,
     plus_minus,
     recorded_base,
 )
-
-# From block totals
 
 
 def test_loss_is_the_mean_over_tokens_and_not_over_blocks():
@@ -29,12 +27,12 @@ def test_loss_is_the_mean_over_tokens_and_not_over_blocks():
     assert (result.tokens, result.blocks) == (7, 2)
 
 
-def test_standard_error_by_hand():
+def test_standard_error_is_that_computed_by_hand():
     # loss 1; residuals 6 - 2 = 4 and 1 - 5 = -4; sqrt(2/1 * 32) = 8; 8 / 7 tokens
     assert from_block_losses([6.0, 1.0], [2, 5]).standard_error == pytest.approx(math.e * 8 / 7)
 
 
-def test_with_equal_blocks_it_is_the_standard_error_of_their_means():
+def test_the_standard_error_of_equal_blocks_is_that_of_their_means():
     sums = [21.0, 18.0, 30.0, 24.0, 12.0]
     expected = statistics.stdev(s / 10 for s in sums) / math.sqrt(5)
     result = from_block_losses(sums, [10] * 5)
@@ -53,7 +51,7 @@ def test_standard_error_agrees_with_the_jackknife():
 def test_one_block_has_no_standard_error():
     result = from_block_losses([3.0], [3])
     assert math.isnan(result.standard_error) and str(result) == "2.718"
-    assert "1 block of 4 tokens" in (said := result.definition(4, "rows joined")) and "±" not in said
+    assert "1 block of 4 tokens" in (definition := result.definition(4, "rows joined")) and "±" not in definition
     assert plus_minus(-0.5, math.nan, "+.4f") == "-0.5000" and plus_minus(0.5, 0.25, "+.4f") == "+0.5000 ± 0.2500"
 
 
@@ -62,27 +60,25 @@ def test_a_diverged_loss_does_not_overflow():
     assert result.loss == 5000 and math.isfinite(result.perplexity)
 
 
-# From the totals of two models on the same blocks
-
-
-def test_difference_of_two_losses_by_hand():
+def test_the_difference_of_two_losses_is_that_computed_by_hand():
     # losses 7/7 and 7/7; block differences -2 and 2, residuals the same; sqrt(2/1 * 8) = 4; 4 / 7 tokens
     difference = loss_difference([6.0, 1.0], [4.0, 3.0], [2, 5])
     assert difference.loss == pytest.approx(0.0)
     assert difference.standard_error == pytest.approx(4 / 7)
 
 
-def test_with_equal_blocks_its_error_is_that_of_paired_observations():
+def test_the_differences_error_is_that_of_paired_observations_if_blocks_are_equal():
     before, after = [21.0, 18.0, 30.0, 24.0, 12.0], [20.0, 16.0, 29.0, 21.0, 12.0]
     changes = [(b - a) / 10 for a, b in zip(before, after, strict=True)]
     difference = loss_difference(before, after, [10] * 5)
     assert difference.loss == pytest.approx(statistics.mean(changes))
     assert difference.standard_error == pytest.approx(statistics.stdev(changes) / math.sqrt(5))
-    alone = [from_block_losses(sums, [10] * 5) for sums in (before, after)]  # their errors say less of the difference
+    alone = [from_block_losses(sums, [10] * 5) for sums in (before, after)]  # unpaired errors are larger
     assert difference.standard_error < min(result.standard_error / result.perplexity for result in alone)
 
 
-# From a model
+def measure_perplexity(losses_of, blocks, batch_size, **options):
+    return from_block_losses(*measure_block_losses(losses_of, blocks, batch_size, **options))
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +94,7 @@ def blocks():
 
 @torch.no_grad()
 def reference_loss(model, blocks) -> float:
-    """transformers' own loss, block by block, weighted by predicted tokens."""
+    """Return transformers' own loss, block by block, weighted by predicted tokens."""
     total, tokens = 0.0, 0
     for block in blocks:
         predicted = int((block["labels"][1:] != -100).sum())
@@ -107,10 +103,10 @@ def reference_loss(model, blocks) -> float:
     return total / tokens
 
 
-def test_it_is_the_loss_of_transformers(model, blocks):
+def test_the_loss_is_that_of_transformers(model, blocks):
     result = measure_perplexity(library_losses(model), blocks, batch_size=2)
     assert result.loss == pytest.approx(reference_loss(model.eval(), blocks), rel=1e-5)
-    assert (result.tokens, result.blocks) == (5 * 23, 5)  # a block's first token has nothing before it
+    assert (result.tokens, result.blocks) == (5 * 23, 5)  # no token predicts a block's first
 
 
 @pytest.mark.parametrize("batch_size", [2, 5, 8])
@@ -121,7 +117,7 @@ def test_the_batch_size_does_not_matter(model, blocks, batch_size):
     assert many.tokens == one.tokens
 
 
-def test_masked_labels_count_neither_as_loss_nor_as_tokens(model, blocks):
+def test_masked_labels_add_neither_loss_nor_tokens(model, blocks):
     masked = [{"input_ids": block["input_ids"], "labels": block["labels"].clone()} for block in blocks]
     for number, block in enumerate(masked):
         block["labels"][: 4 * number + 1] = -100  # blocks of different weight
@@ -130,7 +126,7 @@ def test_masked_labels_count_neither_as_loss_nor_as_tokens(model, blocks):
     assert result.loss == pytest.approx(reference_loss(model.eval(), masked), rel=1e-5)
 
 
-def test_products_run_under_the_autocast_given(model, blocks):
+def test_the_forward_pass_runs_under_the_given_autocast(model, blocks):
     exact = measure_perplexity(library_losses(model), blocks, batch_size=2)
     autocast = torch.autocast("cpu", torch.bfloat16)
     rounded = measure_perplexity(library_losses(model, autocast), blocks, batch_size=2)
@@ -139,7 +135,7 @@ def test_products_run_under_the_autocast_given(model, blocks):
 
 
 class Uniform(torch.nn.Module):
-    """Holds every next token for equally likely, and remembers how it was called."""
+    """A model that gives every next token the same probability and records its calls."""
 
     def __init__(self, vocabulary: int):
         super().__init__()
@@ -152,13 +148,13 @@ class Uniform(torch.nn.Module):
         return SimpleNamespace(logits=self.weight * torch.zeros(*input_ids.shape, self.vocabulary))
 
 
-def test_a_uniform_model_has_its_vocabulary_for_perplexity(blocks):
+def test_a_uniform_models_perplexity_is_the_size_of_its_vocabulary(blocks):
     result = measure_perplexity(library_losses(Uniform(6144)), blocks, batch_size=2)
     assert result.perplexity == pytest.approx(6144)
     assert result.standard_error == pytest.approx(0, abs=1e-2)
 
 
-def test_no_batch_is_larger_than_asked_for_and_progress_is_told(blocks):
+def test_no_batch_is_larger_than_batch_size_and_progress_is_reported(blocks):
     model, done = Uniform(6144), []
     measure_perplexity(library_losses(model), blocks, batch_size=2, on_batch=done.append)
     assert model.batches == [2, 2, 1]
@@ -166,15 +162,15 @@ def test_no_batch_is_larger_than_asked_for_and_progress_is_told(blocks):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_it_runs_without_dropout_and_leaves_the_mode_as_it_was(blocks, training):
+def test_measuring_runs_without_dropout_and_restores_the_mode(blocks, training):
     model = Uniform(6144).train(training)
     measure_perplexity(library_losses(model), blocks, batch_size=5)
     assert model.was_training == [False]
     assert model.training is training
 
 
-def test_losses_may_overwrite_those_of_the_batch_before(blocks):
-    """As a replayed CUDA graph does: each batch's sums are taken before the next one runs."""
+def test_losses_may_overwrite_those_of_the_previous_batch(blocks):
+    """A replayed CUDA graph does so; each batch must be summed before the next one runs."""
     buffer = torch.zeros(2, 23)
 
     def losses_of(ids, labels, starts):
@@ -185,9 +181,6 @@ def test_losses_may_overwrite_those_of_the_batch_before(blocks):
     result = measure_perplexity(losses_of, blocks, batch_size=2)
     expected = sum(block["input_ids"][1:].double().sum().item() for block in blocks) / 1000
     assert result.loss * result.tokens == pytest.approx(expected, rel=1e-6)
-
-
-# What is written down
 
 
 def test_the_base_models_perplexity_reads_back_from_the_metrics_of_an_interrupted_run():

@@ -1,4 +1,4 @@
-"""The separator of documents, which is not always the tokenizer's end-of-sequence token."""
+"""Find the separator of documents, which is not always the tokenizer's end-of-sequence token."""
 
 import pytest
 from tokenizers import Tokenizer
@@ -16,15 +16,15 @@ def test_the_separator_ends_a_text_and_not_a_turn(tiny_dir):
 
 
 def plain_tokenizer(**ends):
-    """A tokenizer of Llama's kind: no <|endoftext|> in the vocabulary; what is not in it has the id of unknown words."""
+    """Return a tokenizer like Llama's, without <|endoftext|>; unknown words have the id of <unk>."""
     words = Tokenizer(WordLevel({"<unk>": 0, "a": 1, "</s>": 2}, unk_token="<unk>"))
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", **ends)
 
 
-def test_without_endoftext_the_end_of_sequence_separates():
+def test_without_endoftext_the_end_of_sequence_token_is_the_separator():
     assert separator_id(plain_tokenizer(eos_token="</s>")) == 2
 
 
-def test_a_tokenizer_without_any_end_is_one_problem():
+def test_a_tokenizer_without_an_end_of_sequence_token_is_refused():
     with pytest.raises(UserError, match=r"model\.name: .*end-of-sequence"):
         separator_id(plain_tokenizer())
