@@ -53,7 +53,7 @@ def read_prompt(text: str) -> Prompt:
     if text == "-":
         text = _read_standard_input("--prompt").removesuffix("\n")
     if not text:
-        raise _empty("--prompt", None)
+        raise _empty_prompt("--prompt", None)
     return Prompt(_check_utf8(text, "--prompt", None))
 
 
@@ -97,7 +97,7 @@ def _check_utf8(text: str, flag: str, value: str | None) -> str:
     return text
 
 
-def _empty(flag: str, value: str | None) -> UserError:
+def _empty_prompt(flag: str, value: str | None) -> UserError:
     return UserError(flag, value, "is empty", "give it some text")
 
 
@@ -138,7 +138,7 @@ class PromptEncoder:
         text = f"### Instruction:\n{prompt}\n\n### Response:\n" if self.style == "instruction" else prompt
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids or not prompt:
-            raise _empty(flag, value)
+            raise _empty_prompt(flag, value)
         return ids
 
     def encode_chat(self, messages: list[Message]) -> list[int]:
