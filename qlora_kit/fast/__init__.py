@@ -1,7 +1,4 @@
-"""The fast training pass: fused 4-bit LoRA layers without autograd, compiled, as CUDA graphs.
-
-from qlora_kit.fast import FastStep
-"""
+"""The fast training pass: fused 4-bit LoRA layers without autograd, compiled and replayed as CUDA graphs."""
 
 from typing import TYPE_CHECKING
 

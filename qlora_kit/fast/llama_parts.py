@@ -4,13 +4,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
+from transformers import PreTrainedModel
 
 from qlora_kit.fast.llama_layer import Norms, Rotary
 from qlora_kit.fast.peft_layers import is_plain
 from qlora_kit.fast.projection import Lora
 from qlora_kit.model.architecture import why_not_llama_like
-from qlora_kit.model.llama_modules import projections_of, stacked_bias
+from qlora_kit.model.llama_modules import projections_of, stack_biases
 from qlora_kit.model.loss import decoder_and_head
 
 
@@ -42,7 +44,7 @@ def read_layers(decoder: Any, read_lora: LoraReader) -> list[Layer]:
     def read_group(modules: list[Any]) -> ProjectionGroup:
         bases = [getattr(module, "base_layer", module) for module in modules]
         sizes = tuple(base.out_features for base in bases)
-        bias = stacked_bias(bases, decoder.norm.weight)
+        bias = stack_biases(bases, decoder.norm.weight)
         return ProjectionGroup(tuple(base.weight for base in bases), bias, sizes, *read_lora(modules, sizes))
 
     return [Layer(_read_norms(layer), *map(read_group, projections_of(layer))) for layer in decoder.layers]
@@ -83,7 +85,7 @@ def read_rotary_table(decoder: Any, length: int, device: torch.device) -> Rotary
     return Rotary(cos, torch.cat([-first, second], -1))
 
 
-def why_not_covered(model: Any, length: int) -> str | None:
+def why_not_covered(model: PreTrainedModel | PeftModel, length: int) -> str | None:
     """Return why llama_layer.py does not describe a model's layers for texts of `length` tokens, or None if it does.
 
     Args:

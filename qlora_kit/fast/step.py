@@ -86,7 +86,7 @@ class FastStep:
     def _begin_if_cleared(self) -> None:
         """Begin an optimizer step if any gradient is None: zero_grad of the optimizer or the model sets it so."""
         adapters = self.micro.decoder.adapters
-        if any(matrix.untyped_storage().data_ptr() != adapters.flat.untyped_storage().data_ptr() for matrix in self.lora):
+        if self.lora[0].untyped_storage().data_ptr() != adapters.flat.untyped_storage().data_ptr():
             raise RuntimeError("the model was moved, or given to another FastStep: make a new FastStep, then the optimizer")
         if all(parameter.grad is not None for parameter in (adapters.flat, *self.lora)):
             return

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 
 from qlora_kit.fast import llama_layer, mlp_activation
 from qlora_kit.fast.attention import BlockLayout, attend, lay_out_blocks
@@ -77,7 +78,7 @@ class FastDecoder:
         compiled: whether torch.compile fuses the steps of a layer.
     """
 
-    def __init__(self, model: Any, recomputed: int, compiled: bool):
+    def __init__(self, model: PeftModel, recomputed: int, compiled: bool):
         parts = decoder_and_head(model)
         assert parts is not None, "why_not_fast comes first"
         self.decoder = parts[0]
@@ -274,7 +275,7 @@ def compile_once(function: Callable) -> Callable:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-def why_not_fast(model: Any, length: int) -> str | None:
+def why_not_fast(model: PeftModel, length: int) -> str | None:
     """Return why FastDecoder does not cover a PEFT model in blocks of `length` tokens, or None if it does."""
     reason, parts = why_not_covered(model, length), decoder_and_head(model)
     if reason or parts is None:

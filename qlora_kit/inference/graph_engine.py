@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 from qlora_kit.config import GenerationSettings
 from qlora_kit.fast.llama_layer import Norms, Rotary, rms_norm, rotate
@@ -38,7 +40,7 @@ class GraphEngine:
         captured: whether to use CUDA graphs; without them the same functions run kernel by kernel.
     """
 
-    def __init__(self, model: Any, captured: bool):
+    def __init__(self, model: PreTrainedModel | PeftModel, captured: bool):
         self.model = model.requires_grad_(False).eval()
         parts = decoder_and_head(model)
         assert parts is not None, "why_not_decoded comes first"
@@ -252,7 +254,7 @@ class _AnswerBatch:
         return graph.replay
 
 
-def why_not_decoded(model: Any, length: int) -> str | None:
+def why_not_decoded(model: PreTrainedModel | PeftModel, length: int) -> str | None:
     """Return why GraphEngine does not cover a model in texts of up to `length` tokens, or None if it does."""
     if reason := why_not_covered(model.requires_grad_(False), length):  # a head that was trained is covered as well
         return reason

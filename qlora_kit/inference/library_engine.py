@@ -7,7 +7,8 @@ from threading import Event, Thread
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from peft import PeftModel
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from qlora_kit.config import GenerationSettings
@@ -19,7 +20,7 @@ LONGEST_TEXT = 8192  # tokens; GraphEngine needs an attention window over the mo
 Step = list[int | None]  # the next token of each prompt's answer; None after its end
 
 
-def choose_engine(model: Any, pad_id: int | None) -> tuple[Engine, str | None]:
+def choose_engine(model: PreTrainedModel | PeftModel, pad_id: int | None) -> tuple[Engine, str | None]:
     """Return GraphEngine if it covers a model on a GPU, else LibraryEngine and, on a GPU, a line for the user that says why."""
     if model.device.type != "cuda":
         return LibraryEngine(model, pad_id), None
@@ -32,7 +33,7 @@ def choose_engine(model: Any, pad_id: int | None) -> tuple[Engine, str | None]:
 class LibraryEngine:
     """Decode any model that the library can load; graph_engine.GraphEngine is faster for those that it covers."""
 
-    def __init__(self, model: Any, pad_id: int | None):
+    def __init__(self, model: PreTrainedModel | PeftModel, pad_id: int | None):
         self.model, self.pad_id = model.eval(), pad_id or 0
 
     @property
