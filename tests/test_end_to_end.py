@@ -459,7 +459,7 @@ def test_resuming_refuses_a_setting_that_would_make_it_another_run(trained):
 
 
 def test_resuming_without_a_checkpoint_is_refused(tmp_path):
-    with pytest.raises(UserError, match="--resume: .*: has no checkpoint"):
+    with pytest.raises(UserError, match=r"--resume: .*: has no checkpoint"):
         train("--output_dir", str(tmp_path / "nothing"), "--resume")
     assert not (tmp_path / "nothing").exists()
 
