@@ -375,7 +375,7 @@ def test_other_architectures_load_in_4_bits_and_every_adapter_learns(other_model
 
 
 def test_gpt2s_transposed_weights_are_transposed_before_packing(other_models):
-    """Conv1D keeps (in, out), Linear4bit (out, in): c_attn is 64 -> 192, c_proj 64 -> 64, where a mistake would not crash."""
+    """Conv1D keeps (in, out), Linear4bit (out, in): c_attn is 64 -> 192; c_proj is 64 -> 64, where a mistake does not crash."""
     whole, _ = load(other_models["gpt2"], torch.float32, quantization=None)
     packed, _ = load(other_models["gpt2"], torch.float32)
     x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
@@ -399,7 +399,7 @@ def test_targets_of_another_architecture_are_refused_with_gpt2s_own(other_models
 
 
 def test_weights_that_this_processor_would_dequantize_wrongly_are_refused(tiny_dir, monkeypatch):
-    """As bitsandbytes 0.50.2 does on processors with AVX-512 for rows of 80; here for rows of 512, the tiny model's down."""
+    """bitsandbytes 0.50.2 dequantizes rows of 80 wrongly on processors with AVX-512; here rows of 512, those of down_proj."""
     assert model_load.dequantizes_correctly(192) and model_load.dequantizes_correctly(512)
     untouched = bitsandbytes.functional.dequantize_4bit
 

@@ -58,6 +58,7 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
+        """Return whether the models differ by no more than the rule allows."""
         loss, error = self.difference
         allowed = ROUNDING if self.same_weights else MARGIN
         chance = 0.0 if math.isnan(error) else ERRORS * error
@@ -65,6 +66,7 @@ class Comparison:
 
     @property
     def rule(self) -> str:
+        """Return the allowed difference in words."""
         kind, allowed = ("differ", ROUNDING) if self.same_weights else ("be worse", MARGIN)
         return f"may {kind} by {allowed} nats or {ERRORS:g} standard errors, whichever is more"
 
@@ -151,7 +153,7 @@ def _is_available(data: DataSettings) -> bool:
 
 
 def choose_device_maps(source: AdapterSource, base: Path, packing: Packing, wanted: str) -> list[DeviceMap]:
-    """Return where to load base + adapter, and where the merged model, which is not packed.
+    """Return the device maps of base + adapter and of the merged model, which is not packed.
 
     Args:
         base: the base model's folder.

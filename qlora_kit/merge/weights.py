@@ -69,6 +69,7 @@ class MergePlan:
 
     @property
     def nbytes(self) -> int:
+        """Return the bytes of all weights."""
         return sum(stored.nbytes for stored in self.tensors.values())
 
     def merge_tensor(self, stored: StoredTensor) -> torch.Tensor:

@@ -160,5 +160,5 @@ def _download(model: ModelSettings, patterns: list[str]) -> Path:
         raise UserError("model.name", name, "is neither a folder here nor a model on the Hub", remedy) from None
     except (OSError, errors.HfHubHTTPError):  # the library's own offline errors are OSErrors too
         problem = "is not on this machine, and the Hub cannot be reached"
-        remedy = f"download it where there is a network (hf download {name}), or use a local folder"
+        remedy = f"download it with a network (hf download {name}), or use a local folder"
         raise UserError("model.name", name, problem, remedy) from None

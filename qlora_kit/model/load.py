@@ -69,7 +69,7 @@ def load_base_model(
             quantization_config=quantization,
             dtype=dtype,
             device_map={"": 0 if device == "cuda" else device} if isinstance(device, str) else device,
-            use_safetensors=True,  # and no pickle, where a folder holds both
+            use_safetensors=True,  # no pickle, even in a folder that holds both
             revision=revision or "main",
             trust_remote_code=trust_remote_code,
         )

@@ -33,6 +33,7 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
+        """Return the bytes that the tensor takes in the file."""
         return BYTES[self.dtype] * math.prod(self.shape)
 
     def read(self) -> "torch.Tensor":
