@@ -33,19 +33,11 @@ class Problem:
         return CONTROL.sub(lambda match: repr(match.group())[1:-1], text)
 
 
-class _Sentence(Problem):
-    def __str__(self) -> str:
-        return CONTROL.sub(lambda match: repr(match.group())[1:-1], self.key)
-
-
 class UserError(Exception):
     """A mistake that the user can mend: exit status 2, and one line for each problem."""
 
-    def __init__(self, *given: object):
-        if len(given) == 4 and ": " not in str(given[0]):
-            self._set([Problem(str(given[0]), given[1], str(given[2]), str(given[3]))])
-        else:  # finished sentences, until every place states its parts
-            self._set([_Sentence(str(one), None, "", "") for one in given])
+    def __init__(self, key: object, value: object, problem: str, remedy: str):
+        self._set([Problem(str(key), value, problem, remedy)])
 
     @classmethod
     def of(cls, problems: Iterable[Problem]) -> "UserError":
@@ -75,10 +67,6 @@ class UserError(Exception):
 def unsupported(key: str, reason: str, alternative: str) -> Problem:
     """Return the problem of a switch that is true where it cannot work."""
     return Problem(key, True, f"cannot work here ({reason})", f"use {alternative}")
-
-
-def cannot_work(key: str, reason: str, instead: str) -> str:
-    return f"{key}: true: cannot work here ({reason}); use {instead}"
 
 
 class Stopped(Exception):
