@@ -45,32 +45,22 @@ class RecordBlocks:
     for each position the position at which its record begins: position i attends to j with starts[i] <= j <= i, and its position
     id is i - starts[i]. The padding at the end of a block counts as a record. Padding and the first token of each record have no
     label.
-
-    Attributes:
-        numbers: (records,) int64, numbers of the records in their source.
-        begins: (records,) int64, the first token of each record in `stored` that is not cut.
-        lengths: (records,) int64, at most `length`; 0 for a dropped record.
-        order: (records,) int64, the records block after block.
-        bounds: (blocks + 1,) int64, where each block begins in `order`.
-        packed: records share blocks.
-        full_lengths: (records,) int64, before any is cut.
-        format_recognised: the format was recognised by the keys, not set.
     """
 
     stored: Tokens
-    numbers: np.ndarray
-    begins: np.ndarray
-    lengths: np.ndarray
-    order: np.ndarray
-    bounds: np.ndarray
+    numbers: np.ndarray  # (records,) int64, numbers of the records in their source
+    begins: np.ndarray  # (records,) int64, the first token of each record in `stored` that is not cut
+    lengths: np.ndarray  # (records,) int64, at most `length`; 0 for a dropped record
+    order: np.ndarray  # (records,) int64, the records block after block
+    bounds: np.ndarray  # (blocks + 1,) int64, where each block begins in `order`
     length: int
     pad_id: int
-    packed: bool
-    full_lengths: np.ndarray
+    packed: bool  # records share blocks
+    full_lengths: np.ndarray  # (records,) int64, before any is cut
     counts: Counts
     formats: list[str]
     train_on: str
-    format_recognised: bool
+    format_recognised: bool  # by the keys, not set
     unit = "record"  # the unit of `sources`
 
     @property
@@ -161,19 +151,13 @@ class TextBlocks:
     """Blocks of running text, all of whose tokens are trained.
 
     Item: `input_ids` and `labels`, each (block length,) int64; `block`, its number.
-
-    Attributes:
-        ids: (blocks, block length), int32.
-        documents: the number of documents.
-        join_rule: how rows became documents.
-        tail_tokens: tokens at the end of the stream that fill no block.
-        full_lengths: (documents,) int64, tokens of each document with its separator; empty if unknown.
     """
 
-    ids: np.ndarray
+    ids: np.ndarray  # (blocks, block length), int32
     documents: int
-    join_rule: str
-    tail_tokens: int
+    join_rule: str  # how rows became documents
+    tail_tokens: int  # tokens at the end of the stream that fill no block
+    # (documents,) int64, tokens of each document with its separator; empty if unknown
     full_lengths: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     unit = "training document"  # the unit of `sources`
     prompt_style = "text"  # prompts are continued, without a chat template

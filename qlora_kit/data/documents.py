@@ -29,19 +29,12 @@ TEXT_FORMATS = {"text", "instruction"}  # formats with the same keys, told apart
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A text file, or a table: a file of records, or one split of a Hub data set.
+    """A text file, or a table: a file of records, or one split of a Hub data set."""
 
-    Attributes:
-        name: the path, or the data set and its split; the key of error messages.
-        fingerprint: SHA-256 of the content, or the fingerprint that `datasets` gives it.
-        path: None for a table.
-        rows: read a table from its beginning at each call.
-    """
-
-    name: str
-    fingerprint: str
-    path: Path | None
-    rows: Callable[[], Iterator[Row]]
+    name: str  # the path, or the data set and its split: the key of error messages
+    fingerprint: str  # of the content
+    path: Path | None  # of a text file
+    rows: Callable[[], Iterator[Row]]  # of a table, from its beginning at each call
     format: str = "text"
 
 

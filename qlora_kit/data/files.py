@@ -112,11 +112,10 @@ def _explain_json_error(error: Exception) -> str:
     return error.msg if isinstance(error, json.JSONDecodeError) else "nested too deep, or a number too long"
 
 
-def _require_object(path: Path, place: str, record: Any) -> dict[str, Any]:
+def _require_object(path: Path, place: str, record: object) -> dict[str, Any]:
     if not isinstance(record, dict):
-        raise UserError(
-            path, None, f"{place} holds {type(record).__name__}, expected an object", "name the fields of each record"
-        )
+        problem = f"{place} holds {type(record).__name__}, expected an object"
+        raise UserError(path, None, problem, "write each record with the names of its fields")
     return record
 
 
@@ -156,19 +155,25 @@ class _JsonStream:
         return found
 
     def read_value(self) -> Any:
+        """Return the next JSON value.
+
+        Raises:
+            UserError: it is malformed, or longer than LONGEST_RECORD.
+        """
         self.peek()
         while True:
             try:
                 value, self.at = DECODER.raw_decode(self.text, self.at)
                 return value
             except (ValueError, RecursionError) as error:
-                # The record may only continue in the next chunk.
+                # The record may continue in the next chunk.
                 position = error.pos - self.at if isinstance(error, json.JSONDecodeError) else 0
                 if len(self.text) - self.at > LONGEST_RECORD or not self._read_chunk():
                     self.at += position
                     self.fail(_explain_json_error(error))
 
     def fail(self, reason: str) -> NoReturn:
+        """Raise a UserError for the current line."""
         problem = f"line {self.line + self.text.count(chr(10), 0, self.at)} is not valid JSON ({reason})"
         raise UserError(self.path, None, problem, f"correct the record, which may have at most {LONGEST_RECORD:,} characters")
 

@@ -228,7 +228,7 @@ def _load_hub_table(data: DataSettings, name: str, split: str, key: str) -> "Dat
     except ValueError as error:  # an unknown subset or split: the message lists those that exist
         remedy = "correct data.subset, data.train_split or data.eval_split"
         if key == flag:
-            remedy = f"name its subset, {flag} {name}:SUBSET, or download a file of it and use that"
+            remedy = f"add its subset, {flag} {name}:SUBSET, or download a file of it and use that"
         raise UserError(key, name, f"cannot be loaded ({' '.join(str(error).split())})", remedy) from None
     except (DatasetsError, RuntimeError) as error:  # files with different columns, or a data set that is a program
         reason = " ".join(str(error.__cause__ or error).split())[:300]

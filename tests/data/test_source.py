@@ -169,7 +169,7 @@ def test_a_hub_name_that_does_not_exist_is_one_problem(monkeypatch):
 
 
 def test_a_hub_data_set_is_read_from_the_cache_without_a_network(tmp_path, root):
-    """What `hf download --repo-type dataset` leaves is enough: datasets.load_dataset by name would not find it."""
+    """The files of `hf download --repo-type dataset` are enough, though datasets.load_dataset does not find them by name."""
     repository, revision = tmp_path / "hub" / "datasets--Salesforce--wikitext", "0" * 40
     data = repository / "snapshots" / revision / "wikitext-2-raw-v1"
     data.mkdir(parents=True)
