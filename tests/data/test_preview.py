@@ -2,9 +2,9 @@
 
 import io
 import json
+import resource
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -119,7 +119,7 @@ def test_on_a_terminal_trained_tokens_are_coloured_instead(preview, monkeypatch)
 
 
 def test_ten_thousand_records_take_seconds_and_no_weights(root, tmp_path):
-    """Five seconds on two free cores; the bound leaves room for a busy machine."""
+    """About 7 s of processor time, which unlike the time on the clock does not depend on what else runs."""
     path = tmp_path / "many.jsonl"
     with path.open("w") as file:
         for number in range(10_000):
@@ -132,7 +132,8 @@ def test_ten_thousand_records_take_seconds_and_no_weights(root, tmp_path):
         "print(sorted({'peft', 'bitsandbytes', 'matplotlib'} & set(sys.modules)))"
     )
     flags = ["--preview", "--config", "configs/tiny.yaml", "--dataset", str(path)]
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code, *flags], cwd=root, capture_output=True, text=True, timeout=60)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code, *flags], cwd=root, capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
-    assert time.perf_counter() - start < 20
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 20
