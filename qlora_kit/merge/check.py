@@ -134,7 +134,8 @@ def load_check_blocks(
             check_source(data)
             blocks = load_blocks(Config(data=data), tokenizer, "--check")[0]
         except UserError as error:
-            problems = [replace(one, key="--check", value=name) if one.key == "data.dataset" else one for one in error.problems]
+            of_file = ("data.dataset", "--check")
+            problems = [replace(one, key="--check", value=name) if one.key in of_file else one for one in error.problems]
             raise _or_no_check(UserError.of(problems)) from None
     blocks = blocks.take(BLOCKS)
     return blocks, f"{len(blocks)} block{'s' if len(blocks) > 1 else ''} of {length} tokens, {name}"
