@@ -757,7 +757,7 @@ def test_a_chat_template_called_like_a_path_is_refused_before_training(tmp_path,
     templates = [{"name": name, "template": "{{ messages }}"} for name in ("default", called)]
     (model / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": templates}))
     (model / "chat_template.jinja").unlink(missing_ok=True)
-    with pytest.raises(UserError, match=r"model\.name: .*which names no file.*tokenizer_config\.json"):
+    with pytest.raises(UserError, match=r"model\.name: .*which is no file name.*tokenizer_config\.json"):
         train_qlora.main([*SMALL, "--model_name", str(model), "--max_steps", "1", "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
