@@ -393,7 +393,7 @@ def test_a_resumed_run_gives_the_adapter_of_an_uninterrupted_one(stopped_and_res
 
 
 def test_resuming_a_finished_run_trains_no_further(tmp_path):
-    """After a stop in the last step, transformers alone would train one step too many."""
+    """The Trainer alone would train one step too many after a stop in the last step."""
     arguments = ["--max_steps", "2", "--set", "training.lr_scheduler=constant", "--output_dir", str(tmp_path / "out")]
     train(*arguments)
     before = weights(tmp_path / "out"), metrics(tmp_path / "out")
@@ -751,7 +751,7 @@ def test_what_was_trained_on_instructions_ends_its_answers_itself(root, tmp_path
 
 @pytest.mark.parametrize("called", ["../outside", "a/b", "..", ""])
 def test_a_chat_template_called_like_a_path_is_refused_before_training(tmp_path, tiny_dir, called):
-    """After training, the template would be written to that path."""
+    """The template would be written to that path after training."""
     model = Path(shutil.copytree(tiny_dir, tmp_path / "model"))
     settings = json.loads((model / "tokenizer_config.json").read_text())
     templates = [{"name": name, "template": "{{ messages }}"} for name in ("default", called)]

@@ -247,7 +247,7 @@ def reseal(folder: Path) -> None:
 
 
 def test_a_checkpoint_cannot_run_a_program(tmp_path, marker, program, monkeypatch):
-    """Not even with a manifest that matches the malicious file; the run ends in one line either way."""
+    """The run ends in one line, even if the manifest matches the malicious file."""
     monkeypatch.chdir(ROOT)
     settings = [*SMALL, "--set", "data.eval_split=null"]
     train_qlora.main([*settings, "--output_dir", str(tmp_path / "out")])

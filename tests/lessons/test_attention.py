@@ -110,7 +110,7 @@ def test_gradients_flow_to_the_updates_of_the_targets_only(hidden, targets):
 
 
 def test_parameters_worked_by_hand():
-    """By default there are four projections of 768 x 768, two of them with rank 8."""
+    """There are four projections of 768 x 768 by default, two of them with rank 8."""
     assert count_parameters(LoRAAttention()) == (2 * 8 * 2 * 768, 4 * 768 * 768 + 2 * 8 * 2 * 768)
 
 
