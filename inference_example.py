@@ -61,7 +61,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", metavar="B", help="prompts of --prompt_file that are answered at once (default: 8)")
     parser.add_argument("--json", action="store_true", help="one object a line: prompt, text, tokens, stop, seconds, seed")
     parser.add_argument("--system", metavar="TEXT", help="system message, for an adapter trained on chats")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the base model")
+    cli.add_loading_flags(parser)
     parser.add_argument("--base_only", action="store_true", help="leave the adapter out, to see what it changes")
     parser.add_argument("--compare", action="store_true", help="answer with and without the adapter; --mode demo always does")
     parser.add_argument(
@@ -69,13 +69,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--perplexity", type=cli.nonempty, metavar="DATA", help="file or data set: perplexity with and without the adapter on it"
-    )
-    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: the GPU if there is one")
-    parser.add_argument(
-        "--device_map",
-        choices=["auto", "one"],
-        default="auto",
-        help="auto: several GPUs if the first cannot hold the base model; one: always the first",
     )
     parser.add_argument(
         "--seed", type=int, default=SEED, metavar="S", help="the same prompt and seed give the same text (default: %(default)s)"

@@ -79,6 +79,24 @@ def nonempty(text: str) -> str:
     return text
 
 
+def add_loading_flags(parser: argparse.ArgumentParser, purpose: str = "") -> None:
+    """Add the flags of a command that loads a base model.
+
+    Args:
+        purpose: what the devices are for, as the help says it.
+    """
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the base model")
+    parser.add_argument(
+        "--device", choices=["auto", "cuda", "cpu"], default="auto", help=f"{purpose}auto: the GPU if there is one"
+    )
+    parser.add_argument(
+        "--device_map",
+        choices=["auto", "one"],
+        default="auto",
+        help=f"{purpose}auto: several GPUs if the first cannot hold the base model; one: always the first",
+    )
+
+
 def _underscored(word: str) -> str:
     flag, equals, value = word.partition("=")
     return flag[:2] + flag[2:].replace("-", "_") + equals + value if flag.startswith("--") else word

@@ -133,3 +133,9 @@ def test_no_module_has_a_name_that_says_nothing():
 def test_no_file_is_longer_than_400_lines():
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in sources(KIT)}
     assert {str(path): length for path, length in lengths.items() if length > 400} == {}
+
+
+def test_only_the_run_and_its_report_receive_all_facts_of_a_run():
+    """Run holds config, machine, plan and team: passed on, it would be the bag that every function reaches into."""
+    paths = [*ROOT.glob("*.py"), *sources(KIT)]
+    assert {path.stem for path in paths if "qlora_kit.training.report.Run" in imports_of(path)} == {"train_qlora"}

@@ -12,7 +12,6 @@ The folder is written under another name and renamed when it is complete.
 
 import json
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -22,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from qlora_kit.output.folder import staged_folder
 
 FILES = {"ids.bin": "int32", "trained.bin": "bool", "ends.bin": "int64"}
 ABOUT = "about.json"
@@ -64,19 +65,12 @@ class TokenWriter:
 def write_tokens(folder: Path) -> Iterator[TokenWriter]:
     """Give a writer whose files are moved to `folder` at the end, and deleted after an error."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".writing-"))
-    try:
+    own = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".writing-"))  # another process may write the same tokens
+    with staged_folder(folder, own) as staging:
         with ExitStack() as stack:
             writer = TokenWriter(staging, stack)
             yield writer
         (staging / ABOUT).write_text(json.dumps(writer.about), encoding="utf-8")
-        try:
-            os.rename(staging, folder)
-        except OSError:
-            if not (folder / ABOUT).is_file():  # else another process was faster, with the same result
-                raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def read_tokens(folder: Path) -> Tokens | None:

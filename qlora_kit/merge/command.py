@@ -211,14 +211,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="FILE",
         help="text or records to compare on, or none (default: the run's evaluation data, else samples/articles.txt)",
     )
-    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the base model")
-    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="for packing and for the check")
-    parser.add_argument(
-        "--device_map",
-        choices=["auto", "one"],
-        default="auto",
-        help="for the check; auto: several GPUs if the first cannot hold a model; one: always the first",
-    )
+    cli.add_loading_flags(parser, "for packing and the check; ")
     parser.add_argument("--overwrite", action="store_true", help="replace the merge that the output folder holds")
     return parser.parse_args(argv)
 

@@ -76,7 +76,7 @@ def look_at_machine(config: Config, shape: ModelShape | None) -> Machine:
     """
     reporter = config.training.report_to
     if reporter != "none" and importlib.util.find_spec(reporter) is None:
-        raise UserError("training.report_to", reporter, "is not installed", f"install it with pip install {reporter}, or use none")
+        raise UserError("training.report_to", reporter, "is not installed", f"run pip install {reporter}, or use none")
     device = choose_device(config.training.device)
     if device == "cpu" and config.training.device == "auto" and shape:
         check_patience(config, shape)

@@ -1,4 +1,4 @@
-"""What a run tells its user, and what goes into run.json."""
+"""The lines that a run prints and logs, and the content of run.json."""
 
 import hashlib
 import shlex
@@ -44,7 +44,7 @@ class Run:
 
 
 class RunReport:
-    """Print what the run was told, predicts and measures, and write it to the log."""
+    """Print the settings, predictions and measurements of a run, and write them to the log."""
 
     def __init__(self, run: Run):
         self.run = run

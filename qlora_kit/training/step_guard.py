@@ -24,7 +24,7 @@ MAX_NUMBERS = 20  # in one line
 
 
 class StepFacts(Protocol):
-    """Descriptions for the guard's messages, asked for only when there is something to say."""
+    """Descriptions for the guard's messages, computed only for a message."""
 
     def describe_batch(self) -> str:
         """Return the blocks and records that the step was computed on."""

@@ -82,7 +82,7 @@ class BestEvaluation(TrainerCallback):
 
     @property
     def is_over(self) -> bool:
-        """Whether early stopping ends the run."""
+        """True when early stopping ends the run."""
         return self.patience is not None and self.without_improvement >= self.patience
 
     def on_evaluate(self, args, state, control, metrics=None, **rest):

@@ -109,7 +109,7 @@ def test_loaded_optimizer_state_is_paged_again_and_steps_alike(tmp_path):
     torch.save(before.state_dict(), tmp_path / "optimizer.pt")
     again = PagedAdamW8bit([broken], lr=1e-3)
     again.load_state_dict(torch.load(tmp_path / "optimizer.pt", map_location="cpu", weights_only=True))
-    assert not any(getattr(again.state[broken][name], "is_paged", False) for name in ("state1", "state2"))  # else drop paging.py
+    assert not any(getattr(again.state[broken][name], "is_paged", False) for name in ("state1", "state2"))  # else drop the move
     assert move_state_to_paged_memory(again) == 2
     assert all(again.state[broken][name].is_paged for name in ("state1", "state2"))
     step(again, broken, range(2, 4))
