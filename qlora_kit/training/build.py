@@ -34,10 +34,16 @@ class TrainingData(NamedTuple):
 
 
 class RunArguments(TrainingArguments):
-    """The library's arguments of a run; the model stays where it was loaded.
+    """The library's arguments of a run, whose model stays where it was loaded.
 
-    Moving it from cpu to cpu:0, as one of several processes would, copies the adapters.
+    One of several processes on a CPU has the device cpu:0 otherwise: moving the model there copies the adapters, and torch.load
+    refuses to restore an optimizer there (transformers 5.17).
     """
+
+    @property
+    def device(self) -> torch.device:
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
 
     @property
     def place_model_on_device(self) -> bool:

@@ -99,7 +99,8 @@ def load_adapter_weights(model: Any, folder: Path, device: str) -> None:
 
 def unreadable(checkpoint: Checkpoint, error: Exception) -> UserError:
     """Return the error for a file that the manifest vouches for, and that no run has written; nothing in it was executed."""
-    problem = f"cannot be loaded ({type(error).__name__}: a file holds what no run has written)"
+    reason = " ".join(str(error).split())[:100]
+    problem = f"cannot be loaded ({type(error).__name__}: {reason}): a file of it holds what no run has written"
     return UserError("--resume", checkpoint.folder, problem, "use another checkpoint, or start over with --overwrite")
 
 

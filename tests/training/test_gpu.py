@@ -126,7 +126,8 @@ def test_a_limit_beyond_the_gpu_is_one_line(tmp_path):
 LONG = [*TINY, "--max_length", "1024", "--batch_size", "16", "--max_steps", "2", "--dropout", "0"]
 # A run that the planner would refuse, in a process of its own, as the limit holds for all of it: only the allocator says no.
 CAPPED = (
-    "import sys, train_qlora; from qlora_kit import cli; train_qlora.check_fit = lambda *rest: None; cli.run(train_qlora.main)"
+    "import train_qlora; from qlora_kit import cli; from qlora_kit.training import machine; "
+    "machine.check_fit = lambda *rest: None; cli.run(train_qlora.main)"
 )
 
 

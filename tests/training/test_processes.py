@@ -77,7 +77,7 @@ def test_two_processes_train_what_one_does_also_after_a_kill_and_with_a_sharded_
     assert lines(stderr, "error:") == ["error: rank 0: another process ended unexpectedly; continue with --resume"]
     assert len(lines(stderr, "step 5/7")) == 1  # rank 0 alone prints
     status, stderr = train_on_two(root, tmp_path, output, "--resume", "--set", "performance.fsdp=true")
-    assert status == 0 and not lines(stderr, "error:")
+    assert status == 0 and not lines(stderr, "error:"), stderr
     apart, size = difference(alone, output)
     assert apart < 0.005 * size
     losses = [[line.split("loss ")[1][:6] for line in lines((folder / "training_log.txt").read_text(), "/7: loss")]
