@@ -1,5 +1,5 @@
 # make demo   everything from a bare checkout to a trained adapter and its first words: no GPU, about three minutes
-# make test   the tests: offline, no GPU, under five minutes
+# make test   the tests: offline, no GPU, about six minutes on two cores
 # make lint   ruff and mypy
 # Each creates .venv when it is missing; PYTHON=python3.12 picks another interpreter.
 PYTHON ?= python3

@@ -29,7 +29,7 @@ from qlora_kit.model.architecture import read_fast_shape
 from qlora_kit.model.fingerprint import weights_fingerprint
 from qlora_kit.model.tokenizer import load_tokenizer, tokenizer_fingerprint
 from qlora_kit.output.curves import plot_training_curves, read_metrics
-from qlora_kit.output.folder import CURVES, check_output_dir
+from qlora_kit.output.folder import CURVES, check_disk, check_output_dir
 from qlora_kit.output.lock import OutputLock
 from qlora_kit.output.provenance import write_provenance
 from qlora_kit.planning.fit import describe_plan
@@ -187,14 +187,20 @@ def _train(config: Config, resume: str | None, overwrite: bool, team: Team, fold
     Args:
         lock: of the folder, in the process that writes.
     """
+    checkpoint, notes = find_common_checkpoint(folder, config, resume, team)
+    hub.prepare(config.model.name, *config.data.names)
+    shape, reason = read_fast_shape(config)
+    if shape and team.is_main:
+        parameters = shape.lora_parameters(config.lora.rank, config.lora.target_modules)
+        check_disk(folder, parameters, config.training.optimizer_bytes)
+
+    # The libraries take seconds to import: everything above is answered before.
     from qlora_kit.adapter.save import save_adapter
     from qlora_kit.model.perplexity import recorded_base
     from qlora_kit.training.build import TrainingData, build_store, build_trainer
     from qlora_kit.training.machine import explaining_out_of_memory, plan_run
 
-    checkpoint, notes = find_common_checkpoint(folder, config, resume, team)
-    hub.prepare(config.model.name, *config.data.names)
-    machine, plan = plan_run(config, folder, checkpoint, team)
+    machine, plan = plan_run(config, shape, reason, checkpoint, team)
     run = Run(config, machine, plan, team)
     report = RunReport(run)
     report.announce(notes)

@@ -311,14 +311,15 @@ def test_the_command_reports_a_mistake_in_one_line_with_status_2(root):
     assert line.startswith("error: ") and "lora.rank" in line
 
 
-def test_a_mistake_is_reported_before_torch_is_imported(root):
-    code = """
+@pytest.mark.parametrize("mistake", [["--rank", "0"], ["--model_name", "./no-such-model"], ["--dataset", "no-such.txt"]], ids=str)
+def test_a_mistake_is_reported_before_torch_is_imported(root, tmp_path, mistake):
+    code = f"""
 import sys, train_qlora
 from qlora_kit.errors import UserError
 try:
-    train_qlora.main(["--rank", "0"])
+    train_qlora.main({mistake!r} + ["--output_dir", {str(tmp_path / "out")!r}])
 except UserError:
-    print(sorted({"torch", "transformers", "datasets", "peft"} & set(sys.modules)))
+    print(sorted({{"torch", "transformers", "datasets", "peft"}} & set(sys.modules)))
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
     assert result.stdout.strip() == "[]", result.stderr

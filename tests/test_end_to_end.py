@@ -721,11 +721,11 @@ def test_a_run_on_instructions_says_what_it_read_and_how_prompts_are_to_be_given
     assert provenance["optimizer_steps"] == 2
 
 
-def test_a_mistake_in_the_data_is_one_line_and_status_2_and_leaves_nothing(root, tmp_path):
+def test_a_mistake_in_the_data_is_one_line_and_status_2_and_leaves_nothing(run_here, tmp_path):
     data = tmp_path / "chats.jsonl"
     data.write_text('{"prompt": "Hi", "completion": "Hello"}\n{"prompt": "Hi", "completion": Hello}\n')
     flags = ["--config", "configs/tiny.yaml", "--dataset", str(data), "--output_dir", str(tmp_path / "out")]
-    result = run(root, *flags)
+    result = run_here(*flags)
     assert result.returncode == 2 and result.stdout == ""
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert errors == [f"error: {data}: line 2 is not valid JSON (Expecting value). Correct the line."]

@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -14,10 +13,8 @@ from qlora_kit.config_file import override
 from qlora_kit.data.source import estimate_tokens
 from qlora_kit.errors import Failed, UserError, unsupported
 from qlora_kit.fast.nf4 import why_no_triton
-from qlora_kit.model.architecture import read_fast_shape
 from qlora_kit.model.device import cap_memory, choose_device, describe_device, is_out_of_memory, memory_gib, usable_dtype
 from qlora_kit.output.checkpoints import Checkpoint
-from qlora_kit.output.folder import check_disk
 from qlora_kit.planning.fit import check_fit
 from qlora_kit.planning.plan import Plan, make_plan, plan_inputs, resume_plan
 from qlora_kit.planning.shape import ModelShape
@@ -44,16 +41,18 @@ class Machine:
         return memory_gib(self.device)
 
 
-def plan_run(config: Config, folder: Path, checkpoint: Checkpoint | None, team: Team) -> tuple[Machine, Plan]:
-    """Choose the device, the micro-batch and the recomputed layers, and check that the run fits on the GPU and on the disk.
+def plan_run(
+    config: Config, shape: ModelShape | None, reason: str | None, checkpoint: Checkpoint | None, team: Team
+) -> tuple[Machine, Plan]:
+    """Choose the device, the micro-batch and the recomputed layers, and check that the run fits on the GPU.
+
+    Args:
+        shape: of the base model, if it is built like Llama.
+        reason: why the run does not take the fast path, or None.
 
     Raises:
         UserError: it does not fit, or the machine lacks what the settings need.
     """
-    shape, reason = read_fast_shape(config)
-    if shape and team.is_main:
-        parameters = shape.lora_parameters(config.lora.rank, config.lora.target_modules)
-        check_disk(folder, parameters, config.training.optimizer_bytes)
     machine = look_at_machine(config, shape)
     check_identical(team, {"training.device": machine.device, "quantization.compute_dtype": machine.dtype_name})
     # Without torch.compile the same division takes more memory.

@@ -180,12 +180,12 @@ def test_dropout_depends_on_seed_step_and_micro_step_alone(tiny_dir):
     "dtype, tolerance",
     [pytest.param(torch.float32, 1e-4, id="fp32"), pytest.param(torch.bfloat16, 0.02, id="bf16", marks=pytest.mark.slow)],
 )
-def test_learning_is_unchanged_over_200_steps(tiny_dir, root, dtype, tolerance):
+def test_learning_is_unchanged_over_120_steps(tiny_dir, root, dtype, tolerance):
     """The loss curve is that of transformers, peft and autograd, from the same start on the same data."""
     from transformers import AutoTokenizer
 
     text = AutoTokenizer.from_pretrained(tiny_dir)((root / "samples/articles.txt").read_text())["input_ids"]
-    blocks = torch.tensor(text[: 200 * 32]).view(200, 1, 32)
+    blocks = torch.tensor(text[: 120 * 32]).view(120, 1, 32)
     curves = []
     for fast in (False, True):
         model = adapt(load_base(tiny_dir, dtype))
@@ -205,9 +205,9 @@ def test_learning_is_unchanged_over_200_steps(tiny_dir, root, dtype, tolerance):
             optimizer.step()
             curve.append(loss.item())
         curves.append(torch.tensor(curve))
-    assert curves[0][-50:].mean() < curves[0][:50].mean() - 0.5  # something was learned
+    assert curves[0][-30:].mean() < curves[0][:30].mean() - 0.5  # something was learned
     assert (curves[0] - curves[1]).abs().mean() < tolerance
-    assert abs(curves[0][-50:].mean() - curves[1][-50:].mean()) < tolerance
+    assert abs(curves[0][-30:].mean() - curves[1][-30:].mean()) < tolerance
 
 
 def test_a_model_that_is_not_covered_has_a_reason(tiny_dir, other_folders, other_models):
