@@ -5,6 +5,7 @@ plain answers.
 """
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -47,11 +48,11 @@ def _fields(answer: Generated) -> dict[str, Any]:
     return {"text": answer.text, "tokens": answer.tokens, "stop": answer.stop, "seconds": round(answer.seconds, 4)}
 
 
-class Printer:
+class Printer(ABC):
     """Print answered prompts on standard output, and notes about them on standard error."""
 
-    def print_answer(self, answered: AnsweredPrompt) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def print_answer(self, answered: AnsweredPrompt) -> None: ...
 
     def print_note(self, line: str) -> None:
         print(line, file=sys.stderr)
