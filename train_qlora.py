@@ -34,6 +34,7 @@ from qlora_kit.output.lock import OutputLock
 from qlora_kit.output.provenance import write_provenance
 from qlora_kit.planning.fit import describe_plan
 from qlora_kit.planning.plan import check_division
+from qlora_kit.planning.shape import KNOWN_CONFIGS
 from qlora_kit.training.processes import (
     ALONE,
     Team,
@@ -126,7 +127,8 @@ def show_plan(config: Config, processes: int) -> None:
         UserError: there is no prediction for this architecture, or for the library's layers.
     """
     check_division(config, processes)
-    hub.prepare(config.model.name)
+    if config.model.name not in KNOWN_CONFIGS:  # whose shape needs no Hub
+        hub.prepare(config.model.name)
     shape, reason = read_fast_shape(config)
     if shape is None or reason:
         remedy = "train with a small --max_steps and read the log"
