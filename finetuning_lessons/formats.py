@@ -26,8 +26,9 @@ from finetuning_lessons.lesson import (
     print_text,
 )
 from qlora_kit import cli
-from qlora_kit.data.formats import Piece, TrainOn, alpaca_to_text, recognise_format
+from qlora_kit.data.formats import alpaca_to_text, recognise_format
 from qlora_kit.data.preview import mark_trained
+from qlora_kit.data.rendering import Piece, TrainOn
 from qlora_kit.data.tokenizing import EncodedRecord, encode_records, find_end_id, render_record
 
 ALPACA = {"instruction": "Make it a question.", "input": "The train is late.", "output": "Is the train late?"}

@@ -126,9 +126,10 @@ class DataSettings(Section):
     format: Literal["auto", "text", "alpaca", "sharegpt", "messages", "completion", "instruction"] = "auto"
     text_field: Name = "text"
     train_on: Literal["assistant", "last", "all"] = "assistant"
+    chat_template: Name | None = None
     max_length: Annotated[int, BeforeValidator(_not_bool), Field(ge=8)] = 512
     too_long: Literal["cut", "drop"] = "cut"
-    packing: bool = True
+    packing: Switch = "auto"
     train_split: Name = "train"
     eval_split: Annotated[str | float | None, BeforeValidator(_eval_split)] = "validation"
     max_train_samples: Count | None = None

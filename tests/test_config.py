@@ -338,7 +338,7 @@ def test_the_data_set_may_be_a_list():
         ("data.format", "chatml", "should be 'auto', 'text', 'alpaca', 'sharegpt', 'messages', 'completion' or 'instruction'"),
         ("data.train_on", "user", "should be 'assistant', 'last' or 'all'"),
         ("data.too_long", "truncate", "should be 'cut' or 'drop'"),
-        ("data.packing", "sometimes", "should be a valid boolean"),
+        ("data.packing", "sometimes", "should be true, false or auto"),
     ],
 )
 def test_a_wrong_value_of_a_data_key_is_one_problem(key, value, reason):

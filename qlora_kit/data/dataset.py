@@ -17,8 +17,8 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from qlora_kit.config import Config, DataSettings
 from qlora_kit.data.blocks import RecordBlocks, TextBlocks, TrainingBlocks, build_text_blocks
 from qlora_kit.data.documents import Fragments, choose_held_out, hold_out, locate_errors
-from qlora_kit.data.formats import Piece
 from qlora_kit.data.packing import build_record_blocks
+from qlora_kit.data.rendering import Piece
 from qlora_kit.data.source import Source, is_file_name, open_source
 from qlora_kit.data.token_cache import Tokens, TokenWriter, find_cache_folder, read_tokens, write_tokens
 from qlora_kit.data.tokenizing import (

@@ -44,7 +44,7 @@ def build_record_blocks(stored: Tokens, numbers: Sequence[int], data: DataSettin
         bounds=bounds,
         length=data.max_length,
         pad_id=pad_id,
-        packed=data.packing,
+        packed=bool(data.packing),
         full_lengths=full,
         counts=_count(stored, ends, full, lengths),
         formats=stored.about["formats"],

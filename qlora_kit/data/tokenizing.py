@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Literal, cast
 import numpy as np
 
 from qlora_kit.data.chat_template import find_end_of_turn
-from qlora_kit.data.formats import READERS, Piece, Record, TrainOn, render_chat, render_instruction, require_text
+from qlora_kit.data.formats import READERS, Record, require_text
+from qlora_kit.data.rendering import Piece, TrainOn, render_chat, render_instruction
 from qlora_kit.errors import BadRecord
 
 if TYPE_CHECKING:

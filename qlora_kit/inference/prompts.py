@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from qlora_kit.data.chat_template import Message
-from qlora_kit.data.formats import TrainOn, render_prompt
+from qlora_kit.data.rendering import TrainOn, render_prompt
 from qlora_kit.data.tokenizing import encode_records
 from qlora_kit.errors import BadRecord, UserError
 

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from qlora_kit.data.chat_template import find_end_of_turn
-from qlora_kit.data.formats import Piece, render_chat
+from qlora_kit.data.rendering import Piece, render_chat
 from qlora_kit.errors import BadRecord
 from tests.data.builders import DEFAULT_SYSTEM
 

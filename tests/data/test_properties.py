@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from qlora_kit.data.formats import READERS, from_messages, recognise_format, render_chat, render_instruction
+from qlora_kit.data.formats import READERS, from_messages, recognise_format
+from qlora_kit.data.rendering import render_chat, render_instruction
 from qlora_kit.errors import BadRecord
 from tests.data.builders import DEFAULT_SYSTEM
 

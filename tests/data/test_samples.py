@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from qlora_kit.data.formats import READERS, recognise_format, render_chat, render_instruction
+from qlora_kit.data.formats import READERS, recognise_format
+from qlora_kit.data.rendering import render_chat, render_instruction
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = ROOT / "samples"

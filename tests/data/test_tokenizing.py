@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from qlora_kit.data.formats import Piece
+from qlora_kit.data.rendering import Piece
 from qlora_kit.data.tokenizing import (
     STRETCH,
     EncodedRecord,

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import inference_example
-from qlora_kit.data.formats import render_chat, render_instruction
+from qlora_kit.data.rendering import render_chat, render_instruction
 from qlora_kit.data.tokenizing import encode_records
 from qlora_kit.errors import UserError
 from qlora_kit.inference.prompts import PromptEncoder, demo_prompts
