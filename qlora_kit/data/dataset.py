@@ -7,6 +7,7 @@ tokens are kept in a cache on disk, so that a second run with the same data begi
 
 import errno
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,7 +21,7 @@ from qlora_kit.data.documents import Fragments, choose_held_out, hold_out, locat
 from qlora_kit.data.packing import build_record_blocks
 from qlora_kit.data.rendering import Piece
 from qlora_kit.data.source import Source, is_file_name, open_source
-from qlora_kit.data.token_cache import Tokens, TokenWriter, find_cache_folder, read_tokens, write_tokens
+from qlora_kit.data.token_cache import DamagedTokens, Tokens, TokenWriter, find_cache_folder, read_tokens, write_tokens
 from qlora_kit.data.tokenizing import (
     CHARACTERS_AT_ONCE,
     check_trained,
@@ -162,9 +163,14 @@ def _render_batches(source: Source, data: DataSettings, tokenizer: "PreTrainedTo
 
 
 def _read_or_write(key: str, write: Callable[[TokenWriter], None]) -> Tokens:
-    """Return the tokens that the cache has under `key`; if it has none, let `write` store them first."""
+    """Return the tokens that the cache has under `key`; if it has none, or damaged ones, let `write` store them first."""
     folder = find_cache_folder() / key
-    if (found := read_tokens(folder)) is None:
+    try:
+        found = read_tokens(folder)
+    except DamagedTokens:
+        shutil.rmtree(folder, ignore_errors=True)
+        found = None
+    if found is None:
         try:
             with write_tokens(folder) as writer, _create_progress(writer):
                 write(writer)

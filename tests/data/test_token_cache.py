@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from qlora_kit.data.token_cache import read_tokens, write_tokens
+from qlora_kit.data import token_cache
+from qlora_kit.data.token_cache import DamagedTokens, read_tokens, write_tokens
 from qlora_kit.errors import UserError
 
 
@@ -25,6 +26,41 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path):
         writer.append(np.arange(3, dtype=np.int32))
         raise RuntimeError
     assert read_tokens(tmp_path / "key") is None and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["ids.bin", "ends.bin", "trained.bin", "about.json"])
+@pytest.mark.parametrize("damage", ["cut", "zeros", "gone", "longer"])
+def test_damaged_tokens_are_not_read(tmp_path, name, damage):
+    with write_tokens(tmp_path / "key") as writer:
+        writer.append(np.array([5, 6, 7], dtype=np.int32), np.array([False, True, True]))
+        writer.end_document()
+    file = tmp_path / "key" / name
+    content = file.read_bytes()
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes({"cut": content[:-1], "zeros": bytes(len(content)), "longer": content + b"1"}[damage])
+    with pytest.raises(DamagedTokens, match=r"about.json|ids|ends|trained"):
+        read_tokens(tmp_path / "key")
+
+
+def test_damaged_tokens_are_made_anew(stream_of):
+    """A power failure may leave zeros in place of tokens; they would be trained on."""
+    stream = stream_of(["a text whose tokens are lost"]).tolist()  # a copy: the array is mapped from the file
+    for file in token_cache.find_cache_folder().glob("*/ids.bin"):
+        if file.read_bytes() == np.array(stream, dtype=np.int32).tobytes():
+            file.write_bytes(bytes(file.stat().st_size))
+    assert stream_of(["a text whose tokens are lost"]).tolist() == stream
+
+
+def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tmp_path):
+    left = tmp_path / ".writing-dead"
+    left.mkdir()
+    with write_tokens(tmp_path / "one"):
+        assert not left.exists()
+        with write_tokens(tmp_path / "two"):
+            assert len(list(tmp_path.glob(".writing-*"))) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
 
 
 def test_the_second_time_tokens_come_from_the_cache(stream_of, monkeypatch):

@@ -1,0 +1,56 @@
+"""Read files that anyone may have made, in bounded memory."""
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+from qlora_kit.errors import UserError
+
+LARGEST_JSON = 2**24  # bytes of a settings file; `{}` again and again takes 25 times its size in memory
+
+
+def read_regular_file(path: Path, limit: int = LARGEST_JSON) -> bytes:
+    """Return the content of a file of at most `limit` bytes.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is larger, or a device or a pipe, which need never end.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("no regular file")
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"more than {limit:,} bytes")
+    return content
+
+
+def parse_json(content: bytes | str) -> Any:
+    """Return the value that JSON text states.
+
+    Raises:
+        ValueError: it is no JSON, or nested deeper than Python's stack allows.
+    """
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def read_json(path: Path, key: str) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Args:
+        key: the flag or config key that led to the file.
+
+    Raises:
+        UserError: the file is missing, too large, or holds no JSON object.
+    """
+    try:
+        content = parse_json(read_regular_file(path))
+    except (OSError, ValueError) as error:
+        raise UserError(key, path, f"cannot be read as JSON ({error})", "copy it again from its source") from None
+    if not isinstance(content, dict):
+        raise UserError(key, path, "holds no JSON object", "copy it again from its source")
+    return content

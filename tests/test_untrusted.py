@@ -1,0 +1,42 @@
+"""Files that anyone may have made: one line for each that is no JSON object of bounded size."""
+
+import os
+
+import pytest
+
+from qlora_kit.errors import UserError
+from qlora_kit.untrusted import read_json, read_regular_file
+
+DEEP = 200_000
+
+
+def test_an_object_is_read(tmp_path):
+    (tmp_path / "file").write_text('{"a": [1, "é"]}', encoding="utf-8")
+    assert read_json(tmp_path / "file", "model.name") == {"a": [1, "é"]}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"[" * DEEP, "nested too deep"),
+        (b'{"a":' * DEEP, "nested too deep"),
+        (b"[1]", "holds no JSON object"),
+        (b"null", "holds no JSON object"),
+        (b'{"a": 1', "delimiter"),
+        (b'{"a": "\xff"}', "codec"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "digits"),
+        (b"{}" + b" " * 2**24, "more than 16,777,216 bytes"),
+    ],
+)
+def test_anything_else_is_one_line(tmp_path, content, reason):
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(UserError, match=reason) as error:
+        read_json(tmp_path / "file", "model.name")
+    assert len(error.value.lines) == 1
+
+
+def test_devices_and_pipes_are_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path.joinpath("/dev/zero"), tmp_path):
+        with pytest.raises(ValueError, match="no regular file"):
+            read_regular_file(path)
