@@ -46,6 +46,9 @@ class UserError(Exception):
         error._set(list(problems))
         return error
 
+    def __reduce__(self) -> tuple[object, ...]:  # another process may raise it
+        return UserError.of, (self.problems,)
+
     @property
     def lines(self) -> list[str]:
         """The problems as they are printed, one line each."""
