@@ -217,5 +217,6 @@ def prepare_libraries() -> None:
     for library in ("transformers", "peft", "accelerate", "bitsandbytes", "datasets", "torch"):
         for category in (DeprecationWarning, FutureWarning):  # meant for the libraries' developers
             warnings.filterwarnings("ignore", category=category, module=library)
+    warnings.filterwarnings("ignore", message="Careful, disabling adapter layers")  # adapter/switchable.py puts biases back
     # training/machine.py reports that a paged optimizer is not paged on the CPU
     warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")

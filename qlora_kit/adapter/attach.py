@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, PeftModelForCausalLM
+from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.adapter.folder import AdapterSource, read_adapter_header
+from qlora_kit.adapter.switchable import SwitchableAdapter
 from qlora_kit.errors import UserError
 from qlora_kit.output.folder import ADAPTER_FILES
 
@@ -26,7 +27,7 @@ def check_vocabulary(source: AdapterSource, tokenizer: PreTrainedTokenizerBase, 
         raise UserError("--adapter", source.folder, problem, "use the base model it was trained on")
 
 
-def attach_adapter(model: PreTrainedModel, source: AdapterSource, device: str) -> PeftModel:
+def attach_adapter(model: PreTrainedModel, source: AdapterSource, device: str) -> SwitchableAdapter:
     """Return the base model with the adapter.
 
     Raises:
@@ -37,7 +38,7 @@ def attach_adapter(model: PreTrainedModel, source: AdapterSource, device: str) -
         config = PeftConfig.from_pretrained(folder)
         config.inference_mode = True
         # PeftModel.from_pretrained does the same, and drops the lists of missing and unexpected keys.
-        adapted = PeftModelForCausalLM(model, config)
+        adapted = SwitchableAdapter(model, config, source)
         result = adapted.load_adapter(folder, "default", torch_device=device)
     except SafetensorError as error:
         raise UserError("--adapter", folder, f"has a damaged {ADAPTER_FILES[0]} ({error})", "copy it again") from error

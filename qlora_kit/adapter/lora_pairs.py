@@ -24,7 +24,7 @@ MORE_THAN_LORA = (
     "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
 )  # fmt: skip
 # Other initializations, such as pissa, change the base model's weights, which the adapter's folder does not contain.
-KEEPS_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+KEEPS_THE_BASE = (True, False, None, "gaussian", "eva", "mica", "orthogonal")
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 

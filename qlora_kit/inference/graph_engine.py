@@ -15,6 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel
 
 from qlora_kit.config import GenerationSettings
@@ -258,6 +261,9 @@ def why_not_decoded(model: PreTrainedModel | PeftModel, length: int) -> str | No
     """Return why GraphEngine does not cover a model in texts of up to `length` tokens, or None if it does."""
     if reason := why_not_covered(model.requires_grad_(False), length):  # a head that was trained is covered as well
         return reason
+    others = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # modules with which peft does something else, or saves them whole
+    if getattr(model, "replaced", None) or any(isinstance(m, others) and not isinstance(m, LoraLayer) for m in model.modules()):
+        return "its adapter is more than LoRA"
     if model.device.index:
         return "it is not on the first GPU"
     config = model.config.to_dict()

@@ -1,0 +1,58 @@
+"""An attached adapter that can be switched off so that the base model's own weights answer.
+
+peft switches off what stands beside the base's weights. Some adapters bring tensors that take the place of the base's own
+(trained biases, a saved embedding); the base's are kept, and put back while the adapter is off.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from peft import PeftConfig, PeftModelForCausalLM
+from transformers import PreTrainedModel
+
+from qlora_kit.adapter.folder import AdapterSource, read_adapter_header
+from qlora_kit.adapter.lora_pairs import KEEPS_THE_BASE
+from qlora_kit.errors import UserError
+
+
+class SwitchableAdapter(PeftModelForCausalLM):
+    """A base model with an adapter, whose tensors `load_adapter` loads afterwards.
+
+    Attributes:
+        replaced: parameters of the base that the adapter's file holds too, each with a copy of the base's own tensor.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: PeftConfig, source: AdapterSource):
+        super().__init__(model, config)
+        self.source = source
+        stored = {_plain(name) for name in read_adapter_header(source.folder)}
+        named = self.named_parameters()
+        self.replaced = [(parameter, parameter.detach().clone()) for name, parameter in named if _plain(name) in stored]
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Switch the adapter off while the context lasts.
+
+        Raises:
+            UserError: attaching the adapter changed the base model for good.
+        """
+        config = self.peft_config["default"]
+        start, layers = getattr(config, "init_lora_weights", None), getattr(config, "layer_replication", None)
+        if start not in KEEPS_THE_BASE or layers:
+            setting = f"layer_replication: {layers}" if layers else f"init_lora_weights: {start}"
+            problem = f"changes the base model for good ({setting}) and cannot be switched off"
+            raise UserError("--adapter", self.source.folder, problem, "measure and ask the base model alone, with --base_only")
+        trained = [parameter.data for parameter, _ in self.replaced]
+        with super().disable_adapter():
+            try:
+                for parameter, own in self.replaced:
+                    parameter.data = own
+                yield
+            finally:
+                for (parameter, _), tensor in zip(self.replaced, trained, strict=True):
+                    parameter.data = tensor
+
+
+def _plain(name: str) -> str:
+    """Return the name that a tensor has where no adapter is attached to its module."""
+    return name.replace(".base_layer.", ".")
