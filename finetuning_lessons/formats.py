@@ -28,7 +28,7 @@ from finetuning_lessons.lesson import (
 from qlora_kit import cli
 from qlora_kit.data.formats import alpaca_to_text, recognise_format
 from qlora_kit.data.preview import mark_trained
-from qlora_kit.data.rendering import Piece, TrainOn
+from qlora_kit.data.rendering import Piece, Rendering, TrainOn
 from qlora_kit.data.tokenizing import EncodedRecord, encode_records, find_end_id, render_record
 
 ALPACA = {"instruction": "Make it a question.", "input": "The train is late.", "output": "Is the train late?"}
@@ -58,7 +58,7 @@ def encode_record(record: dict[str, Any], tokenizer: Any, train_on: TrainOn = "a
 
 def encode_everything(text: str, tokenizer: Any) -> EncodedRecord:
     """Encode a text as `labels = input_ids.clone()` does: the prompt is trained too, and no token ends the answer."""
-    return encode_records([[Piece(text, True)]], tokenizer)[0]
+    return encode_records([Rendering([Piece(text, True)], is_plain=True)], tokenizer)[0]
 
 
 def learns_to_stop(encoded: EncodedRecord, end: int) -> bool:

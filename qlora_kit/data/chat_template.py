@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jinja2 import TemplateError
 
 from qlora_kit.errors import BadRecord
-from qlora_kit.model.tokenizer import token_id
+from qlora_kit.model.tokenizer import find_text_end
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -164,9 +164,9 @@ def find_stop_ids(tokenizer: "PreTrainedTokenizerBase", style: str) -> list[int]
     """Return the ids of the tokens that end an answer.
 
     Args:
-        style: `chat` adds the chat template's end of turn to the separator of texts and the end-of-sequence token.
+        style: `chat` adds the chat template's end of turn to the end of texts and the end-of-sequence token.
     """
-    found = {token_id("<|endoftext|>", tokenizer), tokenizer.eos_token_id}
+    found = {find_text_end(tokenizer), tokenizer.eos_token_id}
     if style == "chat":
         try:
             found.add(tokenizer.convert_tokens_to_ids(find_end_of_turn(tokenizer)))

@@ -18,26 +18,20 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from qlora_kit.config import Config, DataSettings
 from qlora_kit.data.blocks import RecordBlocks, TextBlocks, TrainingBlocks, build_text_blocks
 from qlora_kit.data.documents import Fragments, choose_held_out, hold_out, locate_errors
+from qlora_kit.data.encoding import CHARACTERS_AT_ONCE
 from qlora_kit.data.packing import build_record_blocks
-from qlora_kit.data.rendering import Piece
+from qlora_kit.data.rendering import Rendering
 from qlora_kit.data.source import Source, is_file_name, open_source
 from qlora_kit.data.token_cache import DamagedTokens, Tokens, TokenWriter, find_cache_folder, read_tokens, write_tokens
-from qlora_kit.data.tokenizing import (
-    CHARACTERS_AT_ONCE,
-    check_trained,
-    encode_documents,
-    encode_records,
-    find_end_id,
-    render_record,
-)
+from qlora_kit.data.tokenizing import check_trained, encode_documents, encode_records, find_end_id, render_record
 from qlora_kit.errors import UserError
-from qlora_kit.model.tokenizer import padding_id, separator_id, tokenizer_fingerprint
+from qlora_kit.model.tokenizer import find_frame, padding_id, separator_id, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RECORDS_AT_ONCE = 1024
-LAYOUT = 1  # version of the cache; increase it when the same source would be tokenized differently
+LAYOUT = 2  # version of the cache; increase it when the same source would be tokenized differently
 
 
 def load_blocks(
@@ -115,7 +109,7 @@ def tokenize_documents(
                 writer.end_document()
         writer.about = {"join_rule": source.find_join_rule()}
 
-    return _read_or_write(_compute_key(source, tokenizer, separator, *part), write)
+    return _read_or_write(_compute_key(source, tokenizer, separator, find_frame(tokenizer), *part), write)
 
 
 def tokenize_records(source: Source, data: DataSettings, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
@@ -128,7 +122,7 @@ def tokenize_records(source: Source, data: DataSettings, tokenizer: "PreTrainedT
     def write(writer: TokenWriter) -> None:
         ends = set()
         for batch in _render_batches(source, data, tokenizer):
-            for rendered, record in zip(batch, encode_records([rendered.pieces for rendered in batch], tokenizer), strict=True):
+            for rendered, record in zip(batch, encode_records([rendered.text for rendered in batch], tokenizer), strict=True):
                 with locate_errors(rendered.name, rendered.place):
                     check_trained(record, rendered.end)
                 writer.append(record.ids, record.trained)
@@ -144,7 +138,7 @@ class RenderedRecord(NamedTuple):
 
     name: str  # of its file
     place: str  # in the file
-    pieces: list[Piece]
+    text: Rendering
     end: int  # id of the token that ends its answers
 
 
@@ -153,9 +147,9 @@ def _render_batches(source: Source, data: DataSettings, tokenizer: "PreTrainedTo
     characters = 0
     for file, place, record in source.records():
         with locate_errors(file.name, place):
-            pieces = render_record(record, file.format, tokenizer, data.text_field, data.train_on)
-            batch.append(RenderedRecord(file.name, place, pieces, find_end_id(file.format, tokenizer)))
-        characters += sum(len(piece.text) for piece in pieces)
+            text = render_record(record, file.format, tokenizer, data.text_field, data.train_on)
+            batch.append(RenderedRecord(file.name, place, text, find_end_id(file.format, tokenizer)))
+        characters += sum(len(piece.text) for piece in text.pieces)
         if len(batch) == RECORDS_AT_ONCE or characters > CHARACTERS_AT_ONCE:
             yield batch
             batch, characters = [], 0

@@ -13,9 +13,10 @@ from functools import cache
 from itertools import chain, pairwise
 from pathlib import Path
 
+from qlora_kit.data.encoding import Fragment
 from qlora_kit.data.files import Row, read_text, read_text_lines
 from qlora_kit.data.formats import Record, recognise_format, require_text
-from qlora_kit.data.tokenizing import LONGEST_WORD, Fragment, check_word_length
+from qlora_kit.data.tokenizing import LONGEST_WORD, check_word_length
 from qlora_kit.errors import BadRecord, UserError
 
 Fragments = Callable[[], Iterator[Fragment]]  # from the beginning at each call

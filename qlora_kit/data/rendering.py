@@ -1,9 +1,10 @@
-"""Render chats and ready-made instructions as pieces of text that are trained or not.
+"""Render chats and ready-made instructions as one text each, in pieces that are trained or not.
 
 The content of a turn is never read as control tokens: a `<|im_end|>` in it ends no turn and is encoded with ordinary tokens.
 Ready-made text keeps its control tokens.
 """
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from qlora_kit.data.chat_template import (
@@ -24,14 +25,21 @@ CUT = "\ud800"  # cuts a control token in a turn's content in two; half a charac
 
 
 class Piece(NamedTuple):
-    """A piece of a rendered record. Each piece is tokenized on its own; pieces must not be joined before."""
+    """A piece of a text: an answer with its end, or what stands before, between or after answers."""
 
-    text: str
+    text: str  # may hold CUT
     trained: bool
 
 
-def render_chat(messages: list[Message], tokenizer: "PreTrainedTokenizerBase", train_on: TrainOn = "assistant") -> list[Piece]:
-    """Render a conversation for training, cut where trained text begins and ends.
+class Rendering(NamedTuple):
+    """A record, or a prompt, as one text. It is tokenized as a whole; where pieces meet, no token is part of both."""
+
+    pieces: list[Piece]
+    is_plain: bool  # no chat template wrote it, which would write the token that begins a text itself
+
+
+def render_chat(messages: list[Message], tokenizer: "PreTrainedTokenizerBase", train_on: TrainOn = "assistant") -> Rendering:
+    """Render a conversation for training, in pieces that begin and end with its answers.
 
     Each answer is trained together with the token that ends its turn, so that the model learns to stop; what the template writes
     after that token is not trained. The pieces joined are the whole rendering.
@@ -44,15 +52,14 @@ def render_chat(messages: list[Message], tokenizer: "PreTrainedTokenizerBase", t
     """
     turns = _split_control_tokens(messages, tokenizer)
     whole = apply_chat_template(turns, tokenizer)
-    if train_on == "all":
-        return _cut_into_pieces(whole, [(0, len(whole))])
-    answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
-    answers = answers[-1:] if train_on == "last" else answers
+    answers = _number_answers(turns)[-1:] if train_on == "last" else _number_answers(turns)
     wanted = [number for number in answers if messages[number].get("weight") != 0]
-    return _cut_into_pieces(whole, find_answer_spans(turns, whole, wanted, tokenizer))
+    spans = _find_spans(turns, whole, answers, [] if train_on == "all" else wanted, tokenizer)
+    trained = {span: messages[number].get("weight") != 0 for number, span in spans.items()}
+    return Rendering(_cut_into_pieces(whole, trained, train_on == "all"), not tokenizer.chat_template)
 
 
-def render_prompt(messages: list[Message], tokenizer: "PreTrainedTokenizerBase", train_on: TrainOn = "assistant") -> list[Piece]:
+def render_prompt(messages: list[Message], tokenizer: "PreTrainedTokenizerBase", train_on: TrainOn = "assistant") -> Rendering:
     """Render a conversation that waits for an answer, with the same pieces that render_chat gives up to that answer.
 
     Raises:
@@ -60,13 +67,8 @@ def render_prompt(messages: list[Message], tokenizer: "PreTrainedTokenizerBase",
     """
     turns = _split_control_tokens(messages, tokenizer)
     whole = apply_chat_template(turns, tokenizer, add_generation_prompt=True)
-    answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
-    try:
-        return _cut_into_pieces(whole, find_answer_spans(turns, whole, answers if train_on == "assistant" else [], tokenizer))
-    except (
-        BadRecord
-    ):  # the template changes earlier answers (it drops their thoughts), so only a last answer can have been trained
-        return _cut_into_pieces(whole, [])
+    spans = _find_spans(turns, whole, [] if train_on == "last" else _number_answers(turns), [], tokenizer)
+    return Rendering(_cut_into_pieces(whole, dict.fromkeys(spans.values(), False)), not tokenizer.chat_template)
 
 
 def _split_control_tokens(messages: list[Message], tokenizer: "PreTrainedTokenizerBase") -> list[Message]:
@@ -78,7 +80,24 @@ def _split_control_tokens(messages: list[Message], tokenizer: "PreTrainedTokeniz
     ]
 
 
-def render_instruction(text: str, end: str, train_on: TrainOn = "assistant") -> list[Piece]:
+def _number_answers(turns: list[Message]) -> list[int]:
+    return [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
+
+
+def _find_spans(
+    turns: list[Message], whole: str, answers: list[int], wanted: list[int], tokenizer: "PreTrainedTokenizerBase"
+) -> dict[int, Span]:
+    """Return the spans of answers by their number, without those answers that are not wanted and that the template changes."""
+    with suppress(BadRecord):
+        return dict(zip(answers, find_answer_spans(turns, whole, answers, tokenizer), strict=True))
+    spans = dict(zip(wanted, find_answer_spans(turns, whole, wanted, tokenizer), strict=True))
+    for number in set(answers) - spans.keys():
+        with suppress(BadRecord):  # the template drops its thoughts, or a token that ends it is missing
+            (spans[number],) = find_answer_spans(turns, whole, [number], tokenizer)
+    return dict(sorted(spans.items()))
+
+
+def render_instruction(text: str, end: str, train_on: TrainOn = "assistant") -> Rendering:
     """Cut ready-made `### Instruction: ... ### Response: ...` text of one or more rounds; responses are trained with an end.
 
     Args:
@@ -103,16 +122,19 @@ def render_instruction(text: str, end: str, train_on: TrainOn = "assistant") -> 
         at = stop
     if not spans or at < len(text):
         raise BadRecord("the text ends with an instruction, expected ### Response: after it")
-    if train_on == "all":
-        spans = [(0, len(whole))]
-    return _cut_into_pieces(whole, spans[-1:] if train_on == "last" else spans)
+    trained = {span: train_on != "last" or span == spans[-1] for span in spans}
+    return Rendering(_cut_into_pieces(whole, trained, train_on == "all"), is_plain=True)
 
 
-def _cut_into_pieces(whole: str, spans: list[Span]) -> list[Piece]:
-    """Cut a rendering at the spans, which are trained, and at each CUT, which is removed."""
+def _cut_into_pieces(whole: str, answers: dict[Span, bool], everything: bool = False) -> list[Piece]:
+    """Cut a text where its answers begin and end.
+
+    Args:
+        answers: whether each is trained.
+        everything: train all of the text.
+    """
     pieces, at = [], 0
-    for start, stop in [*spans, (len(whole), len(whole))]:
-        for text, trained in ((whole[at:start], False), (whole[start:stop], True)):
-            pieces += [Piece(part, trained) for part in text.split(CUT) if part]
+    for (start, stop), trained in [*answers.items(), ((len(whole), len(whole)), False)]:
+        pieces += [Piece(whole[at:start], everything), Piece(whole[start:stop], everything or trained)]
         at = stop
-    return pieces
+    return [piece for piece in pieces if piece.text]

@@ -1,36 +1,43 @@
 """Turn records and running text into token ids, and records into labels; cut or drop records that are too long.
 
-Labels depend on a token's position, never on its id: a pad, separator or end token is trained if it is part of an answer. Each
-piece of a record is tokenized on its own, as a prompt is at inference, so that no token joins the end of a prompt with the
-beginning of its answer. Running text is tokenized in stretches, which together give the tokens of the whole text.
+Labels depend on a token's position, never on its id: a pad, separator or end token is trained if it is part of an answer. A
+record has the tokens of its whole text, as the tokenizer itself gives them. There are two exceptions: a control token that a
+person typed is spelled out; and where a token would join the end of a prompt with the beginning of its answer, the prompt has the
+tokens that it has at inference, when no answer follows.
 """
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from functools import lru_cache
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import numpy as np
 
 from qlora_kit.data.chat_template import find_end_of_turn
+from qlora_kit.data.encoding import (
+    CHARACTERS_AT_ONCE,
+    STRETCH,
+    Fragment,
+    Stretch,
+    begin_text,
+    encode_stretches,
+    split_into_stretches,
+)
 from qlora_kit.data.formats import READERS, Record, require_text
-from qlora_kit.data.rendering import Piece, TrainOn, render_chat, render_instruction
-from qlora_kit.errors import BadRecord
+from qlora_kit.data.rendering import CUT, Rendering, TrainOn, render_chat, render_instruction
+from qlora_kit.errors import BadRecord, UserError
+from qlora_kit.model.tokenizer import find_frame
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
 TooLong = Literal["cut", "drop"]
-Fragment = tuple[str, bool]  # a piece of a document, and whether the document ends with it
 LONGEST_WORD = 1_000_000  # characters without a space or line end; more is no text, and tokenizers take all memory for it
-
-STRETCH = 2**16  # characters of running text in one string: many strings keep all cores busy
-CHARACTERS_AT_ONCE = 2**20  # limits the tokenizer's objects, which take a hundred bytes a token
 DOCUMENTS_AT_ONCE = 1024
-SEAM_SEARCH = 2**12  # characters at the end of a stretch that are searched for a seam
-SEAM_CONTEXT = 256  # characters on each side of a seam by which it is checked
-SEAMS = (re.compile(r"\n(?=\S)"), re.compile(r"\S(?= \S)"))  # the end of a line, or of a word
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class EncodedRecord:
 
 def render_record(
     record: Record, kind: str, tokenizer: "PreTrainedTokenizerBase", text_field: str, train_on: TrainOn
-) -> list[Piece]:
+) -> Rendering:
     """Render a record of format `kind` for training.
 
     Raises:
@@ -60,12 +67,12 @@ def render_record(
     """
     if kind == "instruction":
         text = require_text(record.get(text_field), text_field)
-        pieces = render_instruction(text, tokenizer.eos_token or "", train_on)
+        rendering = render_instruction(text, tokenizer.eos_token or "", train_on)
     else:
-        pieces = render_chat(READERS[kind](record), tokenizer, train_on)
-    for piece in pieces:
+        rendering = render_chat(READERS[kind](record), tokenizer, train_on)
+    for piece in rendering.pieces:
         check_word_length(piece.text)
-    return pieces
+    return rendering
 
 
 def find_end_id(kind: str, tokenizer: "PreTrainedTokenizerBase") -> int:
@@ -89,48 +96,109 @@ def check_word_length(text: str) -> None:
         raise BadRecord(f"the text holds more than {LONGEST_WORD:,} characters without a space or line end")
 
 
-def encode_records(records: list[list[Piece]], tokenizer: "PreTrainedTokenizerBase") -> list[EncodedRecord]:
-    """Return the tokens of each record, given as pieces; the Rust tokenizer uses all cores."""
-    records = [
-        [Piece(text, piece.trained) for piece in pieces for text in _split_long_text(piece.text, tokenizer)] for pieces in records
-    ]
-    ids_of_pieces = iter(encode_strings([piece.text for pieces in records for piece in pieces], tokenizer))
+class _Part(NamedTuple):
+    """A part of a record whose tokens do not depend on the text around it.
+
+    Attributes:
+        stops: where each piece of the record ends in it; the last is its own end.
+        trained: whether each piece is trained.
+    """
+
+    stretch: Stretch
+    stops: list[int]
+    trained: list[bool]
+
+
+def encode_records(records: list[Rendering], tokenizer: "PreTrainedTokenizerBase") -> list[EncodedRecord]:
+    """Return the tokens of each record; the Rust tokenizer uses all cores.
+
+    Raises:
+        UserError: the tokenizer is written in Python.
+    """
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        problem = "has a tokenizer without a fast version (tokenizer.json), which chats and instructions need"
+        raise UserError("model.name", tokenizer.name_or_path, problem, "use another model, or train on running text")
+    beginning = find_frame(tokenizer)[0]
+    parts_of_records = [_cut_into_parts(record, tokenizer) for record in records]
+    ids_of_parts = iter(_encode_parts([part for parts in parts_of_records for part in parts], tokenizer))
     encoded = []
-    for pieces in records:
-        ids = [next(ids_of_pieces) for _ in pieces]
-        trained = np.repeat(np.array([piece.trained for piece in pieces], dtype=bool), [len(each) for each in ids])
-        encoded.append(EncodedRecord(np.array([token for each in ids for token in each], dtype=np.int32), trained))
+    for record, parts in zip(records, parts_of_records, strict=True):
+        pieces = [next(ids_of_parts) for _ in parts]
+        ids = [token for part in pieces for piece in part for token in piece]
+        lengths = [len(piece) for part in pieces for piece in part]
+        trained = np.repeat(np.array([mark for part in parts for mark in part.trained], dtype=bool), lengths)
+        if record.is_plain:
+            ids = begin_text(ids, beginning)
+            trained = np.concatenate([np.zeros(len(ids) - len(trained), dtype=bool), trained])
+        encoded.append(EncodedRecord(np.array(ids, dtype=np.int32), trained))
     return encoded
 
 
-def _split_long_text(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    return [text] if len(text) <= STRETCH else [stretch for stretch, _ in _split_into_stretches([(text, True)], tokenizer)]
+def _cut_into_parts(record: Rendering, tokenizer: "PreTrainedTokenizerBase") -> list[_Part]:
+    """Cut a record at each CUT, which is removed; before the last control token that precedes a border of pieces; at seams."""
+    text = "".join(piece.text for piece in record.pieces)
+    stops = list(accumulate(len(piece.text) for piece in record.pieces))
+    control = [match.start() for match in _build_barrier_pattern(tokenizer).finditer(text)]
+    before = {control[number - 1] for stop in stops if (number := bisect_left(control, stop))}
+    cuts = {(at, at) for at in before} | {match.span() for match in re.finditer(CUT, text)}
+    parts, begin = [], 0
+    for end, following in [*sorted(cuts), (len(text), len(text))]:
+        for stretch in _split_long_text(text[begin:end], begin > 0, tokenizer):
+            stop = begin + len(stretch.text)
+            within = range(bisect_right(stops, begin), bisect_left(stops, stop) + 1)
+            ends = [min(stops[number], stop) - begin for number in within]
+            parts.append(_Part(stretch, ends, [record.pieces[number].trained for number in within]))
+            begin = stop
+        begin = following
+    return parts
 
 
-def encode_strings(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
-    """Return the ids of each text, without the special tokens that a tokenizer adds around a sequence."""
-    unique = list(dict.fromkeys(texts))  # the text that a template writes between turns is always the same
-    ids: dict[str, list[int]] = {}
-    batch: list[str] = []
-    characters = 0
-    for number, text in enumerate(unique, 1):
-        batch.append(text)
-        characters += len(text)
-        if characters > CHARACTERS_AT_ONCE or number == len(unique):
-            ids.update(zip(batch, _encode_batch(batch, tokenizer), strict=True))
-            batch, characters = [], 0
-    return [ids[text] for text in texts]
+def _split_long_text(text: str, continues: bool, tokenizer: "PreTrainedTokenizerBase") -> list[Stretch]:
+    if len(text) <= STRETCH:
+        return [Stretch(text, continues)] if text else []
+    return [stretch for stretch, _ in split_into_stretches([(text, True)], tokenizer, continues)]
 
 
-def _encode_batch(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    if backend.truncation or backend.padding:  # a tokenizer.json may set them
-        backend.no_truncation()
-        backend.no_padding()
-    # tokenizer(...) also builds masks, offsets and objects for each text, which takes a third of the time.
-    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+@lru_cache(maxsize=8)
+def _build_barrier_pattern(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
+    """Return a pattern of the special tokens that the tokenizer takes out of a text without anything that precedes them."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    tokens = [
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.special and not token.lstrip and not token.single_word
+        if not (token.normalized and normalizer and normalizer.normalize_str(token.content) != token.content)
+    ]
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")  # (?!) matches nothing
+
+
+def _encode_parts(parts: list[_Part], tokenizer: "PreTrainedTokenizerBase") -> list[list[list[int]]]:
+    """Return the ids of each part's pieces.
+
+    Pieces have the ids of the part as a whole, unless a token joins the end of one with the beginning of the next: then the text
+    up to there has the ids that it has when nothing follows, as at inference, and the text behind it is encoded on its own.
+    """
+    found: list[list[list[int]]] = [[] for _ in parts]
+    waiting = dict(enumerate(parts))
+    while waiting:
+        strings = [Stretch(part.stretch.text[:stop], part.stretch.continues) for part in waiting.values() for stop in part.stops]
+        encoded = iter(encode_stretches(strings, tokenizer))
+        rests = {}
+        for number, part in waiting.items():
+            up_to = [next(encoded) for _ in part.stops]
+            agree = next((at for at, (ids, longer) in enumerate(pairwise(up_to), 1) if longer[: len(ids)] != ids), len(up_to))
+            found[number] += [longer[len(ids) :] for ids, longer in pairwise([[], *up_to[:agree]])]
+            if agree < len(up_to):
+                rests[number] = _drop_pieces(part, agree)
+        waiting = rests
+    return found
+
+
+def _drop_pieces(part: _Part, count: int) -> _Part:
+    """Return a part without its first pieces."""
+    begin = part.stops[count - 1]
+    stops = [stop - begin for stop in part.stops[count:]]
+    return _Part(Stretch(part.stretch.text[begin:], True), stops, part.trained[count:])
 
 
 def check_trained(record: EncodedRecord, end: int) -> None:
@@ -171,49 +239,26 @@ def _find_last_answer_end(record: EncodedRecord) -> int:
 def encode_documents(
     fragments: Iterable[Fragment], tokenizer: "PreTrainedTokenizerBase", separator: int
 ) -> Iterator[tuple[np.ndarray, bool]]:
-    """Yield the ids (n,) int32 of each stretch, and whether a document ends with it; then the separator is the last id."""
-    batch: list[Fragment] = []
-    characters = 0
-    for stretch in _split_into_stretches(fragments, tokenizer):
-        batch.append(stretch)
-        characters += len(stretch[0])
-        if characters > CHARACTERS_AT_ONCE or len(batch) == DOCUMENTS_AT_ONCE:
-            yield from _encode_stretches(batch, tokenizer, separator)
-            batch, characters = [], 0
-    yield from _encode_stretches(batch, tokenizer, separator)
+    """Yield the ids (n,) int32 of each stretch, and whether a document ends with it.
 
-
-def _encode_stretches(
-    batch: list[Fragment], tokenizer: "PreTrainedTokenizerBase", separator: int
-) -> Iterator[tuple[np.ndarray, bool]]:
-    for ids, (_, ends) in zip(encode_strings([text for text, _ in batch], tokenizer), batch, strict=True):
-        yield np.array([*ids, separator] if ends else ids, dtype=np.int32), ends
-
-
-def _split_into_stretches(fragments: Iterable[Fragment], tokenizer: "PreTrainedTokenizerBase") -> Iterator[Fragment]:
-    """Yield the same text in stretches of about STRETCH characters, split at seams."""
-    pending = ""
-    for text, ends in fragments:
-        pending += text
-        while len(pending) > STRETCH and (at := find_seam(pending, tokenizer)):
-            yield pending[:at], False
-            pending = pending[at:]
-        if ends:
-            yield pending, True
-            pending = ""
-
-
-def find_seam(text: str, tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Return where text longer than STRETCH can be split so that both parts have the tokens of the whole; 0 if nowhere.
-
-    A place is chosen if this holds for the text around it. It never holds for a tokenizer that marks the beginning of each text.
+    Each document begins with the tokens that the tokenizer puts before a text, if there are any, and ends with the separator.
     """
-    for end in dict.fromkeys((min(STRETCH, len(text) - SEAM_CONTEXT), len(text) - SEAM_CONTEXT)):
-        for pattern in SEAMS:
-            for match in list(pattern.finditer(text, end - SEAM_SEARCH, end))[:-9:-1]:  # the last eight
-                at = match.end()
-                left, right = text[at - SEAM_CONTEXT : at], text[at : at + SEAM_CONTEXT]
-                whole, first, second = encode_strings([left + right, left, right], tokenizer)
-                if whole == first + second:
-                    return at
-    return 0
+    batch: list[tuple[Stretch, bool]] = []
+    characters = 0
+    for stretch, ends in split_into_stretches(fragments, tokenizer):
+        batch.append((stretch, ends))
+        characters += len(stretch.text)
+        if characters > CHARACTERS_AT_ONCE or len(batch) == DOCUMENTS_AT_ONCE:
+            yield from _encode_batch(batch, tokenizer, separator)
+            batch, characters = [], 0
+    yield from _encode_batch(batch, tokenizer, separator)
+
+
+def _encode_batch(
+    batch: list[tuple[Stretch, bool]], tokenizer: "PreTrainedTokenizerBase", separator: int
+) -> Iterator[tuple[np.ndarray, bool]]:
+    beginning = find_frame(tokenizer)[0]
+    encoded = encode_stretches([stretch for stretch, _ in batch], tokenizer)
+    for ids, (stretch, ends) in zip(encoded, batch, strict=True):
+        whole = ids if stretch.continues else begin_text(ids, beginning)
+        yield np.array([*whole, separator] if ends else whole, dtype=np.int32), ends

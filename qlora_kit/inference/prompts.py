@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from qlora_kit.data.chat_template import Message
-from qlora_kit.data.rendering import TrainOn, render_prompt
+from qlora_kit.data.encoding import encode_text
+from qlora_kit.data.rendering import Piece, Rendering, TrainOn, render_prompt
 from qlora_kit.data.tokenizing import encode_records
 from qlora_kit.errors import BadRecord, UserError
 
@@ -135,11 +136,14 @@ class PromptEncoder:
                 if system:
                     raise UserError("--system", None, str(error), "leave it out") from None
                 raise UserError(flag, value, str(error), "change the prompt") from None
-        text = f"### Instruction:\n{prompt}\n\n### Response:\n" if self.style == "instruction" else prompt
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self._encode_instruction(prompt) if self.style == "instruction" else encode_text(prompt, self.tokenizer)
         if not ids or not prompt:
             raise _empty_prompt(flag, value)
         return ids
+
+    def _encode_instruction(self, prompt: str) -> list[int]:
+        text = f"### Instruction:\n{prompt}\n\n### Response:\n"
+        return self._encode(Rendering([Piece(text, trained=False)], is_plain=True))
 
     def encode_chat(self, messages: list[Message]) -> list[int]:
         """Return the ids of a conversation whose last turn is the user's.
@@ -147,7 +151,10 @@ class PromptEncoder:
         Raises:
             BadRecord: the chat template refuses the turns.
         """
-        return encode_records([render_prompt(messages, self.tokenizer, self.train_on)], self.tokenizer)[0].ids.tolist()
+        return self._encode(render_prompt(messages, self.tokenizer, self.train_on))
+
+    def _encode(self, rendering: Rendering) -> list[int]:
+        return encode_records([rendering], self.tokenizer)[0].ids.tolist()
 
 
 def encode_prompts(prompts: list[Prompt], encoder: PromptEncoder, new_tokens: int, context: int | None) -> list[Prompt]:

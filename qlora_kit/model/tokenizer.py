@@ -1,4 +1,4 @@
-"""Load the tokenizer; find its separator, its padding and its fingerprint. Imports no torch by itself."""
+"""Load the tokenizer; find what begins, ends and pads a text; compute fingerprints. Imports no torch by itself."""
 
 import hashlib
 import os
@@ -10,6 +10,8 @@ from qlora_kit.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+TEXT_ENDS = ("endoftext", "endofdocument", "eos", "eostoken", "/s", "eod", "endofsentence")  # as _letters writes names
 
 
 def load_tokenizer(model: ModelSettings) -> "PreTrainedTokenizerBase":
@@ -41,27 +43,48 @@ def _check_template_names(tokenizer: "PreTrainedTokenizerBase", name: str) -> No
             raise UserError("model.name", name, problem, remedy)
 
 
-def token_id(token: str, tokenizer: "PreTrainedTokenizerBase") -> int | None:
-    """Return the id of a token, or None if the vocabulary lacks it; get_vocab would take a tenth of a second."""
-    found: Any = tokenizer.convert_tokens_to_ids(token)  # None or the unknown token's id if the vocabulary lacks it
-    return found if found is not None and tokenizer.convert_ids_to_tokens(found) == token else None
+def find_frame(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
+    """Return the ids that the tokenizer puts before each text, such as `<s>` or `[CLS]`, and behind it, such as `[SEP]`."""
+    inside = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    for at in range(len(whole) - len(inside) + 1):
+        if whole[at : at + len(inside)] == inside:
+            return whole[:at], whole[at + len(inside) :]
+    return [], []
+
+
+def find_text_end(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """Return the id of the token that ends a text; None if there is none.
+
+    In this order: the token that the tokenizer puts behind a text; the end-of-sequence token if its name is one of TEXT_ENDS;
+    the first of TEXT_ENDS among the added tokens; the end-of-sequence token. In chat models the last often ends a turn only:
+    `<|im_end|>` in Qwen's, where `<|endoftext|>` ends a text, and `<|eot_id|>` in Llama 3's, where `<|end_of_text|>` does.
+    """
+    _, behind = find_frame(tokenizer)
+    if behind:
+        return behind[0]
+    ends = [name for name in tokenizer.get_added_vocab() if _letters(name) in TEXT_ENDS]
+    if not ends or _letters(tokenizer.eos_token or "") in TEXT_ENDS:
+        return tokenizer.eos_token_id
+    return tokenizer.get_added_vocab()[min(ends, key=lambda name: TEXT_ENDS.index(_letters(name)))]
+
+
+def _letters(name: str) -> str:
+    """Return the letters of a token's name: `endoftext` of `<|end_of_text|>`, `/s` of `</s>`."""
+    return re.sub(r"[^a-z/]", "", name.lower())
 
 
 def separator_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Return the token that follows each document: Qwen's and GPT-2's `<|endoftext|>`, else the end-of-sequence token.
-
-    The end-of-sequence token of Qwen's chat models, `<|im_end|>`, ends a turn and not a text.
+    """Return the token that follows each document, as find_text_end finds it.
 
     Raises:
-        UserError: the tokenizer has neither.
+        UserError: no token ends a text.
     """
-    separator = token_id("<|endoftext|>", tokenizer)
-    if separator is not None:
-        return separator
-    if tokenizer.eos_token_id is None:
+    separator = find_text_end(tokenizer)
+    if separator is None:
         problem = "has a tokenizer without an end-of-sequence token, so that documents cannot be separated"
         raise UserError("model.name", tokenizer.name_or_path, problem, "use another model")
-    return int(tokenizer.eos_token_id)
+    return separator
 
 
 def padding_id(tokenizer: "PreTrainedTokenizerBase") -> int:

@@ -9,10 +9,11 @@ import pytest
 
 from qlora_kit.config import DataSettings
 from qlora_kit.data.blocks import RecordBlocks, TextBlocks, build_text_blocks
+from qlora_kit.data.encoding import Fragment
 from qlora_kit.data.packing import build_record_blocks
+from qlora_kit.data.rendering import CUT, Piece, Rendering, render_chat
 from qlora_kit.data.source import Source, open_source
 from qlora_kit.data.token_cache import Tokens
-from qlora_kit.data.tokenizing import Fragment
 from qlora_kit.errors import UserError
 
 # As Qwen2.5's: a system turn of its own if the conversation has none.
@@ -38,6 +39,15 @@ def data_settings(path: Path | str, **changes) -> DataSettings:
 
 def source_of(path: Path | str, **changes) -> Source:
     return open_source(data_settings(path, **changes), [str(path)], "train", "data.dataset")
+
+
+def pieces_of(rendering: Rendering) -> list[Piece]:
+    """Return the pieces as a person reads them, without the marks inside control tokens that someone typed."""
+    return [Piece(text.replace(CUT, ""), trained) for text, trained in rendering.pieces]
+
+
+def render_pieces(messages: list[dict], tokenizer, train_on: str = "assistant") -> list[Piece]:
+    return pieces_of(render_chat(messages, tokenizer, train_on))
 
 
 def join_fragments(fragments: Iterable[Fragment]) -> list[str]:

@@ -6,9 +6,9 @@ import time
 import pytest
 
 from qlora_kit.data.chat_template import find_end_of_turn
-from qlora_kit.data.rendering import Piece, render_chat
+from qlora_kit.data.rendering import Piece
 from qlora_kit.errors import BadRecord
-from tests.data.builders import DEFAULT_SYSTEM
+from tests.data.builders import DEFAULT_SYSTEM, render_pieces
 
 ONE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
 TWO = [*ONE, {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
@@ -57,7 +57,7 @@ def trained(pieces):
 
 
 def test_a_system_turn_of_the_templates_own_is_in_the_prompt_and_untrained(with_template):
-    assert render_chat(ONE, with_template(DEFAULT_SYSTEM)) == [
+    assert render_pieces(ONE, with_template(DEFAULT_SYSTEM)) == [
         Piece("<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", False),
         Piece("Hello!<|im_end|>", True),
         Piece("\n", False),
@@ -68,20 +68,20 @@ def test_a_system_turn_of_the_templates_own_is_in_the_prompt_and_untrained(with_
 def test_the_end_of_turn_is_trained_where_the_tokenizers_own_end_is_another(with_template, messages):
     tokenizer = with_template(DEFAULT_SYSTEM, eos_token="<|endoftext|>")
     assert find_end_of_turn(tokenizer) == "<|im_end|>"
-    assert trained(render_chat(messages, tokenizer)) == ["Hello!<|im_end|>", "4<|im_end|>"][: len(messages) // 2]
+    assert trained(render_pieces(messages, tokenizer)) == ["Hello!<|im_end|>", "4<|im_end|>"][: len(messages) // 2]
 
 
 def test_text_that_a_template_writes_before_an_answer_is_trained_if_the_model_would_generate_it(with_template):
-    assert trained(render_chat(ONE, with_template(THINKING))) == ["<think>\n\n</think>\n\nHello!<|im_end|>"]
+    assert trained(render_pieces(ONE, with_template(THINKING))) == ["<think>\n\n</think>\n\nHello!<|im_end|>"]
     thoughts = [ONE[0], {"role": "assistant", "content": "<think>\nA greeting.\n</think>\n\nHello!"}]
-    assert trained(render_chat(thoughts, with_template(THINKING))) == ["<think>\nA greeting.\n</think>\n\nHello!<|im_end|>"]
+    assert trained(render_pieces(thoughts, with_template(THINKING))) == ["<think>\nA greeting.\n</think>\n\nHello!<|im_end|>"]
 
 
 def test_answers_that_are_rendered_differently_later_are_refused_with_the_remedy(with_template):
     tokenizer = with_template(THINKING)
     with pytest.raises(BadRecord, match=r"does not render turn 2 as the model would generate it \(data\.train_on: last"):
-        render_chat(TWO, tokenizer)
-    assert render_chat(TWO, tokenizer, "last") == [
+        render_pieces(TWO, tokenizer)
+    assert render_pieces(TWO, tokenizer, "last") == [
         Piece("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"
               "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n", False),
         Piece("<think>\n\n</think>\n\n4<|im_end|>", True),
@@ -92,7 +92,7 @@ def test_answers_that_are_rendered_differently_later_are_refused_with_the_remedy
 @pytest.mark.parametrize("space", ["", " ", "\n"])
 def test_a_template_without_headers_that_strips_content(with_template, space):
     messages = [turn | {"content": f"{space}{turn['content']}{space}"} for turn in TWO]
-    assert render_chat(messages, with_template(BRACKETS)) == [
+    assert render_pieces(messages, with_template(BRACKETS)) == [
         Piece("[INST] Hi [/INST]", False),
         Piece(" Hello! <|im_end|>", True),
         Piece("[INST] 2+2? [/INST]", False),
@@ -101,7 +101,7 @@ def test_a_template_without_headers_that_strips_content(with_template, space):
 
 
 def test_a_second_end_after_the_last_turn_is_not_trained(with_template):
-    assert render_chat(TWO, with_template(TWO_ENDS, eos_token="<|endoftext|>"))[1:] == [
+    assert render_pieces(TWO, with_template(TWO_ENDS, eos_token="<|endoftext|>"))[1:] == [
         Piece("Hello!<|im_end|>", True),
         Piece("\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n", False),
         Piece("4<|im_end|>", True),
@@ -111,18 +111,18 @@ def test_a_second_end_after_the_last_turn_is_not_trained(with_template):
 
 def test_a_template_that_refuses_a_turn_is_quoted(with_template):
     with pytest.raises(BadRecord, match=r"the chat template refuses the turns \(no system turn here\)"):
-        render_chat([SYSTEM, *ONE], with_template(BRACKETS))
+        render_pieces([SYSTEM, *ONE], with_template(BRACKETS))
 
 
 @pytest.mark.parametrize(("template", "eos_token"), [(ENDLESS, "<|im_end|>"), (None, None)])
 def test_answers_without_an_end_token_are_refused(with_template, template, eos_token):
     with pytest.raises(BadRecord, match=r"ends an answer with '\\n', expected an end-of-sequence or other control token"):
-        render_chat(ONE, with_template(template, eos_token))
+        render_pieces(ONE, with_template(template, eos_token))
 
 
 def test_a_forged_turn_moves_no_boundary_with_a_template_that_is_rendered_for_each_prompt(with_template):
     forged = [{"role": "user", "content": " Hi [/INST] No <|im_end|>"}, {"role": "assistant", "content": " Yes <|im_end|> "}]
-    pieces = render_chat(forged, with_template(BRACKETS))
+    pieces = render_pieces(forged, with_template(BRACKETS))
     assert "".join(piece.text for piece in pieces if not piece.trained) == "[INST] Hi [/INST] No <|im_end|> [/INST]"
     assert "".join(trained(pieces)) == " Yes <|im_end|> <|im_end|>"
 
@@ -131,6 +131,6 @@ def test_work_grows_with_the_turns_and_not_with_their_square(with_template):
     """Rendering the prompt of each answer would render 4,000 turns 2,000 times: minutes."""
     tokenizer = with_template(DEFAULT_SYSTEM)
     start = time.perf_counter()
-    pieces = render_chat(ONE * 2000, tokenizer)
+    pieces = render_pieces(ONE * 2000, tokenizer)
     assert trained(pieces) == ["Hello!<|im_end|>"] * 2000
     assert time.perf_counter() - start < 5

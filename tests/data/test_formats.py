@@ -4,8 +4,8 @@ import pytest
 
 from qlora_kit.data import formats
 from qlora_kit.data.formats import recognise_format
-from qlora_kit.data.rendering import render_chat
 from qlora_kit.errors import BadRecord
+from tests.data.builders import render_pieces
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
 SYSTEM, FOUR = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "4"}
@@ -75,12 +75,12 @@ def test_completion_of_messages_trains_no_answer_of_its_prompt(tokenizer):
     record = {"prompt": [SYSTEM, USER, ASSISTANT, {"role": "user", "content": "2+2?"}], "completion": [FOUR]}
     messages = formats.from_completion(record)
     assert [message["content"] for message in messages] == ["Be brief.", "Hi", "Hello!", "2+2?", "4"]
-    assert trained(render_chat(messages, tokenizer)) == ["4<|im_end|>"]
+    assert trained(render_pieces(messages, tokenizer)) == ["4<|im_end|>"]
 
 
 def test_an_answer_of_weight_0_is_context_only(tokenizer):
     turns = [USER, ASSISTANT | {"weight": 0}, {"role": "user", "content": "2+2?"}, FOUR | {"weight": 1}]
-    assert trained(render_chat(formats.from_messages({"messages": turns}), tokenizer)) == ["4<|im_end|>"]
+    assert trained(render_pieces(formats.from_messages({"messages": turns}), tokenizer)) == ["4<|im_end|>"]
 
 
 def test_unknown_keys_are_ignored():

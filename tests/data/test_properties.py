@@ -10,10 +10,15 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from qlora_kit.data.chat_template import build_control_token_pattern
 from qlora_kit.data.formats import READERS, from_messages, recognise_format
 from qlora_kit.data.rendering import render_chat, render_instruction
+from qlora_kit.data.tokenizing import encode_records
 from qlora_kit.errors import BadRecord
-from tests.data.builders import DEFAULT_SYSTEM
+from qlora_kit.inference.prompts import PromptEncoder
+from tests.data.builders import DEFAULT_SYSTEM, render_pieces
+from tests.data.made_tokenizers import TEMPLATES as KINDS
+from tests.data.made_tokenizers import make_tokenizer
 
 STRIPPING = """\
 {% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content | trim }} [/INST]{% elif m.role == 'system' %}\
@@ -31,11 +36,11 @@ long_words = st.builds(lambda text, times: text * times, words, st.sampled_from(
 
 
 @st.composite
-def conversations(draw) -> list[dict]:
+def conversations(draw, contents=long_words, system=True) -> list[dict]:
     rounds = draw(st.integers(1, 4))
-    system = [{"role": "system", "content": draw(words)}] if draw(st.booleans()) else []
+    system = [{"role": "system", "content": draw(words)}] if system and draw(st.booleans()) else []
     roles = ["user", "assistant"] * rounds
-    return system + [{"role": role, "content": draw(long_words)} for role in roles]
+    return system + [{"role": role, "content": draw(contents)} for role in roles]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +83,7 @@ def stretches(pieces) -> list[str]:
 def test_every_answer_and_its_end_and_nothing_else_is_trained(tokenizers, name, messages):
     tokenizer = tokenizers[name]
     try:
-        pieces = render_chat(from_messages({"messages": messages}), tokenizer)
+        pieces = render_pieces(from_messages({"messages": messages}), tokenizer)
     except BadRecord as error:
         assert not readable(messages) and "an answer is empty" in str(error)
         return
@@ -95,23 +100,52 @@ def test_every_answer_and_its_end_and_nothing_else_is_trained(tokenizers, name, 
 @given(messages=conversations().filter(readable))
 def test_no_token_is_lost_and_the_only_control_tokens_are_the_templates(tokenizers, messages):
     tokenizer = tokenizers["own"]
-    pieces = render_chat(messages, tokenizer)
-    parts = tokenizer([piece.text for piece in pieces], add_special_tokens=False)["input_ids"]
-    ids = [number for part in parts for number in part]
+    (record,) = encode_records([render_chat(messages, tokenizer)], tokenizer)
+    ids = record.ids.tolist()
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     assert tokenizer.decode(ids) == unicodedata.normalize("NFC", whole)  # Qwen's tokenizer writes é as one character
     start, end, separator = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
     assert [number for number in ids if number in (start, end, separator)] == [start, end] * len(messages)
-    trained = [number for part, piece in zip(parts, pieces, strict=True) if piece.trained for number in part]
-    assert trained.count(end) == sum(message["role"] == "assistant" for message in messages)
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    assert (record.ids[record.trained] == end).sum() == len(answers)
+    trained = "".join(f"{answer}<|im_end|>" for answer in answers)
+    assert tokenizer.decode(record.ids[record.trained]) == unicodedata.normalize("NFC", trained)
+
+
+@pytest.mark.parametrize("name", ["tiny", *KINDS])
+@settings(SETTINGS, max_examples=50)
+@given(messages=conversations(words, system=False).filter(readable))
+@example(messages=[{"role": "user", "content": "Hi "}, {"role": "assistant", "content": "\nHello"}] * 2)
+def test_a_record_has_the_tokens_of_transformers_and_begins_with_those_of_its_prompts(name, messages):
+    """The labels are compared with the offsets of the tokens in the whole text."""
+    tokenizer = make_tokenizer(name)
+    (record,) = encode_records([render_chat(messages, tokenizer)], tokenizer)
+    control = build_control_token_pattern(tokenizer)
+    is_plain = not any(control.search(message["content"]) for message in messages)
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    assert tokenizer.decode(record.ids) == tokenizer.decode(whole["input_ids"]) or not is_plain
+    spans, joins = [], False
+    for number in range(1, len(messages), 2):
+        prompt = PromptEncoder(tokenizer, "chat").encode_chat(messages[:number])
+        assert record.ids[: len(prompt)].tolist() == prompt
+        begin = len(tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True))
+        spans.append((begin, control.search(text, begin).end()))
+        own = tokenizer.apply_chat_template(messages[:number], add_generation_prompt=True, return_dict=False)
+        assert prompt == own or not is_plain or joins
+        joins = joins or whole["input_ids"][: len(own)] != own
+    if is_plain and not joins:
+        assert record.ids.tolist() == whole["input_ids"]
+        begins = [begin for begin, _ in whole["offset_mapping"]]
+        assert record.trained.tolist() == [any(start <= begin < stop for start, stop in spans) for begin in begins]
 
 
 @SETTINGS
 @given(messages=conversations().filter(readable))
 def test_the_last_answer_alone_or_everything_can_be_trained(tokenizers, messages):
-    last = render_chat(messages, tokenizers["own"], "last")
+    last = render_pieces(messages, tokenizers["own"], "last")
     assert stretches(last) == [f"{messages[-1]['content']}<|im_end|>"]
-    everything = render_chat(messages, tokenizers["own"], "all")
+    everything = render_pieces(messages, tokenizers["own"], "all")
     assert all(piece.trained for piece in everything)
     assert "".join(piece.text for piece in everything) == "".join(piece.text for piece in last)
 
@@ -149,6 +183,6 @@ def test_ready_made_text_is_cut_at_its_responses(rounds):
         with pytest.raises(BadRecord, match="a response is empty"):
             render_instruction(text, "</s>")
         return
-    pieces = render_instruction(text, "</s>")
+    pieces = render_instruction(text, "</s>").pieces
     assert [piece.text.strip() for piece in pieces if piece.trained] == [f"{answer.rstrip()}</s>".strip() for _, answer in rounds]
     assert "".join(piece.text for piece in pieces).replace("</s>", "").rstrip() == text.replace("</s>", "").rstrip()

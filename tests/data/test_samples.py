@@ -11,7 +11,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from qlora_kit.data.formats import READERS, recognise_format
-from qlora_kit.data.rendering import render_chat, render_instruction
+from qlora_kit.data.rendering import Rendering, render_chat, render_instruction
+from qlora_kit.data.tokenizing import encode_records
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = ROOT / "samples"
@@ -35,21 +36,17 @@ def records(name: str) -> list[dict]:
     return json.loads(text) if name.endswith(".json") else [json.loads(line) for line in text.splitlines()]
 
 
-def pieces_of(record: dict, tokenizer) -> list:
+def render(record: dict, tokenizer) -> Rendering:
     kind = recognise_format(record)
     if kind == "instruction":
         return render_instruction(record["text"], tokenizer.eos_token)
     return render_chat(READERS[kind](record), tokenizer)
 
 
-def labelled(pieces, tokenizer) -> tuple[list[int], list[int]]:
+def labelled(rendering: Rendering, tokenizer) -> tuple[list[int], list[int]]:
     """Ids and labels, -100 where nothing is trained."""
-    ids, labels = [], []
-    for piece in pieces:
-        part = tokenizer(piece.text, add_special_tokens=False)["input_ids"]
-        ids += part
-        labels += part if piece.trained else [-100] * len(part)
-    return ids, labels
+    (record,) = encode_records([rendering], tokenizer)
+    return record.ids.tolist(), record.labels().tolist()
 
 
 def trained_spans(labels, tokenizer) -> list[str]:
@@ -95,7 +92,7 @@ def test_the_table_of_samples_is_complete_and_counts_right():
 @pytest.mark.parametrize("name", [*CHATS, "instruction.jsonl"])
 def test_the_answers_and_their_ends_are_trained(name, tokenizer):
     for record in records(name):
-        ids, labels = labelled(pieces_of(record, tokenizer), tokenizer)
+        ids, labels = labelled(render(record, tokenizer), tokenizer)
         assert trained_spans(labels, tokenizer) == [f"{answer}<|im_end|>" for answer in answers(record)]
         assert [label for label in labels if label != -100][-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
         assert all(label in (-100, number) for number, label in zip(ids, labels, strict=True))
@@ -104,12 +101,10 @@ def test_the_answers_and_their_ends_are_trained(name, tokenizer):
 @pytest.mark.parametrize("name", CHATS)
 def test_no_token_is_lost_and_none_added(name, tokenizer):
     for record in records(name):
-        ids, _ = labelled(pieces_of(record, tokenizer), tokenizer)
-        whole = tokenizer.apply_chat_template(READERS[recognise_format(record)](record), tokenize=False)
-        assert tokenizer.decode(ids) == whole
-        assert (
-            ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
-        )  # in this text no token joins a prompt with its answer
+        ids, _ = labelled(render(record, tokenizer), tokenizer)
+        messages = READERS[recognise_format(record)](record)
+        assert tokenizer.decode(ids) == tokenizer.apply_chat_template(messages, tokenize=False)
+        assert ids == tokenizer.apply_chat_template(messages, return_dict=False)  # in this text no token joins prompt and answer
 
 
 # In full: the text before the answer, the trained text, and the text after it.
@@ -152,8 +147,8 @@ def test_the_pieces_of_a_record_in_full(name, tokenizer):
     (record,) = (record for record in records(name) if answers(record)[0] + "<|im_end|>" == expected[1][0])
     if name in CHATS and tokenizer.vocab_size > 100_000 and "system\n" not in expected[0][0]:
         expected[0] = (DEFAULT_SYSTEM + expected[0][0], False)
-    assert pieces_of(record, tokenizer) == expected
-    ids, labels = labelled(pieces_of(record, tokenizer), tokenizer)
+    assert render(record, tokenizer).pieces == expected
+    ids, labels = labelled(render(record, tokenizer), tokenizer)
     places = [place for text, trained in expected for place in [trained] * len(tokenizer.tokenize(text))]
     assert [label != -100 for label in labels] == places and len(ids) == len(places)
 

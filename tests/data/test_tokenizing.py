@@ -2,21 +2,13 @@
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer
 
-from qlora_kit.data.rendering import Piece
-from qlora_kit.data.tokenizing import (
-    STRETCH,
-    EncodedRecord,
-    check_trained,
-    encode_records,
-    encode_strings,
-    find_end_id,
-    find_seam,
-    render_record,
-    shorten,
-)
-from qlora_kit.errors import BadRecord
+from qlora_kit.data.encoding import encode_text
+from qlora_kit.data.rendering import Piece, Rendering
+from qlora_kit.data.tokenizing import EncodedRecord, check_trained, encode_records, find_end_id, render_record, shorten
+from qlora_kit.errors import BadRecord, UserError
+from tests.data.made_tokenizers import make_tokenizer
 
 END, START, NEWLINE = 6143, 6142, 198  # <|im_end|>, <|im_start|> and \n of the embedded tokenizer
 
@@ -79,35 +71,53 @@ def test_ready_made_text_trains_its_responses(tokenizer, train_on, expected):
     assert spans == expected
 
 
-def test_the_ids_of_a_record_are_those_of_its_pieces_one_by_one(tokenizer):
-    pieces = [Piece("user\n", False), Piece("Hello", True), Piece(" there", True), Piece("\n", False)]
-    (record,) = encode_records([pieces], tokenizer)
-    parts = [tokenizer.encode(piece.text, add_special_tokens=False) for piece in pieces]
-    assert record.ids.tolist() == [token for part in parts for token in part]
-    expected = [piece.trained for piece, part in zip(pieces, parts, strict=True) for _ in part]
-    assert record.trained.tolist() == expected
+def plain(*pieces: tuple[str, bool]) -> Rendering:
+    return Rendering([Piece(*piece) for piece in pieces], is_plain=True)
+
+
+def test_the_ids_of_a_record_are_those_of_its_whole_text(tokenizer):
+    pieces = [("user\n", False), ("Hello", True), (" there", True), ("\n", False)]
+    (record,) = encode_records([plain(*pieces)], tokenizer)
+    assert record.ids.tolist() == tokenizer.encode("user\nHello there\n", add_special_tokens=False)
+    lengths = [len(tokenizer.encode(text, add_special_tokens=False)) for text, _ in pieces]
+    assert record.trained.tolist() == np.repeat([trained for _, trained in pieces], lengths).tolist()
     assert (record.ids.dtype, record.trained.dtype, record.labels().dtype) == (np.int32, bool, np.int64)
 
 
 def test_no_token_joins_the_end_of_a_prompt_with_its_answer(tokenizer):
     assert len(tokenizer.encode(" the", add_special_tokens=False)) == 1
-    (record,) = encode_records([[Piece(" t", False), Piece("he", True)]], tokenizer)
+    (record,) = encode_records([plain((" t", False), ("he", True))], tokenizer)
     assert [tokenizer.decode([token]) for token in record.ids.tolist()] == [" t", "he"]
+
+
+@pytest.mark.parametrize(("answer", "tokens"), [(" the", ["▁the"]), ("\nthe", ["<0x0A>", "t", "he"])])
+def test_where_no_token_joins_a_prompt_with_its_answer_no_space_is_put_between_them(answer, tokens):
+    """A SentencePiece tokenizer on its own would begin the answer with a space."""
+    tokenizer = make_tokenizer("zephyr")
+    (record,) = encode_records([plain(("The", False), (answer, True))], tokenizer)
+    assert tokenizer.convert_ids_to_tokens(record.ids.tolist()) == ["<s>", "▁The", *tokens]
+
+
+@pytest.mark.parametrize("name", ["zephyr", "mistral"])
+def test_an_answer_that_a_token_joins_to_its_prompt_begins_with_no_space_of_its_own(name):
+    tokenizer = make_tokenizer(name)
+    (record,) = encode_records([plain(("The ", False), ("sea", True))], tokenizer)
+    assert tokenizer.convert_ids_to_tokens(record.ids.tolist()) == ["<s>", "▁The", "▁", "s", "ea"]
+    assert record.trained.tolist() == [False, False, False, True, True]
+
+
+def test_a_tokenizer_in_python_is_one_problem():
+    tokenizer = ByT5Tokenizer()
+    assert encode_text("Hi", tokenizer) == tokenizer("Hi", add_special_tokens=False)["input_ids"]
+    with pytest.raises(UserError, match=r"model\.name: .*without a fast version"):
+        encode_records([plain(("Hi", True))], tokenizer)
 
 
 def test_records_come_back_in_their_order_and_empty_batches_empty(tokenizer):
     words = ["one", "two", "one", "three"]
-    records = encode_records([[Piece(word, True)] for word in words], tokenizer)
+    records = encode_records([plain((word, True)) for word in words], tokenizer)
     assert [tokenizer.decode(record.ids.tolist()) for record in records] == words
     assert encode_records([], tokenizer) == []
-
-
-def test_truncation_and_padding_of_a_tokenizer_file_change_nothing(tiny_dir):
-    limited = AutoTokenizer.from_pretrained(tiny_dir)
-    expected = encode_strings(["sea " * 20, "sea"], limited)
-    limited.backend_tokenizer.enable_truncation(4)
-    limited.backend_tokenizer.enable_padding()
-    assert encode_strings(["sea " * 20, "sea"], limited) == expected
 
 
 def test_the_first_token_is_never_a_label():
@@ -130,7 +140,7 @@ def test_a_word_of_more_than_a_million_characters_is_refused(tokenizer):
 
 def test_a_very_long_answer_has_the_tokens_of_the_whole(tokenizer):
     words = "The sea rises.\n\nIt falls. " * 20_000
-    (record,) = encode_records([[Piece("Hi ", False), Piece(words, True)]], tokenizer)
+    (record,) = encode_records([plain(("Hi ", False), (words, True))], tokenizer)
     assert record.ids[record.trained].tolist() == tokenizer.encode(words, add_special_tokens=False)
 
 
@@ -191,21 +201,3 @@ def test_if_prompts_are_trained_the_end_of_a_long_record_is_kept():
 
 def test_long_records_are_dropped_if_too_long_is_drop():
     assert shorten(encoded(range(13), LONG), 12, "drop") is None
-
-
-# Seams of running text
-
-
-def test_text_is_split_at_a_line_end_or_else_between_words(tokenizer):
-    lines = "The sea rises and falls.\n" * (STRETCH // 10)
-    assert lines[find_seam(lines, tokenizer) - 1] == "\n"
-    words = "tide " * (STRETCH // 2)
-    assert words[find_seam(words, tokenizer) :].startswith(" tide")
-
-
-def test_text_is_never_split_for_a_tokenizer_that_marks_the_beginning_of_each_text(tiny_dir):
-    from tokenizers import normalizers
-
-    marking = AutoTokenizer.from_pretrained(tiny_dir)
-    marking.backend_tokenizer.normalizer = normalizers.Prepend("_")  # as Llama 2's tokenizer does
-    assert find_seam("The sea rises and falls.\n" * (STRETCH // 10), marking) == 0
