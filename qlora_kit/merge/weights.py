@@ -11,6 +11,8 @@ from typing import Any
 import bitsandbytes
 import torch
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.adapter.fold import dequantize, round_merged
@@ -116,33 +118,55 @@ def plan_merge(folder: Path, source: AdapterSource, pairs: dict[str, LoraPair], 
     """
     plan = MergePlan(read_base(folder), packing=packing)
     skeleton = build_skeleton(source.model)
-    modules = dict(skeleton.named_modules())
+    modules, loaded = dict(skeleton.named_modules()), _find_parameters(skeleton, plan.tensors)
     for module, pair in pairs.items():
         try:
-            name = _find_tensor(module, modules.get(module), skeleton, plan.tensors)
+            stored = _find_tensor(module, modules.get(module), skeleton, loaded)
             transposed = isinstance(modules[module], Conv1D)
-            _check_shape(module, pair, plan.tensors[name].shape[:: -1 if transposed else 1])
+            _check_shape(module, pair, stored.shape[:: -1 if transposed else 1])
         except UserError as error:
             raise error.under("--adapter", source.folder) from None
-        plan.recipes[name] = Recipe(pair, transposed=transposed)
+        plan.recipes[stored.name] = Recipe(pair, transposed=transposed)
     if packing:
-        _add_packed(plan, skeleton)
+        _add_packed(plan, skeleton, loaded)
     return plan
 
 
-def _find_tensor(module: str, kind: torch.nn.Module | None, model: PreTrainedModel, tensors: dict[str, StoredTensor]) -> str:
-    """Return the name of the tensor that a module's pair changes."""
-    remedy = "use the base model it was trained on"
+def _find_parameters(model: PreTrainedModel, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Return the files' tensors by the parameter that each becomes; those that loading computes something from are left out.
+
+    The library renames tensors while it loads them: Gemma 3's and EXAONE's have older names than their modules, and GPT-2's on
+    the Hub omit a prefix. It also splits some, joins others and stacks those of experts.
+    """
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    parameters, prefix = model.state_dict(), model.base_model_prefix
+    found = {}
+    for name in sorted(tensors, key=dot_natural_key):  # the order of loading, on which some renamings depend
+        parameter, converter = rename_source_key(name, renamings, converters, prefix, parameters)
+        if parameter not in parameters and name in parameters:
+            parameter, converter = name, None
+        if converter is None:
+            found[parameter] = tensors[name]
+    return found
+
+
+def _find_tensor(
+    module: str, kind: torch.nn.Module | None, model: PreTrainedModel, loaded: dict[str, StoredTensor]
+) -> StoredTensor:
+    """Return the tensor that a module's pair changes."""
     if kind is None:
-        raise UserError("--adapter", None, f"does not fit the base model, which has no module {module}", remedy)
+        problem = f"does not fit the base model, which has no module {module}"
+        raise UserError("--adapter", None, problem, "use the base model it was trained on")
     if kind is model.get_output_embeddings() and model.config.tie_word_embeddings:
         problem = f"changes {module}, which the base model uses as its embedding too"
         raise UserError("--adapter", None, problem, "use the adapter without merging")
-    name = _stored_name(module, model, tensors)
-    if name is None or tensors[name].dtype not in MERGEABLE:
-        problem = f"does not fit the base model, which has no {module}.weight in 16 or 32 bits"
-        raise UserError("--adapter", None, problem, remedy)
-    return name
+    stored = loaded.get(f"{module}.weight")
+    if stored is None or stored.dtype not in MERGEABLE:
+        problem = f"changes {module}, whose weight is no tensor of its own in 16 or 32 bits in the base model's files"
+        raise UserError("--adapter", None, problem, "use peft's merge_and_unload, or the adapter without merging")
+    return stored
 
 
 def _check_shape(module: str, pair: LoraPair, shape: tuple[int, ...]) -> None:
@@ -152,17 +176,14 @@ def _check_shape(module: str, pair: LoraPair, shape: tuple[int, ...]) -> None:
         raise UserError("--adapter", None, problem, "use the base model it was trained on")
 
 
-def _stored_name(module: str, model: PreTrainedModel, tensors: dict[str, StoredTensor]) -> str | None:
-    """Return the name of a module's weight in the files; some omit the model's prefix, as GPT-2's on the Hub do."""
-    name = f"{module}.weight"
-    return next((n for n in (name, name.removeprefix(f"{model.base_model_prefix}.")) if n in tensors), None)
-
-
-def _add_packed(plan: MergePlan, model: PreTrainedModel) -> None:
+def _add_packed(plan: MergePlan, model: PreTrainedModel, loaded: dict[str, StoredTensor]) -> None:
     """Mark the matrices that loading packs, which are more than the adapter's targets."""
     transposed = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
     pack_skeleton(model)
     for module, kind in model.named_modules():
-        if isinstance(kind, bitsandbytes.nn.Linear4bit) and (name := _stored_name(module, model, plan.tensors)):
-            pair = plan.recipes[name].pair if name in plan.recipes else None
-            plan.recipes[name] = Recipe(pair, packed=True, transposed=module in transposed)
+        if isinstance(kind, bitsandbytes.nn.Linear4bit):
+            if (stored := loaded.get(f"{module}.weight")) is None:
+                problem = f"needs {module}, which is no tensor of its own in the base model's files"
+                raise UserError("--base", "dequantized", problem, "use --base original")
+            pair = plan.recipes[stored.name].pair if stored.name in plan.recipes else None
+            plan.recipes[stored.name] = Recipe(pair, packed=True, transposed=module in transposed)
