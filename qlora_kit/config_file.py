@@ -3,7 +3,9 @@
     config = load_config(Path("config.yaml"), {"lora.rank": "8"})
 
 Precedence: default < YAML < overrides in their order. The YAML file, the command line and messages share dotted keys such as
-`lora.rank`. Imports no torch, so that mistakes are reported at once. Does not check that the model, the data or the GPU exists.
+`lora.rank`. The `model_fields_set` of a section are the keys that the user insists on: those on the command line, and those of
+the file that differ from the default, because config.yaml states them all. Imports no torch, so that mistakes are reported at
+once. Does not check that the model, the data or the GPU exists.
 """
 
 import difflib
@@ -85,9 +87,10 @@ def _build(values: dict[str, Any], places: dict[str, str], overrides: dict[str, 
         else:
             problem = "is not a key" + did_you_mean(_guess(key, known_keys))
             problems.append(Problem(key, _format(value), problem, "see config.yaml for every key", places[key]))
-    config, wrong = _validate(known, places)
+    insisted = {key: value for key, value in known.items() if key in overrides or not _is_default(key, value)}
+    config, wrong = _validate(insisted, places)
     if wrong:  # the right values are still checked for contradictions, so that every mistake is reported at once
-        config, _ = _validate({key: value for key, value in known.items() if key not in wrong}, places)
+        config, _ = _validate({key: value for key, value in insisted.items() if key not in wrong}, places)
     problems += wrong.values()
     problems += [problem for keys, problem in _contradictions(config) if not wrong.keys() & {problem.key, *keys}]
     if problems:
@@ -195,9 +198,17 @@ def _reason(message: str) -> str:
     return message[0].lower() + message[1:].partition(", unable to")[0]
 
 
-def _remedy(key: str) -> str:
+def _default(key: str) -> Any:
     section, name = key.split(".")
-    default = yaml.safe_dump(Config().model_dump()[section][name], default_flow_style=True, width=1000)
+    return Config.model_fields[section].default.model_dump()[name]
+
+
+def _is_default(key: str, value: Any) -> bool:
+    return type(value) is type(_default(key)) and value == _default(key)  # True is 1 for Python
+
+
+def _remedy(key: str) -> str:
+    default = yaml.safe_dump(_default(key), default_flow_style=True, width=1000)
     default = default.removesuffix("...\n").strip()
     return f"correct it, or use the default: {default}"
 

@@ -74,6 +74,16 @@ def test_the_last_of_two_sets_wins():
     assert from_command_line("--set", "lora.rank=3", "--set", "lora.rank=5").lora.rank == 5
 
 
+def test_the_user_insists_on_the_command_line_and_on_what_differs_from_the_default(root, tmp_path):
+    """config.yaml states every key; a model that is packed already must not contradict a default that nobody chose."""
+    assert load_config(root / "config.yaml").quantization.model_fields_set == set()
+    file = tmp_path / "c.yaml"
+    file.write_text("quantization: {quant_type: nf4, use_double_quant: false}\n")
+    assert load_config(file).quantization.model_fields_set == {"use_double_quant"}
+    insisting = from_command_line("--set", "quantization.quant_type=nf4")
+    assert insisting.quantization.model_fields_set == {"quant_type"}
+
+
 def test_a_key_left_out_takes_its_default(load):
     assert load("lora:\n  rank: 4\n") == override(Config(), {"lora.rank": 4})
 
