@@ -307,7 +307,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work, folder = Path(temporary), arguments.folder.resolve()
         matrix_run.prepare(work)
-        import transformers  # noqa: F401  once, before forking
+        from transformers import AutoTokenizer  # noqa: F401  once, before forking
 
         from qlora_kit.data import dataset  # noqa: F401
 
