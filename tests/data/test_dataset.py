@@ -12,20 +12,23 @@ from qlora_kit.data.dataset import load_blocks
 from qlora_kit.errors import UserError
 from qlora_kit.model.tokenizer import separator_id
 from tests.data.builders import as_jsonl
+from tests.data.made_tokenizers import make_tokenizer
 
 
 def expected_stream(documents: list[str], tokenizer) -> list[int]:
-    """Each document tokenized on its own, as a whole."""
+    """Each document tokenized on its own, as a whole, with the tokens that begin a text."""
     separator = separator_id(tokenizer)
-    tokenized = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
+    tokenized = tokenizer(documents, verbose=False)["input_ids"]
     return [token for ids in tokenized for token in [*ids, separator]]
 
 
-def test_the_stream_is_each_document_followed_by_the_separator(tokenizer, stream_of):
+@pytest.mark.parametrize("name", ["tiny", "zephyr", "llama 3"])
+def test_the_stream_is_each_document_followed_by_the_separator(name, stream_of):
+    tokenizer = make_tokenizer(name)
     documents = [
         f"Document {number}: " + "the sea rises and falls. " * (number % 5) for number in range(1500)
     ]  # more than one batch
-    stream = stream_of(documents)
+    stream = stream_of(documents, tokenizer)
     assert stream.dtype == np.int32 and stream.ndim == 1
     assert stream.tolist() == expected_stream(documents, tokenizer)
 

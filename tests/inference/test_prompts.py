@@ -1,5 +1,6 @@
 """Check prompts against the tokens of training, and what is read from flags, files and standard input."""
 
+import copy
 import io
 import json
 import sys
@@ -12,6 +13,7 @@ from qlora_kit.data.rendering import render_chat, render_instruction
 from qlora_kit.data.tokenizing import encode_records
 from qlora_kit.errors import UserError
 from qlora_kit.inference.prompts import PromptEncoder, demo_prompts
+from tests.data.made_tokenizers import make_tokenizer
 
 PROMPT = "The river"
 MANY = ["The river", "A lighthouse is in the", "x"]
@@ -26,10 +28,11 @@ THREE_ROUNDS = [
 SYSTEM = {"role": "system", "content": "Be <|im_start|>brief."}
 
 
-@pytest.fixture(scope="module", params=["tiny", "tiny without a template", "Qwen2.5"])
+@pytest.fixture(scope="module", params=["tiny", "tiny without a template", "Qwen2.5", "zephyr", "mistral without a template"])
 def tokenizer(request, tiny_dir):
-    folder = request.getfixturevalue("qwen_tokenizer_dir") if request.param == "Qwen2.5" else tiny_dir
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if request.param == "Qwen2.5":
+        return AutoTokenizer.from_pretrained(request.getfixturevalue("qwen_tokenizer_dir"))
+    tokenizer = copy.deepcopy(make_tokenizer(request.param.removesuffix(" without a template")))
     if "without" in request.param:
         tokenizer.chat_template = None
     return tokenizer
@@ -71,6 +74,13 @@ def test_an_instruction_is_encoded_as_in_training(tokenizer):
     (record,) = encode_records([render_instruction(text, tokenizer.eos_token)], tokenizer)
     before = record.ids[: record.trained.argmax()].tolist()
     assert PromptEncoder(tokenizer, "instruction").encode("Name a river.") == before
+
+
+def test_prompts_of_text_and_instructions_begin_as_the_tokenizer_begins_texts():
+    tokenizer = make_tokenizer("zephyr")
+    text, instruction = PromptEncoder(tokenizer, "text"), PromptEncoder(tokenizer, "instruction")
+    assert text.encode("The river") == text.encode("<s>The river") == tokenizer("The river")["input_ids"]
+    assert instruction.encode("Hi") == tokenizer("### Instruction:\nHi\n\n### Response:\n")["input_ids"]
 
 
 def test_a_dash_reads_the_prompt_from_standard_input(monkeypatch, text_mode):
