@@ -8,7 +8,7 @@ import codecs
 import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,8 +19,25 @@ Row = tuple[str, dict[str, Any]]  # the place of a record in its file, such as `
 CHUNK = 2**20  # characters read at once
 LONGEST_RECORD = 2**24  # bytes of a line, or characters of a record in a .json file
 NOT_SPACE = re.compile(r"\S")
-DECODER = json.JSONDecoder()
 csv.field_size_limit(LONGEST_RECORD)
+
+
+class RepeatedKey(ValueError):
+    """A key that stands twice in one object, of which a dictionary would keep the last."""
+
+
+def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise RepeatedKey(_find_repeated([key for key, _ in pairs]))
+    return record
+
+
+def _find_repeated(names: list[str]) -> str | None:
+    return next((name for number, name in enumerate(names) if name in names[:number]), None)
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_build_object)
 
 
 def read_text(path: Path) -> Iterator[str]:
@@ -99,7 +116,7 @@ def _read_json_lines(path: Path) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = DECODER.decode(line)
         except (ValueError, RecursionError) as error:
             problem = f"line {number} is not valid JSON ({_explain_json_error(error)})"
             raise UserError(path, None, problem, "correct the line") from None
@@ -109,6 +126,8 @@ def _read_json_lines(path: Path) -> Iterator[Row]:
 
 
 def _explain_json_error(error: Exception) -> str:
+    if isinstance(error, RepeatedKey):
+        return f"an object has the key {str(error)!r} twice"
     return error.msg if isinstance(error, json.JSONDecodeError) else "nested too deep, or a number too long"
 
 
@@ -168,7 +187,7 @@ class _JsonStream:
             except (ValueError, RecursionError) as error:
                 # The record may continue in the next chunk.
                 position = error.pos - self.at if isinstance(error, json.JSONDecodeError) else 0
-                if len(self.text) - self.at > LONGEST_RECORD or not self._read_chunk():
+                if isinstance(error, RepeatedKey) or len(self.text) - self.at > LONGEST_RECORD or not self._read_chunk():
                     self.at += position
                     self.fail(_explain_json_error(error))
 
@@ -189,6 +208,8 @@ def _read_csv(path: Path) -> Iterator[Row]:
     rows = csv.reader((line for _, line in _read_lines(path)), strict=True)
     try:
         header = next(rows, [])
+        if (repeated := _find_repeated(header)) is not None:
+            raise UserError(path, None, f"has the column {repeated!r} twice", "rename or remove one of them")
         for row in rows:
             if not row:  # an empty line
                 continue
@@ -209,12 +230,37 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     number = 0
     try:
         with ParquetFile(path, memory_map=True) as file:
+            _check_names(path, file.schema_arrow)
             for batch in file.iter_batches(batch_size=256):
                 for record in batch.to_pylist():
                     number += 1
-                    yield f"record {number}", record
+                    yield f"record {number}", drop_filled_keys(record)
     except UnicodeDecodeError:
         raise UserError(path, None, f"text after record {number} is not UTF-8", "save it as UTF-8") from None
     except (ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(path, None, f"is not readable as parquet ({reason})", "write it again") from None
+
+
+def _check_names(path: Path, fields: Iterable[Any]) -> None:
+    """Check that no column, and no field within one, has the name of another beside it."""
+    fields = list(fields)
+    if (repeated := _find_repeated([field.name for field in fields])) is not None:
+        raise UserError(path, None, f"has the column {repeated!r} twice", "rename or remove one of them")
+    for field in fields:
+        inner = field.type
+        while hasattr(inner, "value_type"):  # a list
+            inner = inner.value_type
+        if hasattr(inner, "fields"):
+            _check_names(path, inner.fields)
+
+
+def drop_filled_keys(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record of an Arrow table without the nulls that it has within a column for keys that only other records have."""
+    return {key: _drop_nulls(value) if isinstance(value, list | dict) else value for key, value in record.items()}
+
+
+def _drop_nulls(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_drop_nulls(one) for one in value] if any(isinstance(one, list | dict) for one in value) else value
+    return {key: _drop_nulls(one) for key, one in value.items() if one is not None} if isinstance(value, dict) else value

@@ -75,11 +75,44 @@ def test_each_kind_of_table_gives_a_document_a_row(write, tmp_path):
         ("a.csv", b"text\n", "has no record"),
         ("a.csv", b"text\na\x00b\n", "line 2 holds NUL bytes"),
         ("a.parquet", b"not parquet", "is not readable as parquet"),
+        (
+            "a.jsonl",
+            b'{"text": "one"}\n{"text": "two", "text": "2"}\n',
+            "line 2 is not valid JSON (an object has the key 'text' twice)",
+        ),
+        (
+            "a.json",
+            b'[{"text": "one"},\n {"text": [{"n": 1, "n": 2}]}]',
+            "line 2 is not valid JSON (an object has the key 'n' twice)",
+        ),
+        ("a.csv", b"text,n,text\n1,2,3\n", "has the column 'text' twice. Rename or remove one of them."),
     ],
 )
 def test_a_malformed_table_is_one_problem_with_file_and_place(write, name, content, reason):
     path = write(name, content)
     assert problem_of(path).startswith(f"{path}: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("columns", "name"),
+    [
+        ([("text", pyarrow.string()), ("text", pyarrow.string())], "text"),
+        ([("turns", pyarrow.list_(pyarrow.struct([("role", pyarrow.string()), ("role", pyarrow.string())])))], "role"),
+    ],
+)
+def test_a_parquet_file_with_a_name_twice_is_one_problem(tmp_path, columns, name):
+    """A dictionary would keep the last without a word."""
+    pyarrow.parquet.write_table(pyarrow.schema(columns).empty_table(), tmp_path / "a.parquet")
+    assert problem_of(tmp_path / "a.parquet").startswith(f"{tmp_path / 'a.parquet'}: has the column {name!r} twice")
+
+
+def test_the_nulls_that_parquet_has_for_the_keys_of_other_records_are_no_keys(tmp_path):
+    calls = [[{"arguments": {"city": "Rome"}}, {"arguments": {"days": 3}}], [{"arguments": {"city": "Oslo"}}]]
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"], "n": [1, None], "calls": calls}), tmp_path / "a.parquet")
+    assert [record for _, _, record in records_of(tmp_path / "a.parquet")] == [
+        {"text": "a", "n": 1, "calls": calls[0]},
+        {"text": "b", "n": None, "calls": calls[1]},
+    ]
 
 
 @pytest.mark.parametrize(
