@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from qlora_kit.config import DataSettings
 from qlora_kit.data.documents import SourceFile, check_format, find_join_rule, locate_errors, read_documents
-from qlora_kit.data.files import Row, read_records
+from qlora_kit.data.files import Row, drop_filled_keys, read_records
 from qlora_kit.data.formats import Record, recognise_format
 from qlora_kit.data.tokenizing import Fragment
 from qlora_kit.errors import UserError
@@ -204,7 +204,7 @@ def _open_hub_table(data: DataSettings, name: str, split: str, key: str) -> Sour
     table = _load_hub_table(data, name, split, key)
 
     def rows() -> Iterator[Row]:
-        return ((f"record {number}", record) for number, record in enumerate(table, 1))
+        return ((f"record {number}", drop_filled_keys(record)) for number, record in enumerate(table, 1))
 
     return SourceFile(f"{name}, {split}", table._fingerprint, None, rows)
 
