@@ -67,8 +67,8 @@ def _package_checks() -> list[Check]:
     install = machine_checks.INSTALL
     try:
         requirements = machine_checks.read_requirements()
-    except (CheckFailed, ImportError):  # this check fails in the same way and reports it
-        return [Check("packages", machine_checks.requirements_file, (), install)]
+    except (CheckFailed, ImportError):  # this check reads them too, and reports why it fails
+        return [Check("packages", machine_checks.reinstall, ("torch",), install)]
     return [Check(name, machine_checks.package_version, (line,), install) for name, line in requirements.items()]
 
 

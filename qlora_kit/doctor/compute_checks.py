@@ -107,13 +107,9 @@ def attention(requested: str) -> str:
 
 def triton_kernel(requested: str) -> str:
     """Check the project's own kernel, which unpacks 4-bit weights."""
-    from qlora_kit.fast.nf4 import unpack_stacked, why_no_triton
+    from qlora_kit.fast.nf4 import unpack_stacked
 
-    device, dtype = _device_and_dtype(requested)
-    if device == "cpu":
-        raise CheckSkipped("needs a CUDA GPU")
-    if reason := why_no_triton():
-        raise CheckFailed(f"{reason}; runs continue without it, slower", INSTALL_COMPILER)
+    device, dtype = _gpu_and_dtype_for_triton(requested)
     weight, state, reference = packed_weight(device, dtype)
     weight.quant_state = state
     unpacked = unpack_stacked((weight,), (None,), 0, dtype)
@@ -122,13 +118,7 @@ def triton_kernel(requested: str) -> str:
 
 def compiled_function(requested: str) -> str:
     """Check a function that torch.compile fuses."""
-    from qlora_kit.fast.micro_step import why_not_compiled
-
-    device, dtype = _device_and_dtype(requested)
-    if device == "cpu":
-        raise CheckSkipped("needs a CUDA GPU")
-    if reason := why_not_compiled(device):
-        raise CheckFailed(f"{reason}; runs continue without it, slower", INSTALL_COMPILER)
+    device, dtype = _gpu_and_dtype_for_triton(requested)
     gate, up = _random(TOKENS, IN).to(dtype), _random(TOKENS, IN, seed=1).to(dtype)
     y = torch.compile(lambda a, b: F.silu(a) * b)(gate.to(device), up.to(device))
     return _within(_error(y, F.silu(gate.float()) * up.float()), LARGEST_ERROR[dtype], f"in {_name(dtype)}", reinstall("torch"))
@@ -141,23 +131,14 @@ def captured_graph(requested: str) -> str:
     device, dtype = _device_and_dtype(requested)
     if reason := why_not_graphed(device):
         raise CheckSkipped(reason)
-    x, weight = torch.zeros(TOKENS, IN, dtype=dtype, device=device), _random(OUT, IN).to(dtype)
+    x, weight = _random(TOKENS, IN, seed=1).to(dtype), _random(OUT, IN).to(dtype)
     on_gpu = weight.to(device)
-    stream: Any = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        F.linear(x, on_gpu)  # the first call allocates cuBLAS's workspace, which must not happen in the capture
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        y = F.linear(x, on_gpu)
-    inputs = _random(TOKENS, IN, seed=1).to(dtype)
-    x.copy_(inputs)
-    graph.replay()
-    error = _error(y, inputs.float() @ weight.float().T)
-    return _within(
-        error, LARGEST_ERROR[dtype], f"in {_name(dtype)}", "update the driver, or train with --set performance.cuda_graphs=false"
+    replay: Any = torch.cuda.make_graphed_callables(
+        lambda inputs: F.linear(inputs, on_gpu), (torch.zeros_like(x, device=device),)
     )
+    error = _error(replay(x.to(device)), x.float() @ weight.float().T)
+    fix = "update the driver, or train with --set performance.cuda_graphs=false"
+    return _within(error, LARGEST_ERROR[dtype], f"in {_name(dtype)}", fix)
 
 
 def _device(requested: str) -> str:
@@ -170,6 +151,17 @@ def _device_and_dtype(requested: str) -> tuple[str, torch.dtype]:
     """Return the device, and the dtype of a run with quantization.compute_dtype auto."""
     device = _device(requested)
     return device, usable_dtype("auto", device)[0]
+
+
+def _gpu_and_dtype_for_triton(requested: str) -> tuple[str, torch.dtype]:
+    from qlora_kit.fast.nf4 import why_no_triton
+
+    device, dtype = _device_and_dtype(requested)
+    if device == "cpu":
+        raise CheckSkipped("needs a CUDA GPU")
+    if reason := why_no_triton():
+        raise CheckFailed(f"{reason}; runs continue without it, slower", INSTALL_COMPILER)
+    return device, dtype
 
 
 def _random(*shape: int, seed: int = 0) -> torch.Tensor:

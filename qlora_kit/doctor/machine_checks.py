@@ -4,7 +4,6 @@ Each check returns its measurement, or raises CheckFailed or CheckSkipped. `devi
 cuda or cpu. Packages are imported inside the checks, so that a missing package fails its check alone.
 """
 
-import json
 import os
 import platform
 import shutil
@@ -19,7 +18,8 @@ from urllib.parse import urlsplit
 
 from qlora_kit.config import GIB, MIB, Config
 from qlora_kit.doctor.run_checks import CheckFailed, CheckSkipped
-from qlora_kit.model.hub import MODEL_FILES, go_offline_if_unreachable
+from qlora_kit.model.hub import go_offline_if_unreachable, model_folder
+from qlora_kit.model.weight_files import WHOLE, weight_files
 from qlora_kit.planning.shape import KNOWN_CONFIGS, read_shape
 
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
@@ -36,8 +36,10 @@ MOVE_CACHE = "export HF_HOME=a folder on a disk with more space"
 
 
 def python_version() -> str:
-    """Check the version of Python."""
+    """Check the version of Python, and that its system has the locks of files that a run takes."""
     found = platform.python_version()
+    if sys.platform == "win32":
+        raise CheckFailed(f"{found} on Windows, where no run can begin", "use Linux, such as WSL: wsl --install")
     if sys.version_info < OLDEST_PYTHON:
         oldest = ".".join(map(str, OLDEST_PYTHON))
         raise CheckFailed(f"{found}, needs {oldest} or newer", f"python{oldest} -m venv .venv, then install the packages again")
@@ -61,13 +63,7 @@ def read_requirements(path: Path = REQUIREMENTS) -> dict[str, str]:
 
 def reinstall(package: str) -> str:
     """Return the command that replaces a package, for example a torch that was built for a CPU."""
-    command = f"pip install --force-reinstall --no-deps '{read_requirements()[package]}'"
-    return f"{command}; on Windows use the index of pytorch.org/get-started/locally" if package == "torch" else command
-
-
-def requirements_file(path: Path = REQUIREMENTS) -> str:
-    """Check that the allowed versions of the packages are known."""
-    return f"{len(read_requirements(path))} packages in {path}"
+    return f"pip install --force-reinstall --no-deps '{read_requirements()[package]}'"
 
 
 def package_version(requirement: str) -> str:
@@ -90,10 +86,10 @@ def driver_version() -> str | None:
     """Return the version of the NVIDIA driver, or None if no driver answers."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
+        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else None
+    return next(iter(found.split()), None)
 
 
 def gpu(device: str) -> str:
@@ -103,25 +99,21 @@ def gpu(device: str) -> str:
     if device == "cpu":
         raise CheckSkipped("left out by --device cpu")
     driver, built = driver_version(), torch.version.cuda
+    what = f"torch {torch.__version__} is a CPU build" if built is None else f"torch is built for CUDA {built}"
+    installed = f"although the NVIDIA driver {driver} is installed"
     if built is None and driver:
-        raise CheckFailed(
-            f"torch {torch.__version__} is a CPU build, although the NVIDIA driver {driver} is installed", reinstall("torch")
-        )
+        raise CheckFailed(f"{what}, {installed}", reinstall("torch"))
     if torch.cuda.is_available():
         return _describe_gpu(driver)
-    what = f"torch {torch.__version__} is a CPU build" if built is None else f"torch is built for CUDA {built}"
+    no_driver = f"{what}, and no NVIDIA driver answers"
+    if driver is None and device == "auto":
+        raise CheckSkipped(f"{no_driver}: runs compute on the CPU")
     if driver is None:
-        if device == "auto":
-            raise CheckSkipped(f"{what}, and no NVIDIA driver answers: runs compute on the CPU")
-        raise CheckFailed(
-            f"{what}, and no NVIDIA driver answers", "install the NVIDIA driver, or train with --set training.device=cpu"
-        )
+        raise CheckFailed(no_driver, "install the NVIDIA driver, or train with --set training.device=cpu")
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         raise CheckFailed(f"{what}, but CUDA_VISIBLE_DEVICES hides the GPU", "unset CUDA_VISIBLE_DEVICES")
-    raise CheckFailed(
-        f"{what}, and finds no GPU, although the NVIDIA driver {driver} is installed",
-        "run nvidia-smi: if it prints an older CUDA version than torch's, update the driver",
-    )
+    fix = "run nvidia-smi: if it prints an older CUDA version than torch's, update the driver"
+    raise CheckFailed(f"{what}, and finds no GPU, {installed}", fix)
 
 
 def _describe_gpu(driver: str | None) -> str:
@@ -150,11 +142,9 @@ def c_compiler(device: str) -> str:
 
 def compile_header(compiler: str) -> str:
     """Check that the compiler can compile a file that includes Python.h."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "header.c")
-        source.write_text("#include <Python.h>\nint answer(void) { return 42; }\n", encoding="utf-8")
-        command = [compiler, "-I", sysconfig.get_path("include"), "-c", str(source), "-o", str(source.with_suffix(".o"))]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    command = [compiler, "-I", sysconfig.get_path("include"), "-x", "c", "-c", "-", "-o", os.devnull]
+    source = "#include <Python.h>\nint answer(void) { return 42; }\n"
+    done = subprocess.run(command, input=source, capture_output=True, text=True, timeout=60)
     if done.returncode:
         message = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
         raise CheckFailed(f"{compiler} fails ({message})", INSTALL_COMPILER)
@@ -207,13 +197,6 @@ def host_memory(needed_gib: float = MEMORY_GIB) -> str:
     return measured
 
 
-def hub_cache() -> Path:
-    """Return the folder of the Hub's downloads."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    return Path(HF_HUB_CACHE)
-
-
 def hub_answers() -> str:
     """Check that models and data sets can be downloaded."""
     if os.environ.get("HF_HUB_OFFLINE"):
@@ -228,32 +211,27 @@ def hub_answers() -> str:
 
 def default_model() -> str:
     """Check that all files of the default base model are on this machine."""
-    from huggingface_hub import snapshot_download
-
-    name = Config().model.name
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=MODEL_FILES, local_files_only=True))
-    except OSError:
-        raise CheckSkipped(f"{name} is not on this machine: the first run with it downloads {_model_gib():.1f} GiB") from None
-    index = folder / "model.safetensors.index.json"
-    files = {"model.safetensors"}
-    if index.is_file():
-        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    if missing := [name for name in files if not (folder / name).is_file()]:
-        raise CheckSkipped(f"{name} lacks {len(missing)} of {len(files)} weight files: the next run downloads them")
-    return f"{name} in {folder}"
+    model = Config().model
+    folder = model_folder(model)
+    if folder is None:
+        raise CheckSkipped(f"{model.name} is not on this machine: the first run with it downloads {_model_gib():.1f} GiB")
+    files = weight_files(folder) if any(folder.glob("*.safetensors*")) else [folder / WHOLE]
+    if missing := sum(not path.is_file() for path in files):
+        raise CheckSkipped(f"{model.name} lacks {missing} of {len(files)} weight files: the next run downloads them")
+    return f"{model.name} in {folder}"
 
 
 def room_for_model(device: str) -> str:
     """Check that the default base model fits on the disk of the Hub's downloads."""
     import torch
+    from huggingface_hub.constants import HF_HUB_CACHE
 
     try:
         return f"not needed: {default_model()}"
     except CheckSkipped:
         if device == "cpu" or not torch.cuda.is_available():
             raise CheckSkipped("the default model needs a GPU") from None
-    place = _existing(hub_cache())
+    place = _existing(Path(HF_HUB_CACHE))
     free, needed = shutil.disk_usage(place).free / GIB, _model_gib()
     if free < needed:
         raise CheckFailed(f"{free:.1f} GiB free in {place}, needs {needed:.1f}", MOVE_CACHE)

@@ -114,16 +114,15 @@ class _Worker:
         self.is_ready = self.connection.poll(STARTING_SECONDS) and self._receive() is not None
 
     def run(self, check: Check) -> Result:
-        if not self.is_ready:
-            return self._fail(check, "no process could be started for it", 0.0)
-        self.connection.send(check)
-        started = time.perf_counter()
-        if not self.connection.poll(check.time_limit):
-            return self._fail(check, f"no result after {check.time_limit:.0f} s", check.time_limit)
-        result = self._receive()
-        if result is None:
-            return self._fail(check, f"its process died ({self._exit_reason()})", time.perf_counter() - started)
-        return result
+        started, problem = time.perf_counter(), "no process could be started for it"
+        if self.is_ready:
+            self.connection.send(check)
+            problem = f"no result after {check.time_limit:.0f} s"
+            if self.connection.poll(check.time_limit):
+                if (result := self._receive()) is not None:
+                    return result
+                problem = f"its process died ({self._exit_reason()})"
+        return Result(check.name, "fail", problem, check.fix, time.perf_counter() - started)
 
     def stop(self) -> None:
         self.process.kill()
@@ -141,10 +140,6 @@ class _Worker:
         self.process.join(STARTING_SECONDS)
         code = self.process.exitcode
         return signal.Signals(-code).name if code is not None and code < 0 else f"exit status {code}"
-
-    @staticmethod
-    def _fail(check: Check, measured: str, seconds: float) -> Result:
-        return Result(check.name, "fail", measured, check.fix, seconds)
 
 
 def _serve(connection: Connection) -> None:

@@ -8,7 +8,7 @@ import json
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
@@ -112,9 +112,8 @@ class Terminal:
 
 
 def _load_readline() -> None:
-    """Give input() line editing, this session's history, and pastes of several lines, where the platform has readline."""
-    try:
+    """Give input() line editing, this session's history, and pastes of several lines, where Python was built with readline."""
+    with suppress(ImportError):
         import readline
-    except ImportError:  # Windows, whose console edits lines itself
-        return
-    readline.parse_and_bind("set enable-bracketed-paste on")
+
+        readline.parse_and_bind("set enable-bracketed-paste on")

@@ -83,7 +83,7 @@ def read_base(folder: Path) -> dict[str, StoredTensor]:
     if "quantization_config" in read_json(folder / "config.json", "model.name"):
         raise UserError("model.name", folder, "has quantized weights", "use the 16-bit model that they were made from")
     tensors: dict[str, StoredTensor] = {}
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         try:
             tensors |= read_header(path)
         except (OSError, ValueError) as error:
@@ -94,8 +94,8 @@ def read_base(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """Return the files that transformers reads: the one file, or else those of the index."""
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that transformers reads: the one file, or else those of the index, which may be missing."""
     if (folder / WHOLE).is_file():
         return [folder / WHOLE]
     if not (folder / INDEX).is_file():
