@@ -84,10 +84,7 @@ class Conversation:
             if line.startswith("/"):
                 return self._run_command(line)
             self._ask(require_text(line, "the input"), self.generator.seed, self.rounds)
-        except UserError as error:
-            for problem in error.lines:
-                self.terminal.say_error(problem)
-        except BadRecord as error:
+        except (UserError, BadRecord) as error:
             self.terminal.say_error(error)
         except torch.OutOfMemoryError:
             self.terminal.say_error("the GPU's memory is full. Shorten the conversation with /undo or /reset.")
@@ -161,32 +158,20 @@ class Conversation:
             raise UserError(name, given, "takes no argument", f"use {name}")
         if not given and argument and not argument.startswith("["):
             raise UserError(name, None, f"needs {argument}", f"use {name} {argument}")
-        match name:
-            case "/help":
-                self._help()
-            case "/reset":
-                self.rounds = []
-                self.terminal.say_dimly("the conversation is empty")
-            case "/system":
-                self._set_system(given)
-            case "/set":
-                self._set(given)
-            case "/retry":
-                self._retry()
-            case "/undo":
-                self._undo()
-            case "/compare":
-                self._compare()
-            case "/save":
-                self._save(Path(given).expanduser())
+        if name != "/exit":
+            getattr(self, f"_{name[1:]}")(*[given] if argument else [])
         return name != "/exit"
+
+    def _reset(self) -> None:
+        self.rounds = []
+        self.terminal.say_dimly("the conversation is empty")
 
     def _help(self) -> None:
         for name, (argument, effect) in COMMANDS.items():
             self.terminal.say(f"{name} {argument}".ljust(18) + effect)
         self.terminal.say(TYPING_HELP)
 
-    def _set_system(self, text: str) -> None:
+    def _system(self, text: str) -> None:
         if self.style != "chat":
             raise UserError("/system", None, "needs an adapter trained on chats", "put the text into the input")
         before, self.system = self.system, text
@@ -235,7 +220,8 @@ class Conversation:
             answer, result = self._answer(last.ids, last.settings, last.seed)
         self._say_summary(result, len(last.ids), ["the same answer"] if answer == last.answer else [])
 
-    def _save(self, file: Path) -> None:
+    def _save(self, name: str) -> None:
+        file = Path(name).expanduser()
         if file.suffix != ".jsonl":
             raise UserError("/save", file, "is not a .jsonl file, which training reads", "use a name that ends in .jsonl")
         rounds = non_empty_rounds(self.rounds)

@@ -6,8 +6,8 @@ output into text: which part of an answer can be printed already, and why the an
 
 import time
 from collections import abc
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -31,7 +31,7 @@ class Engine(Protocol):
     def context(self) -> int | None: ...
     def steps(
         self, prompts: list[list[int]], settings: GenerationSettings, seed: int, stop_ids: list[int]
-    ) -> Iterator[list[int | None]]: ...
+    ) -> abc.Generator[list[int]]: ...
     def adapter_off(self) -> AbstractContextManager: ...
 
 
@@ -127,15 +127,15 @@ class Generator:
         check_context(ids, settings.max_new_tokens, self.engine.context)
         stop_ids = self.encoder.stop_ids
         answer = _Answer(self.encoder.tokenizer, stop_ids)
-        steps = self.engine.steps([ids], settings, self.seed if seed is None else seed, stop_ids)
         try:
-            for (token,) in steps:
-                if token is not None:
+            with closing(self.engine.steps([ids], settings, self.seed if seed is None else seed, stop_ids)) as steps:
+                for (token,) in steps:
                     yield answer.add(token)
+                    if answer.ended:
+                        break
             if rest := answer.finish():
                 yield rest
         finally:
-            steps.close()  # type: ignore[attr-defined]
             self.last = answer.result(settings.max_new_tokens)
 
     def complete(self, prompts: list[list[int]]) -> list[Generated]:
@@ -148,10 +148,12 @@ class Generator:
             check_context(ids, self.settings.max_new_tokens, self.engine.context)
         stop_ids = self.encoder.stop_ids
         answers = [_Answer(self.encoder.tokenizer, stop_ids) for _ in prompts]
-        for step in self.engine.steps(prompts, self.settings, self.seed, stop_ids):
-            for answer, token in zip(answers, step, strict=True):
-                if token is not None:
+        with closing(self.engine.steps(prompts, self.settings, self.seed, stop_ids)) as steps:
+            for tokens in steps:
+                for answer, token in zip(answers, tokens, strict=True):
                     answer.add(token)
+                if all(answer.ended for answer in answers):
+                    break
         return [answer.result(self.settings.max_new_tokens) for answer in answers]
 
     def adapter_off(self) -> AbstractContextManager:
@@ -175,7 +177,9 @@ class _Answer:
         self.ended = False
 
     def add(self, token: int) -> str:
-        """Return the text that is complete with this token."""
+        """Return the text that is complete with this token; nothing after the end."""
+        if self.ended:
+            return ""
         self.latest = time.perf_counter()
         self.ids.append(token)
         self.ended = token in self.stop_ids

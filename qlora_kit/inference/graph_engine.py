@@ -8,7 +8,7 @@ are overwritten before any later token attends to them.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -79,15 +79,10 @@ class GraphEngine:
     @torch.inference_mode()
     def steps(
         self, prompts: list[list[int]], settings: GenerationSettings, seed: int, stop_ids: list[int]
-    ) -> Iterator[list[int | None]]:
+    ) -> Generator[list[int]]:
         batch = self._batch_for(len(prompts), max(map(len, prompts)) + settings.max_new_tokens)
         batch.start(prompts, settings, seed, stop_ids)
-        ended = [False] * len(prompts)
-        for tokens in batch.run(settings.max_new_tokens):
-            yield [None if done else token for token, done in zip(tokens, ended, strict=True)]
-            ended = [done or token in stop_ids for token, done in zip(tokens, ended, strict=True)]
-            if all(ended):
-                return
+        yield from batch.run(settings.max_new_tokens)
 
     def _batch_for(self, rows: int, tokens: int) -> "_AnswerBatch":
         """Return buffers and graphs for so many prompts; those of another size are freed, so that there is one cache."""

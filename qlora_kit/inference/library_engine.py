@@ -1,6 +1,6 @@
 """The choice of an engine, and transformers' `generate` as an engine: prompts -> tokens, one step of all prompts at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import AbstractContextManager, nullcontext
 from queue import SimpleQueue
 from threading import Event, Thread
@@ -17,7 +17,6 @@ from qlora_kit.inference.graph_engine import GraphEngine, why_not_decoded
 from qlora_kit.inference.sampling import penalise
 
 LONGEST_TEXT = 8192  # tokens; GraphEngine needs an attention window over the model's context, or over this if it is shorter
-Step = list[int | None]  # the next token of each prompt's answer; None after its end
 
 
 def choose_engine(model: PreTrainedModel | PeftModel, pad_id: int | None) -> tuple[Engine, str | None]:
@@ -41,11 +40,13 @@ class LibraryEngine:
         """The most tokens of prompt and answer together; None if the model states no limit."""
         return getattr(self.model.config, "max_position_embeddings", None)
 
-    def steps(self, prompts: list[list[int]], settings: GenerationSettings, seed: int, stop_ids: list[int]) -> Iterator[Step]:
-        """Yield the next token of each answer until all have ended, for at most `settings.max_new_tokens` steps.
+    def steps(
+        self, prompts: list[list[int]], settings: GenerationSettings, seed: int, stop_ids: list[int]
+    ) -> Generator[list[int]]:
+        """Yield the next token of each prompt's answer, for at most `settings.max_new_tokens` steps.
 
-        The same prompts, settings and seed give the same tokens. An answer ends with one of `stop_ids`. Closing the iterator
-        stops the decoding.
+        The same prompts, settings and seed give the same tokens. An answer ends with one of `stop_ids`: what comes after means
+        nothing. Closing the generator stops the decoding.
         """
         ids, mask = _pad_left(prompts, self.pad_id, self.model.device)
         streamer, stopping = _StepQueue(), Event()
@@ -60,15 +61,18 @@ class LibraryEngine:
                         input_ids=ids, attention_mask=mask, streamer=streamer, stopping_criteria=stop, logits_processor=penalty,
                         eos_token_id=stop_ids, pad_token_id=self.pad_id, **_library_settings(settings),
                     )  # fmt: skip
-                streamer.queue.put(None)
-            except BaseException as error:  # raised again by _read_steps, in the reader's thread
+            except BaseException as error:  # raised again below, in the reader's thread
                 streamer.queue.put(error)
 
         worker = Thread(target=decode)
         worker.start()
         try:
-            yield from _read_steps(streamer, len(prompts), stop_ids)
-        finally:  # also when the reader closes the iterator
+            for number, step in enumerate(iter(streamer.queue.get, None)):
+                if isinstance(step, BaseException):
+                    raise step
+                if number:  # before the first come the prompts
+                    yield step
+        finally:  # also when the reader closes the generator
             stopping.set()
             worker.join()
 
@@ -99,28 +103,16 @@ class _Penalty(LogitsProcessor):
 
 
 class _StepQueue(BaseStreamer):
-    """Pass each step's tokens from the decoding thread to the reader's."""
+    """Pass each step's tokens from the decoding thread to the reader's; None after the last."""
 
     def __init__(self) -> None:
         self.queue: SimpleQueue = SimpleQueue()
-        self.prompt_seen = False
 
     def put(self, value: torch.Tensor) -> None:
-        if self.prompt_seen:
-            self.queue.put(value.tolist())
-        self.prompt_seen = True  # the first call passes the prompts
+        self.queue.put(value.tolist())
 
     def end(self) -> None:
-        pass
-
-
-def _read_steps(streamer: _StepQueue, count: int, stop_ids: list[int]) -> Iterator[Step]:
-    ended = [False] * count
-    while (step := streamer.queue.get()) is not None:
-        if isinstance(step, BaseException):
-            raise step
-        yield [None if done else token for token, done in zip(step, ended, strict=True)]
-        ended = [done or token in stop_ids for token, done in zip(step, ended, strict=True)]
+        self.queue.put(None)
 
 
 def _pad_left(prompts: list[list[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,6 +126,4 @@ def _pad_left(prompts: list[list[int]], pad_id: int, device: torch.device) -> tu
 def _library_settings(settings: GenerationSettings) -> dict[str, Any]:
     greedy = settings.temperature == 0
     sampling = {name: None if greedy else getattr(settings, name) for name in ("temperature", "top_p", "top_k")}
-    return {
-        "do_sample": not greedy, "max_new_tokens": settings.max_new_tokens, "repetition_penalty": None, **sampling,
-    }  # fmt: skip
+    return {"do_sample": not greedy, "max_new_tokens": settings.max_new_tokens, "repetition_penalty": None, **sampling}

@@ -33,13 +33,15 @@ def project(x: torch.Tensor, group: ProjectionGroup) -> torch.Tensor:
         group: its LoRA matrices are in x's dtype, and A is scaled by alpha / rank.
     """
     if len(x) == 1 and has_kernels(x) and all(_is_row_packed(weight, x.dtype) for weight in group.weights):
-        return _project_triton(x, None if group.lora is None else _reduce_triton(x, group.lora.A), group)
-    xa = None if group.lora is None else x @ group.lora.A.T
+        return _project_triton(x, group)
     # One product after the other, so that only one weight is unpacked at a time.
     y = torch.cat([F.linear(x, _unpack(weight, x.dtype)) for weight in group.weights], 1)
     if group.bias is not None:
         y = y + group.bias
-    return y if xa is None else y + _lora_update(xa, group)
+    if group.lora is None:
+        return y
+    B = [x.new_zeros(size, 0) if b is None else b for b, size in zip(group.lora.B, group.sizes, strict=True)]
+    return y + x @ group.lora.A.T @ torch.block_diag(*B).T
 
 
 def _unpack(weight: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -51,36 +53,31 @@ def _is_row_packed(weight: Any, dtype: torch.dtype) -> bool:
     return has_kernel(weight, dtype) and weight.quant_state.shape[1] % weight.quant_state.blocksize == 0
 
 
-def _lora_update(xa: torch.Tensor, group: ProjectionGroup) -> torch.Tensor:
-    assert group.lora is not None
-    updates, column = [], 0
-    for b, size in zip(group.lora.B, group.sizes, strict=True):
-        if b is None:
-            updates.append(xa.new_zeros(len(xa), size))
-        else:
-            updates.append(xa[:, column : column + b.shape[1]] @ b.T)
-            column += b.shape[1]
-    return torch.cat(updates, 1)
-
-
 def add_and_norm(
     h: torch.Tensor, update: torch.Tensor | None, weight: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return h + update, (N, hidden), and the RMS norm of this sum; h itself if there is no update yet."""
     if update is None:
         return h, rms_norm(h, weight, epsilon)
-    if has_kernels(h):
-        return _add_and_norm_triton(h, update, weight, epsilon)
-    h = h + update
-    return h, rms_norm(h, weight, epsilon)
+    if not has_kernels(h):
+        h = h + update
+        return h, rms_norm(h, weight, epsilon)
+    total, x, size = torch.empty_like(h), torch.empty_like(h), h.shape[1]
+    _add_and_norm_kernel[(len(h),)](
+        h, update, weight, total, x, epsilon, size=size, padded=triton.next_power_of_2(size), num_warps=8
+    )
+    return total, x
 
 
 def apply_gate(gates: torch.Tensor) -> torch.Tensor:
     """Return silu(gate) · up, (N, mlp), of gate and up side by side, (N, 2 · mlp)."""
-    if has_kernels(gates):
-        return _apply_gate_triton(gates)
-    gate, up = gates.chunk(2, 1)
-    return F.silu(gate) * up
+    if not has_kernels(gates):
+        gate, up = gates.chunk(2, 1)
+        return F.silu(gate) * up
+    rows, columns = len(gates), gates.shape[1] // 2
+    y = gates.new_empty(rows, columns)
+    _apply_gate_kernel[(rows, triton.cdiv(columns, 512))](gates, y, columns=columns, block_columns=512, num_warps=4)
+    return y
 
 
 def rotate_and_store(
@@ -117,44 +114,21 @@ def has_kernels(x: torch.Tensor) -> bool:
     return x.is_cuda and x.element_size() == 2 and why_no_triton() is None
 
 
-def _project_triton(x: torch.Tensor, xa: torch.Tensor | None, group: ProjectionGroup) -> torch.Tensor:
-    y = x.new_empty(1, sum(group.sizes))
-    B = group.lora.B if group.lora else (None,) * len(group.sizes)
+def _project_triton(x: torch.Tensor, group: ProjectionGroup) -> torch.Tensor:
+    y, lora = x.new_empty(1, sum(group.sizes)), group.lora
+    xa, B = (x, (None,) * len(group.sizes)) if lora is None else (x.new_empty(1, len(lora.A)), lora.B)
+    if lora is not None:  # xa = x Aᵀ of the one token
+        _reduce_kernel[(len(lora.A),)](x, lora.A, xa, fan_in=x.shape[1], block_in=2048, num_warps=4)
     first = column = 0
     for weight, b, size in zip(group.weights, B, group.sizes, strict=True):
         state, rank = weight.quant_state, 0 if b is None else b.shape[1]
         _project_kernel[(triton.cdiv(size, PRODUCT["block_out"]),)](
             x, weight.data, state.code, state.absmax, state.state2.code, state.state2.absmax, state.offset,
-            x if xa is None else xa, x if b is None else b, x if group.bias is None else group.bias, y, size, first, column,
+            xa, x if b is None else b, x if group.bias is None else group.bias, y, size, first, column,
             blocks=x.shape[1] // state.blocksize, rank=rank, padded=triton.next_power_of_2(max(rank, 1)),
             has_bias=group.bias is not None, block=state.blocksize, outer_block=state.state2.blocksize, **PRODUCT,
         )  # fmt: skip
         first, column = first + size, column + rank
-    return y
-
-
-def _reduce_triton(x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-    """Return xa = x Aᵀ of one token."""
-    xa = x.new_empty(1, len(A))
-    _reduce_kernel[(len(A),)](x, A, xa, fan_in=x.shape[1], block_in=2048, num_warps=4)
-    return xa
-
-
-def _add_and_norm_triton(
-    h: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, epsilon: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    total, x = torch.empty_like(h), torch.empty_like(h)
-    size = h.shape[1]
-    _add_and_norm_kernel[(len(h),)](
-        h, update, weight, total, x, epsilon, size=size, padded=triton.next_power_of_2(size), num_warps=8
-    )
-    return total, x
-
-
-def _apply_gate_triton(gates: torch.Tensor) -> torch.Tensor:
-    rows, columns = len(gates), gates.shape[1] // 2
-    y = gates.new_empty(rows, columns)
-    _apply_gate_kernel[(rows, triton.cdiv(columns, 512))](gates, y, columns=columns, block_columns=512, num_warps=4)
     return y
 
 

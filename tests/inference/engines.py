@@ -26,8 +26,9 @@ def greedy(**changes) -> GenerationSettings:
 
 
 def answer(engine, prompts, settings, seed=0, stop_ids=(3,)) -> list[list[int]]:
-    steps = list(engine.steps(prompts, settings, seed, list(stop_ids)))
-    return [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
+    rows = zip(*engine.steps(prompts, settings, seed, list(stop_ids)), strict=True)
+    ends = [(list(row), next((at for at, token in enumerate(row, 1) if token in stop_ids), None)) for row in rows]
+    return [row[:end] for row, end in ends]
 
 
 def decode_without_cache(model, prompt, count) -> list[int]:
