@@ -82,6 +82,8 @@ def plan_table(plan: Plan, config: Config, shape: ModelShape, limit: float, card
         f"{config.model.name}: {each}{plan.micro_batch} x {times} sequences of {config.data.max_length} tokens, "
         f"rank {config.lora.rank}, {plan.recomputed} of {shape.layers} layers recomputed"
     )
+    trained, frozen = shape.lora_parameters(config.lora.rank, config.lora.target_modules), shape.parameters()
+    parameters = f"  {trained:,} of {trained + frozen:,} parameters are trained ({100 * trained / (trained + frozen):.2f} %)"
     paged = 0.0 if plan.parts["optimizer state"] else config.training.optimizer_bytes * plan.parts["adapters (fp32)"] / 4
     rows = list(plan.parts.items())
     rows += [("sum: torch's allocator", plan.peak), ("paged optimizer state", paged), ("CUDA context (about)", CONTEXT_BYTES)]
@@ -92,7 +94,7 @@ def plan_table(plan: Plan, config: Config, shape: ModelShape, limit: float, card
         verdict = (
             f"Does not fit: needs {needed:.2f} GiB, and {available:.2f} are available ({card}). {advice[:1].upper()}{advice[1:]}."
         )
-    return "\n".join([title, *(f"  {name:<26}{size / GIB:6.2f} GiB" for name, size in rows), verdict])
+    return "\n".join([title, parameters, *(f"  {name:<26}{size / GIB:6.2f} GiB" for name, size in rows), verdict])
 
 
 def describe_other_sharding(config: Config, shape: ModelShape, limit: float, processes: int) -> str:

@@ -1,15 +1,47 @@
 """Sizes of a Llama-like model from its config.json."""
 
+import json
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
+
+from qlora_kit.errors import UserError
 
 # Bytes per weight. NF4 and FP4 store one absmax per 64 weights: in fp32, or (double quantization) in 8 bits plus one fp32 number
 # per 256 of them. QLoRA (arXiv 2305.14314), section 3: 4.5 and 4.127 bits per parameter.
 BYTES_4BIT = 0.5 + 4 / 64
 BYTES_4BIT_DOUBLE = 0.5 + 1 / 64 + 4 / (64 * 256)
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
-REQUIRED = ("num_attention_heads", "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
+# What transformers takes for a key that a config.json leaves out, by model type; None where the value follows from others.
+_LLAMA = {
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "intermediate_size": 11008,
+    "vocab_size": 32000,
+    "tie_word_embeddings": False,
+}
+_QWEN2 = _LLAMA | {
+    "num_key_value_heads": 32,
+    "intermediate_size": 22016,
+    "vocab_size": 151936,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "layer_types": None,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": _LLAMA | {"attention_bias": False, "mlp_bias": False},
+    "mistral": _LLAMA | {"num_key_value_heads": 8, "intermediate_size": 14336, "sliding_window": 4096},
+    "qwen2": _QWEN2,
+    "qwen3": _QWEN2 | {"head_dim": 128, "attention_bias": False},
+}
+MAY_BE_NULL = ("num_key_value_heads", "sliding_window")
+LEAST = {"sliding_window": 0, "max_window_layers": 0}
+MOST_LAYERS, LARGEST = 2**10, 2**24  # far above any model; a plan tries each number of recomputed layers
 # The config.json of the models that the shipped configs name, so that an estimate needs no download.
 KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-3B-Instruct": {
@@ -50,6 +82,8 @@ class ModelShape:
     mlp: int
     vocabulary: int
     tied_embedding: bool
+    attention_bias: bool = False  # of all four projections; qwen2 has biases of q, k and v without it
+    mlp_bias: bool = False
 
     def projections(self) -> dict[str, tuple[int, int]]:
         """Return the linear layers of one decoder layer: name -> (in_features, out_features)."""
@@ -73,21 +107,26 @@ class ModelShape:
         return self.vocabulary * self.hidden * (1 if self.tied_embedding else 2)
 
     def other_parameters(self) -> int:
-        """Return the parameters of the norms, and of the biases of Qwen2's q, k and v projections."""
+        """Return the parameters of the norms, and of the projections' biases."""
         norms = (2 * self.layers + 1) * self.hidden
         if self.model_type == "qwen3":  # a norm over each head of q and k
             norms += self.layers * 2 * self.head_size
-        biases = self.layers * (self.heads + 2 * self.kv_heads) * self.head_size if self.model_type == "qwen2" else 0
-        return norms + biases
+        biased = ["q_proj", "k_proj", "v_proj"] if self.model_type == "qwen2" or self.attention_bias else []
+        biased += ["o_proj"] * self.attention_bias + ["gate_proj", "up_proj", "down_proj"] * self.mlp_bias
+        return norms + self.layers * sum(self.projections()[name][1] for name in biased)
 
     def parameters(self) -> int:
         """Return the number of all parameters."""
         return self.projection_parameters() + self.embedding_parameters() + self.other_parameters()
 
     def lora_parameters(self, rank: int, target_modules: list[str] | str) -> int:
-        """Return the parameters of A (rank, in) and B (out, rank) of each target. LoRA (arXiv 2106.09685), section 4.1."""
-        chosen = [size for name, size in self.projections().items() if target_modules == "all-linear" or name in target_modules]
-        return self.layers * rank * sum(fan_in + fan_out for fan_in, fan_out in chosen)
+        """Return the parameters of A (rank, in) and B (out, rank) of each target. LoRA (arXiv 2106.09685), section 4.1.
+
+        Args:
+            target_modules: names of modules or the ends of their names, as peft takes them, or all-linear.
+        """
+        targets = tuple(self.projections()) if target_modules == "all-linear" else tuple(target_modules)
+        return rank * _sum_sides(self, targets)
 
     def training_flops_per_token(self, recompute: bool) -> int:
         """Return the work of the products with frozen weights: forward pass, input gradients, and recomputation if any."""
@@ -95,22 +134,75 @@ class ModelShape:
         return 2 * passes * self.projection_parameters() + 2 * 2 * self.vocabulary * self.hidden
 
 
+@cache  # a plan asks for each number of recomputed layers
+def _sum_sides(shape: ModelShape, targets: tuple[str, ...]) -> int:
+    """Return the sum of in_features + out_features of all modules that one of the targets names."""
+    total = 0
+    for name, (fan_in, fan_out) in shape.projections().items():
+        block = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+        modules = (f".model.layers.{layer}.{block}.{name}" for layer in range(shape.layers))
+        total += (fan_in + fan_out) * sum(module.endswith(tuple(f".{target}" for target in targets)) for module in modules)
+    return total
+
+
+def complete_config(model_config: dict[str, Any]) -> dict[str, Any]:
+    """Return what decides the shape of a Llama-like model: the values of its config.json, else transformers' defaults.
+
+    Raises:
+        UserError: a size is no whole number within reason, or a switch is neither true nor false.
+    """
+    defaults = DEFAULTS[model_config["model_type"]]
+    values = {key: model_config.get(key, default) for key, default in defaults.items()}
+    for key, value in values.items():
+        least, most = LEAST.get(key, 1), MOST_LAYERS if key == "num_hidden_layers" else LARGEST
+        if value is None and (defaults[key] is None or key in MAY_BE_NULL):
+            continue
+        if isinstance(defaults[key], bool):
+            fits, expected = isinstance(value, bool), "true or false"
+        elif key == "layer_types":
+            fits, expected = isinstance(value, list), "a list"
+        else:
+            fits = type(value) is int and least <= value <= most  # True is an int, too
+            expected = f"a whole number from {least} to {most:,}"
+        if not fits:
+            raise _refuse(key, value, expected)
+    return values
+
+
 def read_shape(model_config: dict[str, Any]) -> ModelShape | None:
-    """Return the shape that a config.json states; None if the model is not Llama-like or a size is missing."""
-    if model_config.get("model_type") not in LLAMA_LIKE or not set(REQUIRED) <= model_config.keys():
+    """Return the shape that a config.json states, with transformers' defaults; None if the model is not Llama-like.
+
+    Raises:
+        UserError: as complete_config, or sizes do not fit together.
+    """
+    kind = model_config.get("model_type")
+    if kind not in LLAMA_LIKE:
         return None
-    heads, hidden = model_config["num_attention_heads"], model_config["hidden_size"]
+    values = complete_config(model_config)
+    heads, hidden = values["num_attention_heads"], values["hidden_size"]
+    kv_heads, head_size = values["num_key_value_heads"] or heads, values["head_dim"] or hidden // heads
+    if heads % kv_heads:
+        raise _refuse("num_key_value_heads", kv_heads, f"a divisor of the {heads} attention heads")
+    if head_size == 0 or (kind == "llama" and hidden % heads):
+        raise _refuse("hidden_size", hidden, f"a multiple of the {heads} attention heads")
     return ModelShape(
-        model_type=model_config["model_type"],
-        layers=model_config["num_hidden_layers"],
+        model_type=kind,
+        layers=values["num_hidden_layers"],
         hidden=hidden,
         heads=heads,
-        kv_heads=model_config.get("num_key_value_heads") or heads,
-        head_size=model_config.get("head_dim") or hidden // heads,
-        mlp=model_config["intermediate_size"],
-        vocabulary=model_config["vocab_size"],
-        tied_embedding=model_config.get("tie_word_embeddings", False),
+        kv_heads=kv_heads,
+        head_size=head_size,
+        mlp=values["intermediate_size"],
+        vocabulary=values["vocab_size"],
+        tied_embedding=values["tie_word_embeddings"],
+        attention_bias=values.get("attention_bias", False),
+        mlp_bias=values.get("mlp_bias", False),
     )
+
+
+def _refuse(key: str, value: object, expected: str) -> UserError:
+    problem = f"states {key}: {json.dumps(value)[:60]}, expected {expected}"
+    return UserError("config.json", None, problem, "correct it, or copy the file again from its source")
 
 
 def vocabulary_piece(tokens: int, vocabulary: int) -> int:

@@ -135,11 +135,12 @@ def test_a_run_without_a_prediction_is_not_refused(qwen_3b, limit):
 def test_the_table_adds_up_and_names_the_plan(qwen_3b):
     config = override(Config(), {"performance.vram_limit_gib": 8})
     plan = make_plan(config, qwen_3b, 8 * GIB)
-    title, *rows, verdict = plan_table(plan, config, qwen_3b, 8 * GIB, "performance.vram_limit_gib").splitlines()
+    title, parameters, *rows, verdict = plan_table(plan, config, qwen_3b, 8 * GIB, "performance.vram_limit_gib").splitlines()
     assert title == (
         f"Qwen/Qwen2.5-3B-Instruct: {plan.micro_batch} x {16 // plan.micro_batch} sequences of 512 tokens, rank 16, "
         f"{plan.recomputed} of 36 layers recomputed"
     )
+    assert parameters == "  29,933,568 of 3,115,872,256 parameters are trained (0.96 %)"
     shown = {row[2:28].strip(): float(row[28:].removesuffix(" GiB")) for row in rows}
     assert list(shown)[: len(plan.parts)] == list(plan.parts)
     assert sum(shown[name] for name in plan.parts) == pytest.approx(shown["sum: torch's allocator"], abs=0.05)

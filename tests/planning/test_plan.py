@@ -84,6 +84,12 @@ def test_a_micro_batch_and_checkpointing_that_are_set_are_kept(shape):
             assert (plan.micro_batch, plan.recomputed) == (2, layers)
 
 
+@pytest.mark.parametrize("batch_size", [997, 999_983, 10**9])
+def test_a_large_batch_is_divided_at_once(qwen_3b, batch_size):
+    plan = make_plan(override(Config(), {"training.batch_size": batch_size}), qwen_3b, 8 * GIB)
+    assert 16 * batch_size % plan.micro_batch == 0 and plan.peak <= 7.2 * GIB
+
+
 def test_less_memory_recomputes_more_layers_of_a_micro_batch_that_is_set(qwen_3b):
     config = override(Config(), {"performance.micro_batch": 8})
     layers = [make_plan(config, qwen_3b, gib * GIB).recomputed for gib in (3.5, 6, 9, 12, 80)]
