@@ -16,7 +16,6 @@ that holds only a form feed; --json puts each answer on a line of its own. Messa
 """
 
 import argparse
-import io
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -97,10 +96,7 @@ def check_streams(arguments: argparse.Namespace) -> None:
     if sys.stdin is None and (arguments.mode == "interactive" or "-" in (arguments.prompt, arguments.prompt_file)):
         raise UserError("standard input", None, "is closed", "open it, or use --prompt TEXT")
     for stream in (sys.stdin, sys.stdout):
-        if isinstance(stream, io.TextIOWrapper) and stream.isatty():
-            stream.reconfigure(errors="replace")
-        elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8")
+        cli.set_encoding(stream)
 
 
 def check_flags(arguments: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ Exit status: 0 done, 2 the user's mistake, 130 stopped by Ctrl+C, 143 by SIGTERM
 
 import argparse
 import errno
+import io
 import logging
 import os
 import sys
@@ -134,6 +135,17 @@ def _redirect_to_devnull(stream: TextIO) -> None:
     os.close(devnull)
 
 
+def set_encoding(stream: TextIO | None) -> None:
+    """Let a terminal replace the characters that it cannot show; make files and pipes UTF-8, whatever the locale.
+
+    Half a character, as an undecodable name of a file holds one, is spelled out.
+    """
+    if isinstance(stream, io.TextIOWrapper) and stream.isatty():
+        stream.reconfigure(errors="replace")
+    elif isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(encoding="utf-8", errors="strict" if stream.readable() else "backslashreplace")
+
+
 def results_console(**options: Any) -> Console:
     """Return a rich console for standard output that leaves a closed pipe to `run`; rich's own would exit with status 1."""
 
@@ -149,10 +161,11 @@ def run(main: Callable[[], None]) -> NoReturn:
 
     A command whose results are no longer read, as before `| head`, ends quietly; one whose messages are no longer read continues.
     """
+    set_encoding(sys.stdout)
     with redirect_stderr(IgnoreClosedStderr(sys.stderr)):
         try:
             main()
-            sys.stdout.flush()
+            print(end="", flush=True)  # to nowhere, where standard output is closed
             status = 0
         except BrokenPipeError:  # the reader of the results has left, as `| head` does
             _redirect_to_devnull(sys.stdout)

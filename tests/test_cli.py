@@ -1,6 +1,7 @@
 """Commands whose reader has left, as `| head` does (real pipes and processes), missing packages, and wrong flags."""
 
 import errno
+import io
 import os
 import subprocess
 import sys
@@ -70,6 +71,20 @@ def test_a_command_whose_results_nobody_reads_ends_quietly(close_reader, show, c
     with pytest.raises(SystemExit) as end:
         cli.run(lambda: [show() for _ in range(3)])
     assert end.value.code == 0 and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("is_terminal, expected", [(False, "漢字 é \\udce9\n".encode()), (True, "?? é ?\n".encode("cp1252"))])
+@pytest.mark.parametrize("show", [print, lambda text: cli.results_console().print(text)])
+def test_results_survive_a_locale_without_their_characters(monkeypatch, show, is_terminal, expected):
+    """A terminal keeps its encoding; a file or a pipe gets UTF-8. \\udce9 is a byte of a file's name that is not UTF-8."""
+    written = io.BytesIO()
+    stream = io.TextIOWrapper(written, "cp1252", write_through=True)
+    stream.isatty = lambda: is_terminal
+    written.readable = lambda: False
+    monkeypatch.setattr(sys, "stdout", stream)
+    with pytest.raises(SystemExit) as end:
+        cli.run(lambda: show("漢字 é \udce9"))
+    assert end.value.code == 0 and written.getvalue().replace(os.linesep.encode(), b"\n") == expected
 
 
 @pytest.mark.parametrize("command, package", [
