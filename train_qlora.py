@@ -199,7 +199,7 @@ def _train(config: Config, resume: str | None, overwrite: bool, team: Team, fold
     # The libraries take seconds to import: everything above is answered before.
     from qlora_kit.adapter.save import save_adapter
     from qlora_kit.model.perplexity import recorded_base
-    from qlora_kit.training.build import TrainingData, build_store, build_trainer
+    from qlora_kit.training.build import TrainingData, build_store, build_trainer, find_why_not_packed
     from qlora_kit.training.machine import explaining_out_of_memory, plan_run
 
     machine, plan = plan_run(config, shape, reason, checkpoint, team)
@@ -212,7 +212,9 @@ def _train(config: Config, resume: str | None, overwrite: bool, team: Team, fold
         hub.fetch_tokenizer(config.model)
         tokenizer = load_tokenizer(config.model)
         data = TrainingData(*prepare_dataset(config, tokenizer))
-    report.describe_data(*data)
+    not_packed = checkpoint.run.get("not_packed") if checkpoint else None
+    data = data.unpack(config.data) if not_packed else data
+    report.describe_data(*data, not_packed)
     run.fingerprints |= {"train_sha256": run.data["train_sha256"], "tokenizer_sha256": tokenizer_fingerprint(tokenizer)}
     check_fingerprints(checkpoint, run.fingerprints)
     check_end(checkpoint, config, len(data.train))
@@ -223,7 +225,11 @@ def _train(config: Config, resume: str | None, overwrite: bool, team: Team, fold
 
     with report.logging_failure(), explaining_out_of_memory(config, planned=bool(plan.parts)):
         model = load_adapted_model(config, machine, tokenizer, report)
-        store = build_store(config, plan, team, run.fingerprints, data.train.prompt_style, report)
+        if checkpoint is None and (not_packed := find_why_not_packed(model, data, config, machine, team)):
+            data = data.unpack(config.data)  # of the same tokens; the plan is one of blocks, whatever they hold
+            report.describe_data(*data, not_packed)
+            run.fingerprints["train_sha256"] = run.data["train_sha256"]
+        store = build_store(config, plan, team, run.fingerprints, data.train.prompt_style, report, not_packed)
         trainer = build_trainer(model, data, config, machine, plan, report, store)
         if lock:
             if lock.take():  # the folder did not exist before, or another run made it meanwhile

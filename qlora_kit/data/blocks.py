@@ -41,10 +41,10 @@ class Counts:
 class RecordBlocks:
     """Blocks of one or more records.
 
-    Item: `input_ids`, `labels` and, if `packed`, `starts`, each (T,) int64 with T = `length`; `block`, its number. `starts` holds
-    for each position the position at which its record begins: position i attends to j with starts[i] <= j <= i, and its position
-    id is i - starts[i]. The padding at the end of a block counts as a record. Padding and the first token of each record have no
-    label.
+    Item: `input_ids`, `labels` and, if `packed` or `marked`, `starts`, each (T,) int64 with T = `length`; `block`, its number.
+    `starts` holds for each position the position at which its record begins: position i attends to j with starts[i] <= j <= i,
+    and its position id is i - starts[i]. The padding at the end of a block counts as a record. Padding and the first token of
+    each record have no label.
     """
 
     stored: Tokens
@@ -61,6 +61,7 @@ class RecordBlocks:
     formats: list[str]
     train_on: str
     format_recognised: bool  # by the keys, not set
+    marked: bool = False  # `starts` says where a record ends, also if it has a block of its own
     unit = "record"  # the unit of `sources`
 
     @property
@@ -89,7 +90,7 @@ class RecordBlocks:
             ids[at:end], labels[at:end], starts[at:end] = record.ids, record.labels(), at
             at = end
         starts[at:] = at
-        rows = {"input_ids": ids, "labels": labels} | ({"starts": starts} if self.packed else {})
+        rows = {"input_ids": ids, "labels": labels} | ({"starts": starts} if self.packed or self.marked else {})
         return {name: torch.from_numpy(row) for name, row in rows.items()} | {"block": index}
 
     def sources(self, block: int) -> list[int]:
@@ -119,6 +120,19 @@ class RecordBlocks:
     def take(self, count: int | None) -> "RecordBlocks":
         """Return the first `count` blocks, or all for None."""
         return self if count is None else replace(self, bounds=self.bounds[: count + 1])
+
+    def unpack(self, count: int | None) -> "RecordBlocks":
+        """Return blocks of one record each, the first `count` of them or all for None, whatever blocks were taken before."""
+        order = np.flatnonzero(self.lengths)
+        return replace(self, order=order, bounds=np.arange(len(order) + 1), packed=False).take(count)
+
+    def mark(self) -> "RecordBlocks":
+        """Return the same blocks with `starts`."""
+        return replace(self, marked=True)
+
+    def sample(self) -> np.ndarray:
+        """Return tokens for a trial of a model, (length,) int64: those of the first records, repeated if they are too few."""
+        return np.resize(self.stored.ids[: self.length], self.length).astype(np.int64)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of everything that decides the content of the blocks."""

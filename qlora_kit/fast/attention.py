@@ -1,7 +1,8 @@
 """Causal attention within the records of a packed block, by torch's own kernels.
 
 `starts`, (B, T), describes a packed block: for each position, the index at which its record begins. Position i attends to
-positions starts[i] to i and is counted from starts[i], so a record is computed as if it were alone.
+positions starts[i] to i and is counted from starts[i], with the angles that a text of its record's length has, so a record is
+computed as if it were alone.
 """
 
 from typing import NamedTuple
@@ -10,7 +11,18 @@ import torch
 import torch.nn.functional as F
 
 from qlora_kit.fast.llama_layer import Heads, Rotary
-from qlora_kit.model.loss import positions, record_mask
+from qlora_kit.model.records import positions, record_lengths, record_mask
+
+
+class RotaryTables(NamedTuple):
+    """Rotary tables of a block's positions, (T, head size).
+
+    Attributes:
+        short: of the positions in texts that have other angles because they are short, (longest of them, head size).
+    """
+
+    whole: Rotary
+    short: Rotary | None = None
 
 
 class BlockLayout(NamedTuple):
@@ -21,16 +33,17 @@ class BlockLayout(NamedTuple):
     mask: torch.Tensor | None  # (B, 1, T, T), added to the scores; None: causal attention over the whole block
 
 
-def lay_out_blocks(batch: int, rotary: Rotary, starts: torch.Tensor | None) -> BlockLayout:
-    """Return the layout of blocks that are one record each (`starts` is None) or packed.
-
-    Args:
-        rotary: the table of positions 0 to T - 1, (T, head size).
-    """
+def lay_out_blocks(batch: int, tables: RotaryTables, starts: torch.Tensor | None) -> BlockLayout:
+    """Return the layout of blocks that are one text each (`starts` is None) or hold records."""
     if starts is None:
-        return BlockLayout(batch, rotary, None)
+        return BlockLayout(batch, tables.whole, None)
     at = positions(starts)
-    return BlockLayout(batch, Rotary(rotary.cos[at][:, None], rotary.sin[at][:, None]), record_mask(starts, rotary.cos.dtype))
+    rotary = [table[at] for table in tables.whole]
+    if tables.short:
+        is_short = (record_lengths(starts) <= len(tables.short.cos))[..., None]
+        own = [table[at.clamp(max=len(table) - 1)] for table in tables.short]
+        rotary = [torch.where(is_short, a, b) for a, b in zip(own, rotary, strict=True)]
+    return BlockLayout(batch, Rotary(*(table[:, None] for table in rotary)), record_mask(starts, tables.whole.cos.dtype))
 
 
 def attend(heads: Heads, mask: torch.Tensor | None, differentiable: bool) -> torch.Tensor:

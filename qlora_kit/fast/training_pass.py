@@ -14,15 +14,16 @@ import torch.nn.functional as F
 from peft import PeftModel
 
 from qlora_kit.fast import llama_layer, mlp_activation
-from qlora_kit.fast.attention import BlockLayout, attend, lay_out_blocks
+from qlora_kit.fast.attention import BlockLayout, RotaryTables, attend, lay_out_blocks
 from qlora_kit.fast.flat_adapters import FlatAdapters
-from qlora_kit.fast.llama_layer import Heads, Rotary, UnpackedGroup
+from qlora_kit.fast.llama_layer import Heads, UnpackedGroup
 from qlora_kit.fast.llama_parts import Layer, ProjectionGroup, lora_of, read_layers, read_rotary_table, why_not_covered
 from qlora_kit.fast.nf4 import unpack_stacked
 from qlora_kit.fast.projection import Lora
 from qlora_kit.fast.sharding import sharded_base
 from qlora_kit.model.llama_modules import projections_of
 from qlora_kit.model.loss import accumulate_piece, cross_entropy, decoder_and_head, next_labels
+from qlora_kit.model.records import longest_short_text
 from qlora_kit.planning.shape import HEAD_ROWS
 
 GROUPS = ("qkv", "o", "gate_up", "down")  # fields of Layer; each draws its own dropout key
@@ -98,7 +99,7 @@ class FastDecoder:
         self.layers = read_layers(self.decoder, self.adapters.add)
         assert self.adapters.used == len(self.adapters.flat), "an adapter outside the decoder's projections"
         self.epsilon = self.decoder.norm.variance_epsilon
-        self._rotary_tables: dict[int, Rotary] = {}
+        self._rotary_tables: dict[int, RotaryTables] = {}
 
     @torch.no_grad()
     def losses(self, inputs: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
@@ -257,10 +258,12 @@ class FastDecoder:
             return self.embedding.lookup(ids)
         return F.embedding(ids.to(self.embedding.device), self.embedding)
 
-    def _rotary_table(self, length: int, device: torch.device) -> Rotary:
-        """Read the table once: for some kinds of angles the model waits for the GPU, which a captured pass must not do."""
+    def _rotary_table(self, length: int, device: torch.device) -> RotaryTables:
+        """Read the tables once: for some kinds of angles the model waits for the GPU, which a captured pass must not do."""
         if length not in self._rotary_tables:
-            self._rotary_tables[length] = read_rotary_table(self.decoder, length, device)
+            short = longest_short_text(self.decoder.config, length)
+            tables = [read_rotary_table(self.decoder, count, device) for count in (length, short) if count]
+            self._rotary_tables[length] = RotaryTables(*tables)
         return self._rotary_tables[length]
 
 

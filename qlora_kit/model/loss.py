@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
+from qlora_kit.model.records import layer_masks, longest_short_text, positions
 from qlora_kit.planning.shape import LLAMA_LIKE, vocabulary_piece
 
 IGNORED = -100
@@ -134,9 +135,12 @@ def token_losses(model: Any, ids: torch.Tensor, labels: torch.Tensor, starts: to
         (B, T - 1), nats in fp32, on the device of the model's head or of `ids`; zero for a label of -100.
     """
     targets = labels[:, 1:]  # (B, T - 1)
-    inputs = {"input_ids": ids, "use_cache": False}
+    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     if starts is not None:
-        inputs |= {"position_ids": positions(starts), "attention_mask": record_mask(starts, model.dtype)}
+        config = model.config.get_text_config()
+        if longest_short_text(config, ids.shape[1]):
+            return torch.stack([_losses_of_each_record(model, *row) for row in zip(ids, labels, starts, strict=True)])
+        inputs |= {"position_ids": positions(starts), "attention_mask": layer_masks(config, starts, model.dtype)}
     parts = decoder_and_head(model)
     if parts is None:
         logits = model(**inputs).logits[:, :-1]  # (B, T - 1, V)
@@ -146,6 +150,15 @@ def token_losses(model: Any, ids: torch.Tensor, labels: torch.Tensor, starts: to
     device = head.weight.device  # if the model is on several GPUs, maybe another than that of the last layer or of `ids`
     hidden = decoder(**inputs).last_hidden_state[:, :-1].to(device)  # (B, T - 1, H)
     return chunked_losses(hidden.flatten(0, 1), head.weight, targets.to(device).flatten()).view_as(targets)
+
+
+def _losses_of_each_record(model: Any, ids: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """Return the losses of a row, (T - 1,), whose records are computed one by one: the library chooses angles by the longest."""
+    lengths = torch.unique_consecutive(starts, return_counts=True)[1].tolist()
+    records = zip(ids.split(lengths), labels.split(lengths), strict=True)
+    losses = [token_losses(model, own[None], label[None])[0] if len(own) > 1 else None for own, label in records]
+    none = next(own for own in losses if own is not None).new_zeros(1)  # for the first token of the record that follows
+    return torch.cat([none if own is None else F.pad(own, (0, 1)) for own in losses])[:-1]
 
 
 def next_labels(labels: torch.Tensor) -> torch.Tensor:
@@ -164,15 +177,3 @@ def decoder_and_head(model: Any) -> tuple[Any, torch.nn.Linear] | None:
     if type(head) is not torch.nn.Linear or head.bias is not None or head.weight.requires_grad:
         return None
     return base.get_decoder(), head
-
-
-def positions(starts: torch.Tensor) -> torch.Tensor:
-    """Return each token's position in its own record, (B, T)."""
-    return torch.arange(starts.shape[1], device=starts.device) - starts
-
-
-def record_mask(starts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the attention mask (B, 1, T, T): 0 if token i attends to token j, else minus infinity."""
-    index = torch.arange(starts.shape[1], device=starts.device)
-    visible = (index <= index[:, None]) & (index >= starts[:, :, None])
-    return torch.where(visible, 0.0, -torch.inf).to(dtype)[:, None]

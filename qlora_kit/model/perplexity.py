@@ -141,11 +141,12 @@ def library_losses(model: torch.nn.Module, autocast: AbstractContextManager | No
     def losses(ids: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
         if was_training := model.training:  # visiting all modules takes longer than a small batch
             model.eval()
-        with autocast or nullcontext():
-            result = token_losses(model, ids.to(device), labels.to(device), None if starts is None else starts.to(device))
-        if was_training:
-            model.train()
-        return result
+        try:
+            with autocast or nullcontext():
+                return token_losses(model, ids.to(device), labels.to(device), None if starts is None else starts.to(device))
+        finally:
+            if was_training:
+                model.train()
 
     return losses
 

@@ -8,13 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator
 
-from qlora_kit.config import Config
+from qlora_kit.config import Config, DataSettings
 from qlora_kit.data.blocks import RecordBlocks, TrainingBlocks
 from qlora_kit.errors import Failed, UserError, unsupported
 from qlora_kit.fast.micro_step import MicroStep, StepSettings, why_not_compiled, why_not_graphed, why_not_used
 from qlora_kit.fast.peft_layers import fuse
 from qlora_kit.fast.training_pass import FastDecoder, why_not_fast
 from qlora_kit.model.loss import IGNORED
+from qlora_kit.model.packing_check import needs_marks, why_not_packed
+from qlora_kit.model.perplexity import library_losses
 from qlora_kit.output.folder import CHECKPOINTS
 from qlora_kit.planning.plan import Plan, plan_inputs
 from qlora_kit.training.checkpointing import CheckpointStore
@@ -31,6 +33,20 @@ PRIVATE_OVERRIDES = ("_get_output_dir",)
 class TrainingData(NamedTuple):
     train: TrainingBlocks
     evaluation: TrainingBlocks | None
+
+    def unpack(self, settings: DataSettings) -> "TrainingData":
+        """Return the data with one record in each block, and no more blocks than the settings allow."""
+        train, evaluation = self
+        return TrainingData(
+            train.unpack(settings.max_train_samples) if isinstance(train, RecordBlocks) else train,
+            evaluation.unpack(settings.max_eval_samples) if isinstance(evaluation, RecordBlocks) else evaluation,
+        )
+
+    def mark(self) -> "TrainingData":
+        """Return the data with `starts` in all blocks of records."""
+        train, evaluation = (blocks.mark() if isinstance(blocks, RecordBlocks) else blocks for blocks in self)
+        assert train is not None
+        return TrainingData(train, evaluation)
 
 
 class RunArguments(TrainingArguments):
@@ -62,17 +78,49 @@ def check_library() -> None:
             raise UserError("transformers", version("transformers"), f"has no Trainer.{name}", remedy)
 
 
+def find_why_not_packed(model: Any, data: TrainingData, config: Config, machine: Machine, team: Team) -> str | None:
+    """Return why each record needs a block of its own, or None if records can share blocks, or do not anyway.
+
+    The fast path computes attention alone, which masks keep apart; a model that takes the library's layers is tried. Rank 0
+    decides for all.
+
+    Args:
+        model: the PEFT model, before training.
+
+    Raises:
+        UserError: data.packing is true, and records cannot share blocks.
+    """
+    packed = [blocks for blocks in data if isinstance(blocks, RecordBlocks) and blocks.packed]
+    if not packed or why_not_on_fast_path(model, config) is None:
+        return None
+    autocast = torch.autocast(machine.device, machine.dtype, enabled=machine.dtype != torch.float32)
+    reason = team.broadcast(why_not_packed(model, packed[0].sample(), library_losses(model, autocast)))
+    if reason and config.data.packing is True:
+        raise UserError.of([unsupported("data.packing", reason, "auto or false")])
+    return reason
+
+
+def why_not_on_fast_path(model: Any, config: Config) -> str | None:
+    """Return why a model is computed through the library's layers, or None if it takes the fast path."""
+    if not config.performance.fused_lora:
+        return "performance.fused_lora is false"
+    return why_not_fast(model, config.data.max_length)
+
+
 def build_store(
-    config: Config, plan: Plan, team: Team, fingerprints: dict[str, str], prompt_style: str, report: RunReport
-) -> CheckpointStore:
+    config: Config, plan: Plan, team: Team, fingerprints: dict[str, str], prompt_style: str, report: RunReport,
+    not_packed: str | None = None,
+) -> CheckpointStore:  # fmt: skip
     """Return the checkpoints of a run, whose manifests keep what resuming must find unchanged.
 
     Args:
         fingerprints: of the training data, the tokenizer and the base weights.
+        not_packed: as find_why_not_packed; a resumed run does not decide anew.
     """
     facts = {
         "fingerprints": fingerprints,
         "prompt_style": prompt_style,
+        "not_packed": not_packed,
         "plan_inputs": plan_inputs(config),
         "micro_batch": plan.micro_batch,
         "recomputed": plan.recomputed,
@@ -97,7 +145,8 @@ def build_trainer(
     """
     check_library()
     team, steps = store.team, config.total_steps(len(data.train))
-    packed = any(isinstance(blocks, RecordBlocks) and blocks.packed for blocks in data)
+    data = data.mark() if needs_marks(model, config.data.max_length) else data
+    packed = any(isinstance(blocks, RecordBlocks) and (blocks.packed or blocks.marked) for blocks in data)
     progress = ProgressCallback(report.log, machine, data.train.tokens / config.steps_per_epoch(len(data.train)))
     trainer = QLoraTrainer(
         model=model,
@@ -125,13 +174,13 @@ def build_micro_step(
     """Return the fast path, or None for the library's own layers; the log says which, and why.
 
     Args:
-        packed: whether blocks hold several records.
+        packed: whether items say where each record begins.
 
     Raises:
         UserError: performance.compile, cuda_graphs, fsdp or offload_embedding is true and cannot work.
     """
     settings = config.performance
-    reason = why_not_fast(model, config.data.max_length) if settings.fused_lora else "performance.fused_lora is false"
+    reason = why_not_on_fast_path(model, config)
     not_compiled = why_not_used("performance.compile", settings.compile, reason or why_not_compiled(device))
     not_captured = why_not_used("performance.cuda_graphs", settings.cuda_graphs, reason or why_not_graphed(device))
     if settings.fsdp and reason:

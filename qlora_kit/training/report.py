@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import GIB, MIB, Config
+from qlora_kit.data.blocks import RecordBlocks, TrainingBlocks
 from qlora_kit.data.chat_template import find_stop_ids
 from qlora_kit.model.fingerprint import weights_fingerprint
 from qlora_kit.model.hub import is_local, model_folder, remote_code_warning
@@ -25,7 +26,6 @@ from qlora_kit.training.processes import Team
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from qlora_kit.data.blocks import TrainingBlocks
     from qlora_kit.model.perplexity import Perplexity
     from qlora_kit.training.machine import Machine
 
@@ -118,9 +118,15 @@ class RunReport:
         rows = f"{micro_batch} sequence{'s' * (micro_batch > 1)}"
         self.log.write(f"Out of GPU memory {place} with {rows} at a time; the effective batch stays")
 
-    def describe_data(self, train: "TrainingBlocks", evaluation: "TrainingBlocks | None") -> None:
-        """Print the data, and keep what run.json says of them."""
+    def describe_data(self, train: TrainingBlocks, evaluation: TrainingBlocks | None, not_packed: str | None = None) -> None:
+        """Print the data, and keep what run.json says of them.
+
+        Args:
+            not_packed: why records do not share blocks although data.packing lets them.
+        """
         config = self.run.config
+        if not_packed:
+            self.log.write(f"Records are not packed, each has a block of its own: {not_packed}")
         steps = config.steps_per_epoch(len(train))
         source = ", ".join(config.data.names)
         self.log.write(f"Training data: {source}: {train.describe()}; {steps:,} optimizer steps an epoch")
@@ -128,6 +134,8 @@ class RunReport:
             "source": config.data.dataset,
             "prompt_style": train.prompt_style,
             "join_rule": train.join_rule,
+            "packed": next((blocks.packed for blocks in (train, evaluation) if isinstance(blocks, RecordBlocks)), None),
+            "not_packed": not_packed,
             "train_blocks": len(train),
             "train_sha256": train.fingerprint(),
         }

@@ -7,8 +7,9 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from qlora_kit.fast.micro_step import MicroStep, StepSettings
 from qlora_kit.fast.projection import draw_keys
 from qlora_kit.fast.training_pass import FastDecoder
-from qlora_kit.model.loss import positions, record_mask, token_losses
+from qlora_kit.model.loss import token_losses
 from tests.fast.models import adapt, load_base, matrices
+from tests.model.random_models import build_model
 
 LENGTH = 24
 RECORDS = [[7, 9, 5], [3, 11, 10]]  # lengths of the records in two blocks; the rest is padding
@@ -39,13 +40,6 @@ def split_records(ids, labels):
         for length in lengths:
             yield row, at, ids[row : row + 1, at : at + length], labels[row : row + 1, at : at + length]
             at += length
-
-
-def test_positions_and_mask_by_hand():
-    starts = torch.tensor([[0, 0, 2, 2, 4]])
-    assert positions(starts).tolist() == [[0, 1, 0, 1, 0]]
-    visible = record_mask(starts, torch.float32)[0, 0] == 0
-    assert visible.int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
 
 
 @pytest.mark.parametrize("four_bits", [True, False])
@@ -107,3 +101,19 @@ def test_the_librarys_layers_keep_the_records_of_other_architectures_apart(block
         packed = token_losses(model, ids, labels, starts)
         for row, at, record, label in split_records(ids, labels):
             torch.testing.assert_close(packed[row, at : at + record.shape[1] - 1], token_losses(model, record, label)[0])
+
+
+def test_rotary_angles_are_those_of_a_text_of_the_records_length(blocks):
+    """With longrope, texts of more than 8 tokens have other angles: in these blocks some records do, and some do not."""
+    llama = build_model("llama")
+    llama.config.rope_parameters["original_max_position_embeddings"] = 8
+    model = adapt(llama)
+    ids, labels, starts = blocks
+    with torch.no_grad():
+        fast = FastDecoder(model, 0, compiled=False)
+        losses = fast.losses(ids, labels, starts)[:, :-1]
+        for row, at, record, label in split_records(ids, labels):
+            expected = token_losses(model.eval(), record, label)[0]
+            torch.testing.assert_close(losses[row, at : at + record.shape[1] - 1], expected, rtol=1e-4, atol=1e-5)
+        whole = fast.losses(ids, ids)[:, :-1]
+        torch.testing.assert_close(whole, token_losses(model, ids, ids), rtol=1e-4, atol=1e-5)
