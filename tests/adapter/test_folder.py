@@ -114,6 +114,17 @@ def test_a_truncated_file_is_refused_before_the_base_model_is_loaded(folder):
         read_adapter(str(folder))
 
 
+def test_weights_in_a_pickle_are_refused_with_the_way_out(folder):
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(UserError) as caught:
+        read_adapter(str(folder))
+    (line,) = caught.value.lines
+    assert line == (
+        f"--adapter: {folder}: has its weights in adapter_model.bin, a pickle, which may run any code when it is loaded. "
+        "Load and save it again with peft, which writes adapter_model.safetensors."
+    )
+
+
 def test_an_adapter_of_zeros_is_reported_and_answers_as_the_base_model(folder, capsys):
     change_weights(folder, lambda weights: [value.zero_() for name, value in weights.items() if "lora_B" in name])
     inference_example.main(["--adapter", str(folder), "--device", "cpu", "--prompt", "The river", "--compare", "--json",
