@@ -2,6 +2,7 @@
 
 from collections.abc import Generator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import zip_longest
 from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Any
@@ -15,6 +16,7 @@ from qlora_kit.config import GenerationSettings
 from qlora_kit.inference.generator import Engine
 from qlora_kit.inference.graph_engine import GraphEngine, why_not_decoded
 from qlora_kit.inference.sampling import penalise
+from qlora_kit.model.records import longest_short_text
 
 LONGEST_TEXT = 8192  # tokens; GraphEngine needs an attention window over the model's context, or over this if it is shorter
 
@@ -48,6 +50,12 @@ class LibraryEngine:
         The same prompts, settings and seed give the same tokens. An answer ends with one of `stop_ids`: what comes after means
         nothing. Closing the generator stops the decoding.
         """
+        longest = max(map(len, prompts)) + settings.max_new_tokens
+        if len({*map(len, prompts)}) > 1 and longest_short_text(self.model.config.get_text_config(), longest):
+            # The library would choose the rotary angles of all by the longest.
+            alone = [list(self.steps([prompt], settings, seed, stop_ids)) for prompt in prompts]
+            yield from ([own[0] for own in step] for step in zip_longest(*alone, fillvalue=stop_ids[:1]))
+            return
         ids, mask = _pad_left(prompts, self.pad_id, self.model.device)
         streamer, stopping = _StepQueue(), Event()
 

@@ -5,7 +5,8 @@ import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from qlora_kit.inference import library_engine
-from tests.inference.engines import load_adapted
+from tests.inference.engines import answer, decode_without_cache, greedy, load_adapted
+from tests.model.random_models import build_model
 
 
 @pytest.mark.parametrize("padding", [[], [8, 8]], ids=["no padding", "padding"])
@@ -19,3 +20,14 @@ def test_a_token_that_ends_an_answer_is_never_penalised(tiny_dir, padding):
     expected[0, stop] = logits[0, stop]
     actual = library_engine._Penalty(1.5, [len(padding)], [stop])(torch.tensor([padding + prompt]), logits.clone())
     torch.testing.assert_close(actual, expected)
+
+
+def test_prompts_of_different_length_are_answered_as_each_alone_where_the_length_decides_the_angles():
+    """With longrope, this model has other angles from 17 tokens on."""
+    model, prompts = build_model("phi3"), [list(range(100, 110)), list(range(200, 220))]
+    engine = library_engine.LibraryEngine(model, 0)
+    expected = [decode_without_cache(model, prompt, 5) for prompt in prompts]
+    assert answer(engine, prompts, greedy(max_new_tokens=5)) == expected
+    stop = expected[0][2]  # ends the first answer before the second
+    assert stop not in expected[0][:2] + expected[1]
+    assert answer(engine, prompts, greedy(max_new_tokens=5), stop_ids=[stop]) == [expected[0][:3], expected[1]]
