@@ -261,6 +261,7 @@ def main(argv: list[str] | None = None) -> None:
     engine = load.load_engine(source, encoder.tokenizer, arguments.device, arguments.device_map, fixed)
     generator = Generator(engine, encoder, settings, arguments.seed, fixed)
     if arguments.perplexity:
+        blocks, name = compare.choose_blocks(engine.model, blocks, name, source)
         print(f"Measuring perplexity on {name}: {len(blocks):,} blocks", file=sys.stderr)
         print_comparison(compare.compare_perplexity(generator, blocks, name, source.config), arguments)
     printer = modes.choose_printer(arguments.mode, arguments.json, arguments.base_only)

@@ -2,7 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, Self, Union
 
 import numpy as np
 
@@ -121,12 +121,12 @@ class RecordBlocks:
         """Return the first `count` blocks, or all for None."""
         return self if count is None else replace(self, bounds=self.bounds[: count + 1])
 
-    def unpack(self, count: int | None) -> "RecordBlocks":
-        """Return blocks of one record each, the first `count` of them or all for None, whatever blocks were taken before."""
+    def unpack(self) -> Self:
+        """Return blocks of one record each, of all records, whichever blocks were taken before."""
         order = np.flatnonzero(self.lengths)
-        return replace(self, order=order, bounds=np.arange(len(order) + 1), packed=False).take(count)
+        return replace(self, order=order, bounds=np.arange(len(order) + 1), packed=False)
 
-    def mark(self) -> "RecordBlocks":
+    def mark(self) -> Self:
         """Return the same blocks with `starts`."""
         return replace(self, marked=True)
 
@@ -220,6 +220,11 @@ class TextBlocks:
 
 
 TrainingBlocks = TextBlocks | RecordBlocks
+
+
+def describe_unpacked(reason: str) -> str:
+    """Return the line that says why records have blocks of their own although data.packing lets them share blocks."""
+    return f"Records are not packed, each has a block of its own: {reason}"
 
 
 def build_text_blocks(stored: Tokens, length: int, key: str) -> TextBlocks:

@@ -1,16 +1,19 @@
 """--perplexity: base and adapter on the same blocks."""
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit.adapter.folder import AdapterSource
 from qlora_kit.config import Config
-from qlora_kit.data.blocks import TrainingBlocks
+from qlora_kit.data.blocks import RecordBlocks, TrainingBlocks, describe_unpacked
 from qlora_kit.data.dataset import load_blocks, source_blocks
 from qlora_kit.data.source import TABLE_SUFFIXES, open_source
 from qlora_kit.errors import UserError
 from qlora_kit.inference.generator import Generator
 from qlora_kit.model.hub import is_local
+from qlora_kit.model.packing_check import lay_out_exactly
 from qlora_kit.model.perplexity import (
     Difference,
     Perplexity,
@@ -78,8 +81,7 @@ def evaluation_blocks(name: str, config: Config, tokenizer: "PreTrainedTokenizer
     """Return the blocks to measure on, and their name.
 
     The data set of training gives the blocks that the run held out. Any other file or folder is used whole; of a Hub data set,
-    the split `test` of the subset that may follow its name (NAME:SUBSET). Format, block length and maximum number of blocks come
-    from the run's settings.
+    the split `test` of the subset that may follow its name (NAME:SUBSET). Format and block length come from the run's settings.
 
     Raises:
         UserError: the data cannot be read, or the run held nothing out.
@@ -98,10 +100,20 @@ def evaluation_blocks(name: str, config: Config, tokenizer: "PreTrainedTokenizer
         changes["format"] = "auto"  # the run's format may be that of records
     data = config.data.model_copy(update=changes)
     source = open_source(data, [source_name], split, "--perplexity")
-    blocks = source_blocks(source, data, tokenizer, f"--perplexity {name}")
-    limit = data.max_eval_samples
-    described = f"{name}, split {split}" if split else name
-    return blocks.take(limit), f"{described}, its first {limit} blocks" if limit and limit < len(blocks) else described
+    return source_blocks(source, data, tokenizer, f"--perplexity {name}"), f"{name}, split {split}" if split else name
+
+
+def choose_blocks(model: Any, blocks: TrainingBlocks, name: str, source: AdapterSource) -> tuple[TrainingBlocks, str]:
+    """Return the blocks that are measured, at most data.max_eval_samples, and their name.
+
+    Records share blocks only where the model computes each as if alone; a line on standard error says if it does not.
+    """
+    if isinstance(blocks, RecordBlocks):
+        blocks, reason = lay_out_exactly(model, blocks, source.provenance)
+        if reason:
+            print(describe_unpacked(reason), file=sys.stderr)
+    limit = source.config.data.max_eval_samples
+    return blocks.take(limit), f"{name}, its first {limit} blocks" if limit and limit < len(blocks) else name
 
 
 def compare_perplexity(generator: Generator, blocks: TrainingBlocks, name: str, config: Config) -> Comparison:

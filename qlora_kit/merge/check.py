@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.adapter.folder import AdapterSource
 from qlora_kit.config import Config, DataSettings
-from qlora_kit.data.blocks import TrainingBlocks
+from qlora_kit.data.blocks import RecordBlocks, TrainingBlocks, describe_unpacked
 from qlora_kit.data.dataset import load_blocks
 from qlora_kit.data.source import check_source, is_file_name
 from qlora_kit.errors import Failed, UserError
@@ -24,6 +24,7 @@ from qlora_kit.merge.weights import Packing
 from qlora_kit.model.device import is_out_of_memory
 from qlora_kit.model.gpu_placement import choose_device_map
 from qlora_kit.model.load import DeviceMap, load_base_model, quantization_config
+from qlora_kit.model.packing_check import lay_out_exactly
 from qlora_kit.model.perplexity import (
     Difference,
     Perplexity,
@@ -103,16 +104,17 @@ def compare_losses(
     Args:
         adapter, merged: nats of each block.
         counts: predicted tokens of each block.
-        data: the name of the blocks.
+        data: the name of the blocks, behind their number.
     """
     difference = loss_difference(adapter, merged, counts)
+    data = f"{len(counts)} block{'s' * (len(counts) > 1)} {data}"
     return Comparison(from_block_losses(adapter, counts), from_block_losses(merged, counts), difference, same_weights, data)
 
 
 def load_check_blocks(
     source: AdapterSource, name: str | None, tokenizer: PreTrainedTokenizerBase, positions: int | None
 ) -> tuple[TrainingBlocks, str]:
-    """Return the blocks to check on, and their name.
+    """Return the blocks to check on, and their name, which their number precedes.
 
     Args:
         name: a file; None takes the run's own evaluation data if they are local, else samples/articles.txt.
@@ -137,8 +139,7 @@ def load_check_blocks(
             of_file = ("data.dataset", "--check")
             problems = [replace(one, key="--check", value=name) if one.key in of_file else one for one in error.problems]
             raise _or_no_check(UserError.of(problems)) from None
-    blocks = blocks.take(BLOCKS)
-    return blocks, f"{len(blocks)} block{'s' if len(blocks) > 1 else ''} of {length} tokens, {name}"
+    return blocks, f"of {length} tokens, {name}"
 
 
 def _or_no_check(error: UserError) -> UserError:
@@ -181,6 +182,8 @@ def compare_models(
 ) -> tuple[list[float], list[float], list[int]]:
     """Return the losses of base + adapter and of the merged model on each block in nats, and its predicted tokens.
 
+    The first BLOCKS blocks are taken, in which records share a block only where the model computes each as if alone.
+
     Args:
         output: the folder of the merged model.
         device_maps: those of base + adapter and of the merged model.
@@ -189,7 +192,14 @@ def compare_models(
         Failed: the GPU's memory is full.
     """
     try:
-        adapter, counts = _measure(_load_adapted(source, packing, device_maps[0]), blocks)
+        model = _load_adapted(source, packing, device_maps[0])
+        if isinstance(blocks, RecordBlocks):
+            blocks, reason = lay_out_exactly(model, blocks, source.provenance)
+            if reason:
+                print(describe_unpacked(reason), file=sys.stderr)
+        blocks = blocks.take(BLOCKS)
+        adapter, counts = _measure(model, blocks)
+        del model  # frees its memory for the merged one
         trusted = source.model.trust_remote_code
         merged = load_base_model(output, None, device=device_maps[1], dtype=packing.dtype, trust_remote_code=trusted)
         return adapter, _measure(merged, blocks)[0], counts

@@ -5,6 +5,7 @@ convolutional layer carries its state into the next record, and ALiBi counts dis
 a list of such models, two records are computed both ways.
 """
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, Protocol, Self, TypeVar
 
@@ -24,12 +25,15 @@ ROUNDING = 0.05  # in 16 bits: nats that two kernels may differ by where both pa
 class Records(Protocol):
     """Blocks of records: data/blocks.py."""
 
-    packed: Any
-    length: Any
+    @property
+    def packed(self) -> bool: ...
+
+    @property
+    def length(self) -> int: ...
 
     def sample(self) -> np.ndarray: ...
 
-    def unpack(self, count: int | None) -> Self: ...
+    def unpack(self) -> Self: ...
 
     def mark(self) -> Self: ...
 
@@ -37,17 +41,23 @@ class Records(Protocol):
 Blocks = TypeVar("Blocks", bound=Records)
 
 
-def lay_out_exactly(model: Any, blocks: Blocks, count: int | None, was_packed: bool | None = None) -> tuple[Blocks, str | None]:
-    """Return blocks in which the library's layers compute each record as if alone, and why they were unpacked, if they were.
+def lay_out_exactly(model: Any, blocks: Blocks, run: Mapping[str, Any]) -> tuple[Blocks, str | None]:
+    """Return blocks in which the library's layers compute each record as if alone, and why they are unpacked, if a trial says so.
 
     Args:
-        count: of the blocks to take, if they are unpacked; None takes all.
-        was_packed: the decision of the run that trained the adapter; None tries the model.
+        run: run.json of the adapter, whose decision holds; without one, the model is tried.
     """
+    was_packed = _read_decision(run)
     reason = why_not_packed(model, blocks.sample()) if blocks.packed and was_packed is None else None
     if reason or was_packed is False:
-        blocks = blocks.unpack(count)
+        blocks = blocks.unpack()
     return (blocks.mark() if needs_marks(model, blocks.length) else blocks), reason
+
+
+def _read_decision(run: Mapping[str, Any]) -> bool | None:
+    data = run.get("data")
+    packed = data.get("packed") if isinstance(data, dict) else None
+    return packed if isinstance(packed, bool) else None
 
 
 def needs_marks(model: Any, length: int) -> bool:

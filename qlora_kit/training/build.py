@@ -38,8 +38,8 @@ class TrainingData(NamedTuple):
         """Return the data with one record in each block, and no more blocks than the settings allow."""
         train, evaluation = self
         return TrainingData(
-            train.unpack(settings.max_train_samples) if isinstance(train, RecordBlocks) else train,
-            evaluation.unpack(settings.max_eval_samples) if isinstance(evaluation, RecordBlocks) else evaluation,
+            train.unpack().take(settings.max_train_samples) if isinstance(train, RecordBlocks) else train,
+            evaluation.unpack().take(settings.max_eval_samples) if isinstance(evaluation, RecordBlocks) else evaluation,
         )
 
     def mark(self) -> "TrainingData":

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import GIB, MIB, Config
-from qlora_kit.data.blocks import RecordBlocks, TrainingBlocks
+from qlora_kit.data.blocks import RecordBlocks, TrainingBlocks, describe_unpacked
 from qlora_kit.data.chat_template import find_stop_ids
 from qlora_kit.model.fingerprint import weights_fingerprint
 from qlora_kit.model.hub import is_local, model_folder, remote_code_warning
@@ -26,7 +26,9 @@ from qlora_kit.training.processes import Team
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from qlora_kit.adapter.targets import Reach
     from qlora_kit.model.perplexity import Perplexity
+    from qlora_kit.model.projections import Packing
     from qlora_kit.training.machine import Machine
 
 
@@ -40,6 +42,7 @@ class Run:
     team: Team
     fingerprints: dict[str, str] = field(default_factory=dict)  # of training data, tokenizer and base weights
     data: dict[str, Any] = field(default_factory=dict)  # the `data` of run.json
+    projections: dict[str, Any] = field(default_factory=dict)  # likewise
     started: str = field(default_factory=now)
 
 
@@ -79,12 +82,21 @@ class RunReport:
                 self.log.write_to_file(f"{now()}  ended without an adapter: {reason.splitlines()[0]}")
             raise
 
-    def describe_model(self, trainable: int, total: int) -> None:
+    def note(self, line: str | None) -> None:
+        """Print a line, if there is one."""
+        if line:
+            self.log.write(line)
+
+    def describe_model(self, trainable: int, total: int, packing: "Packing", reach: "Reach") -> None:
+        """Print what of the model is in 4 bits and what is trained, and keep it for run.json."""
         lora = self.run.config.lora
+        if self.run.config.quantization.load_in_4bit:
+            self.log.write(f"Projections: {packing}")
         self.log.write(
             f"LoRA: rank {lora.rank}, alpha {lora.alpha:g}, {trainable:,} trainable parameters "
-            f"of {total:,} ({100 * trainable / total:.2f} %)"
+            f"of {total:,} ({100 * trainable / total:.2f} %), {reach}"
         )
+        self.run.projections = packing.as_json() | reach.as_json()
 
     def describe_path(self, reason: str | None, not_compiled: str | None, not_captured: str | None) -> None:
         """Print how micro-steps run.
@@ -126,7 +138,7 @@ class RunReport:
         """
         config = self.run.config
         if not_packed:
-            self.log.write(f"Records are not packed, each has a block of its own: {not_packed}")
+            self.log.write(describe_unpacked(not_packed))
         steps = config.steps_per_epoch(len(train))
         source = ", ".join(config.data.names)
         self.log.write(f"Training data: {source}: {train.describe()}; {steps:,} optimizer steps an epoch")
@@ -233,6 +245,7 @@ def build_provenance(report: RunReport, tokenizer: "PreTrainedTokenizerBase", re
         "base_weights_sha256": weights_fingerprint(base) if base else None,
         "trust_remote_code": config.model.trust_remote_code,
         "quantization": config.quantization.model_dump() | {"compute_dtype": run.machine.dtype_name},
+        "projections": run.projections,
         "prompt_style": run.data["prompt_style"],
         "separator_id": separator_id(tokenizer),
         "stop_ids": find_stop_ids(tokenizer, run.data["prompt_style"]),

@@ -379,7 +379,7 @@ def test_a_merge_that_predicts_differently_fails_and_is_kept(tiny_dir, merged, m
     """The check compares it with an adapter that it was not made from."""
     source = read_adapter(str(make_adapter(tiny_dir, tmp_path / "other", lora_alpha=64)))
     blocks, name = load_check_blocks(source, None, AutoTokenizer.from_pretrained(tiny_dir), 64)
-    assert "blocks of 64 tokens" in name and "articles.txt" in name
+    assert "of 64 tokens" in name and "articles.txt" in name
     packing = training_packing(source, "cpu")
     losses = compare_models(merged, source, packing, [{"": "cpu"}, {"": "cpu"}], blocks)
     assert not compare_losses(*losses, same_weights=True).passed

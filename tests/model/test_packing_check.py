@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qlora_kit.data.blocks import RecordBlocks
 from qlora_kit.model import packing_check
 from qlora_kit.model.loss import token_losses
 from qlora_kit.model.packing_check import lay_out_exactly, needs_marks, why_not_packed
@@ -56,7 +55,7 @@ def test_a_record_in_a_block_is_computed_as_transformers_computes_it_alone(block
 def test_padding_does_not_make_a_record_long(name):
     model, blocks = build_model(name), record_blocks("ppaaaaaa", max_length=T, packing=False)
     assert needs_marks(model, T) and not needs_marks(model, 16)
-    blocks, reason = lay_out_exactly(model, blocks, None)
+    blocks, reason = lay_out_exactly(model, blocks, {})
     item = {key: row[None] for key, row in blocks[0].items() if key != "block"}
     losses = token_losses(model, item["input_ids"], item["labels"], item["starts"])[0]
     expected = losses_alone(model, item["input_ids"], [8]) * (item["labels"][0, 1:] != -100)
@@ -78,7 +77,7 @@ def test_a_model_that_no_mask_serves_is_found_out(name):
 @torch.no_grad()
 def test_one_record_in_each_block_is_exact_for_them(name):
     model = build_model(name)
-    blocks, reason = lay_out_exactly(model, record_blocks("ppaaaa", "paaaaaaa", max_length=T), None)
+    blocks, reason = lay_out_exactly(model, record_blocks("ppaaaa", "paaaaaaa", max_length=T), {})
     assert reason and len(blocks) == 2 and "starts" not in blocks[0]
     for item, length in zip((blocks[0], blocks[1]), (6, 8), strict=True):
         ids, labels = item["input_ids"][None], item["labels"][None]
@@ -87,11 +86,16 @@ def test_one_record_in_each_block_is_exact_for_them(name):
 
 
 def test_the_decision_of_the_run_is_kept_without_a_trial(monkeypatch):
-    monkeypatch.setattr(packing_check, "why_not_packed", lambda *rest: pytest.fail("tried"))
-    model = build_model("lfm2")
-    for was_packed in (True, False):
-        blocks, reason = lay_out_exactly(model, record_blocks("pa", "pa", "pa"), 2, was_packed)
-        assert (reason, len(blocks), blocks.packed) == (None, 1 if was_packed else 2, was_packed)
+    tried = []
+    monkeypatch.setattr(packing_check, "why_not_packed", lambda *rest: tried.append(rest))
+    model, packed = build_model("lfm2"), record_blocks("pa", "pa", "pa")
+    for decision, count in ((True, 1), (False, 3)):
+        blocks, reason = lay_out_exactly(model, packed, {"data": {"packed": decision}})
+        assert (reason, len(blocks), blocks.packed) == (None, count, decision)
+    assert not tried
+    for other in ({}, {"data": None}, {"data": {"packed": None}}, {"data": {"packed": "no"}}):
+        assert lay_out_exactly(model, packed, other) == (packed, None)
+    assert len(tried) == 4
 
 
 @pytest.mark.parametrize("length, longer", [(8, 6), (64, 56), (18, 16), (16, 14), (15, 13), (14, 12)])
@@ -161,9 +165,9 @@ def test_the_longest_short_text_is_found_in_the_config():
 
 
 def test_blocks_of_the_same_records_are_unpacked_as_without_packing():
-    records = ("ppaa", "pa", "ppppppppppaa", "pppaa")
+    records = ("ppaa", "pa", "ppppppppppaa", "pppaa", "aaaaaaaaaa")
     packed, apart = record_blocks(*records).take(1), record_blocks(*records, packing=False)
-    unpacked = packed.unpack(3)
-    assert isinstance(unpacked, RecordBlocks) and unpacked.fingerprint() == apart.take(3).fingerprint()
-    assert (len(unpacked), unpacked.packed) == (3, False)
+    unpacked = packed.unpack()
+    assert unpacked.take(3).fingerprint() == apart.take(3).fingerprint()
+    assert (len(unpacked), unpacked.packed) == (4, False)
     assert packed.sample().tolist() == [100, 101, 102, 103, 100, 101, 100, 101]
