@@ -96,13 +96,8 @@ def find_newest_valid(folders: list[Path]) -> tuple[Checkpoint | None, list[tupl
     Returns:
         It, or None; and folder and reason of each invalid checkpoint that would have been preferred.
     """
-    read, invalid = [], []
-    for folder in folders:
-        try:
-            read.append(read_checkpoint(folder))
-        except InvalidCheckpoint as reason:
-            invalid.append((folder, str(reason)))
-    for checkpoint in sorted(read, key=lambda one: one.number, reverse=True):
+    read, invalid = _read_all(folders)
+    for checkpoint in reversed(read):
         try:
             verify(checkpoint)
             return checkpoint, invalid
@@ -135,8 +130,8 @@ def staged_checkpoint(root: Path, step: int, run: dict[str, Any], needed: float)
                 raise OSError(errno.ENOSPC, "the disk is too full")
             with staged_folder(place, staging, aside) as folder:
                 yield folder
-                number = 1 + max((one.number for one in _readable(root)), default=0)
-                _write_manifest(folder, {"step": step, "number": number, "run": run})
+                earlier, _ = _read_all(list_checkpoints(root))
+                _write_manifest(folder, {"step": step, "number": earlier[-1].number + 1 if earlier else 1, "run": run})
     except Failed as failure:
         raise Failed(f"{failure}; {describe_resume_point(root)}") from failure
     finally:
@@ -165,7 +160,7 @@ def rotate(root: Path, limit: int | None, protected: Path | None = None) -> None
     """
     if limit is None:
         return
-    by_age = sorted(_readable(root), key=lambda one: one.number, reverse=True)
+    by_age = _read_all(list_checkpoints(root))[0][::-1]
     evaluated = [one for one in by_age if one.run.get("eval_loss") is not None]
     best = min(evaluated, key=lambda one: one.run["eval_loss"], default=None)
     kept = [one for one in by_age if one is by_age[0] or one is best or one.folder == protected]
@@ -176,12 +171,15 @@ def rotate(root: Path, limit: int | None, protected: Path | None = None) -> None
     shutil.rmtree(root / REMOVED, ignore_errors=True)
 
 
-def _readable(root: Path) -> list[Checkpoint]:
-    found = []
-    for folder in list_checkpoints(root):
-        with suppress(InvalidCheckpoint):
-            found.append(read_checkpoint(folder))
-    return found
+def _read_all(folders: list[Path]) -> tuple[list[Checkpoint], list[tuple[Path, str]]]:
+    """Return the checkpoints whose manifest is valid, in the order of writing; and the other folders, each with the reason."""
+    read, invalid = [], []
+    for folder in folders:
+        try:
+            read.append(read_checkpoint(folder))
+        except InvalidCheckpoint as reason:
+            invalid.append((folder, str(reason)))
+    return sorted(read, key=lambda one: one.number), invalid
 
 
 def _write_manifest(folder: Path, content: dict[str, Any]) -> None:

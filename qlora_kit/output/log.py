@@ -44,10 +44,8 @@ class RunLog:
         """Copy both files into a checkpoint."""
         assert self._folder is not None, "a checkpoint before the log was opened"
         for name in (LOG, METRICS):
-            if (self._folder / name).exists():
-                shutil.copyfile(self._folder / name, checkpoint / name)
-            else:
-                (checkpoint / name).touch()
+            (self._folder / name).touch()  # someone may have deleted it
+            shutil.copyfile(self._folder / name, checkpoint / name)
 
     def write(self, text: str = "") -> None:
         """Write a line to standard error and to training_log.txt."""
@@ -57,13 +55,10 @@ class RunLog:
 
     def write_to_file(self, text: str) -> None:
         """Write a line to training_log.txt, or keep it until `open`."""
-        text = redact(text)
-        if not self.enabled:
-            return
-        if self._folder is None:
+        if self.enabled and self._folder is None:
             self._waiting.append(text)
-        else:
-            _append(self._folder / LOG, text)
+        elif self.enabled and self._folder:
+            _append(self._folder / LOG, redact(text))
 
     def write_metrics(self, values: dict[str, Any]) -> None:
         """Write an object to metrics.jsonl, with null for NaN and infinity, which JSON does not have."""

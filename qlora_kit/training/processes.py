@@ -93,9 +93,12 @@ class Team:
         if not self.local_rank:
             self.gather(None)
 
-    def shard(self, items: Any) -> "Shard":
-        """Return this rank's share of a sequence: every count-th item. All shares have the same length."""
-        return Shard(items, self.rank, self.count)
+    def shard(self, items: Any) -> Any:
+        """Return this rank's share: every count-th item. Where it would be shorter than another's, the last item is repeated."""
+        from torch.utils.data import Subset
+
+        last = len(items) - 1
+        return Subset(items, [min(start + self.rank, last) for start in range(0, len(items), self.count)])
 
     def gather_in_order(self, results: list[Any]) -> list[Any]:
         """Gather every rank's results for its shard, in the order of the items; results of repeated items come last."""
@@ -103,21 +106,6 @@ class Team:
 
 
 ALONE = Team()
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Every `step`-th item from `first` on; where that would make it shorter than another shard, the last item is repeated."""
-
-    items: Any
-    first: int
-    step: int
-
-    def __len__(self) -> int:
-        return -(-len(self.items) // self.step)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.items[min(self.first + index * self.step, len(self.items) - 1)]
 
 
 def read_team() -> Team:
@@ -214,7 +202,7 @@ def _choose_ending(team: Team, error: BaseException) -> BaseException:
         return UserError.of(replace(one, place=f"{rank}: {one.place}" if one.place else rank) for one in error.problems)
     if isinstance(error, Failed):
         return Failed(f"{rank}: {error}")
-    print(f"error: {rank}: {type(error).__name__}: {_first_line(error)}", file=sys.stderr)
+    print(f"error: {rank}: {type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}", file=sys.stderr)
     return error
 
 
@@ -223,10 +211,6 @@ def _is_disconnection(error: BaseException) -> bool:
 
     words = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 def check_launcher() -> None:
@@ -238,10 +222,7 @@ def check_launcher() -> None:
     for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         value = os.environ.get(variable, "false")
         if value.lower() in ("1", "true"):
-            remedy = (
-                f"leave {name} out of the accelerate command or its config file, and set performance.fsdp=true "
-                "to shard the base model"
-            )
+            remedy = f"leave {name} out of accelerate's command or config file, and shard with performance.fsdp=true"
             raise UserError(variable, value, f"{name} of accelerate is not supported", remedy)
 
 
@@ -250,15 +231,12 @@ def choose_own_gpu(local_rank: int) -> None:
 
     Call it before CUDA starts.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = [str(number) for number in range(_gpu_count() if local_rank else 1)] if visible is None else visible.split(",")
-    os.environ["CUDA_VISIBLE_DEVICES"] = names[local_rank] if local_rank < len(names) else ""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is None and local_rank:
+        import torch
 
-
-def _gpu_count() -> int:
-    import torch
-
-    return torch.cuda.device_count()  # asks the driver, and does not start CUDA
+        visible = ",".join(map(str, range(torch.cuda.device_count())))  # asks the driver, and does not start CUDA
+    names = "0" if visible is None else visible
+    os.environ["CUDA_VISIBLE_DEVICES"] = dict(enumerate(names.split(","))).get(local_rank, "")
 
 
 def check_gpus(team: Team) -> None:
@@ -271,12 +249,9 @@ def check_gpus(team: Team) -> None:
 
     found = team.gather(torch.cuda.is_available())
     if any(found) and not all(found):
-        raise UserError(
-            "training.device",
-            None,
-            f"has a GPU on rank {found.index(True)} and none on rank {found.index(False)}",
-            "start as many processes on a node as it has visible GPUs, or train on the CPU with --set training.device=cpu",
-        )
+        problem = f"has a GPU on rank {found.index(True)} and none on rank {found.index(False)}"
+        remedy = "start as many processes on a node as it has visible GPUs, or train on the CPU with --set training.device=cpu"
+        raise UserError("training.device", None, problem, remedy)
 
 
 def check_identical(team: Team, values: dict[str, str]) -> None:

@@ -1,7 +1,9 @@
 """Progress bar and tokens/s; every logged step goes to the log files."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -89,8 +91,18 @@ class ProgressCallback(TrainerCallback):
         self.console.print(info, highlight=False, soft_wrap=True)
         self.log.write_to_file(info)
 
-    def evaluation(self, blocks: int) -> "EvaluationBar":
-        return EvaluationBar(self.console, self.bar, blocks)
+    @contextmanager
+    def evaluation(self, blocks: int) -> Iterator[Callable[[int], None]]:
+        """Show how far an evaluation is, within the training bar when there is one; gives what to call with the blocks done."""
+        own = Progress(TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=self.console,
+                       transient=True, disable=self.console.quiet or not self.console.is_terminal)  # fmt: skip
+        bar = self.bar or own
+        with nullcontext() if self.bar else own:
+            task = bar.add_task("evaluating", total=blocks, info="")
+            try:
+                yield lambda done: bar.update(task, completed=done)
+            finally:
+                bar.remove_task(task)
 
 
 class SpeedMeter:
@@ -124,25 +136,4 @@ class SpeedMeter:
         return steps / seconds
 
     def remaining(self, steps: int) -> str:
-        seconds = round(self.seconds_per_step * steps)
-        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
-
-
-class EvaluationBar:
-    """Shows how far an evaluation is, within the training bar when there is one."""
-
-    def __init__(self, console: Console, bar: Progress | None, blocks: int):
-        self.blocks, self.outer = blocks, bar
-        self.bar = bar or Progress(TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                                   console=console, transient=True, disable=console.quiet or not console.is_terminal)  # fmt: skip
-
-    def __enter__(self) -> Callable[[int], None]:
-        if self.outer is None:
-            self.bar.start()
-        self.task = self.bar.add_task("evaluating", total=self.blocks, info="")
-        return lambda done: self.bar.update(self.task, completed=done)
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.remove_task(self.task)
-        if self.outer is None:
-            self.bar.stop()
+        return str(timedelta(seconds=round(self.seconds_per_step * steps)))

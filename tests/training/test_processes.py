@@ -17,7 +17,7 @@ from qlora_kit.errors import Failed, Problem, Stopped, UserError
 from qlora_kit.planning.plan import check_division, make_plan
 from qlora_kit.training import processes
 from qlora_kit.training.build import IGNORED, RankCollator
-from qlora_kit.training.processes import Shard, Team, check_identical, choose_own_gpu, connect, read_team
+from qlora_kit.training.processes import Team, check_identical, choose_own_gpu, connect, read_team
 
 # train_qlora.py, in which rank 1 executes {what} after step 5.
 SCRIPT = """
@@ -240,7 +240,7 @@ def test_a_world_size_without_a_launcher_is_one_error(monkeypatch, port, cause):
 
 def test_shards_hold_every_item_and_gather_to_the_whole(monkeypatch):
     items = list("abcdefg")
-    parts = [[part[at] for at in range(len(part))] for part in (Shard(items, rank, 3) for rank in range(3))]
+    parts = [[part[at] for at in range(len(part))] for part in (Team(rank, 3).shard(items) for rank in range(3))]
     assert parts == [list("adg"), list("beg"), list("cfg")]  # as many in each
     team = Team(1, 3)
     monkeypatch.setattr(team, "gather", lambda own: parts)
