@@ -10,12 +10,11 @@ QLoRA: arXiv 2305.14314. LoRA: arXiv 2106.09685. Data, training and saving are i
 from typing import Literal, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
+from qlora_kit.adapter.targets import add_lora
 from qlora_kit.config import ModelSettings, QuantizationSettings
-from qlora_kit.errors import UserError
 from qlora_kit.model.device import choose_device, usable_dtype
 from qlora_kit.model.load import load_base_model, quantization_config, set_padding
 from qlora_kit.model.tokenizer import load_tokenizer
@@ -105,30 +104,17 @@ def prepare_model_for_training(
 ) -> PeftModel:
     """Freeze the base model, turn on gradient checkpointing, and add LoRA matrices in fp32.
 
+    Layers that text does not train, such as those of an image encoder, get no LoRA matrices.
+
     peft's own prepare_model_for_kbit_training turns norms and embeddings to fp32. The norms compute in fp32 anyway, and the
     embedding alone would take 0.58 GiB more at Qwen2.5-3B's size, so everything frozen keeps its dtype.
 
     Raises:
-        UserError: a target module is no linear layer of the model; the remedy lists those that are.
+        UserError: a target module is no linear layer of the model, or peft refuses it; the remedy says what would do.
     """
     model.requires_grad_(False)
     model.config.use_cache = False
     if use_gradient_checkpointing:
         # Non-reentrant: gradients reach the adapters although the embedding's output needs none.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if isinstance(lora_config.target_modules, list | set):
-        _check_targets(model, sorted(lora_config.target_modules))
-    return get_peft_model(model, lora_config, autocast_adapter_dtype=True)
-
-
-def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:
-    head = model.get_output_embeddings()
-    linear = [
-        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
-    ]
-    # peft matches a target with a whole name or its end, and silently ignores one that matches nothing if another matches.
-    missing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in linear)]
-    if missing:
-        known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-        problem = "names no linear layer of this model" if len(missing) == 1 else "name no linear layers of this model"
-        raise UserError("lora.target_modules", ", ".join(missing), problem, f"use {known}, or all-linear")
+    return add_lora(model, lora_config)

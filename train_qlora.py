@@ -27,6 +27,7 @@ from qlora_kit.errors import Stopped, UserError
 from qlora_kit.model import hub
 from qlora_kit.model.architecture import read_fast_shape
 from qlora_kit.model.fingerprint import weights_fingerprint
+from qlora_kit.model.packed_base import settle_quantization
 from qlora_kit.model.tokenizer import load_tokenizer, tokenizer_fingerprint
 from qlora_kit.output.curves import plot_training_curves, read_metrics
 from qlora_kit.output.folder import CURVES, check_disk, check_output_dir
@@ -49,7 +50,7 @@ from qlora_kit.training.report import Run, RunReport, RunResult, build_provenanc
 from qlora_kit.training.resume import check_end, check_fingerprints, find_common_checkpoint, resume_command
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from qlora_kit.training.machine import Machine
@@ -129,6 +130,7 @@ def show_plan(config: Config, processes: int) -> None:
     check_division(config, processes)
     if config.model.name not in KNOWN_CONFIGS:  # whose shape needs no Hub
         hub.prepare(config.model.name)
+    config, _ = settle_quantization(config)
     shape, reason = read_fast_shape(config)
     if shape is None or reason:
         remedy = "train with a small --max_steps and read the log"
@@ -191,6 +193,7 @@ def _train(config: Config, resume: str | None, overwrite: bool, team: Team, fold
     """
     checkpoint, notes = find_common_checkpoint(folder, config, resume, team)
     hub.prepare(config.model.name, *config.data.names)
+    config, packed = settle_quantization(config)
     shape, reason = read_fast_shape(config)
     if shape and team.is_main:
         parameters = shape.lora_parameters(config.lora.rank, config.lora.target_modules)
@@ -199,21 +202,23 @@ def _train(config: Config, resume: str | None, overwrite: bool, team: Team, fold
     # The libraries take seconds to import: everything above is answered before.
     from qlora_kit.adapter.save import save_adapter
     from qlora_kit.model.perplexity import recorded_base
+    from qlora_kit.training.base_check import check_base
     from qlora_kit.training.build import TrainingData, build_store, build_trainer, find_why_not_packed
     from qlora_kit.training.machine import explaining_out_of_memory, plan_run
 
     machine, plan = plan_run(config, shape, reason, checkpoint, team)
     run = Run(config, machine, plan, team)
     report = RunReport(run)
-    report.announce(notes)
+    report.announce(notes + packed)
 
     # Data before the model: a mistake in them is found before gigabytes of weights are downloaded.
     with team.local_main_first():
         hub.fetch_tokenizer(config.model)
         tokenizer = load_tokenizer(config.model)
+        report.note(check_base(config, lora_config(config), tokenizer, fast=reason is None))
         data = TrainingData(*prepare_dataset(config, tokenizer))
     not_packed = checkpoint.run.get("not_packed") if checkpoint else None
-    data = data.unpack(config.data) if not_packed else data
+    data = data.unpack() if not_packed else data
     report.describe_data(*data, not_packed)
     run.fingerprints |= {"train_sha256": run.data["train_sha256"], "tokenizer_sha256": tokenizer_fingerprint(tokenizer)}
     check_fingerprints(checkpoint, run.fingerprints)
@@ -226,7 +231,7 @@ def _train(config: Config, resume: str | None, overwrite: bool, team: Team, fold
     with report.logging_failure(), explaining_out_of_memory(config, planned=bool(plan.parts)):
         model = load_adapted_model(config, machine, tokenizer, report)
         if checkpoint is None and (not_packed := find_why_not_packed(model, data, config, machine, team)):
-            data = data.unpack(config.data)  # of the same tokens; the plan is one of blocks, whatever they hold
+            data = data.unpack()  # of the same tokens; the plan is one of blocks, whatever they hold
             report.describe_data(*data, not_packed)
             run.fingerprints["train_sha256"] = run.data["train_sha256"]
         store = build_store(config, plan, team, run.fingerprints, data.train.prompt_style, report, not_packed)
@@ -265,11 +270,15 @@ def load_adapted_model(
     """Load the base model in 4 bits, and add fresh LoRA matrices to its projections."""
     from transformers import set_seed
 
+    from qlora_kit.adapter.targets import measure_reach
     from qlora_kit.fast.training_pass import offload_embedding
     from qlora_kit.model.load import check_context, quantization_config
-    from quantization_utils import create_lora_config, load_model_and_tokenizer, prepare_model_for_training
+    from qlora_kit.model.projections import count_packed
+    from qlora_kit.model.trial import try_layers
+    from qlora_kit.training.build import why_not_on_fast_path
+    from quantization_utils import load_model_and_tokenizer, prepare_model_for_training
 
-    lora, base = config.lora, config.model
+    base = config.model
     if config.performance.fsdp:
         model, outside = load_sharded_model(config, machine, tokenizer)
     else:
@@ -287,16 +296,26 @@ def load_adapted_model(
     if config.performance.offload_embedding:
         outside += offload_embedding(model)
     report.memory("after loading")
+    packing = count_packed(model)
     recompute = config.training.gradient_checkpointing
     set_seed(config.training.seed)  # decides the initial LoRA matrices
     adapted = prepare_model_for_training(
         model,
-        create_lora_config(lora.rank, lora.alpha, lora.dropout, lora.target_modules),
+        lora_config(config),
         use_gradient_checkpointing=machine.device == "cuda" if recompute == "auto" else bool(recompute),
     )
     trainable, total = adapted.get_nb_trainable_parameters()  # counts a packed byte as the two weights that it holds
-    report.describe_model(trainable, total + outside)
+    report.describe_model(trainable, total + outside, packing, measure_reach(adapted))
+    if why_not_on_fast_path(adapted, config):
+        try_layers(adapted, base.name, machine.device, machine.dtype)
     return adapted
+
+
+def lora_config(config: Config) -> "LoraConfig":
+    from quantization_utils import create_lora_config
+
+    lora = config.lora
+    return create_lora_config(lora.rank, lora.alpha, lora.dropout, lora.target_modules)
 
 
 def load_sharded_model(config: Config, machine: "Machine", tokenizer: "PreTrainedTokenizerBase") -> tuple["PreTrainedModel", int]:

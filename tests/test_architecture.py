@@ -25,7 +25,7 @@ ROOMS = {
 SCRIPTS = {
     "train_qlora": {*ROOMS, "quantization_utils"} - {"inference", "merge", "doctor"},
     "inference_example": {*ROOMS, "quantization_utils"} - {"training", "merge", "doctor"},
-    "quantization_utils": {"model"},
+    "quantization_utils": {"adapter", "model"},
 }
 FOLDERS = {
     "finetuning_lessons": {"data", "model", "planning"},

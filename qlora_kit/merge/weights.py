@@ -21,7 +21,7 @@ from qlora_kit.adapter.lora_pairs import LoraPair
 from qlora_kit.config import QuantizationSettings
 from qlora_kit.errors import UserError
 from qlora_kit.model.device import choose_device, usable_dtype
-from qlora_kit.model.load import build_skeleton, pack_skeleton
+from qlora_kit.model.skeleton import build_skeleton, pack_skeleton
 from qlora_kit.model.weight_files import StoredTensor, read_base
 
 MERGEABLE = ("F32", "F16", "BF16")

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from qlora_kit.config import GIB, ModelSettings, QuantizationSettings
 from qlora_kit.errors import UserError
 from qlora_kit.model.hub import read_json
-from qlora_kit.model.load import DeviceMap, build_skeleton, pack_skeleton
+from qlora_kit.model.load import DeviceMap
+from qlora_kit.model.skeleton import build_skeleton, pack_skeleton
 from qlora_kit.planning.shape import BYTES_4BIT, BYTES_4BIT_DOUBLE, ModelShape, read_shape
 
 TEXT_TOKENS = 4096  # of all texts answered at once; every GPU keeps room for their keys and values, whichever layers it has

@@ -1,19 +1,28 @@
 """Load a base model in 4 bits, with bitsandbytes' CPU fixes."""
 
+import copy
 import functools
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes
 import torch
+from bitsandbytes.nn import Linear4bit
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.quantizers import AutoHfQuantizer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import dot_natural_key
 
 from qlora_kit.config import ModelSettings, QuantizationSettings
 from qlora_kit.errors import UserError
+from qlora_kit.model.device import is_out_of_memory
+from qlora_kit.model.hub import read_model_config
+from qlora_kit.model.packed_base import read_packed
+from qlora_kit.model.skeleton import build_skeleton, class_to_load, modules_to_skip, not_loadable
 
 DeviceMap = dict[str, int | str]  # module -> number of its GPU, or cpu; the module "" is the whole model
+COMPUTED = re.compile(r"(?:inv_freq|position_ids|masked_bias)$")  # buffers that a model computes, in files or not
 # Tokens that models reserve for padding, in the order in which they are tried.
 PADDING_TOKENS = [
     "<|endoftext|>",
@@ -53,6 +62,8 @@ def load_base_model(
 ) -> PreTrainedModel:
     """Load a causal language model, its projections packed to 4 bits one by one.
 
+    A model whose files are packed already stays as it is; only the dtype that it computes in is set.
+
     Args:
         name: a folder or a Hub name.
         quantization: None loads the weights as they are.
@@ -60,42 +71,90 @@ def load_base_model(
         dtype: of everything that is not packed: norms, embeddings, biases.
 
     Raises:
-        UserError: the weights cannot be loaded, the model is no causal language model, or bitsandbytes would dequantize its
-            weights wrongly on this processor.
+        UserError: the weights cannot be loaded, the model is no causal language model, its files lack a tensor or have one of
+            another shape, nothing of it can be packed, or bitsandbytes would dequantize its weights wrongly on this processor.
     """
+    settings = ModelSettings(name=str(name), revision=revision, trust_remote_code=trust_remote_code)
+    packed = read_packed(read_model_config(settings), name)
+    loader: Any = AutoModelForCausalLM
+    packing: dict[str, Any] = {}
+    if quantization and not packed:
+        skeleton = build_skeleton(settings)
+        loader, packing["quantization_config"] = class_to_load(skeleton), copy.copy(quantization)
+        packing["quantization_config"].llm_int8_skip_modules = modules_to_skip(skeleton)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = loader.from_pretrained(
             os.path.expanduser(name),
-            quantization_config=quantization,
             dtype=dtype,
             device_map={"": 0 if device == "cuda" else device} if isinstance(device, str) else device,
             use_safetensors=True,  # no pickle, even in a folder that holds both
             revision=revision or "main",
             trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,  # check_complete names those that differ
+            output_loading_info=True,
+            **packing,  # left out for a model that is packed already: None would hide its own settings
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise _not_loadable(name, error) from error
     except SafetensorError as error:
         raise UserError("model.name", name, f"has damaged weights ({error})", "copy or download them again") from error
+    except Exception as error:  # whatever the library and the model's own code refuse
+        if is_out_of_memory(error) or isinstance(error, MemoryError):
+            raise
+        raise not_loadable(name, error) from error
+    check_complete(model, report, name)
+    if quantization or packed:
+        check_packed(model, name)
+    if packed:
+        for module in _packed_layers(model):
+            module.compute_dtype = quantization.bnb_4bit_compute_dtype if quantization else dtype
     guard_cpu_kernels(model, name)
     return model
 
 
-def build_skeleton(model: ModelSettings) -> PreTrainedModel:
-    """Return a base model without its weights; raises UserError if it is no causal language model."""
-    name = os.path.expanduser(model.name)
-    try:
-        config = AutoConfig.from_pretrained(name, revision=model.revision or "main", trust_remote_code=model.trust_remote_code)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise _not_loadable(model.name, error) from error
+def check_complete(model: PreTrainedModel, report: dict[str, Any], base: str | Path) -> None:
+    """Check that every tensor of a model came from its files; the library fills in random numbers for one that did not.
+
+    Args:
+        report: of from_pretrained, which leaves out tied weights and what the model's class declares to be dispensable.
+
+    Raises:
+        UserError: the files lack a tensor, or have one of another shape.
+    """
+    layers: dict[str, Any] = {f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
+    unscaled = [tensor for tensor, layer in layers.items() if getattr(layer.weight, "quant_state", None) is None]
+    missing = {tensor for tensor in report["missing_keys"] if not COMPUTED.search(tensor)}.union(unscaled)
+    differing: dict[str, tuple[Any, Any]] = {tensor: (found, expected) for tensor, found, expected in report["mismatched_keys"]}
+    if not unscaled:  # the library compares no shape of a packed weight
+        shapes = {tensor: (tuple(layer.weight.quant_state.shape), _shape(layer)) for tensor, layer in layers.items()}
+        differing |= {tensor: both for tensor, both in shapes.items() if both[0] != both[1]}
+    if missing:
+        problem = f"has no {_list(sorted(missing, key=dot_natural_key))} in its files"
+        raise UserError("model.name", base, problem, "copy or download the model again")
+    if differing:
+        first = min(differing, key=dot_natural_key)
+        found, expected = (" x ".join(map(str, shape)) for shape in differing[first])
+        more = f", as {len(differing) - 1} more differ" if len(differing) > 1 else ""
+        problem = f"has {first} of {found} in its files, and its config.json makes it {expected}{more}"
+        raise UserError("model.name", base, problem, "restore its config.json, or copy or download the model again")
 
 
-def pack_skeleton(model: PreTrainedModel) -> None:
-    """Put an empty Linear4bit wherever loading in 4 bits puts one."""
-    quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_4bit=True))
-    quantizer.preprocess_model(model=model, device_map={"": "cpu"})
+def check_packed(model: PreTrainedModel, name: str | Path) -> None:
+    """Check that packing found something to pack in a loaded model, or in a packed skeleton; raises UserError if not."""
+    if not _packed_layers(model):
+        problem = f"packs no projection of {name}: bitsandbytes finds no linear layer in it"
+        raise UserError("quantization.load_in_4bit", True, problem, "use false, which trains on 16-bit weights, or another model")
+
+
+def _packed_layers(model: torch.nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, Linear4bit)]
+
+
+def _shape(layer: Any) -> tuple[int, int]:
+    return layer.out_features, layer.in_features
+
+
+def _list(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"
 
 
 def set_padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
@@ -137,7 +196,7 @@ def guard_cpu_kernels(model: PreTrainedModel, name: str | Path) -> None:
     Raises:
         UserError: it dequantizes rows of this model wrongly on this processor.
     """
-    packed = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    packed = _packed_layers(model)
     for module in packed:
         module.support_avx512bf16_for_cpu = False
     for length in {module.in_features for module in packed if module.weight.device.type == "cpu"}:
@@ -154,8 +213,3 @@ def dequantizes_correctly(length: int) -> bool:
     codes = torch.stack([packed >> 4, packed & 15], -1).flatten()[: values.numel()].long()
     expected = state.code[codes] * state.absmax.repeat_interleave(64)
     return torch.allclose(bitsandbytes.functional.dequantize_4bit(packed, state), expected.view_as(values), atol=1e-6)
-
-
-def _not_loadable(name: str | Path, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:300]
-    return UserError("model.name", name, f"cannot be loaded ({reason})", "use a causal language model")
