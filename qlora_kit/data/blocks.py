@@ -62,6 +62,7 @@ class RecordBlocks:
     train_on: str
     format_recognised: bool  # by the keys, not set
     marked: bool = False  # `starts` says where a record ends, also if it has a block of its own
+    taken: int | None = None  # by `take`
     unit = "record"  # the unit of `sources`
 
     @property
@@ -117,14 +118,14 @@ class RecordBlocks:
         """The share of the blocks that is not padding."""
         return self.tokens / (len(self) * self.length)
 
-    def take(self, count: int | None) -> "RecordBlocks":
+    def take(self, count: int | None) -> Self:
         """Return the first `count` blocks, or all for None."""
-        return self if count is None else replace(self, bounds=self.bounds[: count + 1])
+        return self if count is None else replace(self, bounds=self.bounds[: count + 1], taken=count)
 
     def unpack(self) -> Self:
-        """Return blocks of one record each, of all records, whichever blocks were taken before."""
+        """Return blocks of one record each, as many as were taken before."""
         order = np.flatnonzero(self.lengths)
-        return replace(self, order=order, bounds=np.arange(len(order) + 1), packed=False)
+        return replace(self, order=order, bounds=np.arange(len(order) + 1), packed=False).take(self.taken)
 
     def mark(self) -> Self:
         """Return the same blocks with `starts`."""

@@ -1,6 +1,7 @@
 """Build the Trainer of a run from its settings: TrainingArguments, callbacks, the fast path."""
 
 import math
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator
 
-from qlora_kit.config import Config, DataSettings
+from qlora_kit.config import Config
 from qlora_kit.data.blocks import RecordBlocks, TrainingBlocks
 from qlora_kit.errors import Failed, UserError, unsupported
 from qlora_kit.fast.micro_step import MicroStep, StepSettings, why_not_compiled, why_not_graphed, why_not_used
@@ -34,17 +35,16 @@ class TrainingData(NamedTuple):
     train: TrainingBlocks
     evaluation: TrainingBlocks | None
 
-    def unpack(self, settings: DataSettings) -> "TrainingData":
-        """Return the data with one record in each block, and no more blocks than the settings allow."""
-        train, evaluation = self
-        return TrainingData(
-            train.unpack().take(settings.max_train_samples) if isinstance(train, RecordBlocks) else train,
-            evaluation.unpack().take(settings.max_eval_samples) if isinstance(evaluation, RecordBlocks) else evaluation,
-        )
+    def unpack(self) -> "TrainingData":
+        """Return the data with one record in each block."""
+        return self._change(RecordBlocks.unpack)
 
     def mark(self) -> "TrainingData":
         """Return the data with `starts` in all blocks of records."""
-        train, evaluation = (blocks.mark() if isinstance(blocks, RecordBlocks) else blocks for blocks in self)
+        return self._change(RecordBlocks.mark)
+
+    def _change(self, change: Callable[[RecordBlocks], RecordBlocks]) -> "TrainingData":
+        train, evaluation = (change(blocks) if isinstance(blocks, RecordBlocks) else blocks for blocks in self)
         assert train is not None
         return TrainingData(train, evaluation)
 
