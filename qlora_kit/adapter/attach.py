@@ -1,4 +1,4 @@
-"""Attach an adapter to a loaded base model, and check that every tensor arrives.
+"""Load the base model of an adapter, attach the adapter, and check that every tensor arrives.
 
 peft silently loads an adapter with half of its tensors missing, and any adapter whose shapes fit.
 """
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qlora_kit.adapter.folder import AdapterSource, read_adapter_header
 from qlora_kit.adapter.switchable import SwitchableAdapter
 from qlora_kit.errors import UserError
+from qlora_kit.model.load import DeviceMap, load_base_model, quantization_config
 from qlora_kit.output.folder import ADAPTER_FILES
 
 
@@ -25,6 +26,22 @@ def check_vocabulary(source: AdapterSource, tokenizer: PreTrainedTokenizerBase, 
     if tokens > rows:
         problem = f"has {tokens:,} tokens in the tokenizer in {source.tokenizer.name}, but {source.model.name} embeds {rows:,}"
         raise UserError("--adapter", source.folder, problem, "use the base model it was trained on")
+
+
+def load_base(source: AdapterSource, dtype: torch.dtype, device_map: DeviceMap) -> PreTrainedModel:
+    """Load an adapter's base model as its training loaded it; raises UserError as load_base_model.
+
+    Args:
+        dtype: of everything that is not packed, and of the products.
+    """
+    return load_base_model(
+        source.model.name,
+        quantization_config(source.quantization, dtype),
+        device=device_map,
+        dtype=dtype,
+        revision=source.model.revision,
+        trust_remote_code=source.model.trust_remote_code,
+    )
 
 
 def attach_adapter(model: PreTrainedModel, source: AdapterSource, device: str) -> SwitchableAdapter:

@@ -5,7 +5,7 @@ import sys
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_kit.adapter.attach import attach_adapter, check_vocabulary, is_identity
+from qlora_kit.adapter.attach import attach_adapter, check_vocabulary, is_identity, load_base
 from qlora_kit.adapter.fold import check_memory, fold
 from qlora_kit.adapter.folder import AdapterSource, check_base, fetch_base
 from qlora_kit.inference.generator import Engine, FixedAdapter
@@ -13,7 +13,7 @@ from qlora_kit.inference.library_engine import choose_engine
 from qlora_kit.model.device import choose_device, usable_dtype
 from qlora_kit.model.gpu_placement import choose_device_map
 from qlora_kit.model.hub import fetch_model
-from qlora_kit.model.load import load_base_model, quantization_config, set_padding
+from qlora_kit.model.load import set_padding
 
 
 def load_engine(
@@ -42,14 +42,7 @@ def load_engine(
         check_memory(source.model, dtype, device)
     modules, note = choose_device_map(folder, source.model, source.quantization, dtype, device, device_map)
     _say(note)
-    base = load_base_model(
-        source.model.name,
-        quantization_config(source.quantization, dtype),
-        device=modules,
-        dtype=dtype,
-        revision=source.model.revision,
-        trust_remote_code=source.model.trust_remote_code,
-    )
+    base = load_base(source, dtype, modules)
     set_padding(tokenizer, base)
     check_vocabulary(source, tokenizer, base)
     model = base if fixed == "--base_only" else _attach(base, source, device, merged=fixed == "--merged")

@@ -9,6 +9,7 @@ adapter; exit status 1 means that they differ by more than they may.
 """
 
 import argparse
+import re
 import signal
 import sys
 import time
@@ -17,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from qlora_kit import cli
-from qlora_kit.adapter.folder import AdapterSource, fetch_base, read_adapter
+from qlora_kit.adapter.folder import AdapterSource, fetch_base, load_checked_tokenizer, read_adapter
 from qlora_kit.adapter.lora_pairs import read_pairs
-from qlora_kit.config import GIB, ModelSettings
+from qlora_kit.config import GIB
 from qlora_kit.errors import Failed, Stopped, UserError
 from qlora_kit.merge.folder import (
     SMALL_FILES_BYTES,
@@ -30,12 +31,9 @@ from qlora_kit.merge.folder import (
     write_small_files,
 )
 from qlora_kit.model import hub
-from qlora_kit.model.tokenizer import load_tokenizer
 from qlora_kit.output.folder import require_space
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from qlora_kit.merge.check import Comparison
     from qlora_kit.merge.weights import MergePlan
 
@@ -111,7 +109,7 @@ def merge(
     packing = weights.training_packing(source, device)
     plan = weights.plan_merge(base_folder, source, pairs, packing if base == "dequantized" else None)
     require_space("--output", folder, plan.nbytes + SMALL_FILES_BYTES)
-    tokenizer = _load_tokenizer(source, base_folder)
+    tokenizer = load_checked_tokenizer(source)
     if check:
         name = None if check is True else str(check)
         blocks, data = checks.load_check_blocks(source, name, tokenizer, hub.read_context(base_folder))
@@ -134,14 +132,10 @@ def merge(
 
 def parse_size(text: str) -> int:
     """Return the bytes of a size such as 4GB; raises UserError if it is no size."""
-    number = text.rstrip("".join(map(chr, range(65, 123))) + " ")
-    try:
-        size = int(float(number) * UNITS[text[len(number) :].strip().upper()])
-        if size < 1:
-            raise ValueError
-    except (ValueError, KeyError, OverflowError):
-        remedy = "use a number with its unit, such as 4GB or 500MiB"
-        raise UserError("--max_shard_size", text, "is no size", remedy) from None
+    found = re.fullmatch(r"(\d{0,9}\.?\d{1,9}) *([KMG]I?B)", text.strip().upper())
+    size = int(float(found[1]) * UNITS[found[2]]) if found else 0
+    if size < 1:
+        raise UserError("--max_shard_size", text, "is no size", "use a number with its unit, such as 4GB or 500MiB")
     return size
 
 
@@ -150,16 +144,8 @@ def check_base_choice(base: str, source: AdapterSource) -> None:
     if base not in get_args(Base):
         raise UserError("--base", base, "names no weights", f"use {' or '.join(get_args(Base))}")
     if base == "dequantized" and not source.quantization.load_in_4bit:
-        raise UserError(
-            "--base", base, f"needs a 4-bit base, and {source.folder} was trained on a 16-bit one", "use --base original"
-        )
-
-
-def _load_tokenizer(source: AdapterSource, base: Path) -> "PreTrainedTokenizerBase":
-    """Load the adapter's tokenizer, with the chat template it was trained with; else the base model's."""
-    has_own = any((source.folder / name).is_file() for name in hub.TOKENIZER_FILES)
-    folder = source.folder if has_own else base
-    return load_tokenizer(ModelSettings(name=str(folder), trust_remote_code=source.model.trust_remote_code))
+        problem = f"needs a 4-bit base, and {source.folder} was trained on a 16-bit one"
+        raise UserError("--base", base, problem, "use --base original")
 
 
 def _describe(source: AdapterSource, base: Base, matrices: int) -> str:
@@ -195,7 +181,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--base",
-        choices=["original", "dequantized"],
+        choices=get_args(Base),
         default="original",
         help="weights to add the update to: the model's own, or those that training saw (default: %(default)s)",
     )
@@ -219,17 +205,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     cli.prepare_libraries()
-    result = merge(
-        arguments.adapter,
-        arguments.output,
-        arguments.base,
-        check={None: True, "none": False}.get(arguments.check, arguments.check),
-        device=arguments.device,
-        device_map=arguments.device_map,
-        max_shard_size=arguments.max_shard_size,
-        overwrite=arguments.overwrite,
-        trust_remote_code=arguments.trust_remote_code,
-    )
+    check = {None: True, "none": False}.get(arguments.check, arguments.check)
+    result = merge(**vars(arguments) | {"check": check})  # each flag is one of its arguments
     count = f"{len(result.files)} file{'s' if len(result.files) > 1 else ''}"
     print(f"Merged: {result.folder} ({result.nbytes / GIB:.2f} GiB in {count}, {result.seconds:.0f} s)")
     if result.check:

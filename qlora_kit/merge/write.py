@@ -5,11 +5,12 @@ The format is described in model/weight_files.py.
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 
 from qlora_kit.model.weight_files import BYTES, INDEX, WHOLE, StoredTensor
 
@@ -31,43 +32,36 @@ def write_weights(
     Returns:
         The names of the files.
     """
-    shards = assign_shards(tensors.values(), limit)
-    for file_name, shard in shards.items():
-        shard.sort(key=lambda stored: -BYTES[stored.dtype])  # wider ones first: each begins at a multiple of its width
+    shards = assign_shards(tensors, limit)
+    for file_name, names in shards.items():
+        # Wider ones first: each begins at a multiple of its width.
+        shard = sorted((tensors[name] for name in names), key=lambda stored: -BYTES[stored.dtype])
         with (folder / file_name).open("wb") as file:
             _write_header(file, shard)
             for stored in shard:
                 file.write(_raw_bytes(tensor_of(stored)))
                 on_bytes(stored.nbytes)
     if list(shards) != [WHOLE]:
-        weight_map = {stored.name: file_name for file_name, shard in shards.items() for stored in shard}
-        index = {"metadata": {"total_size": sum(map(_nbytes, shards.values()))}, "weight_map": dict(sorted(weight_map.items()))}
+        weight_map = {name: file_name for file_name, names in shards.items() for name in names}
+        total = sum(stored.nbytes for stored in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return list(shards)
 
 
-def assign_shards(tensors: Iterable[StoredTensor], limit: int) -> dict[str, list[StoredTensor]]:
-    """Return the tensors by the file to write them to: the base's own files if none is larger than `limit` bytes, else new ones.
+def assign_shards(tensors: dict[str, StoredTensor], limit: int) -> dict[str, list[str]]:
+    """Return the names of tensors by file: the base's own files if none is larger than `limit` bytes, else new ones.
 
     A tensor larger than the limit has a file of its own.
     """
-    own: dict[str, list[StoredTensor]] = {}
-    for stored in tensors:
-        own.setdefault(stored.file.name, []).append(stored)
-    if max(map(_nbytes, own.values())) <= limit:
+    own: dict[str, list[str]] = {}
+    for name, stored in tensors.items():
+        own.setdefault(stored.file.name, []).append(name)
+    if all(sum(tensors[name].nbytes for name in names) <= limit for names in own.values()):
         return own
-    new: list[list[StoredTensor]] = [[]]
-    for stored in (stored for shard in own.values() for stored in shard):
-        if new[-1] and _nbytes(new[-1]) + stored.nbytes > limit:
-            new.append([])
-        new[-1].append(stored)
-    if len(new) == 1:
-        return {WHOLE: new[0]}
-    return {f"model-{number:05}-of-{len(new):05}.safetensors": shard for number, shard in enumerate(new, 1)}
-
-
-def _nbytes(shard: list[StoredTensor]) -> int:
-    return sum(stored.nbytes for stored in shard)
+    return split_state_dict_into_shards_factory(
+        tensors, get_storage_size=lambda stored: stored.nbytes, filename_pattern="model{suffix}.safetensors", max_shard_size=limit
+    ).filename_to_tensors
 
 
 def _write_header(file: BinaryIO, shard: list[StoredTensor]) -> None:
