@@ -15,17 +15,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qlora_kit.adapter.folder import AdapterSource, read_adapter_header
 from qlora_kit.adapter.switchable import SwitchableAdapter
 from qlora_kit.errors import UserError
+from qlora_kit.model.vocabulary import RESIZE, describe_beyond, tokens_beyond
 from qlora_kit.model.load import DeviceMap, load_base_model, quantization_config
 from qlora_kit.output.folder import ADAPTER_FILES
 
 
 def check_vocabulary(source: AdapterSource, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
     """Check that the base model has an embedding for each of the tokenizer's tokens; raises UserError if not."""
-    embedding: Any = model.get_input_embeddings()
-    rows, tokens = len(embedding.weight), len(tokenizer)  # an embedding may be larger, for speed
-    if tokens > rows:
-        problem = f"has {tokens:,} tokens in the tokenizer in {source.tokenizer.name}, but {source.model.name} embeds {rows:,}"
-        raise UserError("--adapter", source.folder, problem, "use the base model it was trained on")
+    beyond, rows = tokens_beyond(tokenizer, model)
+    if beyond:
+        problem = f"has {describe_beyond(beyond, rows)} of {source.model.name} (tokenizer in {source.tokenizer.name})"
+        remedy = f"{RESIZE} restore the tokenizer's files, of the model and in the adapter's folder"
+        raise UserError("--adapter", source.folder, problem, remedy)
 
 
 def load_base(source: AdapterSource, dtype: torch.dtype, device_map: DeviceMap) -> PreTrainedModel:

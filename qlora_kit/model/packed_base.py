@@ -14,7 +14,7 @@ FORMATS = {"gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8", "mxfp4": "MXFP4", "compre
 
 
 def read_packed(model_config: dict[str, Any], name: object) -> dict[str, Any] | None:
-    """Return the type and the double quantization of weights that are packed to 4 bits already; None if they are not quantized.
+    """Return the settings that weights were packed to 4 bits with, under our names; None if they are not quantized.
 
     Args:
         model_config: the content of config.json.
@@ -30,9 +30,10 @@ def read_packed(model_config: dict[str, Any], name: object) -> dict[str, Any] | 
     own = own if isinstance(own, dict) else {}
     if own.get("load_in_4bit") and own.get("quant_method", "bitsandbytes") == "bitsandbytes":
         # What a file leaves out is as bitsandbytes' own defaults have it, which are not ours.
-        quant_type = own.get("bnb_4bit_quant_type", "fp4")
+        quant_type, double = own.get("bnb_4bit_quant_type", "fp4"), bool(own.get("bnb_4bit_use_double_quant", False))
         if quant_type in ("nf4", "fp4"):
-            return {"quant_type": quant_type, "use_double_quant": bool(own.get("bnb_4bit_use_double_quant", False))}
+            computing = str(own.get("bnb_4bit_compute_dtype", "float32"))
+            return {"load_in_4bit": True, "quant_type": quant_type, "use_double_quant": double, "compute_dtype": computing}
     method = str(own.get("quant_method", "an unknown method"))
     form = "bitsandbytes' 8 bits" if own.get("load_in_8bit") else FORMATS.get(method, method)
     problem = f"has weights that are quantized already, by {form}, and only bitsandbytes' 4 bits can be used as they are"
@@ -50,7 +51,7 @@ def settle_quantization(config: Config) -> tuple[Config, list[str]]:
     packed = read_packed(read_model_config(config.model), name)
     if packed is None:
         return config, []
-    facts: dict[str, Any] = {"load_in_4bit": True} | packed
+    facts = {key: value for key, value in packed.items() if key != "compute_dtype"}  # any dtype can compute with them
     problem = f"contradicts the files of {name}, which are {describe(facts)} already"
     problems = [
         Problem(f"quantization.{key}", getattr(stated, key), problem, f"use {str(value).lower()}, or the 16-bit model")
@@ -62,7 +63,10 @@ def settle_quantization(config: Config) -> tuple[Config, list[str]]:
     if problems:
         raise UserError.of(problems)
     own = QuantizationSettings(**stated.model_dump() | facts)
-    return config.model_copy(update={"quantization": own}), [f"The files of {name} are {describe(facts)} already, and stay so"]
+    note = (
+        f"The files of {name} are {describe(facts)} already, and stay so; they were made to compute in {packed['compute_dtype']}"
+    )
+    return config.model_copy(update={"quantization": own}), [note]
 
 
 def describe(quantization: dict[str, Any]) -> str:

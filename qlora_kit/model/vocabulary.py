@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 # Tokens that stand for what is no text. Gemma 3 1B, which reads text alone, has the tokenizer of its larger sisters with them.
 NO_TEXT = ("image_token", "video_token", "audio_token")
+RESIZE = "call resize_token_embeddings(len(tokenizer)) on the model and save it, or"  # the beginning of a remedy
 
 
 def tokens_beyond(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> tuple[list[str], int]:
@@ -28,14 +29,11 @@ def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedMod
     """
     beyond, rows = tokens_beyond(tokenizer, model)
     if beyond:
-        raise UserError("model.name", name, f"has {describe(beyond, rows)}", RESIZE + "restore the tokenizer's files")
+        raise UserError("model.name", name, f"has {describe_beyond(beyond, rows)}", f"{RESIZE} restore the tokenizer's files")
 
 
-RESIZE = "call resize_token_embeddings(len(tokenizer)) on the model and save it, or "
-
-
-def describe(beyond: list[str], rows: int) -> str:
-    """Return the clause of an error message that names the tokens."""
+def describe_beyond(beyond: list[str], rows: int) -> str:
+    """Return the words of an error message for tokens that have no row."""
     more = f" and {len(beyond) - 3:,} more" if len(beyond) > 3 else ""
-    which = f"{', '.join(beyond[:3])}{more}"
-    return f"{len(beyond):,} token{'s' * (len(beyond) > 1)} in its tokenizer beyond the {rows:,} rows of the embedding: {which}"
+    number = f"{len(beyond):,} token{'s' * (len(beyond) > 1)} ({', '.join(beyond[:3])}{more})"
+    return f"{number} beyond the {rows:,} rows of the embedding"

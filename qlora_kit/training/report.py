@@ -14,7 +14,8 @@ from qlora_kit.config import GIB, MIB, Config
 from qlora_kit.data.blocks import RecordBlocks, TrainingBlocks, describe_unpacked
 from qlora_kit.data.chat_template import find_stop_ids
 from qlora_kit.model.fingerprint import weights_fingerprint
-from qlora_kit.model.hub import is_local, model_folder, remote_code_warning
+from qlora_kit.model.hub import is_local, model_folder, read_model_config, remote_code_warning
+from qlora_kit.model.packed_base import read_packed
 from qlora_kit.model.tokenizer import separator_id, tokenizer_fingerprint, vocabulary_fingerprint
 from qlora_kit.output.checkpoints import Checkpoint
 from qlora_kit.output.folder import CHECKPOINTS, CONFIG, CURVES, LOG, OUTPUT_FILES, SAVING, replace_text
@@ -245,6 +246,7 @@ def build_provenance(report: RunReport, tokenizer: "PreTrainedTokenizerBase", re
         "base_weights_sha256": weights_fingerprint(base) if base else None,
         "trust_remote_code": config.model.trust_remote_code,
         "quantization": config.quantization.model_dump() | {"compute_dtype": run.machine.dtype_name},
+        "base_quantization": read_packed(read_model_config(config.model), name),
         "projections": run.projections,
         "prompt_style": run.data["prompt_style"],
         "separator_id": separator_id(tokenizer),
