@@ -66,6 +66,7 @@ def _fork(check: Callable[[], Row], file: Path) -> int:
     said = os.open(file.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(said, 1)
     os.dup2(said, 2)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # a test runner has replaced them
     status = 1
     try:
         row = check()

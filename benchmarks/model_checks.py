@@ -4,6 +4,7 @@ The reference is plain transformers with plain peft, in 32 bits and without bits
 packs go through the same 4 bits and back, and each record is computed alone.
 """
 
+import copy
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -72,12 +73,17 @@ def find_packed(folder: Path) -> list[str]:
     return [name for name, parameter in model.named_parameters() if isinstance(parameter, bitsandbytes.nn.Params4bit)]
 
 
-def load_plain(folder: Path, packed: Iterable[str] = (), **options: Any) -> Any:
-    """Load a model with transformers alone, in 32 bits; the weights named in `packed` go through NF4 and back."""
+def load_plain(folder: Path, **options: Any) -> Any:
+    """Load a model with transformers alone, in 32 bits."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
     except ValueError:
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, **options)
+        return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, **options).eval()
+
+
+def round_weights(model: Any, packed: Iterable[str]) -> Any:
+    """Return a copy of a plain model in which the weights named in `packed` went through NF4 and back."""
+    model = copy.deepcopy(model)
     for name in packed:
         module_name, _, last = name.rpartition(".")
         module = model.get_submodule(module_name)
@@ -85,7 +91,7 @@ def load_plain(folder: Path, packed: Iterable[str] = (), **options: Any) -> Any:
         turned = weight.T if isinstance(module, Conv1D) else weight  # a Conv1D is packed as the linear layer that it is
         values, state = quantize_4bit(turned.contiguous(), quant_type="nf4", blocksize=64, compress_statistics=True)
         weight.copy_(dequantize_4bit(values, state).T if isinstance(module, Conv1D) else dequantize_4bit(values, state))
-    return model.eval()
+    return model
 
 
 def records_of(blocks: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -120,7 +126,7 @@ def compare_losses(model: Any, step: Step, output: Path) -> tuple[dict[str, floa
     """Return how far the evaluation loss is from a plain model's before and after the run, in nats; and the plain model.
 
     Args:
-        model: from load_plain; returned with the run's adapter.
+        model: from round_weights; returned with the run's adapter.
     """
     lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     measured = [entry["eval_loss"] for entry in map(json.loads, lines) if "eval_loss" in entry]
@@ -154,14 +160,15 @@ def compare_gradients(adapted: Any, step: Step) -> float:
     return max((matrix.grad - step.gradients[name]).norm().item() / max(norms[name], least) for name, matrix in matrices.items())
 
 
-def compare_answers(model: Any, output: Path) -> str:
+def compare_answers(model: Any, output: Path, without: Iterable[bool] = (False, True)) -> str:
     """Return where greedy answers differ from those of `generate`; empty if they are the same.
 
     Args:
-        model: from load_plain; gets the adapter.
+        model: from round_weights; gets the adapter.
+        without: whether the product leaves the adapter out, for each comparison.
     """
     adapted = PeftModel.from_pretrained(model, str(output)).eval()
-    for base_only in (False, True):
+    for base_only in without:
         generator = inference_example.load_generator(output, device="cpu", settings=SAMPLING, base_only=base_only)
         prompts = [generator.encode(prompt) for prompt in PROMPTS]
         if base_only:
@@ -192,7 +199,7 @@ def compare_merge(model: Any, output: Path, folder: Path, base: Any) -> float:
     """Return the largest relative difference of a merged weight from peft's.
 
     Args:
-        model: from load_plain, packed for `base` = dequantized; gets the adapter.
+        model: from round_weights, with the packed weights for `base` = dequantized; gets the adapter.
         folder: for the merged model.
 
     Raises:
