@@ -116,15 +116,15 @@ class IgnoreClosedStderr:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except OSError:
-            _redirect_to_devnull(self._stream)
-            return len(text)
+        self._do(self._stream.write, text)
+        return len(text)
 
     def flush(self) -> None:
+        self._do(self._stream.flush)
+
+    def _do(self, action: Callable[..., object], *arguments: str) -> None:
         try:
-            self._stream.flush()
+            action(*arguments)
         except OSError:
             _redirect_to_devnull(self._stream)
 

@@ -108,23 +108,16 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str], list[Problem
         raise UserError("--config", path, "does not exist", "start from config.yaml or configs/tiny.yaml") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError("--config", path, f"cannot be read as text ({error.__class__.__name__})", "use a YAML file") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or "unreadable"
-        raise _invalid_yaml(f"{path}{line}", reason, "compare it with config.yaml") from None
-    except RecursionError:
-        raise _invalid_yaml(str(path), "nested too deeply", "compare it with config.yaml") from None
-    except ValueError as error:  # a date that does not exist
-        raise _invalid_yaml(str(path), str(error), "quote the value") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date that does not exist
+        mark, others = getattr(error, "problem_mark", None), {RecursionError: "nested too deeply", ValueError: str(error)}
+        reason = getattr(error, "problem", None) or others.get(type(error), "unreadable")
+        place, remedy = str(path), "quote the value" if type(error) is ValueError else "compare it with config.yaml"
+        place += f":{mark.line + 1}" if mark else ""
+        raise UserError.of([Problem(place, None, f"is not valid YAML ({reason})", remedy)]) from None
     if not isinstance(root, yaml.MappingNode) or not isinstance(loaded, dict):  # a set is a MappingNode as well
         problem = "is empty" if root is None else "is not a mapping of sections"
         raise UserError("--config", path, problem, "start from config.yaml or configs/tiny.yaml")
     return _flatten(path, root, loaded)
-
-
-def _invalid_yaml(place: str, reason: str, remedy: str) -> UserError:
-    return UserError.of([Problem(place, None, f"is not valid YAML ({reason})", remedy)])
 
 
 def _flatten(path: Path, root: yaml.MappingNode, loaded: dict) -> tuple[dict[str, Any], dict[str, str], list[Problem]]:
