@@ -16,7 +16,9 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from qlora_kit.adapter.targets import add_lora
 from qlora_kit.config import ModelSettings, QuantizationSettings
 from qlora_kit.model.device import choose_device, usable_dtype
+from qlora_kit.model.hub import read_model_config
 from qlora_kit.model.load import load_base_model, quantization_config, set_padding
+from qlora_kit.model.packed_base import read_packed
 from qlora_kit.model.tokenizer import load_tokenizer
 
 ATTENTION_AND_MLP = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -76,22 +78,22 @@ def load_model_and_tokenizer(
     Args:
         name: a folder or a Hub name.
         quantization: from create_bnb_config; "nf4" is NF4 with double quantization that computes in `dtype`; None packs nothing
-            (plain LoRA).
+            (plain LoRA). A model whose files are in bitsandbytes' 4 bits already stays as it is with the last two.
         device: cuda or cpu; auto takes the GPU if there is one.
         dtype: of everything that is not packed: norms, embeddings, biases. None takes bfloat16 on a GPU that computes in it, else
             float16, and float32 on a CPU.
         tokenizer: the model's own, if it is loaded already.
 
     Raises:
-        UserError: there is no such device, the tokenizer or the weights cannot be loaded, the model is no causal language model,
-            or bitsandbytes would dequantize its weights wrongly on this processor.
+        UserError: there is no such device, or as load_base_model.
     """
     device = choose_device(device, "device")
     dtype = dtype or usable_dtype("auto", device)[0]
+    settings = ModelSettings(name=name, revision=revision, trust_remote_code=trust_remote_code)
     if quantization == "nf4":
-        quantization = create_bnb_config(compute_dtype=dtype)
+        quantization = None if read_packed(read_model_config(settings), name) else create_bnb_config(compute_dtype=dtype)
     if tokenizer is None:
-        tokenizer = load_tokenizer(ModelSettings(name=name, revision=revision, trust_remote_code=trust_remote_code))
+        tokenizer = load_tokenizer(settings)
     model = load_base_model(
         name, quantization, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
     )

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qlora_kit.adapter.folder import AdapterSource, read_adapter_header
 from qlora_kit.adapter.switchable import SwitchableAdapter
 from qlora_kit.errors import UserError
-from qlora_kit.model.vocabulary import RESIZE, describe_beyond, tokens_beyond
 from qlora_kit.model.load import DeviceMap, load_base_model, quantization_config
+from qlora_kit.model.vocabulary import RESIZE, describe_beyond, tokens_beyond
 from qlora_kit.output.folder import ADAPTER_FILES
 
 

@@ -66,16 +66,19 @@ def load_base_model(
 
     Args:
         name: a folder or a Hub name.
-        quantization: None loads the weights as they are.
+        quantization: None loads the weights as they are in the files.
         device: cuda, cpu, or the device of each module.
         dtype: of everything that is not packed: norms, embeddings, biases.
 
     Raises:
         UserError: the weights cannot be loaded, the model is no causal language model, its files lack a tensor or have one of
-            another shape, nothing of it can be packed, or bitsandbytes would dequantize its weights wrongly on this processor.
+            another shape, are packed otherwise, nothing of it can be packed, or bitsandbytes would dequantize its weights wrongly
+            on this processor.
     """
     settings = ModelSettings(name=str(name), revision=revision, trust_remote_code=trust_remote_code)
     packed = read_packed(read_model_config(settings), name)
+    if packed and quantization:
+        check_same(quantization, packed, name)
     loader: Any = AutoModelForCausalLM
     packing: dict[str, Any] = {}
     if quantization and not packed:
@@ -108,6 +111,19 @@ def load_base_model(
             module.compute_dtype = quantization.bnb_4bit_compute_dtype if quantization else dtype
     guard_cpu_kernels(model, name)
     return model
+
+
+def check_same(quantization: BitsAndBytesConfig, packed: dict[str, Any], name: str | Path) -> None:
+    """Check that weights are packed as they should be loaded; raises UserError if not.
+
+    Args:
+        packed: as read_packed.
+    """
+    wanted = {"quant_type": quantization.bnb_4bit_quant_type, "use_double_quant": quantization.bnb_4bit_use_double_quant}
+    for key, value in wanted.items():
+        if value != packed[key]:
+            problem = f"contradicts the files of {name}, which are packed already with {key} {packed[key]}"
+            raise UserError(f"quantization.{key}", value, problem, "leave quantization out, or use the 16-bit model")
 
 
 def check_complete(model: PreTrainedModel, report: dict[str, Any], base: str | Path) -> None:

@@ -51,25 +51,30 @@ def settle_quantization(config: Config) -> tuple[Config, list[str]]:
     packed = read_packed(read_model_config(config.model), name)
     if packed is None:
         return config, []
-    facts = {key: value for key, value in packed.items() if key != "compute_dtype"}  # any dtype can compute with them
-    problem = f"contradicts the files of {name}, which are {describe(facts)} already"
+    own, note = adopt(stated, packed, name)
+    problem = f"contradicts the files of {name}, which are {describe(own)} already"
     problems = [
-        Problem(f"quantization.{key}", getattr(stated, key), problem, f"use {str(value).lower()}, or the 16-bit model")
-        for key, value in facts.items()
-        if key in stated.model_fields_set and getattr(stated, key) != value
+        Problem(f"quantization.{key}", stated_value, problem, f"use {str(getattr(own, key)).lower()}, or the 16-bit model")
+        for key, stated_value in stated.model_dump(include=stated.model_fields_set).items()
+        if stated_value != getattr(own, key)
     ]
     if config.performance.fsdp:
         problems.append(unsupported("performance.fsdp", f"the files of {name} are packed already", "false"))
     if problems:
         raise UserError.of(problems)
-    own = QuantizationSettings(**stated.model_dump() | facts)
-    note = (
-        f"The files of {name} are {describe(facts)} already, and stay so; they were made to compute in {packed['compute_dtype']}"
-    )
     return config.model_copy(update={"quantization": own}), [note]
 
 
-def describe(quantization: dict[str, Any]) -> str:
+def adopt(stated: QuantizationSettings, packed: dict[str, Any], name: str) -> tuple[QuantizationSettings, str]:
+    """Return the settings with those that packed files have in place of ours, and a note about it.
+
+    Any dtype can compute with packed weights, so the stated one stays.
+    """
+    own = QuantizationSettings(**stated.model_dump() | packed | {"compute_dtype": stated.compute_dtype})
+    return own, f"The files of {name} are {describe(own)} already, made to compute in {packed['compute_dtype']}, and stay so"
+
+
+def describe(quantization: QuantizationSettings) -> str:
     """Return `4-bit NF4 with double quantization`, or as the case may be."""
-    double = "with" if quantization["use_double_quant"] else "without"
-    return f"4-bit {quantization['quant_type'].upper()} {double} double quantization"
+    double = "with" if quantization.use_double_quant else "without"
+    return f"4-bit {quantization.quant_type.upper()} {double} double quantization"
