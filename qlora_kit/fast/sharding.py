@@ -268,9 +268,7 @@ def _make_4bit(layer: Any, quantization: BitsAndBytesConfig) -> None:
 def _read_parameters(module: Any, prefix: str, stored: dict[str, StoredTensor], device: str, dtype: torch.dtype) -> None:
     """Read a module's parameters one at a time, and pack those that are 4-bit."""
     for name, empty in list(module.named_parameters()):
-        if prefix + name not in stored:
-            raise UserError("model.name", None, f"has no tensor {prefix}{name}", "copy or download the model again")
-        value = stored[prefix + name].read().to(device, dtype)
+        value = _find(prefix + name, tuple(empty.shape), stored).read().to(device, dtype)
         owner = module.get_submodule(name.rpartition(".")[0])
         if isinstance(empty, bitsandbytes.nn.Params4bit):
             packed: Any = bitsandbytes.nn.Params4bit(
@@ -280,6 +278,17 @@ def _read_parameters(module: Any, prefix: str, stored: dict[str, StoredTensor], 
             owner.weight = packed.to(device)
         else:
             setattr(owner, name.rpartition(".")[2], torch.nn.Parameter(value, requires_grad=False))
+
+
+def _find(name: str, shape: tuple[int, ...], stored: dict[str, StoredTensor]) -> StoredTensor:
+    """Return a tensor of the files; raises UserError if they have none, or one of another shape."""
+    if name not in stored:
+        raise UserError("model.name", None, f"has no {name} in its files", "copy or download the model again")
+    if stored[name].shape != shape:
+        found, expected = (" x ".join(map(str, sizes)) for sizes in (stored[name].shape, shape))
+        problem = f"has {name} of {found} in its files, and its config.json makes it {expected}"
+        raise UserError("model.name", None, problem, "restore its config.json, or copy or download the model again")
+    return stored[name]
 
 
 def _large_tensors(weight: Any) -> list[Attribute]:
