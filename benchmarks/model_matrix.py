@@ -21,6 +21,7 @@ Nothing here says anything about GPU kernels, or about rounding to 16 bits.
 import argparse
 import json
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -226,6 +227,7 @@ def main() -> None:
 
 
 def _build_and_check(name: str, own: Path | None, work: Path) -> Row:
+    shutil.rmtree(work, ignore_errors=True)
     if own is None:
         build(name, work / "model")
     return check_model(name, own or work / "model", work)

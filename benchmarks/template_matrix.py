@@ -4,9 +4,7 @@
     python benchmarks/template_matrix.py FOLDER --only trl-qwen3      some, also others than those
     python benchmarks/template_matrix.py FOLDER --json rows.json --page docs/models.md     keep the rows, and write the table
 
-FOLDER holds .jinja files, which are not part of this repository: of models/templates in ggml-org/llama.cpp under their own names,
-and under `trl-`, `axolotl-` and `chat_templates-` of trl/chat_templates in huggingface/trl, of
-src/axolotl/utils/chat_templates/templates in axolotl-ai-cloud/axolotl, and of chat_templates in chujiezheng/chat_templates.
+FOLDER holds .jinja files; public_templates.py says where they come from.
 
 The tokenizer is the embedded model's, a byte-level BPE, with the template's control tokens added and the public model's beginning
 and end of a text. The reference is `apply_chat_template` of transformers alone: an answer is what it writes beyond the prompt for
@@ -16,7 +14,7 @@ that answer, up to the token that ends it in the public model. A conversation is
     the tokens before each answer are those of its prompt, at inference and from apply_chat_template;
     all tokens are those of apply_chat_template(tokenize=True); and the end is among the tokens that stop an answer.
 
-`last` works with data.train_on: last; `refused` ends in one line that says why. Anything else is wrong.
+`last:` stands for data.train_on: last, and `refused` for one line that says why. Anything else is wrong.
 """
 
 import argparse
@@ -26,12 +24,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matrix_run
 from matrix_run import Row, shorten
+from public_templates import PUBLIC, Public
 from tiny_models import TOKENIZER
 
 CONTROL = re.compile(
@@ -40,78 +39,6 @@ CONTROL = re.compile(
 )
 WORDS = re.compile(r"</?(?:think|thinking|tool_call|tool_response|tools)>|<｜(?:User|Assistant)｜>")  # added, but not special
 
-
-class Public(NamedTuple):
-    """A public model: its name, the tokens that begin and end a text, and the one that ends an answer (None: the same)."""
-
-    name: str
-    bos: str | None
-    eos: str
-    end: str | None = None
-
-
-def _family(bos: str | None, eos: str, end: str | None, files: dict[str, str]) -> dict[str, Public]:
-    return {file: Public(name, bos, eos, end) for file, name in files.items()}
-
-
-PUBLIC: dict[str, Public] = {
-    **_family("<|begin_of_text|>", "<|eot_id|>", None, {
-        "trl-llama3": "Llama 3", "meta-llama-Llama-3.1-8B-Instruct": "Llama 3.1", "meta-llama-Llama-3.2-3B-Instruct": "Llama 3.2",
-        "meta-llama-Llama-3.3-70B-Instruct": "Llama 3.3", "fireworks-ai-llama-3-firefunction-v2": "Firefunction v2",
-        "meetkai-functionary-medium-v3.1": "Functionary v3.1"}),
-    **_family("<|begin_of_text|>", "<|eot|>", None, {"axolotl-llama4": "Llama 4"}),
-    **_family("<|begin_of_text|>", "<|im_end|>", None, {"NousResearch-Hermes-3-Llama-3.1-8B-tool_use": "Hermes 3 (tools)"}),
-    **_family("<s>", "</s>", None, {
-        "chat_templates-llama-2-chat": "Llama 2 Chat", "axolotl-mistral_v1": "Mistral 7B v0.1",
-        "axolotl-mistral_v2v3": "Mistral 7B v0.3",
-        "mistralai-Mistral-Nemo-Instruct-2407": "Mistral Nemo", "axolotl-mistral_v7_tekken": "Mistral Small 3",
-        "Mistral-Small-3.2-24B-Instruct-2506": "Mistral Small 3.2", "unsloth-mistral-Devstral-Small-2507": "Devstral Small",
-        "mistralai-Ministral-3-14B-Reasoning-2512": "Ministral 3 Reasoning", "chat_templates-zephyr": "Zephyr",
-        "chat_templates-vicuna": "Vicuna", "chat_templates-solar-instruct": "SOLAR", "chat_templates-alpaca": "Alpaca",
-        "chat_templates-amberchat": "AmberChat"}),
-    **_family("<s>", "<|im_end|>", None, {"Bielik-11B-v3.0-Instruct": "Bielik v3"}),
-    **_family("<s>", "<|end_of_turn|>", None, {"chat_templates-openchat-3.5": "OpenChat 3.5"}),
-    **_family("<s>", "<|assistant_end|>", None, {"Apertus-8B-Instruct": "Apertus"}),
-    **_family("<s>", "<|message_sep|>", None, {"GigaChat3-10B-A1.8B": "GigaChat 3"}),
-    **_family("<bos>", "<eos>", "<end_of_turn>", {
-        "google-gemma-2-2b-it": "Gemma 2", "trl-gemma3": "Gemma 3", "axolotl-gemma3n": "Gemma 3n"}),
-    **_family("<bos>", "<eos>", "<turn|>", {"google-gemma-4-31B-it": "Gemma 4"}),
-    **_family("<s>", "<|endoftext|>", "<|end|>", {
-        "trl-phi3": "Phi-3", "microsoft-Phi-3.5-mini-instruct": "Phi-3.5",
-        "llama-cpp-microsoft-Phi-4-mini-instruct": "Phi-4-mini"}),
-    **_family("<|endoftext|>", "<|im_end|>", None, {"axolotl-phi_4": "Phi-4"}),
-    **_family(None, "<|im_end|>", None, {
-        "Qwen-Qwen2.5-7B-Instruct": "Qwen2.5", "Qwen-Qwen3-0.6B": "Qwen3", "trl-qwen3_instruct_2507": "Qwen3-2507",
-        "Qwen3-Coder": "Qwen3-Coder", "Qwen3.5-4B": "Qwen3.5", "trl-qwen3_6": "Qwen3.6", "Qwen-QwQ-32B": "QwQ",
-        "trl-qwen3_training": "Qwen3, as TRL trains it", "chat_templates-chatml": "ChatML (SmolLM2, Yi, many bases)",
-        "HuggingFaceTB-SmolLM3-3B": "SmolLM3", "NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": "Nemotron 3 Nano",
-        "axolotl-nemotron_h": "Nemotron-H", "MiMo-VL": "MiMo", "MiroThinker": "MiroThinker",
-        "StepFun3.5-Flash": "Step 3.5 Flash"}),
-    **_family("<|begin_of_text|>", "<|im_end|>", None, {"NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use": "Hermes 2 Pro (tools)"}),
-    **_family("<|startoftext|>", "<|im_end|>", None, {"LFM2-8B-A1B": "LFM2", "LFM2.5-Instruct": "LFM2.5"}),
-    **_family("<|startoftext|>", "<|eom|>", None, {"axolotl-jamba": "Jamba"}),
-    **_family("<|begin_of_text|>", "<|im_end|>", None, {"axolotl-falcon_h1": "Falcon-H1"}),
-    **_family(None, "<|endoftext|>", None, {"chat_templates-falcon-instruct": "Falcon Instruct"}),
-    **_family("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", None, {
-        "axolotl-deepseek_v2": "DeepSeek-V2", "trl-deepseekv3": "DeepSeek-V3", "deepseek-ai-DeepSeek-V3.1": "DeepSeek-V3.1",
-        "deepseek-ai-DeepSeek-V3.2": "DeepSeek-V3.2", "deepseek-ai-DeepSeek-R1-Distill-Llama-8B": "DeepSeek-R1-Distill-Llama",
-        "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B": "DeepSeek-R1-Distill-Qwen"}),
-    **_family("<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>", None, {
-        "trl-cohere": "Command R", "axolotl-aya": "Aya", "CohereForAI-c4ai-command-r7b-12-2024-tool_use": "Command R7B",
-        "axolotl-command_a": "Command A", "CohereForAI-c4ai-command-r-plus-tool_use": "Command R+ (tools)"}),
-    **_family("<|end_of_text|>", "<|end_of_text|>", None, {
-        "chat_templates-granite-3.0-instruct": "Granite 3.0", "ibm-granite-granite-3.3-2B-Instruct": "Granite 3.3",
-        "ibm-granite-granite-4.0": "Granite 4.0", "ibm-granite-granite-4.1": "Granite 4.1"}),
-    **_family(None, "<|endoftext|>", "<|user|>", {
-        "trl-glm4moe": "GLM-4.5", "GLM-4.6": "GLM-4.6", "GLM-4.7-Flash": "GLM-4.7-Flash"}),
-    **_family("<|startoftext|>", "<|return|>", None, {"openai-gpt-oss-120b": "gpt-oss"}),
-    **_family("[BOS]", "[EOS]", "<|im_end|>", {"moonshotai-Kimi-K2": "Kimi K2", "Kimi-K2-Thinking": "Kimi K2 Thinking"}),
-    **_family("<seed:bos>", "<seed:eos>", None, {"ByteDance-Seed-OSS": "Seed-OSS"}),
-    **_family("[BOS]", "[|endofturn|]", None, {"axolotl-exaone": "EXAONE 3.5", "axolotl-exaone4": "EXAONE 4"}),
-    **_family("<s>", "<SPECIAL_12>", None, {"NVIDIA-Nemotron-Nano-v2": "Nemotron Nano 2"}),
-    **_family("]~!b[", "[e~[", None, {"MiniMax-M2": "MiniMax-M2"}),
-    **_family("<s>", "<|end|>", None, {"unsloth-Apriel-1.5": "Apriel 1.5", "upstage-Solar-Open-100B": "Solar Open"}),
-}  # fmt: skip
 
 U, A, THOUGHT = "Which {} is the oldest?", "The {} by the sea.", "They ask about a {}."
 CALL = {"id": "call00001", "type": "function", "function": {"name": "look_up", "arguments": {"place": "Rome"}}}
@@ -151,7 +78,7 @@ def build_tokenizer(template: str, public: Public) -> Any:
 
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     tokenizer.chat_template = template
-    control = [public.bos, public.eos, public.end, *CONTROL.findall(template)]
+    control = [public.bos, public.eos, *public.ends, *CONTROL.findall(template)]
     words = WORDS.findall(template)
     _add(tokenizer, control, words)
     tokenizer.bos_token, tokenizer.eos_token = public.bos, public.eos
@@ -187,15 +114,18 @@ def render(tokenizer: Any, record: dict[str, Any], turns: int | None = None, **o
 def check_template(stem: str, folder: Path, work: Path) -> Row:
     """Return the row of a template: an outcome for each kind of conversation."""
     public = PUBLIC.get(stem, Public(stem, None, "<|endoftext|>"))
-    tokenizer = build_tokenizer((folder / f"{stem}.jinja").read_text(encoding="utf-8"), public)
+    template = (folder / f"{stem}.jinja").read_text(encoding="utf-8")
+    if stem.startswith("chat_templates-"):  # laid out for reading; its README says to take that out
+        template = template.replace("    ", "").replace("\n", "")
+    tokenizer = build_tokenizer(template, public)
     row: Row = {"name": public.name, "cases": {}, "wrong": []}
     for kind, record in conversations().items():
         outcome = check_record(kind, record, tokenizer, public, work)
         if outcome.startswith("refused") and "data.train_on" in outcome:
             last = check_record(kind, record, tokenizer, public, work, "last")
-            outcome = f"last: {last}" if last != "ok" else "last"
+            outcome = f"last: {last}"
         row["cases"][kind] = outcome
-        if not re.fullmatch(r"ok|last|(last: )?refused.*|not written", outcome):
+        if not re.match(r"(last: )?(ok|refused)", outcome):
             row["wrong"].append(f"{kind}: {outcome}")
     return row
 
@@ -220,73 +150,134 @@ def check_record(
     except Exception as error:
         return f"crash: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
     encoded = [blocks.record(number) for number in range(len(blocks.stored))]
-    return next(find_faults(encoded, record, tokenizer, public, train_on), "ok")
+    faults = []
+    for form in forms_of(record):
+        check = Check(form, tokenizer, public, train_on)
+        if (fault := next(check.find_faults(encoded), None)) is None:
+            return f"ok, prompt without {check.left_out!r}" if check.left_out else "ok"
+        faults.append(fault)
+    return faults[0]
 
 
-def find_faults(encoded: list[Any], record: dict[str, Any], tokenizer: Any, public: Public, train_on: str) -> Iterator[str]:
-    """Yield what is wrong with the tokens of a conversation."""
-    turns = record["messages"]
-    answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
-    if turns[-1]["role"] != "assistant":
-        yield "trained, though no answer follows the last turn"
-        return
-    wanted, found = answers[-1:] if train_on == "last" else answers, []
-    for each in encoded:
-        ids = each.ids.tolist()
-        if ids not in (whole := [render(tokenizer, record, number + 1, tokenize=True) for number in answers]):
-            yield f"other tokens than apply_chat_template: {describe_difference(ids, whole[-1], tokenizer)}"
-        for start, stop in spans_of(each.trained):
-            number = next((n for n in answers if n not in found and _fits(n, ids[:start], record, tokenizer)), None)
-            if number is None:
-                yield f"trained behind no prompt: ...{tokenizer.decode(ids[max(start - 6, 0) : start])!r}"
-                continue
-            found.append(number)
-            yield from _check_answer(number, ids[start:stop], record, tokenizer, public)
-            yield from _check_inference(number, ids[:start], record, tokenizer, train_on)
-    if sorted(found) != wanted:
-        yield f"trains answers {found}, expected {wanted}"
+def forms_of(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield a record in the forms that templates differ in: the name of thoughts, arguments as text, no content of a call."""
+    for thoughts, as_text, content in product(("reasoning_content", "thinking", "reasoning"), (False, True), ("", None)):
+        messages = []
+        for turn in record["messages"]:
+            turn = {thoughts if key == "reasoning_content" else key: value for key, value in turn.items()}
+            if "tool_calls" in turn:
+                arguments = CALL["function"]["arguments"]
+                function = CALL["function"] | {"arguments": json.dumps(arguments) if as_text else arguments}
+                turn |= {"tool_calls": [CALL | {"function": function}], "content": content}
+            messages.append(turn)
+        yield record | {"messages": messages}
+
+
+class Check:
+    """The reference for the tokens of a conversation, and what is wrong with them.
+
+    Attributes:
+        left_out: what prompts lack of those of the template, in training and at inference alike: a thought that it only opens.
+    """
+
+    def __init__(self, record: dict[str, Any], tokenizer: Any, public: Public, train_on: str):
+        self.record, self.turns, self.tokenizer = record, record["messages"], tokenizer
+        self.public, self.train_on, self.left_out = public, train_on, ""
+        self.answers = [number for number, turn in enumerate(self.turns) if turn["role"] == "assistant"]
+
+    def find_faults(self, encoded: list[Any]) -> Iterator[str]:
+        """Yield what is wrong with the tokens of all records that were made of the conversation."""
+        if self.turns[-1]["role"] != "assistant":
+            yield "trained, though no answer follows the last turn"
+            return
+        wanted, found = self.answers[-1:] if self.train_on == "last" else self.answers, []
+        for each in encoded:
+            ids = each.ids.tolist()
+            spans = spans_of(each.trained)
+            if difference := self._compare_tokens(ids, spans):
+                yield difference
+            for start, stop in spans:
+                number = next((n for n in self.answers if n not in found and self._fits(n, ids[:start])), None)
+                if number is None:
+                    yield f"trained behind no prompt: ...{self.tokenizer.decode(ids[max(start - 6, 0) : start])!r}"
+                    continue
+                found.append(number)
+                yield from self._check_answer(number, ids[start:stop], ids[:start])
+        if sorted(found) != wanted:
+            yield f"trains answers {found}, expected {wanted}"
+
+    def _render(self, turns: int, **options: Any) -> Any:
+        return render(self.tokenizer, self.record, turns, **options)
+
+    @property
+    def _ends(self) -> list[str]:
+        return [*self.public.ends, self.public.eos]
+
+    def _compare_tokens(self, ids: list[int], spans: list[tuple[int, int]]) -> str:
+        """Return how tokens differ from those of apply_chat_template, cut where answers begin and end; empty if they do not."""
+        edges = [0, *(edge for span in spans for edge in span), len(ids)]
+        pieces = [self.tokenizer.decode(ids[a:b]) for a, b in pairwise(edges)]
+        found, texts = "".join(pieces), [text for number in self.answers for text in self._texts(number)]
+        if found not in texts:
+            return f"another text than apply_chat_template: ...{found[-60:]!r}, expected ...{texts[-1][-60:]!r}"
+        cut = [token for piece in pieces for token in self.tokenizer(piece, add_special_tokens=False)["input_ids"]]
+        if ids in (cut, self.tokenizer(found, add_special_tokens=False)["input_ids"]):
+            return ""
+        return f"other tokens than apply_chat_template: {describe_difference(ids, cut, self.tokenizer)}"
+
+    def _texts(self, number: int) -> Iterator[str]:
+        """Yield the rendering of all turns up to an answer; with an end, where the template leaves that to the next turn."""
+        text = self._render(number + 1)
+        after = text.rpartition(self.turns[number]["content"] or CALL["function"]["name"])[2]
+        if not any(end in after for end in self._ends):
+            words = text.rstrip()
+            for end in self._ends:
+                yield from (words + end, words + end + text[len(words) :])
+        yield text
+
+    def _prompt_at_inference(self, number: int) -> list[int] | None:
+        """Return the prompt for an answer as inference gives it; None where it takes no such turns."""
+        from qlora_kit.inference.prompts import PromptEncoder
+
+        if "tools" in self.record:
+            return None
+        encoder: Any = PromptEncoder(self.tokenizer, "chat", [], self.train_on)  # type: ignore[arg-type]
+        return encoder.encode_chat(self.turns[:number])
+
+    def _fits(self, number: int, prompt: list[int]) -> bool:
+        """Return whether tokens are the prompt for an answer."""
+        if self._prompt_at_inference(number) not in (None, prompt):
+            return False
+        own, text = self._render(number, add_generation_prompt=True), self.tokenizer.decode(prompt)
+        if text != own and own.startswith(text):
+            self.left_out = own[len(text) :]
+        return own.startswith(text)
+
+    def _check_answer(self, number: int, ids: list[int], prompt: list[int]) -> Iterator[str]:
+        """Yield how the trained tokens differ from what the template writes behind the prompt."""
+        from qlora_kit.data.chat_template import find_stop_ids
+
+        turn, trained, before = self.turns[number], self.tokenizer.decode(ids), self.tokenizer.decode(prompt)
+        whole = self._render(number + 1)
+        if whole.startswith(before):
+            rest = whole[len(before) :]
+            stops = [rest.rindex(end) + len(end) for end in self._ends if end in rest]
+            expected = [rest[:stop] for stop in stops] or [rest.rstrip() + end for end in ("", *self._ends)]
+            if trained not in expected:
+                yield f"trains {trained!r}, expected {expected[0]!r}"
+        elif turn["content"] and turn["content"] not in trained:
+            yield f"trains {trained!r} for {turn['content']!r}"
+        for key in ("reasoning_content", "thinking", "reasoning"):
+            if turn.get(key, "") not in trained:
+                yield f"the thought {turn[key]!r} is left out"
+        if ids[-1] not in find_stop_ids(self.tokenizer, "chat"):
+            yield f"{self.tokenizer.convert_ids_to_tokens(ids[-1])} stops no answer at inference"
 
 
 def spans_of(trained: Any) -> list[tuple[int, int]]:
     """Return the first token of each trained stretch, and the one after its last."""
     edges = [0, *(int(at) for at in (trained[1:] != trained[:-1]).nonzero()[0] + 1), len(trained)]
     return [(a, b) for a, b in pairwise(edges) if trained[a]]
-
-
-def _fits(number: int, prompt: list[int], record: dict[str, Any], tokenizer: Any) -> bool:
-    """Return whether tokens are the prompt for an answer, as apply_chat_template gives it."""
-    return render(tokenizer, record, number, add_generation_prompt=True, tokenize=True) == prompt
-
-
-def _check_answer(number: int, ids: list[int], record: dict[str, Any], tokenizer: Any, public: Public) -> Iterator[str]:
-    """Yield how the trained tokens differ from what the template writes behind the prompt."""
-    turn, trained = record["messages"][number], tokenizer.decode(ids)
-    prompt = render(tokenizer, record, number, add_generation_prompt=True)
-    whole = render(tokenizer, record, number + 1)
-    if whole.startswith(prompt):
-        rest = whole[len(prompt) :]
-        end = public.end or public.eos
-        expected = rest[: rest.rindex(end) + len(end)] if end in rest else rest.rstrip()
-        if trained != expected:
-            yield f"trains {trained!r}, expected {expected!r}"
-    elif turn["content"] and turn["content"] not in trained:
-        yield f"trains {trained!r} for {turn['content']!r}"
-    thought = turn.get("reasoning_content", "")
-    if thought and thought not in trained:
-        yield "thoughts are left out"
-
-
-def _check_inference(number: int, prompt: list[int], record: dict[str, Any], tokenizer: Any, train_on: str) -> Iterator[str]:
-    """Yield whether another prompt is given, or no token stops the answer, at inference."""
-    from qlora_kit.data.chat_template import find_stop_ids
-    from qlora_kit.inference.prompts import PromptEncoder
-
-    stop_ids = find_stop_ids(tokenizer, "chat")
-    if "tools" not in record:
-        encoder: Any = PromptEncoder(tokenizer, "chat", stop_ids, train_on)  # type: ignore[arg-type]
-        given = encoder.encode_chat(record["messages"][:number])
-        if given != prompt:
-            yield f"another prompt at inference: {describe_difference(given, prompt, tokenizer)}"
 
 
 def describe_difference(found: list[int], expected: list[int], tokenizer: Any) -> str:
@@ -336,7 +327,7 @@ def table(rows: dict[str, Row]) -> list[str]:
     lines = [f"| template of | file | {' | '.join(kinds)} |", "|" + "---|" * (len(kinds) + 2)]
     for name, row in rows.items():
         cells = [row.get("cases", {}).get(kind, "") for kind in kinds] if "cases" in row else [f"**{row['wrong'][0]}**"]
-        marked = [cell if re.match(r"(ok|last|refused)", cell) else f"**{cell}**" for cell in cells]
+        marked = [cell if re.match(r"(last: )?(ok|refused)", cell) else f"**{cell}**" for cell in cells]
         lines.append(f"| {row.get('name', name)} | {name} | {' | '.join(shorten(cell, 120) for cell in marked)} |")
     return lines
 

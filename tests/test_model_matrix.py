@@ -99,7 +99,7 @@ def test_wrong_labels_and_tokens_are_seen(chats):
 
     def faults(ids, start, stop):
         encoded = EncodedRecord(ids, (place >= start) & (place < stop))
-        return list(template_matrix.find_faults([encoded], record, tokenizer, public, "assistant"))
+        return list(template_matrix.Check(record, tokenizer, public, "assistant").find_faults([encoded]))
 
     assert faults(ids, at, stop) == []
     assert "expected 'The tower by the sea.<|im_end|>'" in faults(ids, at, stop - 1)[0]
