@@ -26,7 +26,7 @@ from qlora_kit.adapter.folder import AdapterSource, fetch_base, load_checked_tok
 from qlora_kit.adapter.lora_pairs import read_pairs
 from qlora_kit.config import GenerationSettings
 from qlora_kit.data.chat_template import find_stop_ids
-from qlora_kit.data.source import list_source_files
+from qlora_kit.data.folder import list_files
 from qlora_kit.errors import UserError
 from qlora_kit.inference.generator import FixedAdapter, Generator, replace_settings
 from qlora_kit.inference.prompts import Prompt, PromptEncoder, demo_prompts, encode_prompts, read_prompt, read_prompt_file
@@ -123,7 +123,7 @@ def check_flags(arguments: argparse.Namespace) -> None:
             raise UserError(flag, None, problem, remedy)
     check_seed(arguments.seed)
     if arguments.perplexity is not None and hub.is_local(arguments.perplexity):
-        list_source_files(arguments.perplexity, "--perplexity")
+        list_files(arguments.perplexity, "--perplexity")
     size = arguments.batch_size
     if size is not None and not (size.isdecimal() and int(size)):
         raise UserError("--batch_size", size, "is not a whole number of at least 1", f"leave it out for {BATCH_SIZE}")

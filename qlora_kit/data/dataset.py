@@ -21,7 +21,8 @@ from qlora_kit.data.documents import Fragments, choose_held_out, hold_out, locat
 from qlora_kit.data.encoding import CHARACTERS_AT_ONCE
 from qlora_kit.data.packing import build_record_blocks
 from qlora_kit.data.rendering import Rendering
-from qlora_kit.data.source import Source, is_file_name, open_source
+from qlora_kit.data.source import Source, open_source
+from qlora_kit.data.splits import is_file_name
 from qlora_kit.data.token_cache import DamagedTokens, Tokens, TokenWriter, find_cache_folder, read_tokens, write_tokens
 from qlora_kit.data.tokenizing import check_trained, encode_documents, encode_records, find_end_id, render_record
 from qlora_kit.errors import UserError

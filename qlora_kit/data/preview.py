@@ -14,7 +14,9 @@ from rich.text import Text
 
 from qlora_kit.config import Config
 from qlora_kit.data.blocks import RecordBlocks, TextBlocks, TrainingBlocks
+from qlora_kit.data.overlap import describe_overlap
 from qlora_kit.data.packing import count_labels
+from qlora_kit.data.splits import describe_files
 from qlora_kit.data.tokenizing import EncodedRecord
 from qlora_kit.model.tokenizer import separator_id
 
@@ -46,7 +48,9 @@ def show_preview(
     rows = _describe_records(config, tokenizer, train) if isinstance(train, RecordBlocks) else _describe_text(tokenizer, train)
     if evaluation is not None:
         rows.append(("evaluation", f"{evaluation.summarise()}, {len(evaluation):,} blocks"))
-    for name, value in [("source", ", ".join(config.data.names)), *rows]:
+    if overlap := describe_overlap(train, evaluation):
+        rows.append(("overlap", overlap))
+    for name, value in [("source", ", ".join(config.data.names)), *describe_files(config.data), *rows]:
         console.print(Text(f"{name:<12}{value}"), soft_wrap=True)
     console.print()
     top = config.data.max_length if isinstance(train, RecordBlocks) else int(train.full_lengths.max())

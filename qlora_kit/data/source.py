@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 from qlora_kit.config import DataSettings
 from qlora_kit.data.documents import SourceFile, check_format, find_join_rule, locate_errors, read_documents
 from qlora_kit.data.files import Row, drop_filled_keys, read_records
+from qlora_kit.data.folder import list_files
 from qlora_kit.data.formats import Record, recognise_format
+from qlora_kit.data.splits import choose_files
 from qlora_kit.data.tokenizing import Fragment
 from qlora_kit.errors import UserError
 from qlora_kit.model.hub import FILE_SUFFIXES, is_local
@@ -77,43 +79,12 @@ def check_source(data: DataSettings) -> None:
     """Check, before the model is loaded, that local sources can be read; Hub data sets are checked when they are opened.
 
     Raises:
-        UserError: a file is missing, empty or not text.
+        UserError: a file is missing, empty or not text; or as choose_files.
     """
-    local = [name for name in data.names if is_local(name)]
-    for name in local:
-        for path in list_source_files(name):
+    chosen = choose_files(data)
+    for paths in [*chosen.train.values(), *chosen.evaluation.values()]:
+        for path in paths:
             _check_file(path)
-    if isinstance(data.eval_split, str) and is_file_name(data.eval_split):
-        for path in list_source_files(data.eval_split, "data.eval_split"):
-            _check_file(path)
-    elif local and isinstance(data.eval_split, str) and data.eval_split != data.train_split:
-        remedy = "use a share (--set data.eval_split=0.1), another file, or null for no evaluation"
-        raise UserError("data.eval_split", data.eval_split, "is a named split, which a local source does not have", remedy)
-
-
-def is_file_name(eval_split: str) -> bool:
-    """Return whether data.eval_split names a file or is written as a path; else it is a split, even if a folder has its name."""
-    return Path(eval_split).is_file() or "/" in eval_split or eval_split.startswith(("~", "."))
-
-
-def list_source_files(name: str, key: str = "data.dataset") -> list[Path]:
-    """Return the files of a local source in a stable order.
-
-    Args:
-        key: the flag or config key that holds `name`, for messages.
-
-    Raises:
-        UserError: the source does not exist, or is a folder without files of a known kind.
-    """
-    path = Path(name).expanduser()
-    if not path.exists():
-        raise UserError(key, name, "does not exist", "use a text file, or a Hub data set such as Salesforce/wikitext")
-    if path.is_file():
-        return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in FILE_SUFFIXES and file.is_file())
-    if not files:
-        raise UserError(key, name, f"has no {' '.join(FILE_SUFFIXES)} file", "add one")
-    return files
 
 
 def _check_file(path: Path) -> None:
@@ -138,7 +109,7 @@ def estimate_tokens(data: DataSettings) -> float | None:
     tokens: float
     if all(is_local(name) for name in data.names):
         # a token has about 4 bytes of English
-        tokens = sum(path.stat().st_size for name in data.names for path in list_source_files(name)) / 4
+        tokens = sum(path.stat().st_size for paths in choose_files(data).train.values() for path in paths) / 4
     elif data.subset and data.subset.startswith("wikitext-2"):
         tokens = WIKITEXT_2_TOKENS
     else:
@@ -150,16 +121,16 @@ def open_source(data: DataSettings, names: list[str], split: str, key: str) -> S
     """Open the named files and data sets; the first record of each table is read to recognise its format.
 
     Args:
-        split: the split of a Hub data set.
+        split: data.train_split or data.eval_split; any other split is one of a Hub data set, and takes local files whole.
         key: the flag or config key that holds the names, for messages.
 
     Raises:
         UserError: a source or split does not exist, cannot be reached or has no known format, or text and records are mixed.
     """
     files: list[SourceFile] = []
-    for name in names:
+    for name in dict.fromkeys(names):
         if is_local(name):
-            files += [_open_file(path) for path in list_source_files(name, key)]
+            files += map(_open_file, _list_paths(data, name, split, key))
         else:
             files.append(_open_hub_table(data, name, split, key))
     files = [replace(file, format=_find_format(file, data)) for file in files]
@@ -169,6 +140,13 @@ def open_source(data: DataSettings, names: list[str], split: str, key: str) -> S
         problem = f"is running text, and {other.name} holds {other.format} records"
         raise UserError(key, text.name, problem, "use one kind at a time")
     return source
+
+
+def _list_paths(data: DataSettings, name: str, split: str, key: str) -> list[Path]:
+    if split in (data.train_split, data.eval_split):
+        chosen = choose_files(data, key)
+        return (chosen.train if split == data.train_split else chosen.evaluation)[name]
+    return [file.path for file in list_files(name, key)]
 
 
 def _open_file(path: Path) -> SourceFile:

@@ -18,7 +18,8 @@ from qlora_kit.adapter.folder import AdapterSource
 from qlora_kit.config import Config, DataSettings
 from qlora_kit.data.blocks import RecordBlocks, TrainingBlocks, describe_unpacked
 from qlora_kit.data.dataset import load_blocks
-from qlora_kit.data.source import check_source, is_file_name
+from qlora_kit.data.source import check_source
+from qlora_kit.data.splits import is_file_name
 from qlora_kit.errors import Failed, UserError
 from qlora_kit.merge.weights import Packing
 from qlora_kit.model.device import is_out_of_memory

@@ -1,6 +1,7 @@
 """The lines that a run prints and logs, and the content of run.json."""
 
 import hashlib
+import math
 import shlex
 import shutil
 import time
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.config import GIB, MIB, Config
 from qlora_kit.data.blocks import RecordBlocks, TrainingBlocks, describe_unpacked
 from qlora_kit.data.chat_template import find_stop_ids
+from qlora_kit.data.overlap import describe_overlap
+from qlora_kit.data.splits import describe_files
 from qlora_kit.model.fingerprint import weights_fingerprint
 from qlora_kit.model.hub import is_local, model_folder, read_model_config, remote_code_warning
 from qlora_kit.model.packed_base import read_packed
@@ -143,6 +146,9 @@ class RunReport:
         steps = config.steps_per_epoch(len(train))
         source = ", ".join(config.data.names)
         self.log.write(f"Training data: {source}: {train.describe()}; {steps:,} optimizer steps an epoch")
+        for name, files in describe_files(config.data):
+            self.log.write(f"  {name}: {files}")
+        self._describe_schedule(config.total_steps(len(train)))
         self.run.data = {
             "source": config.data.dataset,
             "prompt_style": train.prompt_style,
@@ -154,7 +160,21 @@ class RunReport:
         }
         if evaluation:
             self.log.write(f"Evaluation data: {evaluation.summarise()}, {len(evaluation):,} blocks")
+            if self.log.enabled and (overlap := describe_overlap(train, evaluation)):
+                self.log.write(f"  overlap: {overlap}")
             self.run.data |= {"eval_blocks": len(evaluation), "eval_sha256": evaluation.fingerprint()}
+
+    def _describe_schedule(self, steps: int) -> None:
+        """Print that a warm-up is as long as the run, if it is."""
+        training = self.run.config.training
+        warmup = math.ceil(training.warmup_ratio * steps)
+        if training.lr_scheduler != "constant" and warmup >= steps:
+            highest = training.learning_rate * (steps - 1) / warmup
+            span = "the only step" if steps == 1 else f"all {steps:,} steps"
+            self.log.write(
+                f"The warm-up takes {span}: the learning rate rises to {highest:.3g} and does not reach "
+                f"training.learning_rate {training.learning_rate:g}"
+            )
 
     def memory(self, when: str) -> None:
         if held := self.run.machine.memory_gib():

@@ -85,6 +85,23 @@ def test_held_out_records_are_counted_by_themselves(preview):
     assert rows["records"].startswith("9 ") and rows["evaluation"].startswith("3 alpaca records")
 
 
+def test_the_files_of_a_folder_are_named_and_equal_records_counted(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(root)
+    for name, records in [
+        ("a.jsonl", RECORDS[:3]),
+        ("b.jsonl", RECORDS[3:]),
+        ("test.jsonl", RECORDS[1:2]),
+        (".a.jsonl", RECORDS),
+    ]:
+        (tmp_path / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+    flags = ["--config", "configs/instruct.yaml", "--dataset", str(tmp_path), "--set", "data.eval_split=test"]
+    train_qlora.main(["--preview", *flags])
+    rows = rows_of(capsys.readouterr().out)
+    assert rows["files"] == "2 (a.jsonl, b.jsonl)" and rows["eval files"] == "1 (test.jsonl)"
+    assert rows["left out"] == "1 hidden (.a.jsonl)" and rows["records"].startswith("5 ")
+    assert rows["overlap"].startswith("1 of 1 evaluation records are trained on, too")
+
+
 def test_running_text_is_shown_as_blocks(root, monkeypatch, capsys):
     monkeypatch.chdir(root)
     train_qlora.main(["--preview", "--config", "configs/tiny.yaml"])

@@ -11,7 +11,8 @@ import pyarrow.parquet
 import pytest
 
 from qlora_kit.config import DataSettings
-from qlora_kit.data.source import check_source, estimate_tokens, list_source_files, open_source
+from qlora_kit.data.folder import list_files
+from qlora_kit.data.source import check_source, estimate_tokens, open_source
 from qlora_kit.errors import UserError
 from tests.data.builders import ALPACA, MESSAGES, as_jsonl, data_settings, documents_of, join_fragments, problem_of, records_of
 
@@ -98,7 +99,7 @@ def test_a_local_source_has_no_named_split(write):
 
 def test_the_evaluation_file_is_checked_as_the_training_file_is(write):
     train, empty = write("train.txt", "text"), write("eval.txt", "")
-    check_source(data_settings(train, eval_split=str(train)))
+    check_source(data_settings(train, eval_split=str(write("other.txt", "text"))))
     for dataset in (train, "Salesforce/wikitext"):
         with pytest.raises(UserError, match=r"^.*eval\.txt: is empty"):
             check_source(data_settings(dataset, eval_split=str(empty)))
@@ -106,6 +107,18 @@ def test_the_evaluation_file_is_checked_as_the_training_file_is(write):
 
 def test_a_hub_source_is_not_requested_before_it_is_opened():
     check_source(DataSettings())
+
+
+def test_only_the_files_that_are_used_are_opened(write, tmp_path):
+    for name, text in [("train.txt", "ab"), ("notes.txt", "cd"), ("val.txt", "ef"), ("test.txt", ""), (".old.txt", "")]:
+        write(f"books/{name}", text)
+    data = data_settings(tmp_path / "books", eval_split="validation")
+    check_source(data)
+    assert estimate_tokens(data) == 1
+    for split, expected in [("train", ["cd", "ab"]), ("validation", ["ef"])]:
+        assert join_fragments(open_source(data, data.names, split, "data.dataset").documents()) == expected
+    with pytest.raises(UserError, match=r"test\.txt: is empty"):
+        open_source(data, data.names, "", "--perplexity")  # a folder to measure on is used whole
 
 
 def test_every_file_of_a_folder_is_checked(write, tmp_path):
@@ -117,7 +130,7 @@ def test_every_file_of_a_folder_is_checked(write, tmp_path):
 
 def test_suffixes_are_read_in_capitals_too(write, tmp_path):
     path = write("books/A.TXT", "text")
-    assert list_source_files(str(tmp_path / "books")) == [path]
+    assert [file.path for file in list_files(str(tmp_path / "books"), "data.dataset")] == [path]
     check_source(data_settings(path))
 
 

@@ -1,6 +1,10 @@
 """What a run tells its user, and how its output folder begins."""
 
+import math
+
+import pytest
 import torch
+from transformers import get_scheduler
 
 from qlora_kit.config import GIB, Config
 from qlora_kit.config_file import load_config, override
@@ -9,6 +13,7 @@ from qlora_kit.planning.plan import Plan
 from qlora_kit.training.machine import Machine
 from qlora_kit.training.processes import ALONE
 from qlora_kit.training.report import Run, RunReport, RunResult, open_output
+from tests.data.builders import text_blocks
 
 CPU = Machine("cpu", torch.float32, ["Device: cpu"])
 ON_CPU = Plan(1, 0, {})
@@ -18,6 +23,38 @@ PLANNED = Plan(4, 12, {"projection weights": 1.25 * GIB, "libraries": 0.5 * GIB}
 
 def report_on(machine: Machine, plan: Plan = ON_CPU, config: Config | None = None) -> RunReport:
     return RunReport(Run(config or Config(), machine, plan, ALONE))
+
+
+def test_the_files_of_a_folder_are_reported_and_what_is_evaluated_and_trained_on_alike(tmp_path, capsys):
+    for name in ("a.txt", "val.txt", "test.txt", "README.md"):
+        (tmp_path / name).write_text(name)
+    config = override(Config(), {"data.dataset": str(tmp_path), "data.eval_split": "validation"})
+    text = text_blocks(range(100), 8, [10] * 10)
+    report_on(CPU, config=config).describe_data(text, text.take(5))
+    printed = capsys.readouterr().err
+    for line in ("files: 1 (a.txt)", "eval files: 1 (val.txt)", "left out: 1 card (README.md); 1 of split test (test.txt)"):
+        assert f"\n  {line}\n" in printed
+    assert "  overlap: 4 of 4 evaluation documents are trained on, too" in printed
+
+
+@pytest.mark.parametrize("scheduler", ["cosine", "linear", "constant", "constant_with_warmup"])
+@pytest.mark.parametrize(
+    ("steps", "ratio"), [(5, 0.9), (5, 0.8), (5, 0.81), (1, 0.03), (2, 0.03), (100, 0.03), (10, 0.99), (3, 0)]
+)
+def test_a_warm_up_as_long_as_the_run_is_reported(capsys, scheduler, steps, ratio):
+    """Compare with the highest rate of the library's schedule."""
+    changes = {"lr_scheduler": scheduler, "warmup_ratio": ratio, "max_steps": steps, "learning_rate": 0.5}
+    config = override(Config(), {f"training.{key}": value for key, value in changes.items()})
+    report_on(CPU, config=config).describe_data(text_blocks(range(80), 8), None)
+    printed = capsys.readouterr().err
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
+    schedule, rates = get_scheduler(scheduler, optimizer, math.ceil(ratio * steps), steps), []
+    for _ in range(steps):
+        rates += schedule.get_last_lr()
+        optimizer.step()
+        schedule.step()
+    assert ("The warm-up takes" in printed) == (max(rates) < 0.5)
+    assert f"rises to {max(rates):.3g} and does not reach training.learning_rate 0.5" in printed or max(rates) == 0.5
 
 
 def test_no_gpu_memory_is_reported_on_a_cpu(capsys):
