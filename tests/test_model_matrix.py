@@ -104,5 +104,5 @@ def test_wrong_labels_and_tokens_are_seen(chats):
     assert faults(ids, at, stop) == []
     assert "expected 'The tower by the sea.<|im_end|>'" in faults(ids, at, stop - 1)[0]
     assert faults(ids, at - 1, stop)[0].startswith("trained behind no prompt")
-    assert faults(np.where(place == 3, 9, ids), at, stop)[0].startswith("other tokens than apply_chat_template")
+    assert faults(np.where(place == 3, 9, ids), at, stop)[0].startswith("another text than apply_chat_template")
     assert "trains answers [], expected [1]" in faults(ids, 0, 0)
