@@ -191,11 +191,8 @@ def _report(error: UserError | Failed | ModuleNotFoundError | OSError) -> int:
         print(_not_installed(package), file=sys.stderr)
         return 1
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        problem = f"cannot be written ({error.strerror})"
-        print(
-            f"error: {Problem(error.filename or 'output', None, problem, 'free some space there, or write elsewhere')}",
-            file=sys.stderr,
-        )
+        problem, remedy = f"cannot be written ({error.strerror})", "free some space there, or write elsewhere"
+        print(f"error: {Problem(error.filename or 'output', None, problem, remedy)}", file=sys.stderr)
         return 1
     raise error
 

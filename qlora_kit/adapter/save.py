@@ -21,10 +21,7 @@ def save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folde
         Failed: the adapter contains NaN or infinity, or the disk is full or broken.
     """
     size = 4.0 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) + TOKENIZER_BYTES
-    with (
-        report_disk_errors("the adapter", folder, size),
-        tempfile.TemporaryDirectory(dir=folder, prefix=SAVING) as staging,
-    ):
+    with report_disk_errors("the adapter", folder, size), tempfile.TemporaryDirectory(dir=folder, prefix=SAVING) as staging:
         write_adapter(model, Path(staging))
         tokenizer.save_pretrained(staging)
         for file in sorted(Path(staging).iterdir(), key=lambda path: path.name == ADAPTER_FILES[0]):

@@ -71,11 +71,10 @@ def eight_bit_adam(requested: str) -> str:
     state = optimizers[0].state[ours]["state1"]
     if state.dtype != torch.uint8:
         raise CheckFailed(f"the state is stored in {_name(state.dtype)}, not in 8 bits", reinstall("bitsandbytes"))
-    paged = getattr(state, "is_paged", False)
-    if device == "cuda" and not paged:
+    if device == "cuda" and not getattr(state, "is_paged", False):
         raise CheckFailed("the state is not paged", reinstall("bitsandbytes"))
     error = _error(ours.detach().cpu() - start, plain.detach() - start)
-    where = f"in the update of four steps on the {device}{', paged' if paged else ''}"
+    where = f"in the update of four steps on the {device}{', paged' if device == 'cuda' else ''}"
     return _within(error, ADAM_ERROR, where, reinstall("bitsandbytes"))
 
 

@@ -75,11 +75,10 @@ def attention_input(
     """Return q, k and v, rotated; xa; and, where the backward pass needs it (Qwen3's norms over heads), their common product."""
     product, xa = qkv.apply(rms_norm(h, norms.attention, norms.epsilon))
     q, k, v = _split_heads(product, batch, sizes, rotary)
-    v = v.contiguous()  # a view would keep all of `product` alive
-    if norms.q is None or norms.k is None:
-        return (rotate(q, rotary), rotate(k, rotary), v), xa, None
-    q, k = rms_norm(q, norms.q, norms.epsilon), rms_norm(k, norms.k, norms.epsilon)
-    return (rotate(q, rotary), rotate(k, rotary), v), xa, product
+    if norms.q is not None and norms.k is not None:
+        q, k = rms_norm(q, norms.q, norms.epsilon), rms_norm(k, norms.k, norms.epsilon)
+    heads = rotate(q, rotary), rotate(k, rotary), v.contiguous()  # a view of v would keep all of `product` alive
+    return heads, xa, product if norms.q is not None else None
 
 
 def heads_backward(
@@ -144,9 +143,7 @@ def mlp_output(
     Args:
         y, partial_sums: from mlp_activation.activate.
     """
-    xa = None
-    if partial_sums is not None and down.lora is not None:
-        xa = partial_sums.sum(0).to(y.dtype)
+    xa = None if partial_sums is None or down.lora is None else partial_sums.sum(0).to(y.dtype)
     return middle + project(y, xa, down.weight, down.bias), xa
 
 

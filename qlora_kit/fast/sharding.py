@@ -8,6 +8,7 @@ computes, the next is gathered. No CUDA graph contains a gather: a captured pass
 """
 
 import math
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
@@ -18,6 +19,7 @@ import bitsandbytes
 import torch
 import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 from qlora_kit.errors import UserError
 from qlora_kit.model.llama_modules import projections_of
@@ -174,7 +176,7 @@ class ShardedBase:
         self.embedding: ShardedRows | None = None
         self.head: ShardedRows | None = None
         self.parameters = 0
-        self.run_gather: Callable[[Action], None] = _run
+        self.run_gather: Callable[[Action], None] = operator.call
 
     def allocate_buffers(self, device: torch.device) -> None:
         """Allocate two buffers after everything is sharded, so that one layer is gathered while the one before it is used."""
@@ -193,7 +195,7 @@ class ShardedBase:
         try:
             yield
         finally:
-            self.run_gather = _run
+            self.run_gather = operator.call
 
     @contextmanager
     def gathered(self, number: int, then: int) -> Iterator[None]:
@@ -204,10 +206,6 @@ class ShardedBase:
             yield
         finally:
             self.layers[number].clear()
-
-
-def _run(action: Action) -> None:
-    action()
 
 
 def load_sharded(
@@ -228,8 +226,8 @@ def load_sharded(
     stored, base, decoder = read_base(folder), ShardedBase(offload), model.get_decoder()
     decoder.rotary_emb = type(decoder.rotary_emb)(config=model.config).to(device)  # its angles are in no file
     for number, layer in enumerate(decoder.layers):
-        if quantization:
-            _make_4bit(layer, quantization)
+        if quantization:  # pack_skeleton would mark the model as one that the Trainer refuses
+            replace_with_bnb_linear(layer, quantization_config=quantization)
         _read_parameters(layer, f"model.layers.{number}.", stored, device, dtype)
         projections = [module for group in projections_of(layer) for module in group]
         base.parameters += sum(module.in_features * module.out_features for module in projections)
@@ -249,20 +247,6 @@ def load_sharded(
         model.is_loaded_in_4bit = True  # as from_pretrained sets it, for peft
     model.sharded_base = base
     return model.eval()
-
-
-def _make_4bit(layer: Any, quantization: BitsAndBytesConfig) -> None:
-    # Not by model.load.pack_skeleton: the library would mark the model as one that the Trainer refuses.
-    for parent in (layer.self_attn, layer.mlp):
-        for name, linear in list(parent.named_children()):
-            if isinstance(linear, torch.nn.Linear):
-                packed = bitsandbytes.nn.Linear4bit(
-                    linear.in_features, linear.out_features, linear.bias is not None,
-                    compute_dtype=quantization.bnb_4bit_compute_dtype,
-                    compress_statistics=quantization.bnb_4bit_use_double_quant,
-                    quant_type=quantization.bnb_4bit_quant_type, device="meta",
-                )  # fmt: skip
-                setattr(parent, name, packed)
 
 
 def _read_parameters(module: Any, prefix: str, stored: dict[str, StoredTensor], device: str, dtype: torch.dtype) -> None:

@@ -172,9 +172,7 @@ class FastDecoder:
         self, layer: Layer, h: torch.Tensor, layout: BlockLayout, keys: torch.Tensor, keep_all: bool
     ) -> tuple[torch.Tensor, SavedLayer]:
         """Return a layer's output, and what its backward pass needs: all activations, or `h` and xa of `down` alone."""
-        qkv, o, gate_up = self._unpack(layer, keys, "qkv", "o", "gate_up")
-        activations = self._compute_activations(layer, h, layout, qkv, o, gate_up, keep_all)
-        del qkv, o, gate_up
+        activations = self._compute_activations(layer, h, layout, self._unpack(layer, keys, "qkv", "o", "gate_up"), keep_all)
         (down,) = self._unpack(layer, keys, "down")
         activate = self._kernel_or_compiled(mlp_activation.activate_triton, mlp_activation.activate, activations.gates, down.lora)
         mlp_output = self._compiled(llama_layer.mlp_output)
@@ -182,15 +180,9 @@ class FastDecoder:
         return out, SavedLayer(h, down_xa, activations if keep_all else None)
 
     def _compute_activations(
-        self,
-        layer: Layer,
-        h: torch.Tensor,
-        layout: BlockLayout,
-        qkv: UnpackedGroup,
-        o: UnpackedGroup,
-        gate_up: UnpackedGroup,
-        differentiable: bool,
+        self, layer: Layer, h: torch.Tensor, layout: BlockLayout, groups: list[UnpackedGroup], differentiable: bool
     ) -> Activations:
+        qkv, o, gate_up = groups
         sizes = (layout.batch, layer.qkv.sizes)
         heads, qkv_xa, product = self._compiled(llama_layer.attention_input)(h, *sizes, qkv, layer.norms, layout.rotary)
         attended = attend(heads, layout.mask, differentiable)
@@ -203,36 +195,26 @@ class FastDecoder:
     ) -> torch.Tensor:
         """Return the gradient of a layer's input, given that of its output, and add to the gradients of its LoRA matrices."""
         h, down_xa, activations = saved
-        qkv, o, gate_up = self._unpack(layer, keys, "qkv", "o", "gate_up")
+        groups = self._unpack(layer, keys, "qkv", "o", "gate_up")
         if activations is None:
-            activations = self._compute_activations(layer, h, layout, qkv, o, gate_up, True)
+            activations = self._compute_activations(layer, h, layout, groups, True)
+        qkv, o, gate_up = groups
+        del groups
         heads, qkv_xa, product, attended, middle, gates, o_xa, gate_up_xa = activations
         (down,) = self._unpack(layer, keys, "down")
-        dgates = self._gates_backward(dh, gates, down_xa, gate_up_xa, down, gate_up)
-        del saved, activations, gates, down  # frees the memory of what is no longer needed
-        mlp_input_backward = self._compiled(llama_layer.mlp_input_backward)
-        dh, dattended = mlp_input_backward(dh, dgates, middle, attended.detach(), o_xa, o, gate_up, layer.norms)
-        del dgates, middle, o, gate_up
-        dheads = torch.autograd.grad(attended, heads, dattended)
-        pieces = self._compiled(llama_layer.heads_backward)(dheads, product, layer.qkv.sizes, layer.norms, layout.rotary)
-        return self._compiled(llama_layer.attention_input_backward)(dh, torch.cat(pieces, 1), h, qkv_xa, qkv, layer.norms)
-
-    def _gates_backward(
-        self,
-        dh: torch.Tensor,
-        gates: torch.Tensor,
-        down_xa: torch.Tensor | None,
-        gate_up_xa: torch.Tensor | None,
-        down: UnpackedGroup,
-        gate_up: UnpackedGroup,
-    ) -> torch.Tensor:
         dy, u = self._compiled(llama_layer.mlp_output_backward)(dh, down_xa, down)
         activate_backward = self._kernel_or_compiled(
             mlp_activation.activate_backward_triton, mlp_activation.activate_backward, gates, down.lora, gate_up.lora
         )
         dgates, sums = activate_backward(dy, u, gates, gate_up_xa, down.key, down.lora, gate_up.lora)
         self._compiled(mlp_activation.add_sums)(sums, down.gradients, gate_up.gradients)
-        return dgates
+        del saved, activations, gates, down, dy, u, sums  # frees the memory of what is no longer needed
+        mlp_input_backward = self._compiled(llama_layer.mlp_input_backward)
+        dh, dattended = mlp_input_backward(dh, dgates, middle, attended.detach(), o_xa, o, gate_up, layer.norms)
+        del dgates, middle, o, gate_up
+        dheads = torch.autograd.grad(attended, heads, dattended)
+        pieces = self._compiled(llama_layer.heads_backward)(dheads, product, layer.qkv.sizes, layer.norms, layout.rotary)
+        return self._compiled(llama_layer.attention_input_backward)(dh, torch.cat(pieces, 1), h, qkv_xa, qkv, layer.norms)
 
     def _unpack(self, layer: Layer, keys: torch.Tensor, *names: str) -> list[UnpackedGroup]:
         groups = []

@@ -15,7 +15,7 @@ from qlora_kit.config import MIB
 from qlora_kit.data.chat_template import find_stop_ids
 from qlora_kit.errors import UserError
 from qlora_kit.model.hub import read_json
-from qlora_kit.output.folder import existing_parent, replace_text, report_disk_errors, staged_folder
+from qlora_kit.output.folder import check_writable, replace_text, report_disk_errors, staged_folder
 from qlora_kit.output.provenance import now, versions
 
 if TYPE_CHECKING:
@@ -35,12 +35,8 @@ def check_output(name: str, overwrite: bool, source: AdapterSource) -> Path:
         UserError: it is not empty, cannot be written, or holds a file that the merge reads.
     """
     folder, key = Path(name).expanduser().resolve(), "--output"
-    parent = existing_parent(folder.parent)
-    for path in (folder, parent):
-        if path.exists() and not path.is_dir():
-            raise UserError(key, name, f"{path} is a file, not a folder", "use another --output")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(key, name, f"{parent} cannot be written", "change its permissions or use another --output")
+    for path in (folder, folder.parent):  # beside it lies the folder that becomes it
+        check_writable(path, key, name, "--output")
     for used in (source.folder, Path(source.model.name).expanduser()):
         if used.exists() and used.resolve().is_relative_to(folder):
             raise UserError(key, name, f"holds {used}, which the merge reads", "use another --output")

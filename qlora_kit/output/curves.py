@@ -24,17 +24,17 @@ def plot_training_curves(metrics: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")  # works without a screen
     import matplotlib.pyplot as plt
 
-    train = [entry for entry in metrics if "loss" in entry]
-    evaluation = [entry for entry in metrics if "eval_loss" in entry]
+    def draw(axes: Any, key: str, *form: str, **style: Any) -> None:
+        entries = [entry for entry in metrics if key in entry]
+        axes.plot([entry["step"] for entry in entries], [entry[key] for entry in entries], *form, **style)
+
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    left.plot([e["step"] for e in train], [e["loss"] for e in train], color="tab:blue", linewidth=1.2, label="training")
-    if evaluation:
-        left.plot(
-            [e["step"] for e in evaluation], [e["eval_loss"] for e in evaluation], "o-", color="tab:orange", label="evaluation"
-        )
+    draw(left, "loss", color="tab:blue", linewidth=1.2, label="training")
+    if any("eval_loss" in entry for entry in metrics):
+        draw(left, "eval_loss", "o-", color="tab:orange", label="evaluation")
     left.set(title="Loss", xlabel="optimizer step", ylabel="mean loss (nats per token)")
     left.legend()
-    right.plot([e["step"] for e in train], [e["learning_rate"] for e in train], color="tab:green")
+    draw(right, "learning_rate", color="tab:green")
     right.set(title="Learning rate", xlabel="optimizer step", ylabel="learning rate")
     right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     for axes in (left, right):

@@ -28,11 +28,7 @@ def check_output_dir(name: str, overwrite: bool, resume: bool) -> Path:
         UserError: it cannot be written, or holds a run and neither `overwrite` nor `resume` is set.
     """
     folder, key = Path(name).expanduser(), "training.output_dir"
-    existing = existing_parent(folder)
-    if not existing.is_dir():
-        raise UserError(key, name, f"{existing} is a file, not a folder", "use another --output_dir")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(key, name, "cannot be written", "change its permissions or use another --output_dir")
+    check_writable(folder, key, name, "--output_dir")
     finished = (folder / ADAPTER_FILES[0]).exists()
     begun = any(any((folder / CHECKPOINTS).glob(f"{parent}{CHECKPOINT_PREFIX}*")) for parent in ("", f"{REPLACED}/"))
     if not resume and not overwrite and (finished or begun):
@@ -40,6 +36,23 @@ def check_output_dir(name: str, overwrite: bool, resume: bool) -> Path:
         remedy = "continue it with --resume, replace it with --overwrite, or use another --output_dir"
         raise UserError(key, name, f"already holds {content}", remedy)
     return folder
+
+
+def check_writable(folder: Path, key: str, name: str, flag: str) -> None:
+    """Check that a folder, which may not exist yet, can be written.
+
+    Args:
+        key, name: what names the folder, and how.
+        flag: what names another one.
+
+    Raises:
+        UserError: it cannot.
+    """
+    existing = existing_parent(folder)
+    if not existing.is_dir():
+        raise UserError(key, name, f"{existing} is a file, not a folder", f"use another {flag}")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(key, name, f"{existing} cannot be written", f"change its permissions or use another {flag}")
 
 
 def existing_parent(path: Path) -> Path:

@@ -65,10 +65,9 @@ class OutputLock:
         return True
 
     def _is_current(self, handle: int) -> bool:
-        try:
+        with suppress(FileNotFoundError):
             return os.path.samestat(os.stat(self.path), os.fstat(handle))
-        except FileNotFoundError:
-            return False
+        return False
 
 
 def _lock(handle: int, owner: str) -> bool:

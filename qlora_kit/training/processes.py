@@ -61,14 +61,7 @@ class Team:
 
     def max(self, number: int) -> int:
         """Return the greatest number of all ranks."""
-        if self.count == 1:
-            return number
-        import torch
-        import torch.distributed as dist
-
-        value = torch.tensor(number)
-        dist.all_reduce(value, dist.ReduceOp.MAX)
-        return int(value)
+        return max(self.gather(number))
 
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's value, in the order of ranks, on every rank."""

@@ -54,8 +54,7 @@ class ProgressCallback(TrainerCallback):
     def on_evaluate(self, args, state, control, **rest):
         self.speed.pause()
 
-    def on_save(self, args, state, control, **rest):
-        self.speed.pause()
+    on_save = on_evaluate
 
     def on_log(self, args, state, control, logs=None, **rest):
         values = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
