@@ -62,6 +62,9 @@ def test_command_is_one_that_works(command, monkeypatch):
         case ["python", "-m", module, *flags] if module.startswith("finetuning_lessons."):
             assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file()
             create_parser(None, module.removeprefix("finetuning_lessons.")).parse_args(flags)
+        case ["python", script, *flags] if script.startswith("benchmarks/"):
+            code = (ROOT / script).read_text(encoding="utf-8")
+            assert [flag for flag in flags if flag.startswith("--") and f'"{flag}"' not in code] == []
         case ["make", target]:
             assert subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True).returncode == 0
         case ["pip" | "pytest" | "python3" | "source" | "jupyter", *_]:
