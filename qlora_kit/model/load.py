@@ -195,7 +195,7 @@ def check_context(model: PreTrainedModel, length: int) -> None:
     Raises:
         UserError: it has not.
     """
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions and length > positions:
         raise UserError(
             "data.max_length", length, f"is more than the base model's {positions} positions", f"use {positions} or less"

@@ -43,15 +43,17 @@ class Packing:
     def as_json(self) -> dict[str, Any]:
         return {"weights": self.weights, "weights_in_4bit": self.packed, "other_weights": dict(self.unpacked)}
 
+    @property
+    def kinds(self) -> str:
+        """Return what is not packed, the largest first."""
+        named = ", ".join(f"{kind} ({count:,})" for kind, count in self.unpacked.most_common(5))
+        return named + (f" and {len(self.unpacked) - 5} more kinds" if len(self.unpacked) > 5 else "")
+
     def __str__(self) -> str:
         if not self.unpacked:
             return f"all {self.packed:,} weights in 4 bits"
-        left = ", ".join(f"{kind} ({count:,})" for kind, count in self.unpacked.most_common(5))
-        more = f" and {len(self.unpacked) - 5} more kinds" if len(self.unpacked) > 5 else ""
-        return (
-            f"{self.packed:,} of {self.weights:,} weights in 4 bits; {self.unpacked.total():,} of {self.weights:,} stay in "
-            f"{self.bits} bits: {left}{more}"
-        )
+        left = f"{self.unpacked.total():,} of {self.weights:,} stay in {self.bits} bits: {self.kinds}"
+        return f"{self.packed:,} of {self.weights:,} weights in 4 bits; {left}"
 
 
 def find_projections(model: PreTrainedModel) -> list[Projection]:

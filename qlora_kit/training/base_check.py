@@ -34,9 +34,10 @@ def check_base(config: Config, lora_config: LoraConfig, tokenizer: PreTrainedTok
         pack_skeleton(skeleton)
         check_packed(skeleton, name)
         packing = count_packed(skeleton)
-        if 2 * packing.unpacked.total() > LARGE:
-            size = 2 * packing.unpacked.total() / GIB
-            note = f"{name} will have {packing}: they take {size:.1f} GiB in 16 bits"
+        size = 2 * packing.unpacked.total()
+        if size > LARGE:
+            count = f"{packing.unpacked.total():,} of {packing.weights:,} projection weights"
+            note = f"{name}: {count} cannot be packed and take {size / GIB:.1f} GiB in 16 bits: {packing.kinds}"
     if not fast:
         add_lora(skeleton, lora_config)
     return note
