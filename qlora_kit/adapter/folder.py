@@ -101,11 +101,12 @@ def _adapter_folder(name: str) -> Path:
     if not folder.is_dir():
         raise UserError("--adapter", name, "does not exist", f"train one with python train_qlora.py --output_dir {name}")
     missing = [file for file in ADAPTER_FILES if not (folder / file).is_file()]
-    if ADAPTER_FILES[0] in missing and (folder / PICKLE).is_file():
-        problem = f"has its weights in {PICKLE}, a pickle, which may run any code when it is loaded"
-        raise UserError("--adapter", name, problem, f"load and save it again with peft, which writes {ADAPTER_FILES[0]}")
     if missing:
-        raise UserError("--adapter", name, f"holds no adapter: {missing[0]} is missing", _suggest_folder(folder))
+        problem, remedy = f"holds no adapter: {missing[0]} is missing", _suggest_folder(folder)
+        if ADAPTER_FILES[0] in missing and (folder / PICKLE).is_file():
+            problem += f", and {PICKLE} is a pickle, which may run any code when it is loaded"
+            remedy = "load and save it again with peft"
+        raise UserError("--adapter", name, problem, remedy)
     return folder
 
 

@@ -57,9 +57,9 @@ def list_files(name: str, key: str, left_out: LeftOut | None = None) -> list[Loc
         UserError: it does not exist, cannot be read or has no file of a known kind, or a link in it leads nowhere or in a circle.
     """
     path, left_out = Path(os.path.expanduser(name)), defaultdict(list) if left_out is None else left_out
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path.is_file without an error for a name that is too long
         return [LocalFile(path, os.path.realpath(path), PurePath(path.name), is_named=True)]
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(key, name, "does not exist", "use a text file, or a Hub data set such as Salesforce/wikitext")
     if not path.is_dir():
         raise UserError(key, name, "is neither a file nor a folder", "write it to a file")
@@ -99,17 +99,18 @@ def _search(folder: Path, left_out: LeftOut) -> list[LocalFile]:
             left_out[TWICE].append(here.path)
             continue
         visited.add(here.around[-1])
-        for path in sorted(here.path.iterdir()):
-            inside, is_folder, is_link = here.inside / path.name, path.is_dir(), path.is_symlink()
-            if path.name.startswith(".") or (is_folder and path.name.startswith("__")):
+        for entry in sorted(os.scandir(here.path), key=lambda entry: entry.name):
+            path, inside, name = here.path / entry.name, here.inside / entry.name, entry.name
+            is_link, is_folder = entry.is_symlink(), os.path.isdir(entry) if entry.is_symlink() else entry.is_dir()
+            if name.startswith(".") or (is_folder and name.startswith("__")):
                 left_out[HIDDEN].append(path)
                 continue
-            target = _follow(path, here) if is_link else os.path.join(here.around[-1], path.name)
+            target = _follow(path, here) if is_link else os.path.join(here.around[-1], name)
             if is_folder:
                 (linked_folders if is_link else folders).append(_Folder(path, inside, (*here.around, target)))
-            elif path.suffix.lower() not in FILE_SUFFIXES or not path.is_file():
+            elif not name.lower().endswith(FILE_SUFFIXES) or not os.path.isfile(entry):
                 continue
-            elif NOTES.fullmatch(path.name) or path.name.lower() in DESCRIPTIONS:
+            elif NOTES.fullmatch(name) or name.lower() in DESCRIPTIONS:
                 left_out[CARD].append(path)
             elif is_link:
                 linked_files.append(LocalFile(path, target, inside))
@@ -118,7 +119,7 @@ def _search(folder: Path, left_out: LeftOut) -> list[LocalFile]:
     for file in linked_files:
         if files.setdefault(file.target, file) is not file:
             left_out[TWICE].append(file.path)
-    return sorted(files.values(), key=lambda file: file.inside)
+    return sorted(files.values(), key=lambda file: file.inside.parts)
 
 
 def _follow(link: Path, folder: _Folder) -> str:

@@ -43,7 +43,7 @@ class LocalFiles(NamedTuple):
 def is_file_name(eval_split: str) -> bool:
     """Return whether data.eval_split names a file or is written as a path; else it is a split, even if a folder has its name."""
     looks_like_path = "/" in eval_split or eval_split.startswith(("~", ".")) or eval_split.lower().endswith(FILE_SUFFIXES)
-    return looks_like_path or Path(eval_split).is_file()
+    return looks_like_path or os.path.isfile(eval_split)
 
 
 def choose_files(data: DataSettings, key: str = "data.dataset") -> LocalFiles:

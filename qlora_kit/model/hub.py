@@ -44,7 +44,7 @@ def go_offline_if_unreachable(timeout_seconds: float = 5.0) -> None:
 def is_local(name: str) -> bool:
     """Return whether a model or data set name is a path: it exists, or no Hub name looks like it."""
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
-    return Path(name).exists() or looks_like_path or name.lower().endswith(FILE_SUFFIXES)
+    return os.path.exists(name) or looks_like_path or name.lower().endswith(FILE_SUFFIXES)
 
 
 def read_model_config(model: ModelSettings) -> dict[str, Any]:

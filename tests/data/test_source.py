@@ -134,10 +134,12 @@ def test_suffixes_are_read_in_capitals_too(write, tmp_path):
     check_source(data_settings(path))
 
 
-@pytest.mark.parametrize("name", ["typo.txt", "my_data.jsonl", "notes.md"])
+@pytest.mark.parametrize("name", ["typo.txt", "my_data.jsonl", "notes.md", "~nobody-here/a.txt", "./" + "x" * 5000])
 def test_a_missing_file_is_not_taken_for_a_hub_name(name):
     with pytest.raises(UserError, match=f"data.dataset: {name}: does not exist"):
         check_source(DataSettings(dataset=name, eval_split=0.1))
+    with pytest.raises(UserError, match=f"data.eval_split: {name}: does not exist"):
+        check_source(DataSettings(eval_split=name))
 
 
 # The estimate of a run's length
