@@ -120,8 +120,8 @@ def test_weights_in_a_pickle_are_refused_with_the_way_out(folder):
         read_adapter(str(folder))
     (line,) = caught.value.lines
     assert line == (
-        f"--adapter: {folder}: holds no adapter: adapter_model.safetensors is missing, and adapter_model.bin is a pickle, which may "
-        "run any code when it is loaded. Load and save it again with peft."
+        f"--adapter: {folder}: holds no adapter: adapter_model.safetensors is missing, and adapter_model.bin is a pickle, which "
+        "may run any code when it is loaded. Load and save it again with peft."
     )
 
 
