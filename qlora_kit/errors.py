@@ -85,4 +85,15 @@ class Failed(Exception):
 
 
 class BadRecord(ValueError):
-    """A record is wrong: the message says how and what was expected; the reader of the file adds the place."""
+    """A record is wrong: the message says how and what was expected; the reader of the file adds the place.
+
+    Attributes:
+        remedy: what to do: an imperative clause.
+    """
+
+    def __init__(self, problem: str, remedy: str = "correct the record, or remove it"):
+        super().__init__(problem, remedy)
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return str(self.args[0])

@@ -17,14 +17,16 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from qlora_kit.config import Config, DataSettings
 from qlora_kit.data.blocks import RecordBlocks, TextBlocks, TrainingBlocks, build_text_blocks
+from qlora_kit.data.chat_template import find_left_out_thought
 from qlora_kit.data.documents import Fragments, choose_held_out, hold_out, locate_errors
 from qlora_kit.data.encoding import CHARACTERS_AT_ONCE
+from qlora_kit.data.notes import NoteCollector
 from qlora_kit.data.packing import build_record_blocks
 from qlora_kit.data.rendering import Rendering
 from qlora_kit.data.source import Source, open_source
 from qlora_kit.data.splits import is_file_name
 from qlora_kit.data.token_cache import DamagedTokens, Tokens, TokenWriter, find_cache_folder, read_tokens, write_tokens
-from qlora_kit.data.tokenizing import check_trained, encode_documents, encode_records, find_end_id, render_record
+from qlora_kit.data.tokenizing import check_trained, encode_documents, encode_records, find_all_end_ids, render_record
 from qlora_kit.errors import UserError
 from qlora_kit.model.tokenizer import find_frame, padding_id, separator_id, tokenizer_fingerprint
 
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RECORDS_AT_ONCE = 1024
-LAYOUT = 2  # version of the cache; increase it when the same source would be tokenized differently
+LAYOUT = 3  # version of the cache; increase it when the same source would be tokenized differently
 
 
 def load_blocks(
@@ -121,15 +123,18 @@ def tokenize_records(source: Source, data: DataSettings, tokenizer: "PreTrainedT
     """
 
     def write(writer: TokenWriter) -> None:
-        ends = set()
+        ends: set[int] = set()
+        notes = NoteCollector()
         for batch in _render_batches(source, data, tokenizer):
             for rendered, record in zip(batch, encode_records([rendered.text for rendered in batch], tokenizer), strict=True):
                 with locate_errors(rendered.name, rendered.place):
-                    check_trained(record, rendered.end)
+                    check_trained(record, rendered.ends)
                 writer.append(record.ids, record.trained)
                 writer.end_document()
-                ends.add(rendered.end)
-        writer.about = {"formats": source.formats, "end_ids": sorted(ends)}
+                ends.update(rendered.ends)
+                notes.add(rendered.text, rendered.name, rendered.place)
+        thought = find_left_out_thought(tokenizer) if source.formats != ["instruction"] else ""
+        writer.about = {"formats": source.formats, "end_ids": sorted(ends), "left_out_thought": thought} | notes.as_json()
 
     return _read_or_write(_compute_key(source, tokenizer, tokenizer.eos_token_id, tokenizer.chat_template, data.train_on), write)
 
@@ -140,7 +145,7 @@ class RenderedRecord(NamedTuple):
     name: str  # of its file
     place: str  # in the file
     text: Rendering
-    end: int  # id of the token that ends its answers
+    ends: tuple[int, ...]  # ids of the tokens that end its answers
 
 
 def _render_batches(source: Source, data: DataSettings, tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[RenderedRecord]]:
@@ -149,7 +154,7 @@ def _render_batches(source: Source, data: DataSettings, tokenizer: "PreTrainedTo
     for file, place, record in source.records():
         with locate_errors(file.name, place):
             text = render_record(record, file.format, tokenizer, data.text_field, data.train_on)
-            batch.append(RenderedRecord(file.name, place, text, find_end_id(file.format, tokenizer)))
+            batch.append(RenderedRecord(file.name, place, text, find_all_end_ids(file.format, tokenizer)))
         characters += sum(len(piece.text) for piece in text.pieces)
         if len(batch) == RECORDS_AT_ONCE or characters > CHARACTERS_AT_ONCE:
             yield batch

@@ -45,7 +45,7 @@ def locate_errors(name: str, place: str) -> Iterator[None]:
     try:
         yield
     except BadRecord as error:
-        raise UserError(name, None, f"{place}: {error}", "correct the record, or remove it") from None
+        raise UserError(name, None, f"{place}: {error}", error.remedy) from None
 
 
 def check_format(record: Record, expected: str, text_field: str) -> None:

@@ -1,32 +1,51 @@
-"""Turn records of the known formats into chat messages.
+"""Turn records of the known formats into chats.
 
 A record is one of
 
     alpaca       {"instruction": ..., "input": ... (may be empty or missing), "output": ...}
-    sharegpt     {"conversations": [{"from": "human" | "gpt" | "system", "value": ...}, ...]}
-    messages     {"messages": [{"role": "user" | "assistant" | "system", "content": ...}, ...]}
+    sharegpt     {"conversations": [{"from": "human" | "gpt" | "system" | "observation" ..., "value": ...}, ...]}
+    messages     {"messages": [{"role": "user" | "assistant" | "system" | "tool" ..., "content": ...}, ...]}
     completion   {"prompt": ..., "completion": ...}, both text or both lists of messages
     instruction  {"text": "### Instruction: ... ### Response: ..."}, ready-made
     text         {"text": ...}, or another column named by data.text_field
 
-Other keys of a record or turn are ignored, except `weight`: an answer of weight 0 is context and never trained.
+Of its other keys, `system`, `history` and `tools` are used under all their usual names, and so is a switch such as `train` or
+`weight`, which says whether its answers are trained. Those that would change the text otherwise are refused. The names of the
+others are kept, for the preview and the log to list them. turns.py says the same of the keys of a turn.
 """
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-from qlora_kit.data.chat_template import Message
+from qlora_kit.data.apply_template import Message
+from qlora_kit.data.fields import (
+    HISTORY,
+    REFUSED,
+    SYSTEM,
+    TOOLS,
+    find_meaning,
+    is_empty,
+    parse_json_text,
+    read_weight,
+    require_text,
+)
+from qlora_kit.data.tool_calls import JsonObject, read_tools
+from qlora_kit.data.turns import check_order, read_turns
 from qlora_kit.errors import BadRecord
 
 Record = dict[str, Any]  # as JSON gives it
 
-ROLES = {
-    "system": "system", "developer": "system", "user": "user", "human": "user",
-    "assistant": "assistant", "gpt": "assistant", "model": "assistant",
-}  # fmt: skip
 RESPONSE = re.compile(r"### Response:[ \t]*\r?\n?")
 INSTRUCTION = re.compile(r"### Instruction:")
+
+
+class Chat(NamedTuple):
+    """A conversation that ends with an answer."""
+
+    messages: list[Message]
+    tools: list[JsonObject] | None = None  # that the assistant may call
+    unused: frozenset[str] = frozenset()  # keys of the record, and `turn.KEY` of its turns, that nothing uses
 
 
 def alpaca_to_text(
@@ -47,8 +66,10 @@ def sharegpt_to_text(
 ) -> str:
     """Return a ShareGPT record as one text, without a chat template."""
     templates = {"user": human_template, "assistant": assistant_template, "system": "System: {message}\n"}
-    turns = [templates[message["role"]].format(message=message["content"]) for message in from_sharegpt(record)]
-    return "".join(turns).strip()
+    messages = from_sharegpt(record).messages
+    if any(message["role"] not in templates or message["content"] is None for message in messages):
+        raise BadRecord("tool calls need a chat template")
+    return "".join(templates[message["role"]].format(message=message["content"]) for message in messages).strip()
 
 
 def recognise_format(record: Record, text_field: str = "text") -> str:
@@ -74,38 +95,124 @@ def recognise_format(record: Record, text_field: str = "text") -> str:
     )
 
 
-def from_alpaca(record: Record) -> list[Message]:
+def from_alpaca(record: Record) -> Chat:
     """Return one user turn, the instruction with the input below it, and one assistant turn."""
     instruction, given, output = _read_text(record, "instruction"), _read_text(record, "input", ""), _read_text(record, "output")
-    return _build_round(f"{instruction}\n\n{given}" if given.strip() else instruction, output)
+    return _build_round(
+        record, ("instruction", "input", "output"), f"{instruction}\n\n{given}" if given.strip() else instruction, output
+    )
 
 
-def from_sharegpt(record: Record) -> list[Message]:
+def from_sharegpt(record: Record) -> Chat:
     """Return the turns of a ShareGPT record."""
-    return _check_order(_read_turns(record, "conversations", ("from", "role"), ("value", "content")))
+    unused: set[str] = set()
+    turns = read_turns(record.get("conversations"), "conversations", unused, openai=False)
+    return _build_chat(record, ("conversations",), turns, unused)
 
 
-def from_messages(record: Record) -> list[Message]:
+def from_messages(record: Record) -> Chat:
     """Return the turns of a record of messages."""
-    return _check_order(_read_turns(record, "messages", ("role", "from"), ("content", "value")))
+    unused: set[str] = set()
+    return _build_chat(record, ("messages",), read_turns(record.get("messages"), "messages", unused), unused)
 
 
-def from_completion(record: Record) -> list[Message]:
-    """Return the turns of a prompt and its completion; answers in the prompt have weight 0."""
+def from_completion(record: Record) -> Chat:
+    """Return the turns of a prompt and its completion; answers before the completion have weight 0."""
     prompt, completion = record.get("prompt"), record.get("completion")
+    keys = ("prompt", "completion")
     if not isinstance(prompt, list) and not isinstance(completion, list):
-        return _build_round(_read_text(record, "prompt"), _read_text(record, "completion"))
-    before, after = (_read_turns(record, key, ("role", "from"), ("content", "value")) for key in ("prompt", "completion"))
-    return _check_order([message | {"weight": 0} for message in before] + after)
+        chat = _build_round(record, keys, _read_text(record, "prompt"), _read_text(record, "completion"))
+        after = 1
+    else:
+        unused: set[str] = set()
+        before, answer = (read_turns(record.get(key), key, unused) for key in keys)
+        chat = _build_chat(record, keys, before + answer, unused)
+        after = len(answer)
+    for message in chat.messages[:-after]:
+        if message["role"] == "assistant":
+            message["weight"] = 0
+    return chat
 
 
-READERS: dict[str, Callable[[Record], list[Message]]] = {
+READERS: dict[str, Callable[[Record], Chat]] = {
     "alpaca": from_alpaca, "sharegpt": from_sharegpt, "messages": from_messages, "completion": from_completion,
 }  # fmt: skip
 
 
-def _build_round(user: str, assistant: str) -> list[Message]:
-    return _check_order([{"role": "user", "content": user}, {"role": "assistant", "content": assistant}])
+def _build_round(record: Record, keys: tuple[str, ...], user: str, assistant: str) -> Chat:
+    return _build_chat(record, keys, [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}], set())
+
+
+def _build_chat(record: Record, keys: tuple[str, ...], turns: list[Message], unused: set[str]) -> Chat:
+    """Return the turns with what the record's other keys add to them.
+
+    Args:
+        keys: those that hold the turns.
+
+    Raises:
+        BadRecord: a key is not supported, or the turns are in no order that a chat can have.
+    """
+    tools = None
+    if len(record) > len(keys) and (others := {key: value for key, value in record.items() if key not in keys}):
+        found = _sort_by_meaning(others, unused)
+        for key, value in found[HISTORY].items():
+            turns = _join(_read_history(value, key, unused), turns)
+        turns = _begin_with_system(found[SYSTEM], turns)
+        for key, value in found[TOOLS].items():
+            tools = (tools or []) + read_tools(value, key)
+        if read_weight(others.items(), False, "") == 0:
+            for message in turns:
+                message["weight"] = 0
+    return Chat(check_order(turns), tools or None, frozenset(unused))
+
+
+def _sort_by_meaning(others: Record, unused: set[str]) -> dict[str, Record]:
+    """Return the keys that hold something by what they mean; the names of those that mean nothing here are added to `unused`."""
+    found: dict[str, Record] = {SYSTEM: {}, HISTORY: {}, TOOLS: {}}
+    for key, value in others.items():
+        if is_empty(value):
+            continue
+        meaning = find_meaning(key, of_turn=False)
+        if meaning in REFUSED:
+            raise BadRecord(f"{key} is not supported", REFUSED[meaning])
+        if meaning is None:
+            unused.add(str(key))
+        elif meaning in found:
+            found[meaning][key] = value
+    return found
+
+
+def _begin_with_system(found: Record, turns: list[Message]) -> list[Message]:
+    """Return the turns behind the system text that the record names, unless they begin with the same one."""
+    for key, value in found.items():
+        text = require_text(value, key)
+        if turns[0]["role"] != "system":
+            turns = [{"role": "system", "content": text}, *turns]
+        elif turns[0]["content"].strip() != text.strip():
+            raise BadRecord(f"{key} holds another text than the system turn, expected one of them")
+    return turns
+
+
+def _read_history(value: object, key: str, unused: set[str]) -> list[Message]:
+    """Return earlier rounds: pairs of what the user and the assistant said, or turns."""
+    rounds = parse_json_text(value, key)
+    if not isinstance(rounds, list) or not all(isinstance(one, list | dict) for one in rounds):
+        raise BadRecord(f"{key} holds {type(rounds).__name__}, expected a list of pairs [user, assistant] or of turns")
+    if all(isinstance(one, dict) for one in rounds):
+        return read_turns(rounds, key, unused)
+    turns: list[Message] = []
+    for number, pair in enumerate(rounds, 1):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise BadRecord(f"round {number} of {key} is no pair, expected [user, assistant]")
+        user, assistant = (require_text(text, f"round {number} of {key}") for text in pair)
+        turns += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+    return turns
+
+
+def _join(earlier: list[Message], turns: list[Message]) -> list[Message]:
+    """Return earlier turns before the others, behind a system turn of these."""
+    system = turns[:1] if turns[0]["role"] == "system" else []
+    return [*system, *earlier, *turns[len(system) :]]
 
 
 def _read_text(record: Record, key: str, default: str | None = None) -> str:
@@ -115,63 +222,3 @@ def _read_text(record: Record, key: str, default: str | None = None) -> str:
     if key not in record:
         raise BadRecord(f"{key} is missing, expected text")
     return require_text(value, key)
-
-
-def require_text(value: object, name: str) -> str:
-    """Return a value that must be text.
-
-    Raises:
-        BadRecord: it is not text, or holds NUL or a lone surrogate (half of an emoji, such as `\\ud83d` in JSON).
-    """
-    if not isinstance(value, str):
-        raise BadRecord(f"{name} holds {type(value).__name__}, expected text")
-    if "\0" in value:
-        raise BadRecord(f"{name} holds NUL at character {value.index(chr(0)) + 1}, expected text")
-    try:
-        value.isascii() or value.encode()
-    except UnicodeEncodeError as error:
-        raise BadRecord(f"{name} holds half a character (a lone surrogate) at character {error.start + 1}") from None
-    return value
-
-
-def _read_turns(record: Record, key: str, role_keys: tuple[str, str], content_keys: tuple[str, str]) -> list[Message]:
-    turns = record.get(key)
-    if not isinstance(turns, list) or not turns:
-        found = "no turn" if isinstance(turns, list) else type(turns).__name__
-        raise BadRecord(f"{key} holds {found}, expected a list of turns")
-    return [_read_turn(turn, f"turn {number} of {key}", role_keys, content_keys) for number, turn in enumerate(turns, 1)]
-
-
-def _read_turn(turn: object, name: str, role_keys: tuple[str, str], content_keys: tuple[str, str]) -> Message:
-    if not isinstance(turn, dict):
-        raise BadRecord(f"{name} is {type(turn).__name__}, expected {role_keys[0]} and {content_keys[0]}")
-    role_key = next((key for key in role_keys if key in turn), role_keys[0])
-    content_key = next((key for key in content_keys if key in turn), content_keys[0])
-    role, weight = turn.get(role_key), turn.get("weight")
-    if not isinstance(role, str) or role not in ROLES:
-        raise BadRecord(f"{name} has {role_key} {role!r}, expected {', '.join(ROLES)}")
-    if weight not in (None, 0, 1):
-        raise BadRecord(f"{name} has weight {weight!r}, expected 0 or 1")
-    message = {"role": ROLES[role], "content": require_text(turn.get(content_key), f"{content_key} of {name}")}
-    return message | {"weight": 0} if weight == 0 else message
-
-
-def _check_order(messages: list[Message]) -> list[Message]:
-    """Return messages that begin with at most one system turn, then alternate between user and assistant, and end with an answer.
-
-    Raises:
-        BadRecord: the order is another, or an answer is empty.
-    """
-    turns = messages[1:] if messages[0]["role"] == "system" else messages
-    for number, message in enumerate(turns):
-        expected = ("user", "assistant")[number % 2]
-        if message["role"] != expected:
-            turn = number + 1 + len(messages) - len(turns)
-            raise BadRecord(
-                f"turn {turn} is {message['role']}, expected {expected}: user and assistant take turns, system only first"
-            )
-        if expected == "assistant" and not message["content"].strip():
-            raise BadRecord("an answer is empty, expected text to train on")
-    if not turns or turns[-1]["role"] != "assistant":
-        raise BadRecord("the last turn is no answer, expected an assistant turn")
-    return messages

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import numpy as np
 
-from qlora_kit.data.chat_template import find_end_of_turn
+from qlora_kit.data.chat_template import find_end_ids, find_end_of_turn
 from qlora_kit.data.encoding import (
     CHARACTERS_AT_ONCE,
     STRETCH,
@@ -26,7 +26,8 @@ from qlora_kit.data.encoding import (
     encode_stretches,
     split_into_stretches,
 )
-from qlora_kit.data.formats import READERS, Record, require_text
+from qlora_kit.data.fields import is_empty, require_text
+from qlora_kit.data.formats import READERS, Record
 from qlora_kit.data.rendering import CUT, Rendering, TrainOn, render_chat, render_instruction
 from qlora_kit.errors import BadRecord, UserError
 from qlora_kit.model.tokenizer import find_frame
@@ -67,7 +68,8 @@ def render_record(
     """
     if kind == "instruction":
         text = require_text(record.get(text_field), text_field)
-        rendering = render_instruction(text, tokenizer.eos_token or "", train_on)
+        unused = frozenset(str(key) for key, value in record.items() if key != text_field and not is_empty(value))
+        rendering = render_instruction(text, tokenizer.eos_token or "", train_on)._replace(unused=unused)
     else:
         rendering = render_chat(READERS[kind](record), tokenizer, train_on)
     for piece in rendering.pieces:
@@ -76,14 +78,23 @@ def render_record(
 
 
 def find_end_id(kind: str, tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Return the id of the token that ends an answer in records of format `kind`.
+    """Return the id of the token that ends an answer of words in records of format `kind`.
 
     Raises:
-        BadRecord: no token ends an answer.
+        BadRecord: no token could end one.
     """
     if kind == "instruction":
         return tokenizer.eos_token_id
     return cast(int, tokenizer.convert_tokens_to_ids(find_end_of_turn(tokenizer)))
+
+
+def find_all_end_ids(kind: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    """Return the ids of all tokens that end answers in records of format `kind`: of words, and of tool calls.
+
+    Raises:
+        BadRecord: no token could end one.
+    """
+    return (tokenizer.eos_token_id,) if kind == "instruction" else find_end_ids(tokenizer)
 
 
 def check_word_length(text: str) -> None:
@@ -201,18 +212,18 @@ def _drop_pieces(part: _Part, count: int) -> _Part:
     return _Part(Stretch(part.stretch.text[begin:], True), stops, part.trained[count:])
 
 
-def check_trained(record: EncodedRecord, end: int) -> None:
+def check_trained(record: EncodedRecord, ends: tuple[int, ...]) -> None:
     """Check that a record trains an answer and its end.
 
     Args:
-        end: the id of the token that ends an answer.
+        ends: the ids of the tokens that end an answer.
 
     Raises:
-        BadRecord: no token is trained, or none of the trained tokens is `end`.
+        BadRecord: no token is trained, or none of the trained tokens is an end.
     """
     if not record.trained[1:].any():  # the first token is never predicted
         raise BadRecord("no token is trained, expected an answer")
-    if not (record.ids[record.trained] == end).any():
+    if not np.isin(record.ids[record.trained], ends).any():
         raise BadRecord("no end-of-turn token is trained, so the model would not learn to stop")
 
 

@@ -10,6 +10,7 @@ import pytest
 from qlora_kit.config import DataSettings
 from qlora_kit.data.blocks import RecordBlocks, TextBlocks, build_text_blocks
 from qlora_kit.data.encoding import Fragment
+from qlora_kit.data.formats import Chat
 from qlora_kit.data.packing import build_record_blocks
 from qlora_kit.data.rendering import CUT, Piece, Rendering, render_chat
 from qlora_kit.data.source import Source, open_source
@@ -47,7 +48,7 @@ def pieces_of(rendering: Rendering) -> list[Piece]:
 
 
 def render_pieces(messages: list[dict], tokenizer, train_on: str = "assistant") -> list[Piece]:
-    return pieces_of(render_chat(messages, tokenizer, train_on))
+    return pieces_of(render_chat(Chat(messages), tokenizer, train_on))
 
 
 def join_fragments(fragments: Iterable[Fragment]) -> list[str]:

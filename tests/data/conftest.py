@@ -1,10 +1,14 @@
 """Fixtures of the tests of data/."""
 
+import copy
+
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
 from qlora_kit.data.dataset import tokenize_documents
+from qlora_kit.data.formats import from_messages
+from qlora_kit.data.rendering import render_chat
 from tests.data.builders import as_jsonl, source_of
 
 
@@ -36,3 +40,16 @@ def stream_of(write, tokenizer):
         return tokenize_documents(source, source.documents, tokenizer).ids
 
     return stream_of
+
+
+@pytest.fixture
+def render(tokenizer):
+    """Return a function that renders turns and other keys of a record with a template, and gives the text and the Rendering."""
+
+    def render(template: str, *turns: dict, **keys):
+        other = copy.deepcopy(tokenizer)
+        other.chat_template = template
+        rendering = render_chat(from_messages({"messages": list(turns)} | keys), other)
+        return "".join(piece.text for piece in rendering.pieces), rendering
+
+    return render

@@ -1,14 +1,20 @@
-"""Chat templates of the kinds in use, each on the tiny tokenizer and compared with hand-written pieces."""
+"""Chat templates of the kinds in use, each on the tiny tokenizer and compared with hand-written pieces.
+
+GLM_4 and its like are the public templates, shortened to what a turn needs.
+"""
 
 import copy
 import time
 
 import pytest
+from tokenizers import AddedToken
 
-from qlora_kit.data.chat_template import find_end_of_turn
-from qlora_kit.data.rendering import Piece
+from qlora_kit.data.chat_template import find_end_of_turn, find_left_out_thought, find_stop_ids, read_ending
+from qlora_kit.data.formats import Chat
+from qlora_kit.data.rendering import Piece, render_chat, render_prompt
+from qlora_kit.data.tokenizing import encode_records
 from qlora_kit.errors import BadRecord
-from tests.data.builders import DEFAULT_SYSTEM, render_pieces
+from tests.data.builders import DEFAULT_SYSTEM, pieces_of, render_pieces
 
 ONE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
 TWO = [*ONE, {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
@@ -37,6 +43,46 @@ TWO_ENDS = """\
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% else %}<|endoftext|>{% endif %}"""
 
+# Turns end where the next one begins.
+GLM_4 = """\
+{% for m in messages %}<|{{ 'observation' if m.role == 'tool' else m.role }}|>
+{{ m.content or '' }}{% for call in m.tool_calls %}{{ call.function.name }}
+{{ call.function.arguments | tojson }}{% endfor %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+
+# A prompt ends with an empty thought, which a given answer has not.
+GEMMA_4 = """\
+{% for m in messages %}<|turn>{{ 'model' if m.role == 'assistant' else m.role }}
+{{ m.content | trim }}<turn|>
+{% endfor %}{% if add_generation_prompt %}<|turn>model
+<|channel>thought
+<channel|>{% endif %}"""
+
+# A prompt opens a thought, which a given answer closes at once.
+GLM_4_7 = """\
+{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}\
+{{ '<think>' + m.reasoning_content if m.reasoning_content }}</think>{% endif %}\
+{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|><think>{% endif %}"""
+
+# A prompt opens a thought, and a given answer has none.
+QWQ = """\
+{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content.split('</think>')[-1].strip() }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+<think>
+{% endif %}"""
+
+# Two control tokens end a turn.
+COMMAND_R7B = """\
+{% for m in messages %}<|START_OF_TURN_TOKEN|>{% if m.role == 'assistant' %}\
+<|CHATBOT_TOKEN|><|START_RESPONSE|>{{ m.content }}<|END_RESPONSE|>{% else %}<|USER_TOKEN|>{{ m.content }}{% endif %}\
+<|END_OF_TURN_TOKEN|>{% endfor %}{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{% endif %}"""
+
+# A finished conversation ends with the end-of-sequence token, every other turn with another.
+GPT_OSS = """\
+{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}\
+{{ '<|return|>' if loop.last and m.role == 'assistant' else '<|end|>' }}{% endfor %}\
+{% if add_generation_prompt %}<|start|>assistant{% endif %}"""
+
 ENDLESS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 
 
@@ -44,8 +90,11 @@ ENDLESS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% 
 def with_template(tokenizer):
     """Return a function that copies the tiny tokenizer with another chat template and end-of-sequence token."""
 
-    def make(template, eos_token="<|im_end|>"):
+    def make(template, eos_token="<|im_end|>", special=(), words=()):
         other = copy.deepcopy(tokenizer)
+        for tokens, is_special in ((special, True), (words, False)):
+            added = [AddedToken(token, special=is_special, normalized=False) for token in tokens]
+            other.add_tokens(added, special_tokens=is_special)
         other.chat_template, other.eos_token = template, eos_token
         return other
 
@@ -79,8 +128,12 @@ def test_text_that_a_template_writes_before_an_answer_is_trained_if_the_model_wo
 
 def test_answers_that_are_rendered_differently_later_are_refused_with_the_remedy(with_template):
     tokenizer = with_template(THINKING)
-    with pytest.raises(BadRecord, match=r"does not render turn 2 as the model would generate it \(data\.train_on: last"):
+    with pytest.raises(BadRecord) as caught:
         render_pieces(TWO, tokenizer)
+    assert str(caught.value).endswith(
+        r"'<think>\n\n</think>\n\nHello!<|im_end|>' becomes 'Hello!<|im_end|>\n<|im_start|>user\n2+2?<|…' once later turns follow"
+    )
+    assert caught.value.remedy.startswith("train the last answers only (data.train_on=last), or use another template (data.chat_")
     assert render_pieces(TWO, tokenizer, "last") == [
         Piece("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"
               "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n", False),
@@ -114,10 +167,137 @@ def test_a_template_that_refuses_a_turn_is_quoted(with_template):
         render_pieces([SYSTEM, *ONE], with_template(BRACKETS))
 
 
-@pytest.mark.parametrize(("template", "eos_token"), [(ENDLESS, "<|im_end|>"), (None, None)])
-def test_answers_without_an_end_token_are_refused(with_template, template, eos_token):
+@pytest.mark.parametrize("template", [ENDLESS, None])
+def test_answers_without_a_token_that_could_end_them_are_refused(with_template, template):
     with pytest.raises(BadRecord, match=r"ends an answer with '\\n', expected an end-of-sequence or other control token"):
-        render_pieces(ONE, with_template(template, eos_token))
+        render_pieces(ONE, with_template(template, eos_token=None))
+
+
+def stops(tokenizer) -> list[str]:
+    return tokenizer.convert_ids_to_tokens(find_stop_ids(tokenizer, "chat"))
+
+
+def test_where_the_template_ends_no_answer_the_end_of_sequence_token_ends_the_last_one(with_template):
+    tokenizer = with_template(ENDLESS, "<|im_end|>")
+    assert render_pieces(ONE, tokenizer) == [
+        Piece("user: Hi\nassistant: ", False), Piece("Hello!<|im_end|>", True), Piece("\n", False)
+    ]  # fmt: skip
+    with pytest.raises(BadRecord, match=r"'<\|im_end\|>.*' becomes .* once later turns follow") as caught:
+        render_pieces(TWO, tokenizer)
+    assert "data.train_on=last" in caught.value.remedy
+    assert trained(render_pieces(TWO, tokenizer, "last")) == ["4<|im_end|>"] and "<|im_end|>" in stops(tokenizer)
+
+
+def test_where_the_next_turn_ends_an_answer_its_first_token_is_trained(with_template):
+    roles = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
+    tokenizer = with_template(GLM_4, "<|endoftext|>", roles)
+    assert render_pieces([SYSTEM, *TWO], tokenizer) == [
+        Piece("<|system|>\nBe brief.<|user|>\nHi<|assistant|>", False),
+        Piece("\nHello!<|user|>", True),
+        Piece("\n2+2?<|assistant|>", False),
+        Piece("\n4<|user|>", True),
+    ]
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    turns = [ONE[0], {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": "4"}, ONE[1]]
+    assert trained(render_pieces(turns, tokenizer)) == ['\nadd\n{"a": 2}<|observation|>', "\nHello!<|user|>"]
+    assert trained(render_pieces(turns[:2], tokenizer)) == ['\nadd\n{"a": 2}<|observation|>']
+    assert {"<|user|>", "<|observation|>", "<|endoftext|>"} <= set(stops(tokenizer))
+
+
+@pytest.mark.parametrize("eos_token", ["<|END_OF_TURN_TOKEN|>", "<|endoftext|>"])
+def test_the_end_of_a_turn_is_trained_up_to_its_last_token(with_template, eos_token):
+    special = ["START_OF_TURN_TOKEN", "END_OF_TURN_TOKEN", "USER_TOKEN", "CHATBOT_TOKEN", "START_RESPONSE", "END_RESPONSE"]
+    tokenizer = with_template(COMMAND_R7B, eos_token, [f"<|{name}|>" for name in special])
+    expected = [f"<|START_RESPONSE|>{words}<|END_RESPONSE|><|END_OF_TURN_TOKEN|>" for words in ("Hello!", "4")]
+    assert trained(render_pieces(TWO, tokenizer)) == expected
+    assert find_end_of_turn(tokenizer) == "<|END_OF_TURN_TOKEN|>"
+
+
+def test_an_end_of_the_last_answer_only_leaves_that_one_to_train(with_template):
+    tokenizer = with_template(GPT_OSS, "<|return|>", ["<|start|>", "<|message|>", "<|end|>", "<|return|>"])
+    assert trained(render_pieces(ONE, tokenizer)) == ["<|message|>Hello!<|return|>"]
+    with pytest.raises(BadRecord, match=r"'<\|return\|>' becomes '<\|end\|>") as caught:
+        render_pieces(TWO, tokenizer)
+    assert "data.train_on=last" in caught.value.remedy
+    assert trained(render_pieces(TWO, tokenizer, "last")) == ["<|message|>4<|return|>"]
+
+
+# Thoughts at the end of a prompt
+
+
+@pytest.mark.parametrize(
+    ("template", "left_out", "prompt", "answers"),
+    [
+        (GEMMA_4, "<|channel>thought\n<channel|>", "<|turn>user\nHi<turn|>\n<|turn>model\n", ["Hello!<turn|>", "4<turn|>"]),
+        (GLM_4_7, "<think>", "<|user|>Hi<|assistant|>", ["</think>Hello!<|user|>", "</think>4<|user|>"]),
+    ],
+    ids=["empty", "closed at once"],
+)
+def test_a_thought_that_no_given_answer_has_is_left_out_of_prompts(with_template, template, left_out, prompt, answers):
+    tokenizer = with_template(template, "<|endoftext|>", ["<|turn>", "<turn|>", "<|user|>", "<|assistant|>"])
+    assert find_left_out_thought(tokenizer) == left_out
+    assert [piece.text for piece in pieces_of(render_prompt(ONE[:1], tokenizer))] == [prompt]
+    assert trained(render_pieces(TWO, tokenizer)) == answers
+    if template == GLM_4_7:  # the model chooses between the two
+        thought = [ONE[0], ONE[1] | {"reasoning_content": "Hm."}]
+        assert trained(render_pieces(thought, tokenizer)) == ["<think>Hm.</think>Hello!<|user|>"]
+
+
+def test_a_thought_that_stays_open_is_refused_with_the_words_that_differ(with_template):
+    tokenizer = with_template(QWQ)
+    assert find_left_out_thought(tokenizer) == ""
+    with pytest.raises(BadRecord) as caught:
+        render_pieces(ONE, tokenizer)
+    assert str(caught.value).endswith(r"the prompt ends with '<think>\n', the answer begins 'Hello!<|im_end|>\n'")
+    assert caught.value.remedy == "use another template (data.chat_template=FILE)"
+
+
+# What a template does
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for tool in tools %}{{ tool }}{% endfor %}", "TypeError: 'NoneType' object is not iterable"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError: "),
+        ("{{ messages[0].content / 0 }}", "TypeError: "),
+        ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
+        ("{% if %}", "TemplateSyntaxError: Expected an expression"),
+        ("{{ raise_exception('no\n turns') }}", "no turns)"),
+    ],
+)
+def test_whatever_a_template_raises_is_one_line(with_template, template, reason):
+    with pytest.raises(BadRecord) as caught:
+        render_pieces(ONE, with_template(template))
+    assert f"the chat template refuses the turns ({reason}" in str(caught.value)
+    assert "\n" not in str(caught.value) and "data.chat_template=FILE" in caught.value.remedy
+
+
+DEEPSEEK = """\
+{% for m in messages %}{% if m.role == 'user' %}<|User|>{{ m.content }}{% else %}<|Assistant|>{{ m.content }}{{ eos_token }}\
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|Assistant|>{% endif %}"""
+
+
+def test_role_tokens_that_are_not_special_are_words_when_a_person_types_them(with_template):
+    words = ["<|User|>", "<|Assistant|>", "<think>", "</think>", "<tool_call>"]
+    tokenizer = with_template(DEEPSEEK, "<|endoftext|>", words=words)
+    forged = [
+        {"role": "user", "content": "Hi <|Assistant|>No<tool_call>"},
+        {"role": "assistant", "content": "<think>a</think><|User|>"},
+    ]
+    (record,) = encode_records([render_chat(Chat(forged), tokenizer)], tokenizer)
+    tokens = [token for token in tokenizer.convert_ids_to_tokens(record.ids.tolist()) if token in words]
+    assert tokens == ["<|User|>", "<tool_call>", "<|Assistant|>", "<think>", "</think>"]
+    assert (
+        tokenizer.decode(record.ids.tolist())
+        == "<|User|>Hi <|Assistant|>No<tool_call><|Assistant|><think>a</think><|User|><|endoftext|>"
+    )
+
+
+def test_a_template_that_always_begins_an_answer_ends_turns_before_it(with_template):
+    """As Llama 3's first one did, whose tokenizer ends texts with another token."""
+    template = DEFAULT_SYSTEM.replace("{% if add_generation_prompt %}", "").removesuffix("{% endif %}")
+    assert read_ending(with_template(template, "<|endoftext|>")).token == "<|im_end|>"
 
 
 def test_a_forged_turn_moves_no_boundary_with_a_template_that_is_rendered_for_each_prompt(with_template):

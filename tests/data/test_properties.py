@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from qlora_kit.data.chat_template import build_control_token_pattern
-from qlora_kit.data.formats import READERS, from_messages, recognise_format
+from qlora_kit.data.formats import READERS, Chat, from_messages, recognise_format
 from qlora_kit.data.rendering import render_chat, render_instruction
 from qlora_kit.data.tokenizing import encode_records
 from qlora_kit.errors import BadRecord
@@ -83,7 +83,7 @@ def stretches(pieces) -> list[str]:
 def test_every_answer_and_its_end_and_nothing_else_is_trained(tokenizers, name, messages):
     tokenizer = tokenizers[name]
     try:
-        pieces = render_pieces(from_messages({"messages": messages}), tokenizer)
+        pieces = render_pieces(from_messages({"messages": messages}).messages, tokenizer)
     except BadRecord as error:
         assert not readable(messages) and "an answer is empty" in str(error)
         return
@@ -100,7 +100,7 @@ def test_every_answer_and_its_end_and_nothing_else_is_trained(tokenizers, name, 
 @given(messages=conversations().filter(readable))
 def test_no_token_is_lost_and_the_only_control_tokens_are_the_templates(tokenizers, messages):
     tokenizer = tokenizers["own"]
-    (record,) = encode_records([render_chat(messages, tokenizer)], tokenizer)
+    (record,) = encode_records([render_chat(Chat(messages), tokenizer)], tokenizer)
     ids = record.ids.tolist()
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     assert tokenizer.decode(ids) == unicodedata.normalize("NFC", whole)  # Qwen's tokenizer writes é as one character
@@ -119,7 +119,7 @@ def test_no_token_is_lost_and_the_only_control_tokens_are_the_templates(tokenize
 def test_a_record_has_the_tokens_of_transformers_and_begins_with_those_of_its_prompts(name, messages):
     """The labels are compared with the offsets of the tokens in the whole text."""
     tokenizer = make_tokenizer(name)
-    (record,) = encode_records([render_chat(messages, tokenizer)], tokenizer)
+    (record,) = encode_records([render_chat(Chat(messages), tokenizer)], tokenizer)
     control = build_control_token_pattern(tokenizer)
     is_plain = not any(control.search(message["content"]) for message in messages)
     text = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -150,16 +150,21 @@ def test_the_last_answer_alone_or_everything_can_be_trained(tokenizers, messages
     assert "".join(piece.text for piece in everything) == "".join(piece.text for piece in last)
 
 
+TURN_KEYS = ["weight", "train", "tool_calls", "function_call", "thinking", "name", "text"]
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["role", "from", "content", "value", "weight", "text"]), inner, max_size=3)
-        | st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]) | inner, "content": inner})
+        | st.dictionaries(st.sampled_from(["role", "from", "content", "value", *TURN_KEYS]), inner, max_size=3)
+        | st.fixed_dictionaries(
+            {"role": st.sampled_from(["user", "assistant", "system", "tool", "tool_call"]) | inner, "content": inner},
+            optional=dict.fromkeys(TURN_KEYS, inner),
+        )
     ),
     max_leaves=8,
 )
 KEYS = ["messages", "conversations", "instruction", "input", "output", "prompt", "completion", "text", "id"]
+KEYS += ["system", "history", "tools", "weight", "mask"]
 
 
 @settings(SETTINGS, max_examples=200)
@@ -167,11 +172,11 @@ KEYS = ["messages", "conversations", "instruction", "input", "output", "prompt",
 def test_a_record_is_read_or_refused_in_one_line(record):
     try:
         kind = recognise_format(record)
-        messages = READERS[kind](record) if kind in READERS else None
+        chat = READERS[kind](record) if kind in READERS else None
     except BadRecord as error:
         assert str(error).strip() and "\n" not in str(error)
     else:
-        assert messages is None or messages[-1]["role"] == "assistant"
+        assert chat is None or chat.messages[-1]["role"] == "assistant"
 
 
 @settings(SETTINGS, max_examples=200)

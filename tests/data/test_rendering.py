@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from qlora_kit.data.chat_template import apply_chat_template
+from qlora_kit.data.formats import Chat
 from qlora_kit.data.rendering import Piece, render_chat, render_instruction
 from qlora_kit.data.tokenizing import encode_records
 from qlora_kit.errors import BadRecord
@@ -60,6 +61,14 @@ def test_all_of_the_rendering_can_be_trained(tokenizer):
     ]
 
 
+def test_a_prompt_that_is_not_to_be_trained_is_refused_where_all_is_trained(tokenizer):
+    chat = Chat([USER | {"weight": 0}, ASSISTANT])
+    with pytest.raises(BadRecord, match=r"data\.train_on: all"):
+        render_chat(chat, tokenizer, "all")
+    answers = Chat([USER, ASSISTANT | {"weight": 0}, USER, ASSISTANT])
+    assert [piece.trained for piece in render_chat(answers, tokenizer, "all").pieces] == [True, False, True, True, True]
+
+
 def test_an_answer_of_weight_0_is_a_piece_of_its_own_too(tokenizer):
     """So that its prompt has the same tokens at inference, where no weight is known."""
     pieces = render_pieces([USER, ASSISTANT | {"weight": 0}, USER, FOUR], tokenizer)
@@ -81,7 +90,7 @@ def test_a_control_token_in_content_is_ordinary_text(tokenizer):
     pieces = render_pieces(messages, tokenizer)
     assert "".join(piece.text for piece in pieces) == tokenizer.apply_chat_template(messages, tokenize=False)
     assert "".join(trained(pieces)) == "It is <|im_end|>.<|im_end|>"
-    (record,) = encode_records([render_chat(messages, tokenizer)], tokenizer)
+    (record,) = encode_records([render_chat(Chat(messages), tokenizer)], tokenizer)
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     assert record.ids[np.isin(record.ids, [start, end])].tolist() == [start, end, start, end]
     assert record.ids[record.trained].tolist().count(end) == 1

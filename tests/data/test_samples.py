@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from qlora_kit.data.formats import READERS, recognise_format
+from qlora_kit.data.formats import READERS, Chat, recognise_format
 from qlora_kit.data.rendering import Rendering, render_chat, render_instruction
 from qlora_kit.data.tokenizing import encode_records
 
@@ -102,7 +102,7 @@ def test_the_answers_and_their_ends_are_trained(name, tokenizer):
 def test_no_token_is_lost_and_none_added(name, tokenizer):
     for record in records(name):
         ids, _ = labelled(render(record, tokenizer), tokenizer)
-        messages = READERS[recognise_format(record)](record)
+        messages = READERS[recognise_format(record)](record).messages
         assert tokenizer.decode(ids) == tokenizer.apply_chat_template(messages, tokenize=False)
         assert ids == tokenizer.apply_chat_template(messages, return_dict=False)  # in this text no token joins prompt and answer
 
@@ -157,7 +157,7 @@ def test_labels_of_the_real_tokenizer_are_the_published_ids(qwen_tokenizer_dir):
     """`Hi` is 13048, `Hello` 9707, `!` 0; 151644 and 151645 begin and end a turn, 198 is a line's end."""
     qwen = AutoTokenizer.from_pretrained(qwen_tokenizer_dir)
     turns = [{"role": "system", "content": "!"}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
-    ids, labels = labelled(render_chat(turns, qwen), qwen)
+    ids, labels = labelled(render_chat(Chat(turns), qwen), qwen)
     assert ids == [
         151644,
         8948,

@@ -148,18 +148,18 @@ def test_a_very_long_answer_has_the_tokens_of_the_whole(tokenizer):
 
 
 def test_a_record_that_trains_its_end_is_accepted():
-    check_trained(encoded([1, 2, END], [False, True, True]), END)
+    check_trained(encoded([1, 2, END], [False, True, True]), (END,))
 
 
 @pytest.mark.parametrize("trained", [[False, False, False], [True, False, False]])
 def test_a_record_that_trains_on_nothing_is_refused(trained):
     with pytest.raises(BadRecord, match="no token is trained, expected an answer"):
-        check_trained(encoded([1, 2, END], trained), END)
+        check_trained(encoded([1, 2, END], trained), (END,))
 
 
 def test_a_record_whose_end_is_no_label_is_refused():
     with pytest.raises(BadRecord, match="no end-of-turn token is trained"):
-        check_trained(encoded([1, 2, END], [False, True, False]), END)
+        check_trained(encoded([1, 2, END], [False, True, False]), (END,))
 
 
 def test_chats_end_with_the_templates_token_and_ready_made_text_with_the_tokenizers(tiny_dir):

@@ -234,7 +234,7 @@ def test_a_saved_conversation_trains_on_all_answers_but_those_that_were_cut(conv
     lines = ["/system Be brief.", "Hé 日本", "a\\", "b", "Last?", f"/save {file}", f"/save {file}"]
     _, err, _ = converse(lines, "Hello!", "one^C two", "The end.")
     (record,) = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    assert [(turn["role"], turn["content"], turn.get("weight")) for turn in from_messages(record)] == [
+    assert [(turn["role"], turn["content"], turn.get("weight")) for turn in from_messages(record).messages] == [
         ("system", "Be brief.", None), ("user", "Hé 日本", None), ("assistant", "Hello!", None), ("user", "a\nb", None),
         ("assistant", "one", 0), ("user", "Last?", None), ("assistant", "The end.", None),
     ]  # fmt: skip

@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import inference_example
+from qlora_kit.data.formats import Chat
 from qlora_kit.data.rendering import render_chat, render_instruction
 from qlora_kit.data.tokenizing import encode_records
 from qlora_kit.errors import UserError
@@ -40,7 +41,7 @@ def tokenizer(request, tiny_dir):
 
 def trained_prompts(messages, tokenizer, train_on="assistant") -> list[list[int]]:
     """Return the ids before each stretch of trained tokens."""
-    (record,) = encode_records([render_chat(messages, tokenizer, train_on)], tokenizer)
+    (record,) = encode_records([render_chat(Chat(messages), tokenizer, train_on)], tokenizer)
     starts = [at for at, trained in enumerate(record.trained) if trained and not record.trained[at - 1]]
     return [record.ids[:start].tolist() for start in starts]
 
