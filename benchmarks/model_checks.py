@@ -195,8 +195,8 @@ def answer_plainly(model: Any, ids: list[int], encoder: Any) -> str:
     return text.rstrip("\ufffd")  # a character that the last token leaves incomplete
 
 
-def compare_merge(model: Any, output: Path, folder: Path, base: Any) -> float:
-    """Return the largest relative difference of a merged weight from peft's.
+def compare_merge(model: Any, output: Path, folder: Path, base: Any) -> tuple[float, str]:
+    """Return the largest relative difference of a merged weight from peft's, and the weight's name.
 
     Args:
         model: from round_weights, with the packed weights for `base` = dequantized; gets the adapter.
@@ -210,8 +210,9 @@ def compare_merge(model: Any, output: Path, folder: Path, base: Any) -> float:
     found = load_plain(folder).state_dict()
     if expected.keys() != found.keys():
         raise ValueError(f"other weights than peft's: {sorted(expected.keys() ^ found.keys())[:3]}")
-    pairs = [(expected[name].float(), found[name].float()) for name in expected if expected[name].numel()]
-    return max(((a - b).abs().max() / a.abs().max().clamp_min(1e-6)).item() for a, b in pairs)
+    of_text = {name: weight for name, weight in expected.items() if weight.numel() and not NOT_TEXT.search(name)}
+    pairs = {name: (weight.float(), found[name].float()) for name, weight in of_text.items()}
+    return max((((a - b).abs().max() / a.abs().max().clamp_min(1e-6)).item(), name) for name, (a, b) in pairs.items())
 
 
 def measure_reach(model: Any, packed: list[str], output: Path) -> dict[str, Any]:

@@ -103,8 +103,8 @@ def _check_runs(row: Row, folder: Path, steps: dict[str, Any], work: Path, quick
         row["wrong"].append(f"answers: {differs}")
     row["figures"]["answers"] = "=" if differs == "" else ""
     for base, load in (("original", plain), ("dequantized", rounded))[: 1 if quick else 2]:
-        difference = _attempt(row, "merge", checks.compare_merge, load(), output, work / base, base)
-        _note(row, "merge", {} if difference is None else {base: difference})
+        if worst := _attempt(row, "merge", checks.compare_merge, load(), output, work / base, base):
+            _note(row, f"merge ({worst[1]})" if worst[0] > LIMITS[base] else "merge", {base: worst[0]})
 
 
 def _attempt(row: Row, part: str, function: Callable, *arguments: Any) -> Any:
