@@ -28,7 +28,7 @@ from qlora_kit.model import hub
 from qlora_kit.model.architecture import read_fast_shape
 from qlora_kit.model.fingerprint import weights_fingerprint
 from qlora_kit.model.packed_base import settle_quantization
-from qlora_kit.model.tokenizer import load_tokenizer, tokenizer_fingerprint
+from qlora_kit.model.tokenizer import load_tokenizer, read_chat_template, template_fingerprint, tokenizer_fingerprint
 from qlora_kit.output.curves import plot_training_curves, read_metrics
 from qlora_kit.output.folder import CURVES, check_disk, check_output_dir
 from qlora_kit.output.lock import OutputLock
@@ -147,11 +147,12 @@ def preview(config: Config, processes: int) -> None:
     """Print what a run would train on; loads the tokenizer only."""
     check_division(config, processes)
     check_source(config.data)
+    read_chat_template(config.data.chat_template)  # a mistake in it is answered before anything is loaded
     hub.prepare(config.model.name, *config.data.names)
     if config.model.trust_remote_code:
         print(hub.remote_code_warning(config.model), file=sys.stderr)
     hub.fetch_tokenizer(config.model)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, config.data.chat_template)
     show_preview(config, tokenizer, *prepare_dataset(config, tokenizer), cli.results_console())
 
 
@@ -179,6 +180,7 @@ def train(
     if team.count > 1 and config.training.device != "cpu":
         check_gpus(team)
     check_source(config.data)
+    read_chat_template(config.data.chat_template)  # a mistake in it is answered before anything is loaded
     replace = overwrite or not team.is_main  # only rank 0 writes
     folder = check_output_dir(config.training.output_dir, replace, resume is not None)
     with OutputLock(folder) if team.is_main else nullcontext() as lock:
@@ -214,13 +216,16 @@ def _train(config: Config, resume: str | None, overwrite: bool, team: Team, fold
     # Data before the model: a mistake in them is found before gigabytes of weights are downloaded.
     with team.local_main_first():
         hub.fetch_tokenizer(config.model)
-        tokenizer = load_tokenizer(config.model)
+        tokenizer = load_tokenizer(config.model, config.data.chat_template)
+        run.fingerprints["tokenizer_sha256"] = tokenizer_fingerprint(tokenizer)
+        run.fingerprints["template_sha256"] = template_fingerprint(tokenizer) or ""
+        check_fingerprints(checkpoint, run.fingerprints)
         report.note(check_base(config, lora_config(config), tokenizer, fast=reason is None))
         data = TrainingData(*prepare_dataset(config, tokenizer))
     not_packed = checkpoint.run.get("not_packed") if checkpoint else None
     data = data.unpack() if not_packed else data
     report.describe_data(*data, not_packed)
-    run.fingerprints |= {"train_sha256": run.data["train_sha256"], "tokenizer_sha256": tokenizer_fingerprint(tokenizer)}
+    run.fingerprints["train_sha256"] = run.data["train_sha256"]
     check_fingerprints(checkpoint, run.fingerprints)
     check_end(checkpoint, config, len(data.train))
     with team.local_main_first():

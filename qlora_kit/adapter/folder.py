@@ -51,6 +51,11 @@ class AdapterSource:
     provenance: dict[str, Any]
     notes: tuple[str, ...] = ()
 
+    @property
+    def chat_template(self) -> str | None:
+        """The file with the run's chat template, where no tokenizer was saved with it: beside a run that did not end."""
+        return self.config.data.chat_template if self.tokenizer == self.model else None
+
 
 def read_adapter(name: str, trust_remote_code: bool = False) -> AdapterSource:
     """Read an adapter's folder; loads no weights.
@@ -247,7 +252,7 @@ def load_checked_tokenizer(source: AdapterSource) -> "PreTrainedTokenizerBase":
     Raises:
         UserError: the tokenizer cannot be loaded, or has another vocabulary than in training.
     """
-    tokenizer = load_tokenizer(source.tokenizer)
+    tokenizer = load_tokenizer(source.tokenizer, source.chat_template)
     recorded = source.provenance.get("tokenizer_sha256")
     if recorded and tokenizer_fingerprint(tokenizer) != recorded:
         # A later library may serialize the same tokenizer differently; the fingerprint of the vocabulary stays the same.

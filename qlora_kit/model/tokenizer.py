@@ -3,25 +3,36 @@
 import hashlib
 import os
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 
 from qlora_kit.config import ModelSettings
 from qlora_kit.errors import UserError
+from qlora_kit.untrusted import read_regular_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LARGEST_TEMPLATE = 2**20  # bytes
 TEXT_ENDS = ("endoftext", "endofdocument", "eos", "eostoken", "/s", "eod", "endofsentence")  # as _letters writes names
 
 
-def load_tokenizer(model: ModelSettings) -> "PreTrainedTokenizerBase":
+def load_tokenizer(model: ModelSettings, chat_template: str | None = None) -> "PreTrainedTokenizerBase":
     """Load the base model's tokenizer, without the model's weights.
 
+    Args:
+        chat_template: a file with the template that it takes instead of its own; None keeps that.
+
     Raises:
-        UserError: it cannot be loaded, or could not be saved with an adapter.
+        UserError: it cannot be loaded, or could not be saved with an adapter; or the file holds no template.
     """
     from transformers import AutoTokenizer
 
+    template = read_chat_template(chat_template)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             os.path.expanduser(model.name), revision=model.revision or "main", trust_remote_code=model.trust_remote_code
@@ -30,7 +41,47 @@ def load_tokenizer(model: ModelSettings) -> "PreTrainedTokenizerBase":
         problem = f"has a tokenizer that cannot be loaded ({' '.join(str(error).split())[:300]})"
         raise UserError("model.name", model.name, problem, "copy or download it again") from error
     _check_template_names(tokenizer, model.name)
+    if template:
+        tokenizer.chat_template = template
     return tokenizer
+
+
+def read_chat_template(file: str | None) -> str | None:
+    """Return the chat template in a file; None for None. Imports no transformers.
+
+    Raises:
+        UserError: the file cannot be read, is not UTF-8 or empty, or is no Jinja template.
+    """
+    if file is None:
+        return None
+    key, remedy = "data.chat_template", "use a Jinja file, or null for the tokenizer's own template"
+    try:
+        text = read_regular_file(Path(file).expanduser(), LARGEST_TEMPLATE).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(key, file, f"is not UTF-8 text (byte {error.start})", "save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(key, file, f"cannot be read ({error.strerror})", remedy) from None
+    except ValueError as error:
+        raise UserError(key, file, f"cannot be read ({error})", remedy) from None
+    if not text.strip():
+        raise UserError(key, file, "is empty", remedy)
+    try:
+        Environment(extensions=["jinja2.ext.loopcontrols", _Generation], optimized=False).compile(text)  # runs nothing of it
+    except Exception as error:
+        line = getattr(error, "lineno", None)
+        reason = (f"line {line}: " if line else "") + (" ".join(str(error).split())[:200] or type(error).__name__)
+        raise UserError(key, file, f"is no Jinja template ({reason})", "correct it") from None
+    return text.replace("\r\n", "\n")
+
+
+class _Generation(Extension):
+    """The block `{% generation %}` of transformers, which marks answers."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _check_template_names(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
@@ -98,6 +149,12 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     if backend is None:
         return vocabulary_fingerprint(tokenizer)
     return hashlib.sha256(backend.to_str().encode()).hexdigest()
+
+
+def template_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """Return the SHA-256 of the chat template; None if there is none."""
+    template = tokenizer.chat_template
+    return hashlib.sha256(str(template).encode()).hexdigest() if template else None
 
 
 def vocabulary_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:

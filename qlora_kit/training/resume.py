@@ -14,6 +14,7 @@ from qlora_kit.training.processes import Team
 FINGERPRINTS = {
     "train_sha256": ("data.dataset", "the training data"),
     "tokenizer_sha256": ("model.name", "the tokenizer"),
+    "template_sha256": ("data.chat_template", "the chat template"),
     "base_sha256": ("model.name", "the base weights"),
 }
 # Settings that a resumed run may change: they decide neither what is trained, nor on what, nor in which order.
@@ -113,7 +114,7 @@ def find_common_checkpoint(folder: Path, config: Config, wanted: str | None, tea
 
 
 def check_fingerprints(checkpoint: Checkpoint | None, fingerprints: dict[str, str]) -> None:
-    """Refuse to resume on other data, with another tokenizer or on other base weights, although the settings name the same.
+    """Refuse to resume with other data, base weights, tokenizer or chat template, although the settings name the same.
 
     Args:
         checkpoint: None where the run does not resume.
@@ -124,7 +125,8 @@ def check_fingerprints(checkpoint: Checkpoint | None, fingerprints: dict[str, st
     """
     if checkpoint is None:
         return
-    changed = [name for name, value in fingerprints.items() if checkpoint.run["fingerprints"].get(name) != value]
+    before = checkpoint.run["fingerprints"]  # those of an earlier version have no template
+    changed = [name for name, value in fingerprints.items() if before.get(name, value) != value]
     remedy = "restore them, or start over in another --output_dir"
     if changed:
         named = [FINGERPRINTS[name] for name in changed]

@@ -1,4 +1,4 @@
-"""Find what a tokenizer puts around a text, and the separator of documents, which is not always the end-of-sequence token."""
+"""Find what a tokenizer puts around a text, and the separator of documents; give it another chat template."""
 
 import pytest
 from tokenizers import AddedToken, Tokenizer
@@ -6,8 +6,9 @@ from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from qlora_kit.config import ModelSettings
 from qlora_kit.errors import UserError
-from qlora_kit.model.tokenizer import find_frame, separator_id
+from qlora_kit.model.tokenizer import find_frame, load_tokenizer, read_chat_template, separator_id
 
 
 def test_the_separator_ends_a_text_and_not_a_turn(tiny_dir):
@@ -62,3 +63,37 @@ def test_without_endoftext_the_end_of_sequence_token_is_the_separator():
 def test_a_tokenizer_without_an_end_of_sequence_token_is_refused():
     with pytest.raises(UserError, match=r"model\.name: .*end-of-sequence"):
         separator_id(plain_tokenizer())
+
+
+# data.chat_template
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "cannot be read (No such file or directory). Use a Jinja file, or null"),
+        (b"", "is empty. Use a Jinja file, or null"),
+        (b"caf\xe9", "is not UTF-8 text (byte 3). Save it as UTF-8."),
+        (b"one\n{% if %}", "is no Jinja template (line 2: Expected an expression"),
+        (b"{{ messages | nothing }}", "is no Jinja template (line 1: No filter named 'nothing'"),
+        (b"{{" + b"(" * 5000 + b"1" + b")" * 5000 + b"}}", "is no Jinja template (maximum recursion depth"),
+        (b"{{ '" + b"x" * 2**20 + b"' }}", "cannot be read (more than 1,048,576 bytes)"),
+    ],
+)
+def test_a_file_that_is_no_template_is_one_problem(tmp_path, content, reason):
+    file = tmp_path / "own.jinja"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_chat_template(str(file))
+    (line,) = caught.value.lines
+    assert line.startswith(f"data.chat_template: {file}: {reason}")
+
+
+def test_a_template_of_ones_own_replaces_that_of_the_tokenizer(tmp_path, tiny_dir, monkeypatch):
+    template = "{% for m in messages %}[{{ m.role }}]{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}"
+    (tmp_path / "own.jinja").write_bytes(b"\xef\xbb\xbf" + template.encode())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tokenizer = load_tokenizer(ModelSettings(name=str(tiny_dir)), "~/own.jinja")
+    assert tokenizer.chat_template == template
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}] * 2, tokenize=False) == "[user]Hi"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -11,7 +12,7 @@ from qlora_kit.config import Config
 from qlora_kit.config_file import load_config, override
 from qlora_kit.errors import UserError
 from qlora_kit.output.checkpoints import find_newest_valid, staged_checkpoint
-from qlora_kit.training.resume import find_checkpoint
+from qlora_kit.training.resume import check_fingerprints, find_checkpoint
 from tests.tiny_run import SMALL, damage, names, result
 
 
@@ -134,6 +135,14 @@ def test_a_checkpoint_or_any_folder_that_contains_checkpoints_can_be_named(begun
     folder, config = begun[0], load_config(begun[0] / "config.yaml")
     checkpoint, _ = find_checkpoint(folder, config, wanted and str(folder / wanted))
     assert checkpoint.folder.name == f"checkpoint-{number}"
+
+
+def test_another_chat_template_under_the_same_name_is_refused():
+    before = SimpleNamespace(run={"fingerprints": {"template_sha256": "a", "tokenizer_sha256": "b"}})
+    check_fingerprints(before, {"template_sha256": "a", "tokenizer_sha256": "b"})
+    with pytest.raises(UserError, match=r"^data\.chat_template: the chat template differ"):
+        check_fingerprints(before, {"template_sha256": "c", "tokenizer_sha256": "b"})
+    check_fingerprints(SimpleNamespace(run={"fingerprints": {}}), {"template_sha256": "c"})  # of an earlier version
 
 
 def test_changed_settings_are_written_to_the_log(resume_run):
