@@ -23,7 +23,7 @@ DESCRIPTIONS = {
     "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json", "dataset-metadata.json",
     "croissant.json", "datapackage.json", "citation.json",
 }  # fmt: skip
-HIDDEN, CARD, TWICE = "hidden", "card", "named or linked twice"
+HIDDEN, CARD, TWICE, OTHER_KIND = "hidden", "card", "named or linked twice", "of a kind that is not read"
 NAMES_SHOWN = 10
 
 LeftOut = defaultdict[str, list[Path]]  # files and folders that are left out, by the reason
@@ -70,9 +70,9 @@ def list_files(name: str, key: str, left_out: LeftOut | None = None) -> list[Loc
     except OSError as error:
         raise UserError(key, name, f"cannot be read ({error.filename}: {error.strerror})", "check its permissions") from None
     if not files:
-        hidden = describe_left_out(left_out, path)
-        problem = f"has no {' '.join(FILE_SUFFIXES)} file" + (f" (left out: {hidden})" if hidden else "")
-        raise UserError(key, name, problem, "name the file itself" if hidden else "add one")
+        others = describe_left_out(left_out, path)
+        problem = f"has no {' '.join(FILE_SUFFIXES)} file" + (f" (left out: {others})" if others else "")
+        raise UserError(key, name, problem, "add one, or name a file itself" if left_out[HIDDEN] or left_out[CARD] else "add one")
     return files
 
 
@@ -109,7 +109,7 @@ def _search(folder: Path, left_out: LeftOut) -> list[LocalFile]:
             if is_folder:
                 (linked_folders if is_link else folders).append(_Folder(path, inside, (*here.around, target)))
             elif not name.lower().endswith(FILE_SUFFIXES) or not os.path.isfile(entry):
-                continue
+                left_out[OTHER_KIND].append(path)
             elif NOTES.fullmatch(name) or name.lower() in DESCRIPTIONS:
                 left_out[CARD].append(path)
             elif is_link:

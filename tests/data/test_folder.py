@@ -39,10 +39,13 @@ def problem_of(folder: Path) -> str:
 
 def test_files_come_in_the_order_of_their_paths(folder):
     names = ["a.txt", "b/a.csv", "b/c/x.json", "b/z.jsonl", "b.md", "c.PARQUET"]
-    assert names_in(folder(*reversed(names), "cover.png", "b/notes.pdf")) == (
-        sorted(names, key=lambda name: Path(name).parts),
-        {},
-    )
+    in_order = sorted(names, key=lambda name: Path(name).parts)
+    assert names_in(folder(*reversed(names))) == (in_order, {})
+
+
+def test_files_of_other_kinds_are_left_out(folder):
+    files, left_out = names_in(folder("a.txt", "cover.png", "b/more.jsonl.gz"))
+    assert files == ["a.txt"] and left_out == {"of a kind that is not read": ["cover.png", "b/more.jsonl.gz"]}
 
 
 @pytest.mark.parametrize(
@@ -139,7 +142,7 @@ def test_what_is_no_file_is_passed_over(folder):
 
 def test_a_folder_of_cards_says_what_is_left_out(folder):
     problem = problem_of(folder("README.md", "b/state.json"))
-    assert ".parquet file (left out: 2 card (README.md, b/state.json)). Name the file itself." in problem
+    assert ".parquet file (left out: 2 card (README.md, b/state.json)). Add one, or name a file itself." in problem
 
 
 def test_ten_names_are_shown_in_one_line(tmp_path):

@@ -90,7 +90,7 @@ def test_parameters_of_the_embedded_model(tiny_dir):
     assert shape.parameters() == AutoModelForCausalLM.from_pretrained(tiny_dir).num_parameters()
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "mamba", "gemma3", None])
+@pytest.mark.parametrize("model_type", ["gpt2", "mamba", "gemma2", "gemma3_text", "phi3", "qwen3_moe", None, []])
 def test_other_architectures_have_no_shape(model_type):
     sizes = {key: value for key, value in KNOWN_CONFIGS["Qwen/Qwen2.5-3B-Instruct"].items() if key != "model_type"}
     assert read_shape({"model_type": model_type, **sizes}) is None
