@@ -93,7 +93,7 @@ def _check_runs(row: Row, folder: Path, steps: dict[str, Any], work: Path, quick
             _note(row, kind, compared[0])
         if compared and kind == "chats":
             row["several_a_block"] = step.training.packed
-            error = _attempt(row, kind, checks.compare_gradients, compared[1], step)
+            error = _attempt(row, kind, checks.compare_gradients, compared[1], step, LIMITS["gradient"])
             _note(row, kind, {} if error is None else {"gradient": error})
     output = work / next(iter(steps))
     row |= _attempt(row, "reach", checks.measure_reach, plain(), packed, output) or {}
