@@ -11,7 +11,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import numpy as np
@@ -134,10 +134,9 @@ def encode_records(records: list[Rendering], tokenizer: "PreTrainedTokenizerBase
     ids_of_parts = iter(_encode_parts([part for parts in parts_of_records for part in parts], tokenizer))
     encoded = []
     for record, parts in zip(records, parts_of_records, strict=True):
-        pieces = [next(ids_of_parts) for _ in parts]
-        ids = [token for part in pieces for piece in part for token in piece]
-        lengths = [len(piece) for part in pieces for piece in part]
-        trained = np.repeat(np.array([mark for part in parts for mark in part.trained], dtype=bool), lengths)
+        pieces = [piece for _ in parts for piece in next(ids_of_parts)]
+        ids = list(chain.from_iterable(pieces))
+        trained = np.repeat(np.array([mark for part in parts for mark in part.trained], dtype=bool), list(map(len, pieces)))
         if record.is_plain:
             ids = begin_text(ids, beginning)
             trained = np.concatenate([np.zeros(len(ids) - len(trained), dtype=bool), trained])
@@ -151,7 +150,9 @@ def _cut_into_parts(record: Rendering, tokenizer: "PreTrainedTokenizerBase") -> 
     stops = list(accumulate(len(piece.text) for piece in record.pieces))
     control = [match.start() for match in _build_barrier_pattern(tokenizer).finditer(text)]
     before = {control[number - 1] for stop in stops if (number := bisect_left(control, stop))}
-    cuts = {(at, at) for at in before} | {match.span() for match in re.finditer(CUT, text)}
+    cuts = [(at, at) for at in before]
+    if CUT in text:
+        cuts += [match.span() for match in re.finditer(CUT, text)]
     parts, begin = [], 0
     for end, following in [*sorted(cuts), (len(text), len(text))]:
         for stretch in _split_long_text(text[begin:end], begin > 0, tokenizer):

@@ -113,7 +113,7 @@ def test_no_token_is_lost_and_the_only_control_tokens_are_the_templates(tokenize
 
 
 @pytest.mark.parametrize("name", ["tiny", *KINDS])
-@settings(SETTINGS, max_examples=50)
+@settings(SETTINGS, max_examples=30)
 @given(messages=conversations(words, system=False).filter(readable))
 @example(messages=[{"role": "user", "content": "Hi "}, {"role": "assistant", "content": "\nHello"}] * 2)
 def test_a_record_has_the_tokens_of_transformers_and_begins_with_those_of_its_prompts(name, messages):
