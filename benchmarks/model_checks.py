@@ -239,7 +239,7 @@ def measure_reach(model: Any, packed: list[str], output: Path) -> dict[str, Any]
         f"{name}.{key}": parameter.numel()
         for name, module in model.named_modules()
         for key, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() > 1 and not isinstance(module, torch.nn.Embedding | torch.nn.modules.conv._ConvNd)
+        if parameter.dim() > 1 and key != "A_log" and not isinstance(module, torch.nn.Embedding | torch.nn.modules.conv._ConvNd)
         if module is not model.get_output_embeddings() and not NOT_TEXT.search(name)
     }
     modules = dict(PeftModel.from_pretrained(model, str(output)).named_modules())

@@ -264,12 +264,13 @@ def table_row(name: str, row: Row) -> str:
     if not row.get("several_a_block", True):
         chats += " (one record a block)"
     result = "; ".join(row["wrong"]) or ("refused" if "peft" in row else "ok")
-    lines = [f"{part} refused: {line}" for part, line in refused.items()]
+    lines = {line: f"{'' if 'peft' in row else f'{part} '}refused: {line}" for part, line in refused.items()}
     cells = [
-        MODELS[name].public if name in MODELS else name, name, row.get("path", ""),
+        MODELS[name].public if name in MODELS else name, name, re.sub(r" \(\w+ is not built like Llama\)", "", row.get("path", "")),
         " ".join(f"`{key}={value}`" for key, value in row.get("set", {}).items()),
         numbers("text base", "text adapter"), chats, figures.get("answers", ""), numbers("merge original", "merge dequantized"),
-        share("packed"), share("adapted"), "; ".join([f"**{result}**" if row["wrong"] else result, *lines]),
+        share("packed"), share("adapted"),
+        re.sub(r"/\S*/", "", "; ".join([f"**{result}**" if row["wrong"] else result, *lines.values()])),
     ]  # fmt: skip
     return f"| {' | '.join(shorten(cell, 300) for cell in cells)} |"
 
