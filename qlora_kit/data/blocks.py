@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Self, Union
 
 import numpy as np
 
+from qlora_kit.data.notes import Rows, describe_notes
 from qlora_kit.data.token_cache import Tokens
 from qlora_kit.data.tokenizing import IGNORED, EncodedRecord
 from qlora_kit.errors import UserError
@@ -74,6 +75,11 @@ class RecordBlocks:
     def join_rule(self) -> str:
         """The content of a block in words."""
         return f"{' and '.join(self.formats)} records, {TRAINED[self.train_on]}"
+
+    @property
+    def notes(self) -> Rows:
+        """What of the records is not trained, or was changed: names and words."""
+        return describe_notes(self.stored.about)
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
@@ -174,6 +180,7 @@ class TextBlocks:
     tail_tokens: int  # tokens at the end of the stream that fill no block
     # (documents,) int64, tokens of each document with its separator; empty if unknown
     full_lengths: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    notes: Rows = field(default_factory=list)  # what of the rows is not trained
     unit = "training document"  # the unit of `sources`
     prompt_style = "text"  # prompts are continued, without a chat template
 
@@ -245,4 +252,5 @@ def build_text_blocks(stored: Tokens, length: int, key: str) -> TextBlocks:
         problem = f"has {tokens} tokens, which do not fill one block of data.max_length {length}"
         raise UserError(key, None, problem, "use more text" + (f", or --max_length {tokens}" if tokens >= 8 else ""))
     ids = stored.ids[: count * length].reshape(count, length)
-    return TextBlocks(ids, len(stored), stored.about["join_rule"], tokens - count * length, np.diff(stored.ends, prepend=0))
+    lengths, notes = np.diff(stored.ends, prepend=0), describe_notes(stored.about)
+    return TextBlocks(ids, len(stored), stored.about["join_rule"], tokens - count * length, lengths, notes)

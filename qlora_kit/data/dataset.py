@@ -110,7 +110,8 @@ def tokenize_documents(
             writer.append(ids)
             if ends:
                 writer.end_document()
-        writer.about = {"join_rule": source.find_join_rule()}
+        unused = set().union(*(file.unused for file in source.files))
+        writer.about = {"join_rule": source.find_join_rule(), "unused_keys": sorted(unused)}
 
     return _read_or_write(_compute_key(source, tokenizer, separator, find_frame(tokenizer), *part), write)
 

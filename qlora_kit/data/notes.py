@@ -1,9 +1,12 @@
 """Collect what a preview and a log say of the data beside their tokens: what of them is not trained, and what was changed."""
 
+import re
 from typing import Any
 
 from qlora_kit.data.rendering import Rendering
 
+KEYS_SHOWN, LONGEST_KEY = 20, 60  # keys, and characters of one
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # which a terminal would obey
 Rows = list[tuple[str, str]]  # name and value
 
 
@@ -40,21 +43,19 @@ def describe_notes(about: dict[str, Any]) -> Rows:
     Args:
         about: what as_json returned, and `left_out_thought`, the end of a prompt that chat_template.py leaves out.
     """
-    changed = about.get("changed")
-    rows = [
-        ("tools", f"in {about['with_tools']:,} records" if about.get("with_tools") else ""),
-        ("not used", ", ".join(about.get("unused_keys", ()))),
-        (
-            "changed",
-            f"the chat template leaves out or changes words of {changed['turns']:,} turns, first in {changed['first']}"
-            if changed
-            else "",
-        ),
-        (
-            "left out",
-            f"{about['left_out_thought']!r}, with which the chat template ends a prompt, but begins no given answer"
-            if about.get("left_out_thought")
-            else "",
-        ),
-    ]
-    return [row for row in rows if row[1]]
+    rows: Rows = []
+    if records := about.get("with_tools"):
+        rows.append(("tools", f"in {records:,} records"))
+    if keys := about.get("unused_keys"):
+        rows.append(("not used", _list_keys(keys)))
+    if changed := about.get("changed"):
+        problem = f"the chat template leaves out or changes words of {changed['turns']:,} turns"
+        rows.append(("changed", f"{problem}, first in {changed['first']}"))
+    if thought := about.get("left_out_thought"):
+        rows.append(("left out", f"{thought!r} at the end of prompts: the chat template begins no given answer with it"))
+    return rows
+
+
+def _list_keys(keys: list[str]) -> str:
+    names = [CONTROL.sub("?", key)[:LONGEST_KEY] or "(a column without a name)" for key in keys[:KEYS_SHOWN]]
+    return ", ".join(names) + (f" and {len(keys) - KEYS_SHOWN:,} more keys" if len(keys) > KEYS_SHOWN else "")

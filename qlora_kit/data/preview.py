@@ -14,6 +14,7 @@ from rich.text import Text
 
 from qlora_kit.config import Config
 from qlora_kit.data.blocks import RecordBlocks, TextBlocks, TrainingBlocks
+from qlora_kit.data.notes import Rows
 from qlora_kit.data.overlap import describe_overlap
 from qlora_kit.data.packing import count_labels
 from qlora_kit.data.splits import describe_files
@@ -30,8 +31,6 @@ BAR = 40  # characters
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters but tab and line end, which a terminal would obey
 TRAIN_ON = {"assistant": "every answer", "last": "the last answer", "all": "prompts and answers"}
 
-Rows = list[tuple[str, str]]  # name and value
-
 
 def show_preview(
     config: Config,
@@ -46,8 +45,10 @@ def show_preview(
         console.print(mark_trained(record, tokenizer, console.is_terminal), soft_wrap=True)
         console.print()
     rows = _describe_records(config, tokenizer, train) if isinstance(train, RecordBlocks) else _describe_text(tokenizer, train)
+    rows += train.notes
     if evaluation is not None:
         rows.append(("evaluation", f"{evaluation.summarise()}, {len(evaluation):,} blocks"))
+        rows += [note for note in evaluation.notes if note not in train.notes]
     if overlap := describe_overlap(train, evaluation):
         rows.append(("overlap", overlap))
     for name, value in [("source", ", ".join(config.data.names)), *describe_files(config.data), *rows]:
@@ -95,14 +96,16 @@ def _describe_records(config: Config, tokenizer: "PreTrainedTokenizerBase", trai
         ("cut", f"{counts.cut:,} records, by {counts.cut_tokens:,} tokens of their beginning"),
         ("dropped", f"{counts.dropped:,} records of {counts.dropped_tokens:,} tokens"),
         ("blocks", f"{len(train):,} of {train.length:,} tokens, {100 * train.fill:.1f} % full"),
-        ("template", _describe_template(train, tokenizer)),
+        ("template", _describe_template(config, train, tokenizer)),
         ("end token", _describe_end_token(train, tokenizer)),
     ]
 
 
-def _describe_template(train: RecordBlocks, tokenizer: "PreTrainedTokenizerBase") -> str:
+def _describe_template(config: Config, train: RecordBlocks, tokenizer: "PreTrainedTokenizerBase") -> str:
     if train.formats == ["instruction"]:
         return "none: the text is ready made"
+    if config.data.chat_template:
+        return f"{config.data.chat_template} (data.chat_template)"
     return "the tokenizer's chat template" if tokenizer.chat_template else "`Role: content` lines: the tokenizer has no template"
 
 
@@ -111,6 +114,7 @@ def _describe_end_token(train: RecordBlocks, tokenizer: "PreTrainedTokenizerBase
     end_ids = train.stored.about["end_ids"]
     kept = np.flatnonzero(train.lengths)
     stops = np.isin(train.stored.ids, end_ids) & train.stored.trained
+    end_ids = np.intersect1d(end_ids, train.stored.ids[stops]).tolist()
     without = int((count_labels(stops, train.begins[kept], (train.begins + train.lengths)[kept]) == 0).sum())
     tokens = " and ".join(tokenizer.convert_ids_to_tokens(end_ids))
     return f"{tokens}, trained: {'yes' if not without else f'not in {without:,} records'}"

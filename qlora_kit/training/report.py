@@ -148,6 +148,8 @@ class RunReport:
         self.log.write(f"Training data: {source}: {train.describe()}; {steps:,} optimizer steps an epoch")
         for name, files in describe_files(config.data):
             self.log.write(f"  {name}: {files}")
+        for name, note in train.notes:
+            self.log.write(f"  {name}: {note}")
         self._describe_schedule(config.total_steps(len(train)))
         self.run.data = {
             "source": config.data.dataset,
@@ -162,6 +164,9 @@ class RunReport:
             self.log.write(f"Evaluation data: {evaluation.summarise()}, {len(evaluation):,} blocks")
             if self.log.enabled and (overlap := describe_overlap(train, evaluation)):
                 self.log.write(f"  overlap: {overlap}")
+            for name, note in evaluation.notes:
+                if (name, note) not in train.notes:
+                    self.log.write(f"  {name}: {note}")
             self.run.data |= {"eval_blocks": len(evaluation), "eval_sha256": evaluation.fingerprint()}
 
     def _describe_schedule(self, steps: int) -> None:

@@ -14,6 +14,7 @@ import train_qlora
 from qlora_kit import cli
 from qlora_kit.data.preview import draw_histogram
 from qlora_kit.errors import UserError
+from tests.data.tool_templates import template
 
 RECORDS = [
     {"instruction": "Say hi", "input": "", "output": "Hi"},
@@ -100,6 +101,16 @@ def test_the_files_of_a_folder_are_named_and_equal_records_counted(root, tmp_pat
     assert rows["files"] == "2 (a.jsonl, b.jsonl)" and rows["eval files"] == "1 (test.jsonl)"
     assert rows["left out"] == "1 hidden (.a.jsonl)" and rows["records"].startswith("5 ")
     assert rows["overlap"].startswith("1 of 1 evaluation records are trained on, too")
+
+
+def test_tools_keys_that_are_not_used_and_the_template_are_shown(preview, tmp_path):
+    record = RECORDS[0] | {"id": 7, "tools": [{"name": "look_up", "parameters": {}}]}
+    (tmp_path / "own.jinja").write_text(template())
+    output = preview([record], "--set", f"data.chat_template={tmp_path / 'own.jinja'}")
+    rows = rows_of(output)
+    assert (rows["tools"], rows["not used"]) == ("in 1 records", "id")
+    assert rows["template"] == f"{tmp_path / 'own.jinja'} (data.chat_template)"
+    assert '"look_up"' in output.partition("records")[0]
 
 
 def test_running_text_is_shown_as_blocks(root, monkeypatch, capsys):
