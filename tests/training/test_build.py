@@ -19,7 +19,7 @@ FLAGS = [
     "--set", "lora.target_modules=all-linear", "--set", "quantization.load_in_4bit=false", "--set", "training.save_steps=1",
     "--set", "training.logging_steps=1", "--set", "training.eval_steps=1", "--set", "data.max_eval_samples=3",
 ]  # fmt: skip
-LINE = "Records are not packed, each has a block of its own: the library's lfm2 computes a record otherwise beside another one"
+LINE = "Records are not packed, each has a block of its own: the library's lfm2 computes a record differently beside another one"
 
 
 @pytest.fixture(autouse=True)
