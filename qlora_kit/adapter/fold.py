@@ -33,15 +33,14 @@ def check_memory(model: ModelSettings, dtype: torch.dtype, device: str) -> None:
     if folder is None:
         return  # loading fails with the reason
     shapes = [stored.shape for stored in read_base(folder).values()]
-    vocabulary = read_json(folder / "config.json", "model.name").get("vocab_size")
+    config = read_json(folder / "config.json", "model.name")
+    vocabulary = config.get("text_config", config).get("vocab_size")
     largest = max(math.prod(shape) for shape in shapes if vocabulary not in shape)  # neither embedding nor head is folded
     needed = sum(map(math.prod, shapes)) * dtype.itemsize + largest * torch.float32.itemsize + ANSWER_BYTES
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
     if needed > free:
-        problem = (
-            f"needs {needed / GIB:.2f} GiB for {model.name} in {str(dtype).removeprefix('torch.')}, and "
-            f"{free / GIB:.2f} GiB of {'the GPU' if device == 'cuda' else 'memory'} are free"
-        )
+        where, name = "the GPU" if device == "cuda" else "memory", str(dtype).removeprefix("torch.")
+        problem = f"needs {needed / GIB:.2f} GiB for {model.name} in {name}, and {free / GIB:.2f} GiB of {where} are free"
         raise UserError("--merged", None, problem, f"free {(needed - free) / GIB:.2f} GiB, or leave --merged out")
 
 

@@ -67,14 +67,9 @@ def read_pairs(folder: Path) -> dict[str, LoraPair]:
 
 
 def _check_settings(settings: dict[str, Any], folder: Path) -> None:
-    kind, start = settings.get("peft_type", "LORA"), settings.get("init_lora_weights")
     extra = {name: settings[name] for name in MORE_THAN_LORA if settings.get(name)}
-    if kind != "LORA":
-        extra["peft_type"] = kind
-    if settings.get("bias", "none") != "none":
-        extra["bias"] = settings["bias"]
-    if start not in KEEPS_THE_BASE:
-        extra["init_lora_weights"] = start
+    plain = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": KEEPS_THE_BASE}
+    extra |= {name: settings[name] for name, values in plain.items() if settings.get(name, values[0]) not in values}
     if extra:
         listed = ", ".join(f"{name}: {value}" for name, value in extra.items())
         remedy = "use peft's merge_and_unload, or the adapter without merging"

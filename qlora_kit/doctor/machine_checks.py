@@ -137,11 +137,6 @@ def c_compiler(device: str) -> str:
         raise CheckSkipped(f"{compiler or 'none'}; not needed without a GPU")
     if compiler is None:
         raise CheckFailed("none found, so Triton cannot build kernels", INSTALL_COMPILER)
-    return compile_header(compiler)
-
-
-def compile_header(compiler: str) -> str:
-    """Check that the compiler can compile a file that includes Python.h."""
     command = [compiler, "-I", sysconfig.get_path("include"), "-x", "c", "-c", "-", "-o", os.devnull]
     source = "#include <Python.h>\nint answer(void) { return 42; }\n"
     done = subprocess.run(command, input=source, capture_output=True, text=True, timeout=60)

@@ -114,15 +114,9 @@ def mlp_input(
 
 
 def mlp_input_backward(
-    dh: torch.Tensor,
-    dgates: torch.Tensor,
-    middle: torch.Tensor,
-    attended: torch.Tensor,
-    o_xa: torch.Tensor | None,
-    o: UnpackedGroup,
-    gate_up: UnpackedGroup,
-    norms: Norms,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    dh: torch.Tensor, dgates: torch.Tensor, middle: torch.Tensor, attended: torch.Tensor, o_xa: torch.Tensor | None,
+    o: UnpackedGroup, gate_up: UnpackedGroup, norms: Norms,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return the gradients of h along the residual path and of `attended`.
 
     The gradients of gate's and up's B were added before, by mlp_activation.add_sums.

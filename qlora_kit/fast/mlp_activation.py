@@ -42,14 +42,9 @@ def activate(gates: torch.Tensor, down: Lora | None, key: torch.Tensor) -> tuple
 
 
 def activate_backward(
-    dy: torch.Tensor,
-    u: torch.Tensor | None,
-    gates: torch.Tensor,
-    xa: torch.Tensor | None,
-    key: torch.Tensor,
-    down: Lora | None,
-    gate_up: Lora | None,
-) -> tuple[torch.Tensor, Sums]:
+    dy: torch.Tensor, u: torch.Tensor | None, gates: torch.Tensor, xa: torch.Tensor | None, key: torch.Tensor,
+    down: Lora | None, gate_up: Lora | None,
+) -> tuple[torch.Tensor, Sums]:  # fmt: skip
     """Return the gradients of gate and up, (N, 2 · mlp), and partial sums of those of down's A and of gate's and up's B.
 
     With σ = sigmoid(g), the derivatives of silu(g) u = g σ u are u σ (1 + g (1 - σ)) for g, and g σ for u.
@@ -106,14 +101,9 @@ def activate_triton(gates: torch.Tensor, down: Lora | None, key: torch.Tensor) -
 
 
 def activate_backward_triton(
-    dy: torch.Tensor,
-    u: torch.Tensor | None,
-    gates: torch.Tensor,
-    xa: torch.Tensor | None,
-    key: torch.Tensor,
-    down: Lora | None,
-    gate_up: Lora | None,
-) -> tuple[torch.Tensor, Sums]:
+    dy: torch.Tensor, u: torch.Tensor | None, gates: torch.Tensor, xa: torch.Tensor | None, key: torch.Tensor,
+    down: Lora | None, gate_up: Lora | None,
+) -> tuple[torch.Tensor, Sums]:  # fmt: skip
     """Compute `activate_backward` by one kernel; its programs write partial sums, so that the order of addition is fixed."""
     rows, columns = dy.shape
     dgates = torch.empty_like(gates)

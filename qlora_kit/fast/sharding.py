@@ -10,7 +10,7 @@ computes, the next is gathered. No CUDA graph contains a gather: a captured pass
 import math
 import operator
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -55,9 +55,16 @@ class ShardedTensor:
 
     def start_gather(self) -> None:
         """Begin to gather, while the device computes, unless a gather has begun."""
-        if self.work is None:
-            with self._copy_stream():
-                self.work = dist.all_gather_into_tensor(self.gathered, self._shard_on_device(), async_op=True)
+        if self.work is not None:
+            return
+        if not self.offloaded:
+            self.work = dist.all_gather_into_tensor(self.gathered, self.shard, async_op=True)
+            return
+        stream = _make_copy_stream()
+        stream.wait_stream(torch.cuda.current_stream())  # until the former contents of the buffer are no longer needed
+        with torch.cuda.stream(stream):  # copies from host memory while the device computes
+            shard = self.gathered.chunk(dist.get_world_size())[dist.get_rank()].copy_(self.shard, non_blocking=True)
+            self.work = dist.all_gather_into_tensor(self.gathered, shard, async_op=True)
 
     def wait(self) -> None:
         """Let the device's further work wait until the tensor is gathered."""
@@ -65,19 +72,6 @@ class ShardedTensor:
         assert self.work is not None
         self.work.wait()
         self.work = None
-
-    def _shard_on_device(self) -> torch.Tensor:
-        if not self.offloaded:
-            return self.shard
-        return self.gathered.chunk(dist.get_world_size())[dist.get_rank()].copy_(self.shard, non_blocking=True)
-
-    def _copy_stream(self) -> AbstractContextManager:
-        """Copy from host memory on a stream of its own, while the device computes."""
-        if not self.offloaded:
-            return nullcontext()
-        stream = _make_copy_stream()
-        stream.wait_stream(torch.cuda.current_stream())  # until the former contents of the buffer are no longer needed
-        return torch.cuda.stream(stream)
 
 
 @cache

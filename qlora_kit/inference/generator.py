@@ -5,11 +5,12 @@ output into text: which part of an answer can be printed already, and why the an
 """
 
 import time
+from abc import ABC, abstractmethod
 from collections import abc
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from qlora_kit.config import Config, GenerationSettings
 from qlora_kit.config_file import override
@@ -22,17 +23,29 @@ if TYPE_CHECKING:
 FixedAdapter = Literal["--merged", "--base_only"]  # the flag after which the adapter cannot be switched off, or on
 
 
-class Engine(Protocol):
-    """Turn prompts into tokens, one step of all prompts at a time; library_engine.LibraryEngine describes each member."""
+class Engine(ABC):
+    """Turn prompts into tokens, one step of all prompts at a time."""
 
-    model: Any  # losses and the adapter's norm are computed from it
+    model: Any  # with or without PEFT around it; losses and the adapter's norm are computed from it
 
     @property
-    def context(self) -> int | None: ...
+    def context(self) -> int | None:
+        """The most tokens of prompt and answer together; None if the model states no limit."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @abstractmethod
     def steps(
         self, prompts: list[list[int]], settings: GenerationSettings, seed: int, stop_ids: list[int]
-    ) -> abc.Generator[list[int]]: ...
-    def adapter_off(self) -> AbstractContextManager: ...
+    ) -> abc.Generator[list[int]]:
+        """Yield the next token of each prompt's answer, for at most `settings.max_new_tokens` steps.
+
+        The same prompts, settings and seed give the same tokens. An answer ends with one of `stop_ids`: what comes after means
+        nothing. Closing the generator stops the decoding.
+        """
+
+    def adapter_off(self) -> AbstractContextManager:
+        """Switch the adapter off while the context lasts."""
+        return self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ are overwritten before any later token attends to them.
 
 import math
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from qlora_kit.fast.llama_layer import Norms, Rotary, rms_norm, rotate
 from qlora_kit.fast.llama_parts import lora_of, read_layers, read_rotary_table, why_not_covered
 from qlora_kit.fast.projection import Lora
 from qlora_kit.inference import token_kernels
+from qlora_kit.inference.generator import Engine
 from qlora_kit.inference.kv_cache import Cache, attend_cached, make_causal_mask, store
 from qlora_kit.inference.sampling import Sampling, SamplingTensors, choose_tokens
 from qlora_kit.model.loss import decoder_and_head
@@ -35,8 +36,8 @@ WARM_UP_RUNS = 2
 FIXED_ANGLES = ("default", "linear", "llama3", "yarn")  # rotary tables that do not depend on the length of the text
 
 
-class GraphEngine:
-    """Decode models built like Llama; library_engine.LibraryEngine describes the members that both engines have.
+class GraphEngine(Engine):
+    """Decode models built like Llama.
 
     Args:
         model: with or without PEFT around it; `why_not_decoded` says which are covered.
@@ -48,7 +49,7 @@ class GraphEngine:
         parts = decoder_and_head(model)
         assert parts is not None, "why_not_decoded comes first"
         self.decoder, self.head = parts
-        self.config, self.captured = self.decoder.config, captured
+        self.captured = captured
         self.embedding = self.decoder.embed_tokens.weight
         self.device, self.dtype = self.embedding.device, self.embedding.dtype
         self.layers = read_layers(self.decoder, self._copy_lora)
@@ -63,15 +64,11 @@ class GraphEngine:
         A = torch.cat([pair.A * pair.scale for pair in pairs if pair]).to(self.embedding)
         return Lora(A, tuple(pair and pair.B.to(self.embedding) for pair in pairs), sizes, scale=1.0, keep=1.0), None
 
-    @property
-    def context(self) -> int | None:
-        return getattr(self.config, "max_position_embeddings", None)
-
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
         before, self.uses_adapter = self.uses_adapter, False
         try:
-            with self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext():
+            with super().adapter_off():
                 yield
         finally:
             self.uses_adapter = before

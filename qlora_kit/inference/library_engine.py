@@ -1,7 +1,6 @@
 """The choice of an engine, and transformers' `generate` as an engine: prompts -> tokens, one step of all prompts at a time."""
 
 from collections.abc import Generator
-from contextlib import AbstractContextManager, nullcontext
 from itertools import zip_longest
 from queue import SimpleQueue
 from threading import Event, Thread
@@ -31,25 +30,15 @@ def choose_engine(model: PreTrainedModel | PeftModel, pad_id: int | None) -> tup
     return GraphEngine(model, captured=True), None
 
 
-class LibraryEngine:
+class LibraryEngine(Engine):
     """Decode any model that the library can load; graph_engine.GraphEngine is faster for those that it covers."""
 
     def __init__(self, model: PreTrainedModel | PeftModel, pad_id: int | None):
         self.model, self.pad_id = model.eval(), pad_id or 0
 
-    @property
-    def context(self) -> int | None:
-        """The most tokens of prompt and answer together; None if the model states no limit."""
-        return getattr(self.model.config, "max_position_embeddings", None)
-
     def steps(
         self, prompts: list[list[int]], settings: GenerationSettings, seed: int, stop_ids: list[int]
     ) -> Generator[list[int]]:
-        """Yield the next token of each prompt's answer, for at most `settings.max_new_tokens` steps.
-
-        The same prompts, settings and seed give the same tokens. An answer ends with one of `stop_ids`: what comes after means
-        nothing. Closing the generator stops the decoding.
-        """
         longest = max(map(len, prompts)) + settings.max_new_tokens
         if len({*map(len, prompts)}) > 1 and longest_short_text(self.model.config.get_text_config(), longest):
             # The library would choose the rotary angles of all by the longest.
@@ -83,10 +72,6 @@ class LibraryEngine:
         finally:  # also when the reader closes the generator
             stopping.set()
             worker.join()
-
-    def adapter_off(self) -> AbstractContextManager:
-        """Switch the adapter off while the context lasts."""
-        return self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext()
 
 
 class _Penalty(LogitsProcessor):

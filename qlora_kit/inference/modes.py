@@ -68,14 +68,11 @@ class JsonPrinter(Printer):
 class TextPrinter(Printer):
     """Print the answers alone; where the base model answered too, both answers under their names."""
 
-    def __init__(self) -> None:
-        self.separator = ""
+    separator = ""
 
     def print_answer(self, answered: AnsweredPrompt) -> None:
-        if answered.base is not None:
-            print(make_printable(format_rows(answered)), flush=True)
-        else:
-            print(self.separator + make_printable(answered.answer.text), flush=True)
+        printable = make_printable(answered.answer.text if answered.base is None else format_rows(answered))
+        print(printable if answered.base else self.separator + printable, flush=True)
         self.separator = SEPARATOR
 
 

@@ -32,7 +32,11 @@ def project(x: torch.Tensor, group: ProjectionGroup) -> torch.Tensor:
     Args:
         group: its LoRA matrices are in x's dtype, and A is scaled by alpha / rank.
     """
-    if len(x) == 1 and has_kernels(x) and all(_is_row_packed(weight, x.dtype) for weight in group.weights):
+
+    def has_whole_blocks(weight: Any) -> bool:  # in each row, which the kernel needs
+        return has_kernel(weight, x.dtype) and weight.quant_state.shape[1] % weight.quant_state.blocksize == 0
+
+    if len(x) == 1 and has_kernels(x) and all(map(has_whole_blocks, group.weights)):
         return _project_triton(x, group)
     # One product after the other, so that only one weight is unpacked at a time.
     y = torch.cat([F.linear(x, _unpack(weight, x.dtype)) for weight in group.weights], 1)
@@ -46,11 +50,6 @@ def project(x: torch.Tensor, group: ProjectionGroup) -> torch.Tensor:
 
 def _unpack(weight: Any, dtype: torch.dtype) -> torch.Tensor:
     return unpack_stacked((weight,), (None,), 0, dtype) if hasattr(weight, "quant_state") else weight
-
-
-def _is_row_packed(weight: Any, dtype: torch.dtype) -> bool:
-    """Return whether the kernel can unpack a weight, and each row is a whole number of quantization blocks."""
-    return has_kernel(weight, dtype) and weight.quant_state.shape[1] % weight.quant_state.blocksize == 0
 
 
 def add_and_norm(
@@ -81,13 +80,9 @@ def apply_gate(gates: torch.Tensor) -> torch.Tensor:
 
 
 def rotate_and_store(
-    product: torch.Tensor,
-    sizes: tuple[int, ...],
-    rotary: Rotary,
-    positions: torch.Tensor,
-    keys: torch.Tensor,
+    product: torch.Tensor, sizes: tuple[int, ...], rotary: Rotary, positions: torch.Tensor, keys: torch.Tensor,
     values: torch.Tensor,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Return q, rotated, of one token of each answer, and store k, rotated, and v in the cache; by one kernel (`has_kernels`).
 
     Args:

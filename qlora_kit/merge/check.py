@@ -14,6 +14,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qlora_kit.adapter.attach import attach_adapter, load_base
 from qlora_kit.adapter.folder import AdapterSource
 from qlora_kit.config import Config, DataSettings
 from qlora_kit.data.blocks import RecordBlocks, TrainingBlocks, describe_unpacked
@@ -24,7 +25,7 @@ from qlora_kit.errors import Failed, UserError
 from qlora_kit.merge.weights import Packing
 from qlora_kit.model.device import is_out_of_memory
 from qlora_kit.model.gpu_placement import choose_device_map
-from qlora_kit.model.load import DeviceMap, load_base_model, quantization_config
+from qlora_kit.model.load import DeviceMap, load_base_model
 from qlora_kit.model.packing_check import lay_out_exactly
 from qlora_kit.model.perplexity import (
     Difference,
@@ -193,7 +194,7 @@ def compare_models(
         Failed: the GPU's memory is full.
     """
     try:
-        model = _load_adapted(source, packing, device_maps[0])
+        model = attach_adapter(load_base(source, packing.dtype, device_maps[0]), source, packing.device)
         if isinstance(blocks, RecordBlocks):
             blocks, reason = lay_out_exactly(model, blocks, source.provenance)
             if reason:
@@ -209,19 +210,6 @@ def compare_models(
             raise
         remedy = "check with --overwrite --device cpu"
         raise Failed(f"the GPU's memory is full: {output} is complete and was not checked; {remedy}") from None
-
-
-def _load_adapted(source: AdapterSource, packing: Packing, device_map: DeviceMap) -> PeftModel:
-    """Load base + adapter as for training."""
-    model = load_base_model(
-        source.model.name,
-        quantization_config(packing.settings, packing.dtype),
-        device=device_map,
-        dtype=packing.dtype,
-        revision=source.model.revision,
-        trust_remote_code=source.model.trust_remote_code,
-    )
-    return PeftModel.from_pretrained(model, source.folder, torch_device=packing.device)
 
 
 def _measure(model: PreTrainedModel | PeftModel, blocks: TrainingBlocks) -> tuple[list[float], list[int]]:

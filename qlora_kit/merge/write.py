@@ -39,7 +39,7 @@ def write_weights(
         with (folder / file_name).open("wb") as file:
             _write_header(file, shard)
             for stored in shard:
-                file.write(_raw_bytes(tensor_of(stored)))
+                file.write(tensor_of(stored).contiguous().reshape(-1).view(torch.uint8).numpy().data)
                 on_bytes(stored.nbytes)
     if list(shards) != [WHOLE]:
         weight_map = {name: file_name for file_name, names in shards.items() for name in names}
@@ -73,7 +73,3 @@ def _write_header(file: BinaryIO, shard: list[StoredTensor]) -> None:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
-
-
-def _raw_bytes(tensor: torch.Tensor) -> memoryview:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -80,7 +80,10 @@ class StepGuard:
             return (loss_scale is not None and loss_scale() >= 1) or self._skip(step, f"the gradient norm is {norm_value}")
         self._watch_loss(step, loss_value)
         if step > FIRST_STEPS and smallest_value == 0:
-            self._warn_once("zero gradient", self._zero_gradient(step))
+            names = self.facts.modules_without_gradient()
+            which = f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
+            effect = "it learns nothing; see lora.target_modules, or quantization.compute_dtype if that is float16"
+            self._warn_once("zero gradient", f"the gradient of {which} is exactly zero at step {step}: {effect}")
         return True
 
     def _skip(self, step: int, problem: str) -> bool:
@@ -113,14 +116,6 @@ class StepGuard:
                     f"({self.facts.describe_batch()}); look at these, and if it stays up {self.advice()}",
                 )
         self.losses = [*self.losses, loss][-WINDOW:]
-
-    def _zero_gradient(self, step: int) -> str:
-        names = self.facts.modules_without_gradient()
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        return (
-            f"the gradient of {names[0]}{more} is exactly zero at step {step}: "
-            "it learns nothing; see lora.target_modules, or quantization.compute_dtype if that is float16"
-        )
 
     def _warn_once(self, kind: str, line: str) -> None:
         if kind not in self.warned:

@@ -93,16 +93,19 @@ def test_the_drivers_version_is_read_from_nvidia_smi(tmp_path, monkeypatch):
     assert machine_checks.driver_version() is None
 
 
-def test_the_compiler_compiles_a_file_with_python_h(tmp_path, fails):
+def test_the_compiler_compiles_a_file_with_python_h(machine, tmp_path, monkeypatch, fails):
     import shutil
 
     if not shutil.which("gcc"):
         pytest.skip("no gcc here")
-    assert "Python.h" in machine_checks.compile_header("gcc")
+    machine(driver="570.86", built="12.8", available=True)
+    monkeypatch.setenv("CC", "gcc")
+    assert "Python.h" in machine_checks.c_compiler("auto")
     broken = tmp_path / "cc"
     broken.write_text("#!/bin/sh\necho 'header.c:1: fatal error: Python.h: No such file' >&2\nexit 1\n")
     broken.chmod(0o755)
-    fails("Python.h: No such file", "python3-dev", machine_checks.compile_header, str(broken))
+    monkeypatch.setenv("CC", str(broken))
+    fails("Python.h: No such file", "python3-dev", machine_checks.c_compiler, "auto")
 
 
 def test_a_gpu_without_a_compiler_fails(machine, tmp_path, monkeypatch, fails):
