@@ -1,12 +1,11 @@
 """Run the Python snippets of each page in docs/, in their order and in one process per page."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import forked
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("assets", "configs", "samples", "config.yaml")  # what snippets read, by its path in the repository
@@ -24,14 +23,5 @@ def test_there_are_snippets_to_run():
 def test_snippets_run_in_order(page, tmp_path):
     for name in NEEDED:
         (tmp_path / name).symlink_to(ROOT / name)
-    program = tmp_path / "snippets.py"
-    program.write_text("\n".join(SNIPPETS[page]), encoding="utf-8")
-    result = subprocess.run(
-        [sys.executable, program.name],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    result = forked.run(["-c", "\n".join(SNIPPETS[page])], cwd=tmp_path, timeout=300)
     assert result.returncode == 0, result.stderr

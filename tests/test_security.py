@@ -391,6 +391,13 @@ def test_the_run_with_remote_code_warns_of_it_once_in_its_log(a_run):
         ]
 
 
+def test_no_library_prints_to_the_user(a_run):
+    """The process is a new one: what the libraries print while they are imported would be seen."""
+    lower = "".join(line for line in a_run[1].stderr.lower().splitlines() if "trust_remote_code:" not in line)
+    for noise in ("warning", "deprecat", "traceback", "kernels-community", "huggingface/tokenizers", "site-packages"):
+        assert noise not in lower
+
+
 def test_weights_are_written_as_safetensors_alone(a_run):
     import torch
 

@@ -1,5 +1,8 @@
 """Small models with adapters, for the tests of the fast path."""
 
+import copy
+import functools
+
 import torch
 from peft import PeftModel
 
@@ -9,6 +12,12 @@ SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 
 def load_base(folder, dtype=torch.float32, four_bits=True, device="cpu"):
+    """Return a copy of the model of this folder, which takes a fifth of the time of loading it again."""
+    return copy.deepcopy(_load_once(folder, dtype, four_bits, device))
+
+
+@functools.cache
+def _load_once(folder, dtype, four_bits, device):
     quantization = create_bnb_config(compute_dtype=dtype) if four_bits else None
     return load_model_and_tokenizer(str(folder), quantization, device=device, dtype=dtype)[0]
 

@@ -177,15 +177,20 @@ def test_dropout_depends_on_seed_step_and_micro_step_alone(tiny_dir):
 
 
 @pytest.mark.parametrize(
-    "dtype, tolerance",
-    [pytest.param(torch.float32, 1e-4, id="fp32"), pytest.param(torch.bfloat16, 0.02, id="bf16", marks=pytest.mark.slow)],
+    "dtype, tolerance, steps",
+    [
+        pytest.param(torch.float32, 1e-4, 32, id="fp32"),
+        pytest.param(torch.float32, 1e-4, 120, id="fp32, longer", marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, 0.02, 120, id="bf16", marks=pytest.mark.slow),
+    ],
 )
-def test_learning_is_unchanged_over_120_steps(tiny_dir, root, dtype, tolerance):
+def test_learning_is_unchanged(tiny_dir, root, dtype, tolerance, steps):
     """The loss curve is that of transformers, peft and autograd, from the same start on the same data."""
     from transformers import AutoTokenizer
 
     text = AutoTokenizer.from_pretrained(tiny_dir)((root / "samples/articles.txt").read_text())["input_ids"]
-    blocks = torch.tensor(text[: 120 * 32]).view(120, 1, 32)
+    quarter = steps // 4
+    blocks = torch.tensor(text[: quarter * 32]).view(quarter, 1, 32).repeat(4, 1, 1)
     curves = []
     for fast in (False, True):
         model = adapt(load_base(tiny_dir, dtype))
@@ -205,9 +210,9 @@ def test_learning_is_unchanged_over_120_steps(tiny_dir, root, dtype, tolerance):
             optimizer.step()
             curve.append(loss.item())
         curves.append(torch.tensor(curve))
-    assert curves[0][-30:].mean() < curves[0][:30].mean() - 0.5  # something was learned
+    assert curves[0][-quarter:].mean() < curves[0][:quarter].mean() - 0.5  # something was learned
     assert (curves[0] - curves[1]).abs().mean() < tolerance
-    assert abs(curves[0][-30:].mean() - curves[1][-30:].mean()) < tolerance
+    assert abs(curves[0][-quarter:].mean() - curves[1][-quarter:].mean()) < tolerance
 
 
 def test_a_model_that_is_not_covered_has_a_reason(tiny_dir, other_folders, other_models):

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import select
-import subprocess
 import sys
 import termios
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from qlora_kit.inference.terminal import Terminal
+from tests import forked
 
 
 def test_control_characters_of_an_answer_reach_pipes_and_no_terminal(monkeypatch, capsys):
@@ -26,22 +26,16 @@ def test_control_characters_of_an_answer_reach_pipes_and_no_terminal(monkeypatch
     assert capsys.readouterr().out == "a␛[2J\ufffd1m\tb\n"
 
 
-# Make the terminal on standard input the controlling one, whose Ctrl+C the process gets, as a shell does.
-OWN_TERMINAL = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
 UP, BACKSPACE, CTRL_C, CTRL_D, PASTE = "\x1b[A", "\x7f", "\x03", "\x04", "\x1b[200~{}\x1b[201~"
 
 
 class Window:
     """A process in a terminal of 40 columns, and the output that it shows there."""
 
-    def __init__(self, command: list[str], root: Path):
+    def __init__(self, command: list[str]):
         self.keys, terminal = os.openpty()
         termios.tcsetwinsize(terminal, (24, 40))
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "TERM": "xterm", "LC_ALL": "C.UTF-8", "PYTHONPATH": str(root)}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", OWN_TERMINAL, sys.executable, *command], cwd=root, env=environment, start_new_session=True,
-            stdin=terminal, stdout=terminal, stderr=terminal,
-        )  # fmt: skip
+        self.process = forked.start(command, (terminal, terminal, terminal), TERM="xterm")
         os.close(terminal)
         self.reads: list[bytes] = []
         self.seen = 0
@@ -87,7 +81,7 @@ class Window:
         while self.read(30):
             pass
         os.close(self.keys)
-        return self.process.wait(timeout=30)
+        return forked.wait(self.process, timeout=30)
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +90,8 @@ def chat_adapter(adapter_of) -> Path:
     return adapter_of("--config", "configs/instruct.yaml", "--max_steps", "2", "--set", "data.max_train_samples=16")
 
 
-def test_a_conversation_in_a_narrow_terminal(root, chat_adapter, tmp_path):
-    window = Window(["inference_example.py", "--adapter", str(chat_adapter), "--max_new_tokens", "6"], root)
+def test_a_conversation_in_a_narrow_terminal(chat_adapter, tmp_path):
+    window = Window(["inference_example.py", "--adapter", str(chat_adapter), "--max_new_tokens", "6"])
     try:
         assert window.wait_for(r"> $").lstrip().startswith("Chat: the whole conversation is sent")
 
@@ -153,9 +147,9 @@ run_interactive(Generator(engine, encoder, GenerationSettings(max_new_tokens=900
 """
 
 
-def test_only_whole_characters_reach_the_terminal(root):
+def test_only_whole_characters_reach_the_terminal():
     """Each write holds whole characters, though each character is several tokens and the lines are wider than the window."""
-    window = Window(["-c", SCRIPT], root)
+    window = Window(["-c", SCRIPT])
     try:
         window.wait_for(r"> $")
         before = len(window.reads)

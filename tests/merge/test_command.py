@@ -26,6 +26,7 @@ from qlora_kit.merge.folder import merge_stop_ids
 from qlora_kit.merge.weights import training_packing
 from qlora_kit.model.perplexity import Difference
 from quantization_utils import create_bnb_config, load_model_and_tokenizer
+from tests import forked
 
 PROJECTIONS = ["q_proj", "v_proj", "down_proj"]
 PAIR = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
@@ -231,13 +232,13 @@ for packing in (None, Packing(QuantizationSettings(), torch.float32, "cpu")):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts KiB")
-def test_merging_holds_one_tensor_in_memory(large, tmp_path, root):
+def test_merging_holds_one_tensor_in_memory(large, tmp_path):
     """Merges onto the original weights, then onto dequantized ones. An 8 MiB matrix takes 16 in fp32, and packing copies it."""
-    command = [sys.executable, "-c", MEASURE, str(large.parent), str(large), str(tmp_path)]
-    result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, check=True)
+    result = forked.run(["-c", MEASURE, str(large.parent), str(large), str(tmp_path)])
     for line in result.stdout.splitlines():
         total, grown = map(float, line.split())
         assert total > 250 and grown < 100
+    assert len(result.stdout.splitlines()) == 2, result.stderr
 
 
 def test_ctrl_c_while_writing_leaves_nothing(large, tmp_path):
@@ -315,9 +316,13 @@ print(model.generate(**ids, max_new_tokens=4, do_sample=False).shape[1] - ids["i
 """
 
 
-def test_a_merged_model_loads_without_peft_and_bitsandbytes(merged, tmp_path):
-    command = [sys.executable, "-c", PLAIN, str(merged)]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+def start_python(command: list[str], cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("run", [forked.run, pytest.param(start_python, marks=pytest.mark.slow)])
+def test_a_merged_model_loads_without_peft_and_bitsandbytes(merged, tmp_path, run):
+    result = run(["-c", PLAIN, str(merged)], cwd=tmp_path)
     assert result.stdout.split() == ["4", "torch.bfloat16"], result.stderr
 
 
@@ -546,11 +551,8 @@ def test_a_missing_file_to_check_on_is_refused_before_anything_is_written(adapte
     assert not (tmp_path / "out").exists()
 
 
-def test_a_mistake_ends_the_process_with_status_2_and_one_line(root, tmp_path):
-    command = [sys.executable, "-m", "qlora_kit.merge", "--adapter", str(tmp_path / "x"), "--output", str(tmp_path / "y")]
-    result = subprocess.run(
-        command, cwd=root, capture_output=True, text=True, timeout=60, env=os.environ | {"HF_HUB_OFFLINE": "1"}
-    )
+def test_a_mistake_ends_the_process_with_status_2_and_one_line(tmp_path):
+    result = forked.run(["-m", "qlora_kit.merge", "--adapter", str(tmp_path / "x"), "--output", str(tmp_path / "y")])
     assert (result.returncode, result.stdout) == (2, "")
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: --adapter")
