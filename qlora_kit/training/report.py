@@ -135,20 +135,18 @@ class RunReport:
         self.log.write(f"Out of GPU memory {place} with {rows} at a time; the effective batch stays")
 
     def describe_data(self, train: TrainingBlocks, evaluation: TrainingBlocks | None, not_packed: str | None = None) -> None:
-        """Print the data, and keep what run.json says of them.
+        """Print the data, and keep what run.json says of them; a second time, only what unpacking their records has changed.
 
         Args:
             not_packed: why records do not share blocks although data.packing lets them.
         """
-        config = self.run.config
+        config, is_first = self.run.config, not self.run.data
         if not_packed:
             self.log.write(describe_unpacked(not_packed))
         steps = config.steps_per_epoch(len(train))
         source = ", ".join(config.data.names)
         self.log.write(f"Training data: {source}: {train.describe()}; {steps:,} optimizer steps an epoch")
-        for name, files in describe_files(config.data):
-            self.log.write(f"  {name}: {files}")
-        for name, note in train.notes:
+        for name, note in [*describe_files(config.data), *train.notes] if is_first else []:
             self.log.write(f"  {name}: {note}")
         self._describe_schedule(config.total_steps(len(train)))
         self.run.data = {
@@ -162,9 +160,9 @@ class RunReport:
         }
         if evaluation:
             self.log.write(f"Evaluation data: {evaluation.summarise()}, {len(evaluation):,} blocks")
-            if self.log.enabled and (overlap := describe_overlap(train, evaluation)):
+            if is_first and self.log.enabled and (overlap := describe_overlap(train, evaluation)):
                 self.log.write(f"  overlap: {overlap}")
-            for name, note in evaluation.notes:
+            for name, note in evaluation.notes if is_first else []:
                 if (name, note) not in train.notes:
                     self.log.write(f"  {name}: {note}")
             self.run.data |= {"eval_blocks": len(evaluation), "eval_sha256": evaluation.fingerprint()}
