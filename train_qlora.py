@@ -277,7 +277,7 @@ def load_adapted_model(
 
     from qlora_kit.adapter.targets import measure_reach
     from qlora_kit.fast.training_pass import offload_embedding
-    from qlora_kit.model.load import check_context, quantization_config
+    from qlora_kit.model.load import check_context, describe_unused, quantization_config
     from qlora_kit.model.projections import count_packed
     from qlora_kit.model.trial import try_layers
     from qlora_kit.training.build import why_not_on_fast_path
@@ -302,6 +302,7 @@ def load_adapted_model(
         outside += offload_embedding(model)
     report.memory("after loading")
     packing = count_packed(model)
+    report.note(describe_unused(model, base.name))
     recompute = config.training.gradient_checkpointing
     set_seed(config.training.seed)  # decides the initial LoRA matrices
     adapted = prepare_model_for_training(

@@ -86,7 +86,7 @@ def _pattern(names: set[str], config: LoraConfig) -> str | None:
 
 
 def check_names(model: PreTrainedModel, lora_config: LoraConfig) -> None:
-    """Check that each target in a list names a linear layer; peft ignores one that matches nothing if another matches.
+    """Check that each target in a list names a linear layer or experts; peft ignores one that matches nothing if another does.
 
     Raises:
         UserError: one does not; the remedy lists those that would.
@@ -94,6 +94,8 @@ def check_names(model: PreTrainedModel, lora_config: LoraConfig) -> None:
     targets, names = lora_config.target_modules, linear_layers(model)
     stated = [] if isinstance(targets, str) else sorted(targets or ())
     missing = [target for target in stated if not any(_matches(name, [target]) for name in names)]
+    if missing:
+        missing = sorted({*missing} - _names_of_experts(model, lora_config))
     if not missing:
         return
     problem = "names no linear layer of this model" if len(missing) == 1 else "name no linear layers of this model"
@@ -101,6 +103,13 @@ def check_names(model: PreTrainedModel, lora_config: LoraConfig) -> None:
     if not everything and _accepts(model, lora_config, target_modules=ALL, lora_dropout=0.0):
         everything = f", or {ALL} with --dropout 0"
     raise UserError("lora.target_modules", ", ".join(missing), problem, f"use {', '.join(_last_parts(names))}{everything}")
+
+
+def _names_of_experts(model: PreTrainedModel, lora_config: LoraConfig) -> set[str]:
+    """Return the targets that peft turns into tensors of experts, which earlier versions of transformers kept as layers."""
+    adapted: Any = _try(model, lora_config, lora_dropout=0.0)
+    stated: Any = lora_config.target_modules
+    return {*stated} - {*adapted.peft_config["default"].target_modules} if adapted else set()
 
 
 def _last_parts(names: Any) -> list[str]:
@@ -136,13 +145,17 @@ def _without_weights(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _accepts(model: PreTrainedModel, lora_config: LoraConfig, **changes: Any) -> bool:
-    """Return whether peft wraps a copy of the model without weights."""
-    empty, config = _without_weights(model), dataclasses.replace(lora_config, **changes)
+    return _try(model, lora_config, **changes) is not None
+
+
+def _try(model: PreTrainedModel, lora_config: LoraConfig, **changes: Any) -> PeftModel | None:
+    """Return a copy of the model without weights, as peft wraps it; None if it refuses."""
+    empty, config = _without_weights(model), dataclasses.replace(copy.deepcopy(lora_config), **changes)
     config.exclude_modules = _pattern(untrainable(empty), config)
     try:
-        return bool(_wrap(empty, config))
+        return _wrap(empty, config)
     except Exception:
-        return False
+        return None
 
 
 @dataclasses.dataclass(frozen=True)

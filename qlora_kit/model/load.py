@@ -104,6 +104,7 @@ def load_base_model(
             raise
         raise not_loadable(name, error) from error
     check_complete(model, report, name)
+    model.unused_tensors = sorted(report["unexpected_keys"], key=dot_natural_key)
     if quantization or packed:
         check_packed(model, name)
     if packed:
@@ -151,6 +152,12 @@ def check_complete(model: PreTrainedModel, report: dict[str, Any], base: str | P
         more = f", as {len(differing) - 1} more differ" if len(differing) > 1 else ""
         problem = f"has {first} of {found} in its files, and its config.json makes it {expected}{more}"
         raise UserError("model.name", base, problem, "restore its config.json, or copy or download the model again")
+
+
+def describe_unused(model: Any, name: str) -> str | None:
+    """Return a line about tensors in the files of a loaded model that its config.json has no place for, or None."""
+    unused = getattr(model, "unused_tensors", [])
+    return f"The files of {name} hold {len(unused)} tensors that the model does not use: {_list(unused)}" if unused else None
 
 
 def check_packed(model: PreTrainedModel, name: str | Path) -> None:

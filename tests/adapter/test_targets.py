@@ -41,6 +41,7 @@ def refusal(name: str, chosen="all-linear", dropout=0.05) -> str:
     ("llama", ["q_proj", "v_proj"], "on 4 of 14 projections; not on k_proj, o_proj, gate_proj, up_proj, down_proj"),
     ("mixtral", ["q_proj"], "on 2 of 14 projections; not on k_proj, v_proj, o_proj, gate, experts"),
     ("mixtral", "all-linear", "on 14 of 14 projections"),  # with the experts and the routers, each one tensor
+    ("qwen3_moe", ATTENTION_AND_MLP, "on 12 of 14 projections; not on gate"),
     ("phimoe", "all-linear", "on 8 of 14 projections; not on router, experts"),  # peft knows no experts of this model
     ("mamba", "all-linear", "on 2 of 8 projections; not on x_proj, dt_proj, out_proj"),
     ("falcon", "all-linear", "on 8 of 8 projections"),
@@ -88,6 +89,8 @@ def test_the_names_that_would_do_come_with_what_they_need():
     line = refusal("mixtral", ATTENTION_AND_MLP)
     assert line.startswith("lora.target_modules: down_proj, gate_proj, up_proj: name no linear layers of this model. ")
     assert line.endswith("Use k_proj, o_proj, q_proj, v_proj, or all-linear with --dropout 0.")
+    assert refusal("qwen3_moe", ATTENTION_AND_MLP).startswith("lora.dropout: 0.05: cannot be used with lora.target_modules down_")
+    assert refusal("qwen3_moe", ["gate_proj"]).startswith("lora.target_modules: gate_proj: names no linear layer of this model. ")
     assert refusal("phimoe", ["router"]).endswith("Use k_proj, o_proj, q_proj, v_proj, or all-linear.")
     assert refusal("mamba", ["out_proj"]).endswith("Use in_proj, or all-linear.")
 

@@ -24,6 +24,9 @@ GEMMA = COMMON | {"head_dim": 16, "layer_types": ["sliding_attention", "full_att
 MODELS = {
     "llama": ("llama", COMMON),
     "mixtral": ("mixtral", COMMON | EXPERTS),
+    # peft finds its experts by the names that they had as layers, gate_proj, up_proj and down_proj.
+    "qwen3_moe": ("qwen3_moe", COMMON | {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16}),
     # Its router is a subclass of Linear that returns two tensors.
     "phimoe": ("phimoe", COMMON | EXPERTS),
     # They have a Linear of their own.

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from qlora_kit.errors import UserError
 from qlora_kit.fast.sharding import load_sharded
-from qlora_kit.model.load import load_base_model
+from qlora_kit.model.load import describe_unused, load_base_model
 from quantization_utils import create_bnb_config, load_model_and_tokenizer
 from tests.model.saved_models import change_model, save_model, save_packed
 
@@ -66,6 +66,18 @@ def test_buffers_of_older_libraries_are_no_missing_and_no_unknown_tensors(tmp_pa
     older = {f"model.layers.{number}.self_attn.rotary_emb.inv_freq": torch.ones(16) for number in range(6)}
     model = load(change_model(tmp_path / "base", added=older), None)
     assert torch.equal(model(IDS).logits, load(change_model(tmp_path / "same"), None)(IDS).logits)
+    assert describe_unused(model, "base") is None
+
+
+def test_tensors_that_the_model_has_no_place_for_are_told(tmp_path):
+    """A config.json with too few layers makes another model of the files, which the library loads without a word."""
+    settings = {"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}
+    model = load(change_model(tmp_path / "base", **settings), None)
+    assert describe_unused(model, "base") == (
+        "The files of base hold 24 tensors that the model does not use: model.layers.4.input_layernorm.weight, "
+        "model.layers.4.mlp.down_proj.weight, model.layers.4.mlp.gate_proj.weight and 21 more"
+    )
+    assert describe_unused(load(change_model(tmp_path / "whole"), None), "base") is None
 
 
 @pytest.mark.parametrize("config, words", [
