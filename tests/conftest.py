@@ -31,6 +31,16 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def curves_without_a_drawing():
+    """Leave out the picture, a third of a short run. tests/output draws it, and runs in processes of their own do."""
+    import train_qlora
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_qlora, "plot_training_curves", lambda entries, path: path.touch())
+        yield
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     return ROOT
