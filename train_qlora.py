@@ -13,6 +13,7 @@ From Python: train(config). torch is imported only after the settings are checke
 import argparse
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from qlora_kit.config_file import load_config, override, parse_set
 from qlora_kit.data.blocks import TrainingBlocks
 from qlora_kit.data.dataset import load_blocks
 from qlora_kit.data.preview import show_preview
-from qlora_kit.data.source import check_source
+from qlora_kit.data.source import check_source, estimate_tokens
 from qlora_kit.errors import Stopped, UserError
 from qlora_kit.model import hub
 from qlora_kit.model.architecture import read_fast_shape
@@ -33,7 +34,9 @@ from qlora_kit.output.curves import plot_training_curves, read_metrics
 from qlora_kit.output.folder import CURVES, check_disk, check_output_dir
 from qlora_kit.output.lock import OutputLock
 from qlora_kit.output.provenance import write_provenance
+from qlora_kit.planning.cards import find_card
 from qlora_kit.planning.fit import describe_plan
+from qlora_kit.planning.memory import CONTEXT_BYTES
 from qlora_kit.planning.plan import check_division
 from qlora_kit.planning.shape import KNOWN_CONFIGS
 from qlora_kit.training.processes import (
@@ -89,6 +92,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="replace the run in output_dir")
     parser.add_argument("--plan", action="store_true", help="show the memory of the run and whether it fits, then stop")
     parser.add_argument("--processes", type=int, metavar="N", help="with --plan: of a run of N processes, a GPU each")
+    parser.add_argument("--gpu", metavar="NAME", help='with --plan: for this card instead of the machine\'s, such as "RTX 4060"')
     parser.add_argument("--preview", action="store_true", help="show the training data, then stop; loads no weights")
     return parser.parse_args(argv)
 
@@ -107,13 +111,17 @@ def main(argv: list[str] | None = None) -> None:
         config = load_config(arguments.config, overrides(arguments))
         if arguments.processes is not None and (arguments.processes < 1 or not arguments.plan):
             raise UserError("--processes", arguments.processes, "is for --plan, and 1 or more", "start processes with torchrun")
+        if arguments.gpu is not None and not arguments.plan:
+            raise UserError("--gpu", arguments.gpu, "is for --plan", "leave it out: a run takes the GPU of this machine")
         if team.count > 1:
             flags = {"--plan": str(arguments.plan), "--preview": str(arguments.preview)}
             check_identical(team, flags | run_identity(config))
         cli.prepare_libraries()
         if arguments.plan or arguments.preview:
-            show = show_plan if arguments.plan else preview
-            return show(config, arguments.processes or team.count) if team.is_main else None
+            processes = arguments.processes or team.count
+            if not team.is_main:
+                return None
+            return show_plan(config, processes, arguments.gpu) if arguments.plan else preview(config, processes)
         try:
             train(config, arguments.resume, arguments.overwrite, team)
         except Stopped as stopped:
@@ -121,8 +129,11 @@ def main(argv: list[str] | None = None) -> None:
             raise Stopped(stopped.status, f"{stopped}; everything is saved. Continue with: {again}") from None
 
 
-def show_plan(config: Config, processes: int) -> None:
-    """Print the plan for a card of performance.vram_limit_gib, else for this machine's GPU, else for one of 8 GiB.
+def show_plan(config: Config, processes: int, gpu: str | None = None) -> None:
+    """Print the plan for a card: the named one, else this machine's GPU, whose speed is measured in two seconds.
+
+    Args:
+        gpu: a card of planning/cards.py; torch is imported only without one.
 
     Raises:
         UserError: there is no prediction for this architecture, or for the library's layers.
@@ -135,12 +146,17 @@ def show_plan(config: Config, processes: int) -> None:
     if shape is None or reason:
         remedy = "train with a small --max_steps and read the log"
         raise UserError("--plan", config.model.name, f"has no prediction ({reason})", remedy)
-    gpu = None
-    if config.performance.vram_limit_gib is None:
-        from qlora_kit.model.device import free_gpu_memory  # imports torch, which a plan for a stated card does not need
+    card = None
+    if gpu is not None:
+        card = find_card(gpu)
+        card = replace(card, memory=card.memory - CONTEXT_BYTES)
+    elif not config.performance.vram_limit_gib or Path("/dev/nvidiactl").exists():
+        from qlora_kit.model.device import free_gpu_memory
+        from qlora_kit.model.gpu_speed import measure_gpu
 
-        gpu = free_gpu_memory()
-    print(describe_plan(config, shape, gpu, processes))
+        if free := free_gpu_memory():
+            card = replace(measure_gpu(), memory=free[1])
+    print(describe_plan(config, shape, card, processes, estimate_tokens(config.data)))
 
 
 def preview(config: Config, processes: int) -> None:

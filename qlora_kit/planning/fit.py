@@ -1,12 +1,15 @@
 """Refuse a run that cannot fit, name the cheapest change that fits, and show the plan of a run."""
 
+import math
 from typing import Any
 
 from qlora_kit.config import GIB, Config
 from qlora_kit.errors import UserError
+from qlora_kit.planning.cards import Card
 from qlora_kit.planning.memory import CONTEXT_BYTES
 from qlora_kit.planning.plan import TOLERANCE, Plan, make_plan
 from qlora_kit.planning.shape import ModelShape
+from qlora_kit.planning.time import predict_run_seconds, predict_step_seconds
 
 PAGED = {"adamw_8bit": "paged_adamw_8bit", "adamw_torch": "paged_adamw_32bit"}  # the same update, its state outside the allocator
 NAMED_FLAGS = {"lora.rank": "--rank ", "data.max_length": "--max_length "}  # a named flag overrides --set
@@ -94,7 +97,7 @@ def plan_table(plan: Plan, config: Config, shape: ModelShape, limit: float, card
         verdict = (
             f"Does not fit: needs {needed:.2f} GiB, and {available:.2f} are available ({card}). {advice[:1].upper()}{advice[1:]}."
         )
-    return "\n".join([title, parameters, *(f"  {name:<26}{size / GIB:6.2f} GiB" for name, size in rows), verdict])
+    return "\n".join([title, parameters, *(f"  {name:<26}{size / GIB:6.2f} GiB" for name, size in rows if size), verdict])
 
 
 def describe_other_sharding(config: Config, shape: ModelShape, limit: float, processes: int) -> str:
@@ -106,16 +109,44 @@ def describe_other_sharding(config: Config, shape: ModelShape, limit: float, pro
     return f"With {model} (performance.fsdp={str(fsdp).lower()}): {plan.peak / GIB:.2f} GiB, {fits}."
 
 
-def describe_plan(config: Config, shape: ModelShape, gpu: tuple[str, float] | None, processes: int) -> str:
-    """Return the plan for a card of performance.vram_limit_gib, else for this machine's GPU, else for one of 8 GiB.
+def describe_plan(config: Config, shape: ModelShape, card: Card | None, processes: int, tokens: float | None) -> str:
+    """Return the plan for a card, whose memory performance.vram_limit_gib may cap; for one of 8 GiB if there is none.
 
     Args:
-        gpu: name and free bytes of this machine's GPU; None without one.
+        card: with its free memory; None without a GPU.
+        tokens: of an epoch, or None if the data are not known.
     """
-    card, limit = "no GPU here: a card of 8 GiB assumed, less CUDA's own", 8.0 * GIB - CONTEXT_BYTES
-    if config.performance.vram_limit_gib is not None:
-        card, limit = "performance.vram_limit_gib", config.performance.vram_limit_gib * GIB
-    elif gpu is not None:
-        card, limit = f"free on {gpu[0]}", gpu[1]
-    table = plan_table(make_plan(config, shape, limit, processes), config, shape, limit, card, processes)
-    return table if processes == 1 else f"{table}\n{describe_other_sharding(config, shape, limit, processes)}"
+    name, limit = "no GPU here: a card of 8 GiB assumed, less CUDA's own", 8.0 * GIB - CONTEXT_BYTES
+    if card is not None:
+        name, limit = f"free on {card.name}", card.memory
+    cap = config.performance.vram_limit_gib
+    if cap is not None and (card is None or cap * GIB < limit):
+        name, limit = "performance.vram_limit_gib", cap * GIB
+    plan = make_plan(config, shape, limit, processes)
+    lines = [plan_table(plan, config, shape, limit, name, processes)]
+    if card is None:
+        lines.append('Time: name a card to have it predicted, such as --gpu "RTX 4060".')
+    elif plan.peak <= limit:
+        lines.append(describe_time(config, shape, plan, card, processes, tokens))
+    if processes > 1:
+        lines.append(describe_other_sharding(config, shape, limit, processes))
+    return "\n".join(lines)
+
+
+def describe_time(config: Config, shape: ModelShape, plan: Plan, card: Card, processes: int, tokens: float | None) -> str:
+    """Return the predicted time of a step and of the run in words."""
+    step = predict_step_seconds(shape, config, plan, card, processes)
+    speed = config.effective_batch * config.data.max_length / step
+    text = f"Time on {card.name}, by arithmetic: {step:.2f} s an optimizer step, {speed:,.0f} tokens/s"
+    if tokens is None:
+        return f"{text}."
+    blocks, data = math.ceil(tokens / config.data.max_length), config.data
+    evaluated = 0 if data.eval_split is None else data.max_eval_samples or math.ceil(0.1 * blocks)
+    seconds = predict_run_seconds(shape, config, plan, card, blocks, evaluated, processes)
+    steps = config.total_steps(blocks)
+    return f"{text}; about {_duration(seconds)} for about {steps:,} steps with evaluations."
+
+
+def _duration(seconds: float) -> str:
+    """Return a duration with two figures: `12 min`, `1.5 h`."""
+    return f"{max(seconds / 60, 1):.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
