@@ -25,14 +25,14 @@ from qlora_kit.planning.shape import KNOWN_CONFIGS, read_shape
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 HOW_IT_WORKS = (ROOT / "docs" / "how_it_works.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES if ".zh-TW" not in page.name)
 QWEN = read_shape(KNOWN_CONFIGS["Qwen/Qwen2.5-3B-Instruct"])
 
 
 def commands() -> list[str]:
-    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
-    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    inline = re.findall(r"`((?:python|make|pytest) [^`]+)`", text)
+    blocks = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
+    inline = re.findall(r"`((?:python|make|pytest) [^`]+)`", TEXT)
     return sorted({line for block in blocks for line in block.splitlines() if line.strip()} | set(inline))
 
 
@@ -74,10 +74,10 @@ def test_command_is_one_that_works(command, monkeypatch):
 
 
 def test_adapter_folders_are_ones_that_readme_trains():
-    trained = set(re.findall(r"--output_dir (\S+)", README)) | {
+    trained = set(re.findall(r"--output_dir (\S+)", TEXT)) | {
         Path(load_config(path).training.output_dir).name for path in [ROOT / "config.yaml", *ROOT.glob("configs/*.yaml")]
     }
-    used = set(re.findall(r"--adapter (\S+?)[`\n ]", README))
+    used = set(re.findall(r"--adapter (\S+?)[`\n ]", TEXT))
     assert used and used <= trained
 
 
@@ -98,7 +98,7 @@ def test_the_layout_names_every_folder_and_script_and_nothing_that_is_gone():
 
 
 @pytest.mark.parametrize(
-    "row", re.findall(r"^\| rank (\d+), ([^|]+) \| ([\d,]+) \| ([\d.]+) % \| (\d+) MiB \|", README, re.MULTILINE)
+    "row", re.findall(r"^\| rank (\d+), ([^|]+) \| ([\d,]+) \| ([\d.]+) % \| (\d+) MiB \|", TEXT, re.MULTILINE)
 )
 def test_parameter_table_follows_from_the_shape(row):
     rank, which, trainable, share, size = row
@@ -110,14 +110,32 @@ def test_parameter_table_follows_from_the_shape(row):
 
 
 def shown(command: str) -> str:
-    """Return the output that README shows below a command, with wrapped lines joined."""
-    (text,) = re.findall(r"```text\n\$ python " + re.escape(command) + r"\n(.*?)\n```", README, re.DOTALL)
+    """Return the output that a page shows below a command, with wrapped lines joined."""
+    (text,) = re.findall(r"```text\n\$ python " + re.escape(command) + r"\n(.*?)\n```", TEXT, re.DOTALL)
     return text.replace("\n    ", " ")
 
 
 def test_the_plan_shown_is_the_one_printed(capsys):
-    train_qlora.main(["--plan", "--set", "performance.vram_limit_gib=8"])
-    assert shown("train_qlora.py --plan --set performance.vram_limit_gib=8") == capsys.readouterr().out.rstrip()
+    train_qlora.main(["--plan", "--gpu", "RTX 4060"])
+    assert shown('train_qlora.py --plan --gpu "RTX 4060"') == capsys.readouterr().out.rstrip()
+
+
+@pytest.mark.parametrize(
+    "row", re.findall(r"^\| ((?:RTX|T4|A100|H100)[^|]*) \| (.*) \|$", TEXT, re.MULTILINE), ids=lambda row: row[0]
+)
+def test_the_time_of_each_card_is_the_one_printed(row, capsys):
+    card, cells = row
+    train_qlora.main(["--plan", "--gpu", card])
+    printed = capsys.readouterr().out
+    split, memory, step, speed, run = cells.split(" | ")
+    sequences, recomputed = split.split(", ")
+    for part in (
+        f": {sequences} sequences",
+        f"{recomputed.removesuffix(' layers')} of 36 layers",
+        f"Fits: {memory.split()[0]} of",
+    ):
+        assert part in printed
+    assert f"{step} an optimizer step, {speed} tokens/s; about {run} for" in printed
 
 
 def test_the_preview_shown_is_the_one_printed(capsys, monkeypatch):
@@ -128,7 +146,7 @@ def test_the_preview_shown_is_the_one_printed(capsys, monkeypatch):
 
 
 def test_each_format_of_the_table_is_recognised_as_such():
-    rows = re.findall(r"^\| `(\w+)` \| `(\{.+?\})`", README, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| `(\{.+?\})`", TEXT, re.MULTILINE)
     assert {kind: recognise_format(json.loads(record)) for kind, record in rows} == {kind: kind for kind, _ in rows}
     assert {kind for kind, _ in rows} == {*READERS, "instruction", "text"}
 
@@ -155,7 +173,7 @@ def peak(recomputed: int, **changes) -> float:
 
 
 def test_what_each_remedy_saves_follows_from_the_formula():
-    rows = re.findall(r"^\d\. `(.+?)`: .*?([\d.]+) GiB less", README, re.MULTILINE)
+    rows = re.findall(r"^\d\. `(.+?)`: .*?([\d.]+) GiB less", TEXT, re.MULTILINE)
     expected = {
         "--set training.gradient_checkpointing=true": peak(0) - peak(36),
         "--set performance.offload_embedding=true": peak(36) - peak(36, performance__offload_embedding=True),
@@ -167,7 +185,7 @@ def test_what_each_remedy_saves_follows_from_the_formula():
 
 def test_other_figures_of_memory_follow_from_the_formula():
     lean = load_config(ROOT / "configs" / "lean.yaml")
-    assert f"{make_plan(lean, QWEN, 8 * GIB).peak / GIB:.2f} GiB predicted" in README
+    assert f"{make_plan(lean, QWEN, 8 * GIB).peak / GIB:.2f} GiB predicted" in TEXT
     assert f"would turn them to fp32, {2 * QWEN.embedding_parameters() / GIB:.2f} GiB more" in HOW_IT_WORKS.replace("\n", " ")
     bits = 8 * estimate_memory(QWEN, Config(), 1, 36)["projection weights"] / QWEN.projection_parameters()
     assert f"{bits:.3f} bits a weight" in HOW_IT_WORKS
