@@ -24,7 +24,7 @@ from qlora_kit.model.tokenizer import find_text_end
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|◁[^◁▷\s]+▷")  # of the forms in which tokens of thoughts are written
+TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|◁[^◁▷\s]+▷")  # the forms in which tokens of roles and thoughts are written
 OF_WORDS = re.compile("think|thought|reason|tool|function|channel", re.IGNORECASE)  # tokens that belong to what a turn says
 
 
@@ -42,7 +42,7 @@ def _find_role_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     Tokens of thoughts and tools, such as `<think>`, are none of them: they are part of what a turn says.
     """
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if not token.special]
-    candidates = [token for token in added if not OF_WORDS.search(token)]
+    candidates = [token for token in added if TAG.fullmatch(token) and not OF_WORDS.search(token)]
     if not candidates or not tokenizer.chat_template:
         return []
     turns = create_placeholders(["system", *["user", "assistant"] * 2])

@@ -14,9 +14,10 @@ from itertools import chain, pairwise
 from pathlib import Path
 
 from qlora_kit.data.encoding import Fragment
-from qlora_kit.data.fields import is_empty, require_text
+from qlora_kit.data.fields import LONGEST_KEY, is_empty, require_text
 from qlora_kit.data.files import Row, read_text, read_text_lines
 from qlora_kit.data.formats import Record, recognise_format
+from qlora_kit.data.notes import MOST_KEYS
 from qlora_kit.data.tokenizing import LONGEST_WORD, check_word_length
 from qlora_kit.errors import BadRecord, UserError
 
@@ -38,7 +39,7 @@ class SourceFile:
     path: Path | None  # of a text file
     rows: Callable[[], Iterator[Row]]  # of a table, from its beginning at each call
     format: str = "text"
-    unused: set[str] = field(default_factory=set, compare=False)  # keys of its rows of text that nothing uses, once it is read
+    unused: set[str] = field(default_factory=set, compare=False)  # columns beside its text, once it is read
 
 
 @contextmanager
@@ -87,8 +88,10 @@ def _read_texts(file: SourceFile, text_field: str) -> Iterator[str]:
             if text_field not in record:
                 keys = ", ".join(map(str, record)) or "none"
                 raise BadRecord(f"{text_field} is missing among the keys {keys} (data.text_field)")
-            if len(record) > 1:
-                file.unused.update(str(key) for key, value in record.items() if key != text_field and not is_empty(value))
+            if len(record) > 1 and len(file.unused) < MOST_KEYS:
+                file.unused.update(
+                    key[:LONGEST_KEY] for key, value in record.items() if key != text_field and not is_empty(value)
+                )
             text = "" if record[text_field] is None else require_text(record[text_field], text_field)
             check_word_length(text)
         yield text

@@ -12,6 +12,7 @@ from typing import Any
 from qlora_kit.data.files import DECODER, RepeatedKey
 from qlora_kit.errors import BadRecord
 
+LONGEST_KEY = 60  # characters of a key that may have a meaning
 SYSTEM, HISTORY, TOOLS = "system", "history", "tools"
 TRAINED, MASKED = "trained", "masked"  # switches: true trains an answer, or does not
 CALLS, THOUGHTS = "tool_calls", "thoughts"
@@ -43,9 +44,13 @@ _OF_TURNS = _BOTH | {
 }
 
 
-@lru_cache(maxsize=1024)
 def find_meaning(key: str, of_turn: bool) -> str | None:
     """Return the meaning of a key of a turn, or of a record: one of the constants above; None for any other key."""
+    return _find_meaning(key, of_turn) if len(key) < LONGEST_KEY else None
+
+
+@lru_cache(maxsize=1024)
+def _find_meaning(key: str, of_turn: bool) -> str | None:
     letters = re.sub(r"[^a-z]", "", str(key).lower())
     table = _OF_TURNS if of_turn else _OF_RECORDS
     return next((meaning for meaning, names in table.items() if letters in names.split()), None)

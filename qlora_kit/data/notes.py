@@ -3,9 +3,10 @@
 import re
 from typing import Any
 
+from qlora_kit.data.fields import LONGEST_KEY
 from qlora_kit.data.rendering import Rendering
 
-KEYS_SHOWN, LONGEST_KEY = 20, 60  # keys, and characters of one
+MOST_KEYS, KEYS_SHOWN = 1000, 20  # kept, since every record may have others
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # which a terminal would obey
 Rows = list[tuple[str, str]]  # name and value
 
@@ -25,7 +26,8 @@ class NoteCollector:
             name: of its file.
             place: in the file.
         """
-        self.unused |= rendering.unused
+        if rendering.unused and len(self.unused) < MOST_KEYS:
+            self.unused |= {key[:LONGEST_KEY] for key in rendering.unused}
         self.with_tools += rendering.has_tools
         if rendering.changed_turns and not self.changed_turns:
             self.first_changed = f"{name}, {place}"
@@ -58,4 +60,4 @@ def describe_notes(about: dict[str, Any]) -> Rows:
 
 def _list_keys(keys: list[str]) -> str:
     names = [CONTROL.sub("?", key)[:LONGEST_KEY] or "(a column without a name)" for key in keys[:KEYS_SHOWN]]
-    return ", ".join(names) + (f" and {len(keys) - KEYS_SHOWN:,} more keys" if len(keys) > KEYS_SHOWN else "")
+    return ", ".join(names) + (" and more" if len(keys) > KEYS_SHOWN else "")

@@ -8,6 +8,7 @@ A turn is {"role": ..., "content": ...} or {"from": ..., "value": ...}. Its othe
     name, tool_call_id                                given to the chat template; named as not used if it does not write them
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from qlora_kit.data.apply_template import Message
@@ -95,13 +96,23 @@ def _read_other_keys(message: Message, others: dict[str, Any], name: str, unused
             message[one] = value
         elif meaning == CALLS:
             if calls := read_calls(value, place):
-                message["tool_calls"] = calls
+                _set_once(message, "tool_calls", calls, ["tool_calls"], name)
         elif meaning == THOUGHTS:
-            message[one if one in THOUGHT_KEYS else THOUGHT_KEYS[0]] = require_text(value, place)
+            key = one if one in THOUGHT_KEYS else THOUGHT_KEYS[0]
+            _set_once(message, key, require_text(value, place), THOUGHT_KEYS, name)
         elif one in GIVEN:
             message[one] = require_text(value, place)
         elif meaning is None or (weight == 1 and not answers):  # the words of users are trained by data.train_on: all only
             unused.add(f"turn.{one}")
+
+
+def _set_once(message: Message, key: str, value: object, names: Sequence[str], turn: str) -> None:
+    """Set a key that stands for all of `names`, unless one of them has the same value already."""
+    before = [message[name] for name in names if name in message]
+    if before and before[0] != value:
+        raise BadRecord(f"{turn} has different values of {names[0]} under several names, expected one")
+    if not before:
+        message[key] = value
 
 
 def check_order(messages: list[Message]) -> list[Message]:

@@ -194,6 +194,8 @@ def test_an_answer_that_is_not_to_be_trained_has_weight_0(given):
         ({"images": ["a.png"]}, "images of turn 2 of messages is not supported"),
         ({"name": 7}, "name of turn 2 of messages holds int, expected text"),
         ({"thinking": ["a"]}, "thinking of turn 2 of messages holds list, expected text"),
+        ({"thinking": "a", "reasoning": "b"}, "turn 2 of messages has different values of reasoning_content under several names"),
+        ({"tool_calls": [CALL], "function_call": {"name": "f"}}, "turn 2 of messages has different values of tool_calls"),
         ({"tool_calls": "look_up"}, "tool_calls of turn 2 of messages is no valid JSON: 'look_up'"),
         ({"tool_calls": [{"type": "function"}]}, "call 1 of tool_calls of turn 2 of messages has no name"),
         (
