@@ -212,11 +212,9 @@ def prepare_libraries() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the name before torch 2.9
-    if sys.platform == "linux" and not any(name in os.environ for name in names):
-        new, old = names
-        before_2_9 = tuple(int(number) for number in version("torch").split(".")[:2]) < (2, 9)
-        # Segments that grow waste less memory than many segments of fixed size.
-        os.environ[old if before_2_9 else new] = "expandable_segments:True"
+    if not any(name in os.environ for name in names):
+        is_before_2_9 = tuple(map(int, version("torch").split(".")[:2])) < (2, 9)
+        os.environ[names[is_before_2_9]] = "expandable_segments:True"  # which waste less memory than segments of fixed size
     # Idle OpenMP threads sleep instead of spinning. While another program was busy, spinning on two cores halved the speed of
     # training the tiny model, and divided it by 40 next to a second training (2 cores, 2026-11). Alone, sleeping costs a quarter.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -26,8 +26,8 @@ class SwitchableAdapter(PeftModelForCausalLM):
         super().__init__(model, config)
         self.source = source
         stored = {_plain(name) for name in read_adapter_header(source.folder)}
-        named = self.named_parameters()
-        self.replaced = [(parameter, parameter.detach().clone()) for name, parameter in named if _plain(name) in stored]
+        replaced = [parameter for name, parameter in self.named_parameters() if _plain(name) in stored]
+        self.replaced = [(parameter, parameter.detach().clone()) for parameter in replaced]
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:

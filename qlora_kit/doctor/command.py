@@ -10,6 +10,7 @@ Exit status: 0 nothing failed, 1 something failed, 2 a wrong flag.
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import asdict
@@ -95,22 +96,17 @@ def print_table(results: Iterable[Result]) -> list[Result]:
         console.print(Text.assemble(status, f"{result.name:<14} {result.measured}"), soft_wrap=True)
         if result.fix:
             console.print(Text(f"{'':<9}{'':<15}fix: {result.fix}", style="bold"), soft_wrap=True)
-    counts = [f"{sum(result.status == status for result in printed)} {word}" for status, word in
-              (("pass", "passed"), ("fail", "failed"), ("skipped", "skipped"))]  # fmt: skip
-    console.print(Text("\n" + ", ".join(counts)), soft_wrap=True)
+    counts = Counter(result.status for result in printed)
+    summary = f"{counts['pass']} passed, {counts['fail']} failed, {counts['skipped']} skipped"
+    console.print(Text(f"\n{summary}"), soft_wrap=True)
     return printed
 
 
 def format_json(device: str, results: list[Result]) -> str:
     """Return the results as one JSON object."""
-    return json.dumps(
-        {
-            "passed": not any(result.status == "fail" for result in results),
-            "device": device,
-            "checks": [asdict(result) | {"seconds": round(result.seconds, 3)} for result in results],
-        },
-        indent=2,
-    )
+    passed = not any(result.status == "fail" for result in results)
+    checks = [asdict(result) | {"seconds": round(result.seconds, 3)} for result in results]
+    return json.dumps({"passed": passed, "device": device, "checks": checks}, indent=2)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -121,7 +121,9 @@ class _Worker:
             if self.connection.poll(check.time_limit):
                 if (result := self._receive()) is not None:
                     return result
-                problem = f"its process died ({self._exit_reason()})"
+                self.process.join(STARTING_SECONDS)
+                code = self.process.exitcode or 0
+                problem = f"its process died ({signal.Signals(-code).name if code < 0 else f'exit status {code}'})"
         return Result(check.name, "fail", problem, check.fix, time.perf_counter() - started)
 
     def stop(self) -> None:
@@ -135,11 +137,6 @@ class _Worker:
             return self.connection.recv()
         except (EOFError, OSError):
             return None
-
-    def _exit_reason(self) -> str:
-        self.process.join(STARTING_SECONDS)
-        code = self.process.exitcode
-        return signal.Signals(-code).name if code is not None and code < 0 else f"exit status {code}"
 
 
 def _serve(connection: Connection) -> None:

@@ -65,7 +65,6 @@ def offload_embedding(model: Any) -> int:
     copies = {id(module.weight): module.weight.data.cpu().pin_memory() for module in modules}
     for module in modules:
         setattr(module, HOST_COPY, copies[id(module.weight)])
-    for module in modules:
         module.weight.data = module.weight.data.new_empty(0)
     torch.cuda.empty_cache()
     return sum(copy.numel() for copy in copies.values())

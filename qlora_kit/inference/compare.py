@@ -56,12 +56,9 @@ class Comparison:
         """Return the lines of the report."""
         found = [f"perplexity on {self.data}", f"  base        {self.base}"]
         if self.adapter and self.difference:
-            loss, error = self.difference
-            found.append(f"  adapter     {self.adapter}")
-            found.append(
-                f"  difference  {plus_minus(loss, error, '+.4f')} nats per token (adapter - base, standard error "
-                f"of the blocks' own differences): {judge_difference(self.difference)}"
-            )
+            figure, what = plus_minus(*self.difference, "+.4f"), "adapter - base, standard error of the blocks' own differences"
+            verdict = f"  difference  {figure} nats per token ({what}): {judge_difference(self.difference)}"
+            found += [f"  adapter     {self.adapter}", verdict]
         return [*found, f"  {self.definition}"]
 
 

@@ -85,9 +85,9 @@ class Conversation:
                 return self._run_command(line)
             self._ask(require_text(line, "the input"), self.generator.seed, self.rounds)
         except (UserError, BadRecord) as error:
-            self.terminal.say_error(error)
+            self.terminal.say(f"error: {error}")
         except torch.OutOfMemoryError:
-            self.terminal.say_error("the GPU's memory is full. Shorten the conversation with /undo or /reset.")
+            self.terminal.say("error: the GPU's memory is full. Shorten the conversation with /undo or /reset.")
         return True
 
     def _ask(self, prompt: str, seed: int, earlier: list[Round]) -> None:

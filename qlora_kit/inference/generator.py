@@ -20,6 +20,7 @@ from qlora_kit.inference.prompts import PromptEncoder, check_context
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Stop = Literal["end", "length", "interrupted"]
 FixedAdapter = Literal["--merged", "--base_only"]  # the flag after which the adapter cannot be switched off, or on
 
 
@@ -62,7 +63,7 @@ class Generated:
     text: str
     tokens: int
     seconds: float
-    stop: Literal["end", "length", "interrupted"]
+    stop: Stop
 
     @property
     def tokens_per_second(self) -> float:
@@ -218,7 +219,5 @@ class _Answer:
 
     def result(self, max_new_tokens: int) -> Generated:
         self.finish()
-        seconds = self.latest - self.started
-        if self.ended:
-            return Generated(self.text, len(self.ids), seconds, "end")
-        return Generated(self.text, len(self.ids), seconds, "length" if len(self.ids) >= max_new_tokens else "interrupted")
+        stop: Stop = "end" if self.ended else "length" if len(self.ids) >= max_new_tokens else "interrupted"
+        return Generated(self.text, len(self.ids), self.latest - self.started, stop)

@@ -66,12 +66,12 @@ class GraphEngine(Engine):
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
-        before, self.uses_adapter = self.uses_adapter, False
+        self.uses_adapter = False
         try:
             with super().adapter_off():
                 yield
         finally:
-            self.uses_adapter = before
+            self.uses_adapter = True
 
     @torch.inference_mode()
     def steps(

@@ -4,7 +4,6 @@ from collections.abc import Generator
 from itertools import zip_longest
 from queue import SimpleQueue
 from threading import Event, Thread
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -46,6 +45,8 @@ class LibraryEngine(Engine):
             yield from ([own[0] for own in step] for step in zip_longest(*alone, fillvalue=stop_ids[:1]))
             return
         ids, mask = _pad_left(prompts, self.pad_id, self.model.device)
+        greedy = settings.temperature == 0
+        sampling = {name: None if greedy else getattr(settings, name) for name in ("temperature", "top_p", "top_k")}
         streamer, stopping = _StepQueue(), Event()
 
         def decode() -> None:
@@ -56,7 +57,8 @@ class LibraryEngine(Engine):
                 with torch.inference_mode():
                     self.model.generate(
                         input_ids=ids, attention_mask=mask, streamer=streamer, stopping_criteria=stop, logits_processor=penalty,
-                        eos_token_id=stop_ids, pad_token_id=self.pad_id, **_library_settings(settings),
+                        eos_token_id=stop_ids, pad_token_id=self.pad_id, max_new_tokens=settings.max_new_tokens,
+                        repetition_penalty=None, do_sample=not greedy, **sampling,
                     )  # fmt: skip
             except BaseException as error:  # raised again below, in the reader's thread
                 streamer.queue.put(error)
@@ -114,9 +116,3 @@ def _pad_left(prompts: list[list[int]], pad_id: int, device: torch.device) -> tu
     ids = torch.tensor([[pad_id] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     return ids, mask
-
-
-def _library_settings(settings: GenerationSettings) -> dict[str, Any]:
-    greedy = settings.temperature == 0
-    sampling = {name: None if greedy else getattr(settings, name) for name in ("temperature", "top_p", "top_k")}
-    return {"do_sample": not greedy, "max_new_tokens": settings.max_new_tokens, "repetition_penalty": None, **sampling}

@@ -85,10 +85,6 @@ class Terminal:
         """Print a message that matters less than the answer above it."""
         self._messages.print(line, style="dim")
 
-    def say_error(self, reason: object) -> None:
-        """Print a mistake."""
-        self._messages.print(f"error: {reason}")
-
     def has_unfinished_line(self) -> bool:
         """Return whether Ctrl+C was pressed on a line with text."""
         return self.is_edited and "readline" in sys.modules and bool(sys.modules["readline"].get_line_buffer())
