@@ -101,10 +101,17 @@ def find_why_not_packed(model: Any, data: TrainingData, config: Config, machine:
 
 
 def why_not_on_fast_path(model: Any, config: Config) -> str | None:
-    """Return why a model is computed through the library's layers, or None if it takes the fast path."""
-    if not config.performance.fused_lora:
-        return "performance.fused_lora is false"
-    return why_not_fast(model, config.data.max_length)
+    """Return why a model is computed through the library's layers, or None if it takes the fast path.
+
+    Raises:
+        UserError: performance.fsdp or offload_embedding is true, which the library's layers know nothing of.
+    """
+    settings = config.performance
+    reason = why_not_fast(model, config.data.max_length) if settings.fused_lora else "performance.fused_lora is false"
+    for key in ("fsdp", "offload_embedding"):
+        if reason and getattr(settings, key):
+            raise UserError.of([unsupported(f"performance.{key}", reason, "false")])
+    return reason
 
 
 def build_store(
@@ -183,10 +190,8 @@ def build_micro_step(
     reason = why_not_on_fast_path(model, config)
     not_compiled = why_not_used("performance.compile", settings.compile, reason or why_not_compiled(device))
     not_captured = why_not_used("performance.cuda_graphs", settings.cuda_graphs, reason or why_not_graphed(device))
-    if settings.fsdp and reason:
-        raise UserError.of([unsupported("performance.fsdp", reason, "false")])
-    if settings.offload_embedding and (reason or device != "cuda"):
-        raise UserError.of([unsupported("performance.offload_embedding", reason or "needs a CUDA GPU", "false")])
+    if settings.offload_embedding and device != "cuda":
+        raise UserError.of([unsupported("performance.offload_embedding", "needs a CUDA GPU", "false")])
     report.describe_path(reason, not_compiled, not_captured)
     if reason:
         if settings.fused_lora:

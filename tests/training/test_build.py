@@ -4,13 +4,20 @@ import json
 import re
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 import inference_example
 import train_qlora
+from qlora_kit.config import Config
+from qlora_kit.config_file import override
 from qlora_kit.errors import UserError
 from qlora_kit.merge.command import merge
 from qlora_kit.model import packing_check
+from qlora_kit.training import build
+from qlora_kit.training.machine import Machine
+from qlora_kit.training.processes import Team
+from tests.data.builders import record_blocks
 from tests.model.random_models import build_model
 from tests.tiny_run import names, result
 
@@ -106,3 +113,17 @@ def test_its_merge_is_checked_on_one_record_a_block(unpacked, tmp_path):
     check = merge(unpacked, tmp_path / "merged", device="cpu").check
     assert check.adapter.loss == pytest.approx(run["perplexity"]["adapter"]["loss"], rel=1e-6)
     assert check.data.startswith("3 blocks of 64 tokens") and names(tmp_path / "merged")
+
+
+def test_rank_0_decides_for_all_ranks(monkeypatch):
+    monkeypatch.setattr(Team, "broadcast", lambda team, value: "as rank 0 found")
+    data, machine = build.TrainingData(record_blocks("pa", "pa"), None), Machine("cpu", torch.float32, [])
+    found = [build.find_why_not_packed(build_model(name), data, Config(), machine, Team(1, 2)) for name in ("gemma3", "lfm2")]
+    assert found == ["as rank 0 found"] * 2
+    assert build.find_why_not_packed(build_model("lfm2"), data.unpack(), Config(), machine, Team(1, 2)) is None
+
+
+@pytest.mark.parametrize("key", ["performance.fsdp", "performance.offload_embedding"])
+def test_what_only_the_fast_path_can_do_is_refused_before_other_layers_are_tried(key):
+    with pytest.raises(UserError, match=rf"{key}: true: cannot work here \(lfm2 is not built like Llama\). Use false."):
+        build.why_not_on_fast_path(build_model("lfm2"), override(Config(), {key: True}))
