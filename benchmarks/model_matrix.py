@@ -200,7 +200,8 @@ def write_chats(file: Path, folder: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME", help=", ".join(MODELS))
+    only = f"these; none only writes the page: {', '.join(MODELS)}"
+    parser.add_argument("--only", nargs="*", choices=[*MODELS, []], default=list(MODELS), metavar="NAME", help=only)
     parser.add_argument("--folder", type=Path, metavar="DIR", help="a model of your own instead")
     parser.add_argument("--json", type=Path, metavar="FILE", help="add the rows to those of this file")
     parser.add_argument("--page", type=Path, metavar="FILE", help="write the rows, and those of --json, into this page")
@@ -265,8 +266,9 @@ def table_row(name: str, row: Row) -> str:
         chats += " (one record a block)"
     result = "; ".join(row["wrong"]) or ("refused" if "peft" in row else "ok")
     lines = {line: f"{'' if 'peft' in row else f'{part} '}refused: {line}" for part, line in refused.items()}
+    path = re.sub(r" \(\w+ is not built like Llama\)", "", row.get("path", ""))
     cells = [
-        MODELS[name].public if name in MODELS else name, name, re.sub(r" \(\w+ is not built like Llama\)", "", row.get("path", "")),
+        MODELS[name].public if name in MODELS else name, name, path,
         " ".join(f"`{key}={value}`" for key, value in row.get("set", {}).items()),
         numbers("text base", "text adapter"), chats, figures.get("answers", ""), numbers("merge original", "merge dequantized"),
         share("packed"), share("adapted"),

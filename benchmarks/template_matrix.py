@@ -290,11 +290,13 @@ def describe_difference(found: list[int], expected: list[int], tokenizer: Any) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="with .jinja files")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="files, without .jinja")
+    parser.add_argument("--only", nargs="*", metavar="NAME", help="files, without .jinja; none only writes the page")
     parser.add_argument("--json", type=Path, metavar="FILE", help="add the rows to those of this file")
     parser.add_argument("--page", type=Path, metavar="FILE", help="write the rows, and those of --json, into this page")
     arguments = parser.parse_args()
-    names = arguments.only or [name for name in PUBLIC if (arguments.folder / f"{name}.jinja").exists()]
+    names = arguments.only
+    if names is None:
+        names = [name for name in PUBLIC if (arguments.folder / f"{name}.jinja").exists()]
     with tempfile.TemporaryDirectory() as temporary:
         work, folder = Path(temporary), arguments.folder.resolve()
         matrix_run.prepare(work)
@@ -323,13 +325,20 @@ def summary(rows: dict[str, Row]) -> list[str]:
 
 def table(rows: dict[str, Row]) -> list[str]:
     """Return the rows as a Markdown table, and the lines of the refusals below it."""
-    kinds = list(conversations())
+    kinds, reasons = list(conversations()), dict[str, str]()
+
+    def cell(outcome: str) -> str:
+        last, _, reason = outcome.rpartition("refused: ")
+        if reason == outcome:
+            return shorten(outcome if re.match(r"(last: )?ok", outcome) else f"**{outcome}**", 120)
+        general = re.sub(r"'[^']*'", "'...'", re.sub(r"turn \d+", "turn N", reason))
+        return f"{last}refused ({reasons.setdefault(general, f'{len(reasons) + 1}')})"
+
     lines = [f"| template of | file | {' | '.join(kinds)} |", "|" + "---|" * (len(kinds) + 2)]
     for name, row in rows.items():
-        cells = [row.get("cases", {}).get(kind, "") for kind in kinds] if "cases" in row else [f"**{row['wrong'][0]}**"]
-        marked = [cell if re.match(r"(last: )?(ok|refused)", cell) else f"**{cell}**" for cell in cells]
-        lines.append(f"| {row.get('name', name)} | {name} | {' | '.join(shorten(cell, 120) for cell in marked)} |")
-    return lines
+        outcomes = row.get("cases") or dict.fromkeys(kinds, row["wrong"][0])
+        lines.append(f"| {row.get('name', name)} | {name} | {' | '.join(cell(outcomes[kind]) for kind in kinds)} |")
+    return [*lines, "", *(f"{number}. {shorten(reason, 400)}" for reason, number in reasons.items())]
 
 
 if __name__ == "__main__":
