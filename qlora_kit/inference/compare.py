@@ -46,10 +46,8 @@ class Comparison:
 
     def as_object(self) -> dict[str, Any]:
         """Return the object of a line of --json; a standard error that does not exist is null."""
-        measured = {"base": self.base, "adapter": self.adapter}
+        measured = {"base": self.base, "adapter": self.adapter, "difference": self.difference}
         fields = {name: result.as_json() for name, result in measured.items() if result is not None}
-        if self.difference is not None:
-            fields["difference"] = self.difference.as_json()
         return {"perplexity": {"data": self.data, **fields, "definition": self.definition}}
 
     def lines(self) -> list[str]:

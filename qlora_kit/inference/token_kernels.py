@@ -44,8 +44,9 @@ def project(x: torch.Tensor, group: ProjectionGroup) -> torch.Tensor:
         y = y + group.bias
     if group.lora is None:
         return y
-    B = [x.new_zeros(size, 0) if b is None else b for b, size in zip(group.lora.B, group.sizes, strict=True)]
-    return y + x @ group.lora.A.T @ torch.block_diag(*B).T
+    columns = iter((x @ group.lora.A.T).split([b.shape[1] for b in group.lora.B if b is not None], 1))
+    pairs = zip(group.lora.B, group.sizes, strict=True)
+    return y + torch.cat([x.new_zeros(len(x), size) if b is None else next(columns) @ b.T for b, size in pairs], 1)
 
 
 def _unpack(weight: Any, dtype: torch.dtype) -> torch.Tensor:
