@@ -91,9 +91,11 @@ def read_ending(tokenizer: "PreTrainedTokenizerBase", calls: bool = False) -> En
     written, shared = list(pattern.finditer(last)), count_shared(last, between)
     if written:
         tokens = [match[0] for match in written if match.end() <= shared] or [match[0] for match in written]
-        opening = _render([user], tokenizer, True).removeprefix(_render([user], tokenizer))
-        # Without an opening, it is not known which of the tokens behind the first begin a next answer.
-        tokens[1:] = takewhile(lambda token: opening and token not in opening, tokens[1:])
+        asked = _render([user], tokenizer)
+        opening = _render([user], tokenizer, True).removeprefix(asked)
+        if not opening and asked.endswith(last):  # the template always begins an answer, with tokens that are not known
+            tokens = tokens[:1]
+        tokens[1:] = takewhile(lambda token: token not in opening, tokens[1:])
         return Ending(end if end in tokens else tokens[-1])
     words_end = last.rstrip()
     space = last[len(words_end) :]

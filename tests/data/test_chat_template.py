@@ -205,9 +205,11 @@ def test_where_the_next_turn_ends_an_answer_its_first_token_is_trained(with_temp
 
 
 @pytest.mark.parametrize("eos_token", ["<|END_OF_TURN_TOKEN|>", "<|endoftext|>"])
-def test_the_end_of_a_turn_is_trained_up_to_its_last_token(with_template, eos_token):
+@pytest.mark.parametrize("opens_when", ["add_generation_prompt", "messages[-1].role == 'user'"])
+def test_the_end_of_a_turn_is_trained_up_to_its_last_token(with_template, eos_token, opens_when):
     special = ["START_OF_TURN_TOKEN", "END_OF_TURN_TOKEN", "USER_TOKEN", "CHATBOT_TOKEN", "START_RESPONSE", "END_RESPONSE"]
-    tokenizer = with_template(COMMAND_R7B, eos_token, [f"<|{name}|>" for name in special])
+    template = COMMAND_R7B.replace("add_generation_prompt", opens_when)
+    tokenizer = with_template(template, eos_token, [f"<|{name}|>" for name in special])
     expected = [f"<|START_RESPONSE|>{words}<|END_RESPONSE|><|END_OF_TURN_TOKEN|>" for words in ("Hello!", "4")]
     assert trained(render_pieces(TWO, tokenizer)) == expected
     assert find_end_of_turn(tokenizer) == "<|END_OF_TURN_TOKEN|>"
