@@ -61,11 +61,11 @@ def save_model(name: str) -> Path:
 
 
 @functools.cache
-def save_packed(quant_type: str = "fp4", double: bool = False) -> Path:
-    """Return a folder of the embedded model that bitsandbytes has packed already; its layer 1 has attention in 32 bits."""
+def save_packed() -> Path:
+    """Return a folder of the embedded model whose files are in FP4 already; its layer 1 has attention in 32 bits."""
     folder = _new_folder()
     packing = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double, bnb_4bit_compute_dtype=torch.float16,
+        load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False, bnb_4bit_compute_dtype=torch.float16,
         llm_int8_skip_modules=["lm_head", "model.layers.1.self_attn"],
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(TINY, quantization_config=packing, dtype=torch.float32, device_map={"": "cpu"})

@@ -12,7 +12,7 @@ from qlora_kit.errors import UserError
 from qlora_kit.fast.sharding import load_sharded
 from qlora_kit.model.load import describe_unused, load_base_model
 from quantization_utils import create_bnb_config, load_model_and_tokenizer
-from tests.model.saved_models import change_model, save_model, save_packed
+from tests.model.saved_models import TINY, change_model, save_model, save_packed
 
 NF4 = create_bnb_config(compute_dtype=torch.float32)
 IDS = torch.arange(100, 124)[None]
@@ -29,27 +29,26 @@ def refusal(folder, quantization=NF4) -> str:
     return line.removeprefix(f"model.name: {folder}: ")
 
 
-@pytest.mark.parametrize("packing", [NF4, None])
-@pytest.mark.parametrize("lacks, named", [
-    ("layernorm", "no model.layers.0.input_layernorm.weight, model.layers.0.post_attention_layernorm.weight, "
-                  "model.layers.1.input_layernorm.weight and 9 more in its files. Copy or download"),
-    ("embed_tokens", "no lm_head.weight, model.embed_tokens.weight in its files"),  # tied: both are random then
-    ("layers.3.mlp.up_proj", "no model.layers.3.mlp.up_proj.weight in its files"),
-    ("q_proj.bias", "no model.layers.0.self_attn.q_proj.bias, "),
+@pytest.mark.parametrize("lacks, packing, named", [
+    ("layernorm", None, "no model.layers.0.input_layernorm.weight, model.layers.0.post_attention_layernorm.weight, "
+                        "model.layers.1.input_layernorm.weight and 9 more in its files. Copy or download"),
+    ("embed_tokens", None, "no lm_head.weight, model.embed_tokens.weight in its files"),  # tied: both are random then
+    ("layers.3.mlp.up_proj", NF4, "no model.layers.3.mlp.up_proj.weight in its files"),
+    ("q_proj.bias", None, "no model.layers.0.self_attn.q_proj.bias, "),
 ])  # fmt: skip
-def test_tensors_that_the_files_lack_are_named(tmp_path, packing, lacks, named):
+def test_tensors_that_the_files_lack_are_named(tmp_path, lacks, packing, named):
     """The library fills them with random numbers and says nothing that a user sees: the run ended with status 0."""
     assert refusal(change_model(tmp_path / "base", lambda name: lacks not in name), packing).startswith(f"has {named}")
 
 
-@pytest.mark.parametrize("packing", [NF4, None])
-@pytest.mark.parametrize("config, named", [
-    ({"intermediate_size": 448}, "model.layers.0.mlp.down_proj.weight of 192 x 512 in its files, and its config.json makes it "
-                                 "192 x 448, as 17 more differ. Restore its config.json"),
-    ({"num_key_value_heads": 6}, "model.layers.0.self_attn.k_proj.bias of 64 in its files, and its config.json makes it 192"),
-    ({"vocab_size": 6200}, "model.embed_tokens.weight of 6144 x 192 in its files, and its config.json makes it 6200 x 192"),
+@pytest.mark.parametrize("config, packing, named", [
+    # The library compares the shape of no weight that it packs.
+    ({"intermediate_size": 448}, NF4, "model.layers.0.mlp.down_proj.weight of 192 x 512 in its files, and its config.json makes "
+                                      "it 192 x 448, as 17 more differ. Restore its config.json"),
+    ({"num_key_value_heads": 6}, None, "model.layers.0.self_attn.k_proj.bias of 64 in its files, and its config.json makes it "),
+    ({"vocab_size": 6200}, None, "model.embed_tokens.weight of 6144 x 192 in its files, and its config.json makes it 6200 x 192"),
 ])  # fmt: skip
-def test_tensors_of_another_shape_are_named(tmp_path, packing, config, named):
+def test_tensors_of_another_shape_are_named(tmp_path, config, packing, named):
     assert refusal(change_model(tmp_path / "base", **config), packing).startswith(f"has {named}")
 
 
@@ -113,19 +112,17 @@ def test_models_with_layers_of_their_own_compute_with_the_packed_weights(name):
         torch.testing.assert_close(model(IDS).logits, whole(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("quant_type, double", [("fp4", False), ("nf4", True)])
-def test_a_model_that_is_packed_already_keeps_its_own_form(quant_type, double):
-    folder = save_packed(quant_type, double)
+def test_a_model_that_is_packed_already_keeps_its_own_form():
+    folder = save_packed()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # "already has a `quantization_config` attribute"
         model, _ = load_model_and_tokenizer(str(folder), device="cpu")
-    state = model.model.layers[0].mlp.up_proj.weight.quant_state
-    assert (state.quant_type, state.nested) == (quant_type, double)
+    packed = model.model.layers[0].mlp.up_proj
+    assert (packed.weight.quant_state.quant_type, packed.weight.quant_state.nested) == ("fp4", False)
+    assert packed.compute_dtype == torch.float32  # its config.json says float16
     assert type(model.model.layers[1].self_attn.q_proj) is torch.nn.Linear
-    assert model.model.layers[0].mlp.up_proj.compute_dtype == torch.float32  # its config.json says float16
-    original = load(change_model(folder / "unpacked"), create_bnb_config(quant_type, torch.float32, double))
-    packed, again = (loaded.model.layers[2].mlp.down_proj.weight for loaded in (model, original))
-    assert torch.equal(packed.data, again.data)
+    again = load(TINY, create_bnb_config("fp4", torch.float32, use_double_quant=False))
+    assert torch.equal(packed.weight.data, again.model.layers[0].mlp.up_proj.weight.data)
 
 
 def test_a_quantization_that_contradicts_the_files_is_refused():
@@ -149,7 +146,6 @@ def test_packed_files_without_the_scales_of_a_weight_are_refused(tmp_path):
     ({"quant_method": "of-tomorrow"}, "of-tomorrow"),
     ("x", "an unknown method"),
 ])  # fmt: skip
-@pytest.mark.parametrize("packing", [NF4, None])
-def test_other_quantized_files_are_refused_with_the_way_out(tmp_path, settings, form, packing):
-    line = refusal(change_model(tmp_path / "base", quantization_config=settings), packing)
+def test_other_quantized_files_are_refused_with_the_way_out(tmp_path, settings, form):
+    line = refusal(change_model(tmp_path / "base", quantization_config=settings), None)
     assert line.startswith(f"has weights that are quantized already, by {form}") and "Use the 16-bit model" in line
