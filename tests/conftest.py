@@ -4,6 +4,7 @@ import atexit
 import gc
 import os
 import shutil
+import sys
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face library is imported
@@ -21,6 +22,8 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 
+from tests.tiny_run import TWO_LAYERS  # noqa: E402
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "assets" / "tiny-qwen2"
 
@@ -32,12 +35,14 @@ def pytest_collection_finish():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def curves_without_a_drawing():
-    """Leave out the picture, a third of a short run. tests/output draws it, and runs in processes of their own do."""
+def runs_without_pictures_and_cards():
+    """Leave out the curves, a third of a short run, and peft's card, which is removed. Runs in other processes make both."""
     import train_qlora
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_qlora, "plot_training_curves", lambda entries, path: path.touch())
+        if peft := sys.modules.get("peft"):  # else it would be imported for tests that do without
+            patch.setattr(peft.PeftModel, "create_or_update_model_card", lambda model, folder: None)
         yield
 
 
@@ -105,5 +110,6 @@ def adapter_of(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def adapter(adapter_of) -> Path:
-    """Trained for 4 steps: enough to change every answer."""
-    return adapter_of("--config", "configs/tiny.yaml", "--max_steps", "4", "--set", "data.max_train_samples=32")
+    """Trained for 4 steps, on two layers: enough to change every answer."""
+    flags = ("--config", "configs/tiny.yaml", "--model_name", str(TWO_LAYERS), "--max_steps", "4")
+    return adapter_of(*flags, "--set", "data.max_train_samples=32")

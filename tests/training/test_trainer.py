@@ -37,6 +37,7 @@ from qlora_kit.training.progress import SpeedMeter
 from qlora_kit.training.report import Run, RunReport
 from qlora_kit.training.stop import StopCallback
 from qlora_kit.training.trainer import QLoraTrainer
+from tests.tiny_run import TWO_LAYERS
 
 T = 16  # block length
 
@@ -65,7 +66,7 @@ def make_config(root, tmp_path, monkeypatch):
 
     def make(**changed):
         overrides = {
-            "data.max_length": T, "lora.rank": 4, "lora.dropout": 0.0, "training.batch_size": 1,
+            "model.name": str(TWO_LAYERS), "data.max_length": T, "lora.rank": 4, "lora.dropout": 0.0, "training.batch_size": 1,
             "training.gradient_accumulation_steps": 4, "training.lr_scheduler": "constant", "training.warmup_ratio": 0.0,
             "training.logging_steps": 1, "training.output_dir": str(tmp_path / "out"), "training.max_steps": 2,
         }  # fmt: skip
@@ -568,7 +569,7 @@ def test_the_guard_looks_once_a_step_and_not_at_each_micro_batch(make_trainer, m
 @pytest.mark.parametrize("fused", [True, False], ids=["fast path", "library's layers"])
 def test_a_projection_that_learns_nothing_is_named(make_trainer, monkeypatch, fused):
     trainer = make_trainer(training__max_steps=4, performance__fused_lora=fused)
-    dead = next(p for name, p in trainer.adapted.named_parameters() if "layers.3.mlp.up_proj.lora_B" in name)
+    dead = next(p for name, p in trainer.adapted.named_parameters() if "layers.1.mlp.up_proj.lora_B" in name)
     if fused:
         real, adapters = FastDecoder.accumulate, trainer.micro.decoder.adapters
 
@@ -582,7 +583,7 @@ def test_a_projection_that_learns_nothing_is_named(make_trainer, monkeypatch, fu
         dead.register_hook(torch.zeros_like)
     trainer.train()
     told = [line for line in (make_trainer.folder / "training_log.txt").read_text().splitlines() if "exactly zero" in line]
-    assert len(told) == 1 and "of model.layers.3.mlp.up_proj is exactly zero at step 3" in told[0]
+    assert len(told) == 1 and "of model.layers.1.mlp.up_proj is exactly zero at step 3" in told[0]
 
 
 def test_an_adapter_that_is_no_number_is_not_put_into_a_checkpoint(make_trainer):
