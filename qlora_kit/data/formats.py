@@ -46,6 +46,7 @@ class Chat(NamedTuple):
     messages: list[Message]
     tools: list[JsonObject] | None = None  # that the assistant may call
     unused: frozenset[str] = frozenset()  # keys of the record, and `turn.KEY` of its turns, that nothing uses
+    contexts: int = 0  # the number of first turns whose answers are not trained, unless everything is
 
 
 def alpaca_to_text(
@@ -117,21 +118,16 @@ def from_messages(record: Record) -> Chat:
 
 
 def from_completion(record: Record) -> Chat:
-    """Return the turns of a prompt and its completion; answers before the completion have weight 0."""
+    """Return the turns of a prompt and its completion; the turns before the completion are context."""
     prompt, completion = record.get("prompt"), record.get("completion")
     keys = ("prompt", "completion")
     if not isinstance(prompt, list) and not isinstance(completion, list):
         chat = _build_round(record, keys, _read_text(record, "prompt"), _read_text(record, "completion"))
-        after = 1
-    else:
-        unused: set[str] = set()
-        before, answer = (read_turns(record.get(key), key, unused) for key in keys)
-        chat = _build_chat(record, keys, before + answer, unused)
-        after = len(answer)
-    for message in chat.messages[:-after]:
-        if message["role"] == "assistant":
-            message["weight"] = 0
-    return chat
+        return chat._replace(contexts=len(chat.messages) - 1)
+    unused: set[str] = set()
+    before, answer = (read_turns(record.get(key), key, unused) for key in keys)
+    chat = _build_chat(record, keys, before + answer, unused)
+    return chat._replace(contexts=len(chat.messages) - len(answer))
 
 
 READERS: dict[str, Callable[[Record], Chat]] = {

@@ -55,12 +55,14 @@ def render_chat(chat: Chat, tokenizer: "PreTrainedTokenizerBase", train_on: Trai
     """
     messages = chat.messages
     if train_on == "all" and any(message.get("weight") == 0 and message["role"] != "assistant" for message in messages):
-        raise BadRecord("a turn before an answer is not to be trained, and data.train_on: all trains it", "train on assistant")
+        problem = "a turn before an answer is not to be trained, and data.train_on: all trains it"
+        raise BadRecord(problem, "set data.train_on=assistant, or correct the record")
     fitted, left_out = fit_to_template(messages, chat.tools, tokenizer)
     turns, tools = _split_control_tokens(fitted, tokenizer), _split_in(chat.tools, build_control_token_pattern(tokenizer))
     whole = render_conversation(turns, tokenizer, tools)
     answers = _number_answers(turns)[-1:] if train_on == "last" else _number_answers(turns)
-    untrained = [number for number in answers if messages[number].get("weight") == 0]
+    contexts = 0 if train_on == "all" else chat.contexts
+    untrained = [number for number in answers if number < contexts or messages[number].get("weight") == 0]
     wanted = untrained if train_on == "all" else [number for number in answers if number not in untrained]
     spans = _find_spans(turns, whole, answers, wanted, tokenizer, tools)
     pieces = _cut_into_pieces(whole, {span: number not in untrained for number, span in spans.items()}, train_on == "all")

@@ -47,12 +47,17 @@ def read_turns(turns: object, key: str, unused: set[str], openai: bool = True) -
         message = _read_turn(turn, f"turn {number} of {key}", unused, 1 if openai else -1)
         if message["role"] == "call":
             message["role"] = "assistant"
-            before = messages[-1] if messages else message
-            if before["role"] == "assistant" and before.get("weight") == message.get("weight") and before is not message:
-                before["tool_calls"] = before.get("tool_calls", []) + message["tool_calls"]  # the answer that makes the calls
+            before = messages[-1] if messages else {}
+            if before.get("role") == "assistant" and _is_part(message, before):
+                before["tool_calls"] = before.get("tool_calls", []) + message["tool_calls"]
                 continue
         messages.append(message)
     return messages
+
+
+def _is_part(calls: Message, answer: Message) -> bool:
+    """Return whether calls in a turn of their own are those of the answer before them, and say nothing else."""
+    return calls.get("weight") == answer.get("weight") and calls.keys() <= {"role", "content", "tool_calls", "weight"}
 
 
 def _read_turn(turn: object, name: str, unused: set[str], order: int) -> Message:

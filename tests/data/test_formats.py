@@ -6,6 +6,7 @@ import pytest
 
 from qlora_kit.data import formats
 from qlora_kit.data.formats import recognise_format
+from qlora_kit.data.rendering import render_chat
 from qlora_kit.errors import BadRecord
 from tests.data.builders import render_pieces
 
@@ -79,9 +80,10 @@ def test_a_completion_is_one_round():
 
 def test_completion_of_messages_trains_no_answer_of_its_prompt(tokenizer):
     record = {"prompt": [SYSTEM, USER, ASSISTANT, {"role": "user", "content": "2+2?"}], "completion": [FOUR]}
-    messages = formats.from_completion(record).messages
-    assert [message["content"] for message in messages] == ["Be brief.", "Hi", "Hello!", "2+2?", "4"]
-    assert trained(render_pieces(messages, tokenizer)) == ["4<|im_end|>"]
+    chat = formats.from_completion(record)
+    assert [message["content"] for message in chat.messages] == ["Be brief.", "Hi", "Hello!", "2+2?", "4"]
+    assert trained(render_chat(chat, tokenizer).pieces) == ["4<|im_end|>"]
+    assert all(piece.trained for piece in render_chat(chat, tokenizer, "all").pieces)
 
 
 def test_an_answer_of_weight_0_is_context_only(tokenizer):
@@ -146,7 +148,8 @@ EARLIER = [{"role": "user", "content": "Hm?"}, {"role": "assistant", "content": 
 def test_a_system_text_of_the_record_is_the_first_turn(kind, key):
     record = ROUND if kind == "messages" else RECORDS[kind]
     plain = formats.READERS[kind](record).messages
-    assert formats.READERS[kind](record | {key: "Be brief."}) == (([SYSTEM, *plain]), None, frozenset())
+    chat = formats.READERS[kind](record | {key: "Be brief."})
+    assert (chat.messages, chat.tools, chat.unused) == ([SYSTEM, *plain], None, set())
     assert formats.READERS[kind](record | {key: " "}).messages == plain
 
 
@@ -157,11 +160,11 @@ def test_a_system_text_that_is_the_first_turn_already_is_not_repeated():
 
 
 @pytest.mark.parametrize("history", [[["Hm?", "Ha."]], '[["Hm?", "Ha."]]', EARLIER], ids=["pairs", "JSON text", "turns"])
-@pytest.mark.parametrize(("kind", "weight"), [("alpaca", {}), ("messages", {}), ("completion", {"weight": 0})])
-def test_earlier_rounds_come_first_and_are_context_of_a_completion(kind, weight, history):
+@pytest.mark.parametrize(("kind", "contexts"), [("alpaca", 0), ("messages", 0), ("completion", 4)])
+def test_earlier_rounds_come_first_and_are_context_of_a_completion(kind, contexts, history):
     record = ROUND if kind == "messages" else RECORDS[kind]
-    messages = formats.READERS[kind](record | {"history": history, "system": "Be brief."}).messages
-    assert messages == [SYSTEM, EARLIER[0], EARLIER[1] | weight, *formats.READERS[kind](record).messages]
+    chat = formats.READERS[kind](record | {"history": history, "system": "Be brief."})
+    assert chat.messages == [SYSTEM, *EARLIER, *formats.READERS[kind](record).messages] and chat.contexts == contexts
 
 
 @pytest.mark.parametrize(
@@ -239,7 +242,7 @@ def test_keys_that_nothing_uses_are_named_and_empty_ones_are_not():
         "id": 0,
         "tags": [],
     }
-    assert formats.from_messages(record) == ([USER, ASSISTANT], None, {"id", "turn.when"})
+    assert formats.from_messages(record) == ([USER, ASSISTANT], None, {"id", "turn.when"}, 0)
     # That the words of a user are trained is no setting of a turn.
     assert formats.from_messages({"messages": [USER | {"train": True}, ASSISTANT]}).unused == {"turn.train"}
 
@@ -293,6 +296,10 @@ def test_calls_and_results_as_sharegpt_turns():
     turns[1:3] = [("gpt", "I look it up."), ("function_call", call)]
     messages = formats.from_sharegpt({"conversations": [{"from": role, "value": text} for role, text in turns]}).messages
     assert messages == [USER, CALLED | {"content": "I look it up."}, TOOL, ASSISTANT]
+    turns[2] = ("function_call", call, "Hm.")
+    thought = [{"from": turn[0], "value": turn[1], "thinking": "".join(turn[2:])} for turn in turns]
+    with pytest.raises(BadRecord, match="turn 3 is assistant, expected user"):  # not one answer: its thoughts would be lost
+        formats.from_sharegpt({"conversations": thought})
     with pytest.raises(BadRecord, match="value of turn 2 of conversations is no valid JSON: 'Rome'"):
         formats.from_sharegpt({"conversations": [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": "Rome"}]})
 
