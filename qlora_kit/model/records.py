@@ -64,6 +64,6 @@ def longest_short_text(config: Any, length: int) -> int | None:
     rope = getattr(config, "rope_parameters", None) or {}
     for part in (rope, *rope.values()):  # one for all layers, or one for each layer type
         if isinstance(part, dict) and part.get("rope_type") == "longrope":
-            limit = part["original_max_position_embeddings"]
-            return limit if limit < length else None
+            limit = part.get("original_max_position_embeddings")
+            return limit if limit and limit < length else None
     return None
