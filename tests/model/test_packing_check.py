@@ -67,9 +67,7 @@ def test_padding_does_not_make_a_record_long(name):
 def test_a_model_that_no_mask_serves_is_found_out(name):
     reason = why_not_packed(build_model(name), TOKENS)
     crashed = {"bloom": "ValueError: too many values to unpack", "mamba": "RuntimeError: The size of tensor"}
-    expected = (
-        f"cannot compute several records in a block ({crashed[name]}" if name in crashed else "the loss of a token is"
-    )
+    expected = f"cannot compute several records in a block ({crashed[name]}" if name in crashed else "the loss of a token is"
     assert reason and expected in reason and "\n" not in reason
 
 
