@@ -150,13 +150,17 @@ def show_plan(config: Config, processes: int, gpu: str | None = None) -> None:
     if gpu is not None:
         card = find_card(gpu)
         card = replace(card, memory=card.memory - CONTEXT_BYTES)
-    elif not config.performance.vram_limit_gib or Path("/dev/nvidiactl").exists():
+    elif any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg")):  # of Linux and of WSL; torch takes seconds
         from qlora_kit.model.device import free_gpu_memory
         from qlora_kit.model.gpu_speed import measure_gpu
 
         if free := free_gpu_memory():
             card = replace(measure_gpu(), memory=free[1])
-    print(describe_plan(config, shape, card, processes, estimate_tokens(config.data)))
+    try:
+        tokens = estimate_tokens(config.data)
+    except UserError:  # a plan needs no data
+        tokens = None
+    print(describe_plan(config, shape, card, processes, tokens))
 
 
 def preview(config: Config, processes: int) -> None:

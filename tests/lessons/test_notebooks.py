@@ -110,5 +110,5 @@ def test_measured_figures_of_the_summary_are_in_the_outputs(path):
 def test_commands_are_ones_that_readme_gives():
     text = "\n".join(sources(ENGLISH, "markdown"))
     commands = re.findall(r"^(?:python|make|pip) .*$", text, re.MULTILINE) + re.findall(r"`(python -m \w+\.\w+)`", text)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert commands and [command for command in commands if command not in readme and "NAME" not in command] == []
+    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+    assert commands and [command for command in commands if command not in pages and "NAME" not in command] == []

@@ -28,7 +28,7 @@ from qlora_kit.model.load import load_base_model
 from qlora_kit.model.loss import token_losses
 from qlora_kit.planning.shape import BYTES_4BIT_DOUBLE, KNOWN_CONFIGS, read_shape
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+PAGE = " ".join((Path(__file__).resolve().parents[2] / "docs" / "several_gpus.md").read_text(encoding="utf-8").split())
 # q, k, v, o and the three of the MLP: 64 x 64 + 2 x 64 x 32 + 64 x 64 + 3 x 64 x 128 weights a layer.
 LAYER_WEIGHTS = 36_864
 LAYER = 2 * (LAYER_WEIGHTS + 2 * 64)  # bytes in 16 bits, with two norms
@@ -59,7 +59,7 @@ def test_the_bytes_of_qwen_3b_are_those_computed_by_hand(load_in_4bit, gib):
     weights, room = needed_bytes(shape, QuantizationSettings(load_in_4bit=load_in_4bit), 2)
     assert weights / GIB == pytest.approx(gib, abs=1e-3)
     # 4,096 tokens x 36 layers x keys and values x 2 heads of 128; the MLP's 2,048 x 11,008; half a GiB
-    assert f"{WORK_BYTES / GIB} GiB" in README and f"{TEXT_TOKENS:,} tokens." in README
+    assert f"{WORK_BYTES / GIB} GiB" in PAGE and f"{TEXT_TOKENS:,} tokens." in PAGE
     assert room == 2 * (4096 * 36 * 2 * 256 + 2048 * 11008) + GIB // 2
 
 
