@@ -57,6 +57,11 @@ def tiny_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
+def two_layers_dir() -> Path:
+    return TWO_LAYERS
+
+
+@pytest.fixture(scope="session")
 def qwen_tokenizer_dir() -> Path:
     """Return the folder of Qwen2.5's own tokenizer, which QLORA_QWEN_TOKENIZER names; skip the test if it names none."""
     folder = os.environ.get("QLORA_QWEN_TOKENIZER")

@@ -62,7 +62,7 @@ def test_the_norm_is_that_of_the_updates_as_full_matrices(adapter):
     model = load(adapter).engine.model
     updates = [module.get_delta_weight("default") for module in model.modules() if hasattr(module, "lora_A")]
     norm, projections = adapter_norm(model)
-    assert projections == len(updates) == 6 * 7  # layers, projections of each
+    assert projections == len(updates) == 2 * 7  # layers, projections of each
     assert norm == pytest.approx(math.sqrt(sum(update.double().square().sum().item() for update in updates)), rel=1e-5)
     assert norm > 0
 
@@ -161,10 +161,10 @@ def test_without_weights_there_is_no_fingerprint(tmp_path):
     assert weights_fingerprint(tmp_path) is None
 
 
-def test_a_base_model_with_other_weights_is_refused(folder, tiny_dir, tmp_path):
+def test_a_base_model_with_other_weights_is_refused(folder, two_layers_dir, tmp_path):
     recorded = json.loads((folder / "run.json").read_text())
-    assert recorded["base_weights_sha256"] == weights_fingerprint(tiny_dir)
-    other = shutil.copytree(tiny_dir, tmp_path / "other")
+    assert recorded["base_weights_sha256"] == weights_fingerprint(two_layers_dir)
+    other = shutil.copytree(two_layers_dir, tmp_path / "other")
     weights = load_file(other / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"][0] += 0.1
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})

@@ -46,7 +46,7 @@ def assert_same(actual, expected, tolerance=1e-4):
 
 
 @pytest.fixture(scope="module")
-def other_folders(tmp_path_factory, tiny_dir):
+def other_folders(tmp_path_factory, two_layers_dir):
     """Folders of small random models of the other Llama-like architectures, each with what Qwen2 does not have."""
     from transformers import AutoTokenizer
 
@@ -69,7 +69,7 @@ def other_folders(tmp_path_factory, tiny_dir):
             parameter.data += 0.02 * torch.randn_like(parameter)
         folders[name] = tmp_path_factory.mktemp(name)
         model.save_pretrained(folders[name])
-        AutoTokenizer.from_pretrained(tiny_dir).save_pretrained(folders[name])
+        AutoTokenizer.from_pretrained(two_layers_dir).save_pretrained(folders[name])
     return folders
 
 
@@ -83,17 +83,17 @@ def test_other_llama_like_models_train_as_with_the_library(other_folders, name):
 
 @pytest.mark.parametrize("four_bits", [True, False])
 @pytest.mark.parametrize("targets", [SEVEN, ["q_proj", "v_proj"], ["k_proj", "up_proj", "down_proj"], ["o_proj"]], ids=str)
-def test_any_choice_of_projections_trains_as_with_the_library(tiny_dir, four_bits, targets):
-    model = adapt(load_base(tiny_dir, four_bits=four_bits), targets=targets)
+def test_any_choice_of_projections_trains_as_with_the_library(two_layers_dir, four_bits, targets):
+    model = adapt(load_base(two_layers_dir, four_bits=four_bits), targets=targets)
     expected = compute_with_autograd(model, *batch())
     assert_same(compute_fast(model, *batch()), expected)
 
 
-def test_bf16_trains_as_with_the_library_up_to_rounding(tiny_dir):
-    model = adapt(load_base(tiny_dir, torch.bfloat16))
+def test_bf16_trains_as_with_the_library_up_to_rounding(two_layers_dir):
+    model = adapt(load_base(two_layers_dir, torch.bfloat16))
     assert_same(
         compute_fast(model, *batch(4, 64)), compute_with_autograd(model, *batch(4, 64)), tolerance=0.08
-    )  # six layers of 8-bit rounding
+    )  # layers of 8-bit rounding
 
 
 @pytest.mark.parametrize("recomputed", [1, 3, 6])
@@ -127,8 +127,8 @@ def test_dropout_has_the_gradient_of_its_own_loss(tiny_dir):
     assert (higher - loss()) / (2 * step) == pytest.approx((gradient @ direction).item(), rel=0.01)
 
 
-def test_losses_are_the_librarys_without_dropout(tiny_dir):
-    model = adapt(load_base(tiny_dir), dropout=0.5)
+def test_losses_are_the_librarys_without_dropout(two_layers_dir):
+    model = adapt(load_base(two_layers_dir), dropout=0.5)
     ids, labels = batch()
     losses = FastDecoder(model, 0, compiled=False).losses(ids, labels)
     assert losses.shape == ids.shape and losses[:, -1].abs().max() == 0 and losses[0, :8].abs().max() == 0
@@ -136,12 +136,12 @@ def test_losses_are_the_librarys_without_dropout(tiny_dir):
     assert (losses.sum() / (labels[:, 1:] != -100).sum()).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_peft_saves_and_loads_the_flat_adapters_base(tiny_dir, tmp_path):
-    model = adapt(load_base(tiny_dir))
+def test_peft_saves_and_loads_the_flat_adapters_base(two_layers_dir, tmp_path):
+    model = adapt(load_base(two_layers_dir))
     decoder = FastDecoder(model, 0, compiled=False)
     decoder.adapters.flat.data.mul_(1.5)  # as an optimizer does, without peft's parameters
     model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(load_base(tiny_dir), tmp_path)
+    again = PeftModel.from_pretrained(load_base(two_layers_dir), tmp_path)
     ids, _ = batch()
     torch.testing.assert_close(again.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
     decoder.adapters.flat.data.zero_()
@@ -149,9 +149,9 @@ def test_peft_saves_and_loads_the_flat_adapters_base(tiny_dir, tmp_path):
     assert decoder.adapters.flat.data.abs().max() > 0
 
 
-def test_a_smaller_batch_has_the_loss_and_gradients_of_its_own_rows(tiny_dir):
+def test_a_smaller_batch_has_the_loss_and_gradients_of_its_own_rows(two_layers_dir):
     """It is filled up with rows without labels, which must not count."""
-    model = adapt(load_base(tiny_dir))
+    model = adapt(load_base(two_layers_dir))
     expected = compute_with_autograd(model, *batch(2))
     micro = MicroStep(FastDecoder(model, 0, compiled=False), StepSettings(5, 24, seed=1, captured=False))
     micro.begin_step(0)
@@ -163,8 +163,8 @@ def test_a_smaller_batch_has_the_loss_and_gradients_of_its_own_rows(tiny_dir):
     assert micro.losses(*batch(2)).shape == (2, 23)
 
 
-def test_dropout_depends_on_seed_step_and_micro_step_alone(tiny_dir):
-    model = adapt(load_base(tiny_dir), dropout=0.5)
+def test_dropout_depends_on_seed_step_and_micro_step_alone(two_layers_dir):
+    model = adapt(load_base(two_layers_dir), dropout=0.5)
     decoder = FastDecoder(model, 0, compiled=False)
 
     def losses(seed, step):
@@ -184,16 +184,16 @@ def test_dropout_depends_on_seed_step_and_micro_step_alone(tiny_dir):
         pytest.param(torch.bfloat16, 0.02, 120, id="bf16", marks=pytest.mark.slow),
     ],
 )
-def test_learning_is_unchanged(tiny_dir, root, dtype, tolerance, steps):
+def test_learning_is_unchanged(two_layers_dir, root, dtype, tolerance, steps):
     """The loss curve is that of transformers, peft and autograd, from the same start on the same data."""
     from transformers import AutoTokenizer
 
-    text = AutoTokenizer.from_pretrained(tiny_dir)((root / "samples/articles.txt").read_text())["input_ids"]
+    text = AutoTokenizer.from_pretrained(two_layers_dir)((root / "samples/articles.txt").read_text())["input_ids"]
     quarter = steps // 4
     blocks = torch.tensor(text[: quarter * 32]).view(quarter, 1, 32).repeat(4, 1, 1)
     curves = []
     for fast in (False, True):
-        model = adapt(load_base(tiny_dir, dtype))
+        model = adapt(load_base(two_layers_dir, dtype))
         decoder = FastDecoder(model, 0, compiled=False) if fast else None
         trained = [decoder.adapters.flat] if decoder else matrices(model).values()
         optimizer = torch.optim.AdamW(trained, lr=1e-3)
@@ -201,7 +201,7 @@ def test_learning_is_unchanged(tiny_dir, root, dtype, tolerance, steps):
         for ids in blocks:
             if decoder:
                 decoder.adapters.clear_gradients()
-                loss = decoder.accumulate(ids, ids, torch.tensor(1 / 31), torch.zeros(6, 4, dtype=torch.int32))
+                loss = decoder.accumulate(ids, ids, torch.tensor(1 / 31), torch.zeros(2, 4, dtype=torch.int32))
             else:
                 optimizer.zero_grad()
                 with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -215,13 +215,13 @@ def test_learning_is_unchanged(tiny_dir, root, dtype, tolerance, steps):
     assert abs(curves[0][-quarter:].mean() - curves[1][-quarter:].mean()) < tolerance
 
 
-def test_a_model_that_is_not_covered_has_a_reason(tiny_dir, other_folders, other_models):
+def test_a_model_that_is_not_covered_has_a_reason(two_layers_dir, other_folders, other_models):
     gpt2 = get_peft_model(AutoModelForCausalLM.from_pretrained(other_models["gpt2"]), LoraConfig(task_type="CAUSAL_LM"))
     assert "gpt2" in why_not_fast(gpt2, 24)
     assert "64 tokens back" in why_not_fast(adapt(load_base(other_folders["mistral"])), 65)
-    frozen = load_base(tiny_dir).requires_grad_(False)
+    frozen = load_base(two_layers_dir).requires_grad_(False)
     dora = get_peft_model(frozen, LoraConfig(r=4, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM"))
     assert "variant" in why_not_fast(dora, 24)
-    trains_a_norm = adapt(load_base(tiny_dir))
+    trains_a_norm = adapt(load_base(two_layers_dir))
     trains_a_norm.base_model.model.model.norm.weight.requires_grad_(True)
     assert "trained parameters" in why_not_fast(trains_a_norm, 24)

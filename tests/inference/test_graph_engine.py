@@ -11,8 +11,8 @@ from tests.inference.engines import PROMPTS, answer, decode_without_cache, greed
 
 
 @pytest.fixture(scope="module")
-def model(tiny_dir):
-    return load_adapted(tiny_dir)
+def model(two_layers_dir):
+    return load_adapted(two_layers_dir)
 
 
 def test_greedy_answers_are_the_librarys_token_for_token(model):
@@ -65,8 +65,8 @@ def test_with_the_adapter_off_the_base_model_answers(model):
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["gate_proj"], ["k_proj", "up_proj", "down_proj"]], ids=str)
-def test_some_projections_may_have_no_adapter(tiny_dir, targets):
-    partly = load_adapted(tiny_dir, targets)
+def test_some_projections_may_have_no_adapter(two_layers_dir, targets):
+    partly = load_adapted(two_layers_dir, targets)
     expected = decode_without_cache(partly, PROMPTS[2], 12)
     assert answer(GraphEngine(partly, captured=False), [PROMPTS[2]], greedy()) == [expected]
 
@@ -91,15 +91,15 @@ def test_a_seed_gives_an_answer_whatever_the_other_prompts_are(model):
     assert answer(engine, PROMPTS[:1], settings, seed=6) != alone
 
 
-def test_a_model_that_is_not_covered_has_a_reason(tiny_dir):
-    assert why_not_decoded(load_adapted(tiny_dir), 64) is None
+def test_a_model_that_is_not_covered_has_a_reason(two_layers_dir):
+    assert why_not_decoded(load_adapted(two_layers_dir), 64) is None
     sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
     angles = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     dynamic = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, intermediate_size=64, rope_parameters=angles))
     assert "angles (dynamic)" in why_not_decoded(dynamic, 64)
     other = AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50))
     assert "not built like Llama" in why_not_decoded(other, 64)
-    spread = load_adapted(tiny_dir)
+    spread = load_adapted(two_layers_dir)
     spread.get_base_model().model.norm.to("meta")
     assert "several devices" in why_not_decoded(spread, 64)
 

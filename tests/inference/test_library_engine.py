@@ -10,10 +10,10 @@ from tests.model.random_models import build_model
 
 
 @pytest.mark.parametrize("padding", [[], [8, 8]], ids=["no padding", "padding"])
-def test_a_token_that_ends_an_answer_is_never_penalised(tiny_dir, padding):
+def test_a_token_that_ends_an_answer_is_never_penalised(two_layers_dir, padding):
     """All other tokens of the prompt are penalised as in the library, and padding is not."""
     prompt, stop = [3, 5, 7, 9], 5
-    logits = load_adapted(tiny_dir)(torch.tensor([prompt])).logits[:, -1].detach()
+    logits = load_adapted(two_layers_dir)(torch.tensor([prompt])).logits[:, -1].detach()
     logits[0, stop] = logits.max() + 0.5  # the most probable token, unless it is penalised
     expected = RepetitionPenaltyLogitsProcessor(1.5)(torch.tensor([prompt]), logits.clone())
     assert expected.argmax() != stop

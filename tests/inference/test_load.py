@@ -65,11 +65,11 @@ def copy(adapter: Path, folder: Path, *leave_out: str) -> Path:
     return Path(shutil.copytree(adapter, folder, ignore=shutil.ignore_patterns("checkpoints", *leave_out)))
 
 
-def test_a_plain_peft_adapter_loads_and_the_assumptions_are_printed(adapter, tmp_path, capsys, greedy):
+def test_a_plain_peft_adapter_loads_and_the_assumptions_are_printed(adapter, tmp_path, capsys, greedy, two_layers_dir):
     plain = copy(adapter, tmp_path / "plain", "run.json")
     generator = load_generator(plain, device="cpu", settings=greedy.settings)
     err = capsys.readouterr().err
-    assert "no run.json" in err and "assets/tiny-qwen2" in err and "NF4" in err
+    assert "no run.json" in err and str(two_layers_dir) in err and "NF4" in err
     assert generator.answer(PROMPT).text == greedy.answer(PROMPT).text
 
 
@@ -99,8 +99,12 @@ def test_an_adapter_trained_on_a_gpu_answers_on_a_cpu(adapter, tmp_path, trained
 
 
 def test_the_base_model_is_found_from_another_working_folder(adapter, tmp_path, monkeypatch, tiny_dir):
+    folder = copy(adapter, tmp_path / "adapter")
+    provenance = json.loads((folder / "run.json").read_text())
+    provenance["base_model"] |= {"name": "assets/tiny-qwen2", "folder": str(tiny_dir)}
+    (folder / "run.json").write_text(json.dumps(provenance))
     monkeypatch.chdir(tmp_path)
-    assert read_adapter(str(adapter)).model.name == str(tiny_dir)
+    assert read_adapter(str(folder)).model.name == str(tiny_dir)
 
 
 @pytest.mark.parametrize("prepare, words", [

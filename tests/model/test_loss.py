@@ -57,9 +57,9 @@ def test_nothing_is_saved_for_backward_under_no_grad():
 
 
 @pytest.fixture(scope="module")
-def adapted(tiny_dir):
+def adapted(two_layers_dir):
     model, _ = load_model_and_tokenizer(
-        str(tiny_dir), create_bnb_config(compute_dtype=torch.float32), device="cpu", dtype=torch.float32
+        str(two_layers_dir), create_bnb_config(compute_dtype=torch.float32), device="cpu", dtype=torch.float32
     )
     model = prepare_model_for_training(model, create_lora_config(dropout=0.0), use_gradient_checkpointing=False)
     for name, parameter in model.named_parameters():
