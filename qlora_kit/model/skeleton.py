@@ -6,6 +6,7 @@ are no matrix.
 """
 
 import copy
+import functools
 import inspect
 import os
 import re
@@ -120,6 +121,7 @@ def linear_layers_read_past_forward(model: torch.nn.Module) -> set[str]:
     return found
 
 
+@functools.cache
 def _weights_read(kind: type) -> set[str]:
     """Return the NAMEs for which a method of a class reads self.NAME.weight."""
     methods = [method for method in vars(kind).values() if inspect.isfunction(method)]
