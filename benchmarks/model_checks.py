@@ -265,10 +265,10 @@ def kinds_of(names: Iterable[str]) -> list[str]:
 
 
 def why_peft_cannot_train(folder: Path) -> str | None:
-    """Return why plain transformers, bitsandbytes and peft cannot train LoRA on all linear layers of a model, or None."""
+    """Return why plain transformers, bitsandbytes and peft cannot train LoRA on all linear layers of a causal model, or None."""
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     try:
-        model = load_plain(folder, quantization_config=quantization, device_map={"": "cpu"})
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, device_map={"": "cpu"})
         config = LoraConfig(r=4, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
         adapted = get_peft_model(model, config).train()
         ids = torch.arange(32)[None]

@@ -264,7 +264,7 @@ def table_row(name: str, row: Row) -> str:
     chats = numbers("chats base", "chats adapter", "chats gradient")
     if not row.get("several_a_block", True):
         chats += " (one record a block)"
-    result = "; ".join(row["wrong"]) or ("refused" if "peft" in row else "ok")
+    result = "; ".join(row["wrong"]) or ("" if "peft" in row else "ok")
     lines = {line: f"{'' if 'peft' in row else f'{part} '}refused: {line}" for part, line in refused.items()}
     path = re.sub(r" \(\w+ is not built like Llama\)", "", row.get("path", ""))
     cells = [
@@ -272,7 +272,7 @@ def table_row(name: str, row: Row) -> str:
         " ".join(f"`{key}={value}`" for key, value in row.get("set", {}).items()),
         numbers("text base", "text adapter"), chats, figures.get("answers", ""), numbers("merge original", "merge dequantized"),
         share("packed"), share("adapted"),
-        re.sub(r"/\S*/", "", "; ".join([f"**{result}**" if row["wrong"] else result, *lines.values()])),
+        re.sub(r"/\S*/", "", "; ".join(filter(None, [f"**{result}**" if row["wrong"] else result, *lines.values()]))),
     ]  # fmt: skip
     return f"| {' | '.join(shorten(cell, 300) for cell in cells)} |"
 

@@ -3,6 +3,7 @@
 Ten models by default, one for each way in which an architecture may differ; all of them under the marker slow.
 """
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -106,3 +107,26 @@ def test_wrong_labels_and_tokens_are_seen(chats):
     assert faults(ids, at - 1, stop)[0].startswith("trained behind no prompt")
     assert faults(np.where(place == 3, 9, ids), at, stop)[0].startswith("another text than apply_chat_template")
     assert "trains answers [], expected [1]" in faults(ids, 0, 0)
+
+
+PAGE = matrix_run.PAGE.read_text(encoding="utf-8")
+
+
+def rows_of(marker: str) -> list[list[str]]:
+    text = PAGE[PAGE.index(f"{marker}: begin") : PAGE.index(f"{marker}: end")]
+    return [re.split(r" (?<!\\)\| ", line.strip("| \n")) for line in text.splitlines() if line.startswith("| ")][1:]
+
+
+def test_the_page_has_a_row_for_each_model_and_none_is_wrong():
+    rows = rows_of("model matrix")
+    assert {row[1] for row in rows} == MODELS.keys()
+    assert [row[1] for row in rows if "**" in row[-1]] == []
+    refused = [row[1] for row in rows if row[-1].startswith("refused")]
+    assert len(refused) <= len(rows) * 8 / 60
+    assert len({tiny.kind for tiny in MODELS.values()}) >= 60
+
+
+def test_the_page_has_forty_templates_and_none_is_wrong():
+    rows = rows_of("template matrix")
+    assert len({row[0] for row in rows}) >= 40
+    assert [row[0] for row in rows if "**" in " ".join(row)] == []
