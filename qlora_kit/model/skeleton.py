@@ -116,7 +116,7 @@ def linear_layers_read_past_forward(model: torch.nn.Module) -> set[str]:
     for name, parent in model.named_modules():
         linear = [child for child, module in parent.named_children() if isinstance(module, Linear | Conv1D)]
         if linear and type(parent) not in read:
-            read[type(parent)] = _weights_read(type(parent))
+            read[type(parent)] = _weights_read(type(parent))  # type: ignore[arg-type]  # classes are hashable
         found |= {f"{name}.{child}".removeprefix(".") for child in linear if child in read[type(parent)]}
     return found
 
