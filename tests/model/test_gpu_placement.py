@@ -1,6 +1,7 @@
 """Place base models by sizes computed by hand, and run a model whose layers are on several devices."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -169,7 +170,7 @@ def test_the_first_device_is_used_without_reading_memory_if_there_is_no_choice(f
 def test_a_merge_whose_check_has_no_room_is_refused_before_writing(adapter, root, gpus, monkeypatch, capsys):
     """Packed the base fits on the first GPU; the merged model, of 3,543,360 parameters in 16 bits, on both or on none."""
     monkeypatch.chdir(root)
-    source = read_adapter(str(adapter))
+    source = replace(read_adapter(str(adapter)), model=ModelSettings(name="assets/tiny-qwen2"))
     packing = Packing(source.quantization, torch.bfloat16, "cuda")
     room = room_of(root / "assets/tiny-qwen2")
     gpus(room, 6_000_000, 6_000_000)
