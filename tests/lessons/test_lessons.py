@@ -2,7 +2,6 @@
 
 import importlib
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -10,11 +9,12 @@ import pytest
 
 from finetuning_lessons.lesson import PRINTED_WIDTH, create_parser, open_folder, print_table, print_text
 from qlora_kit.errors import UserError
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = {"__init__", "lesson", "short_run"}
 LESSONS = sorted(path.stem for path in (ROOT / "finetuning_lessons").glob("*.py") if path.stem not in SHARED)
-# Smaller settings, so that all lessons run with the other tests; the marker slow runs them whole.
+# Smaller settings, and a model of two layers, so that all lessons run with the other tests; the marker slow runs them whole.
 SHORT: dict[str, dict[str, object]] = {
     "layers": {"STEPS": 2},
     "attention": {"STEPS": 1, "SEEDS": (0,), "HELD_OUT": 4},
@@ -50,8 +50,10 @@ def check_run(name: str, folder: Path, capsys) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in LESSONS if name not in WHOLE])
-def test_lesson_prints_a_table_and_writes_its_picture(name, tmp_path, capsys, monkeypatch):
+def test_lesson_prints_a_table_and_writes_its_picture(name, tmp_path, capsys, monkeypatch, two_layers_dir):
     monkeypatch.setattr("finetuning_lessons.short_run.HELD_OUT", 2)
+    for module in ("lesson", name):
+        monkeypatch.setattr(f"finetuning_lessons.{module}.TINY_MODEL", two_layers_dir, raising=False)
     for setting, value in SHORT.get(name, {}).items():
         monkeypatch.setattr(f"finetuning_lessons.{name}.{setting}", value)
     check_run(name, tmp_path / "new" / "folder", capsys)
@@ -66,8 +68,7 @@ def test_whole_lesson_takes_less_than_a_minute(name, tmp_path, capsys):
 
 
 def test_run_as_a_command_a_wrong_folder_is_one_line():
-    command = [sys.executable, "-m", "finetuning_lessons.layers", "--output-dir", "README.md/pictures"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    result = forked.run(["-m", "finetuning_lessons.layers", "--output-dir", "README.md/pictures"])
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == (
         "error: --output_dir: README.md/pictures: cannot be created (Not a directory). Use another folder.\n"

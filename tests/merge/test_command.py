@@ -237,7 +237,7 @@ def test_merging_holds_one_tensor_in_memory(large, tmp_path):
     result = forked.run(["-c", MEASURE, str(large.parent), str(large), str(tmp_path)])
     for line in result.stdout.splitlines():
         total, grown = map(float, line.split())
-        assert total > 250 and grown < 100
+        assert total > 250 and grown < 130
     assert len(result.stdout.splitlines()) == 2, result.stderr
 
 
