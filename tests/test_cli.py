@@ -95,7 +95,7 @@ def test_results_survive_a_locale_without_their_characters(monkeypatch, show, is
     (["inference_example.py", "--prompt", "x"], "rich"),
     (["-m", "qlora_kit.doctor"], "yaml"),
     (["-m", "qlora_kit.merge", "--adapter", "x", "--output", "y"], "pydantic"),
-    (["train_qlora.py", "--config", "configs/tiny.yaml", "--output_dir", "never_written"], "torch"),  # imported only when it is needed
+    (["train_qlora.py", "--config", "configs/tiny.yaml", "--output_dir", "no_run"], "torch"),  # imported when it is needed
 ])  # fmt: skip
 def test_a_missing_package_is_one_line(root, tmp_path, command, package):
     """It is missing in a new shell, where the environment is not active."""
