@@ -119,9 +119,13 @@ def find_seam(text: str, tokenizer: "PreTrainedTokenizerBase") -> int:
         for pattern in SEAMS:
             for match in list(pattern.finditer(text, end - SEAM_SEARCH, end))[:-9:-1]:  # the last eight
                 at = match.end()
-                left, right = text[at - SEAM_CONTEXT : at], text[at : at + SEAM_CONTEXT]
-                around = [Stretch(left + right, True), Stretch(left, True), Stretch(right, True)]
-                whole, first, second = encode_stretches(around, tokenizer)
-                if whole == first + second:
+                if all(check_seams([(text[at - SEAM_CONTEXT : at], text[at : at + SEAM_CONTEXT])], tokenizer)):
                     return at
     return 0
+
+
+def check_seams(places: list[tuple[str, str]], tokenizer: "PreTrainedTokenizerBase") -> list[bool]:
+    """Return for each pair of consecutive texts whether together they have the tokens of the whole, within another text."""
+    stretches = [Stretch(text, True) for left, right in places for text in (left + right, left, right)]
+    encoded = iter(encode_stretches(stretches, tokenizer))
+    return [whole == left + right for whole, left, right in zip(encoded, encoded, encoded, strict=True)]

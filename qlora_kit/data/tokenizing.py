@@ -7,11 +7,11 @@ tokens that it has at inference, when no answer follows.
 """
 
 import re
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain, compress
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import numpy as np
@@ -19,10 +19,12 @@ import numpy as np
 from qlora_kit.data.chat_template import find_end_ids, find_end_of_turn
 from qlora_kit.data.encoding import (
     CHARACTERS_AT_ONCE,
+    SEAMS,
     STRETCH,
     Fragment,
     Stretch,
     begin_text,
+    check_seams,
     encode_stretches,
     split_into_stretches,
 )
@@ -39,6 +41,7 @@ IGNORED = -100
 TooLong = Literal["cut", "drop"]
 LONGEST_WORD = 1_000_000  # characters without a space or line end; more is no text, and tokenizers take all memory for it
 DOCUMENTS_AT_ONCE = 1024
+FAR, NEAR = 128, 32  # characters: how long a part before a border is worth a seam, and how much of it decides
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ def encode_records(records: list[Rendering], tokenizer: "PreTrainedTokenizerBase
         problem = "has a tokenizer without a fast version (tokenizer.json), which chats and instructions need"
         raise UserError("model.name", tokenizer.name_or_path, problem, "use another model, or train on running text")
     beginning = find_frame(tokenizer)[0]
-    parts_of_records = [_cut_into_parts(record, tokenizer) for record in records]
+    parts_of_records = _cut_into_parts(records, tokenizer)
     ids_of_parts = iter(_encode_parts([part for parts in parts_of_records for part in parts], tokenizer))
     encoded = []
     for record, parts in zip(records, parts_of_records, strict=True):
@@ -144,23 +147,58 @@ def encode_records(records: list[Rendering], tokenizer: "PreTrainedTokenizerBase
     return encoded
 
 
-def _cut_into_parts(record: Rendering, tokenizer: "PreTrainedTokenizerBase") -> list[_Part]:
-    """Cut a record at each CUT, which is removed; before the last control token that precedes a border of pieces; at seams."""
-    text = "".join(piece.text for piece in record.pieces)
-    stops = list(accumulate(len(piece.text) for piece in record.pieces))
+def _cut_into_parts(records: list[Rendering], tokenizer: "PreTrainedTokenizerBase") -> list[list[_Part]]:
+    """Cut each record near the borders of its pieces, so that little of it is encoded both with and without what follows.
+
+    A cut depends on nothing that follows the border, so that a prompt is cut alike with and without its answer.
+    """
+    texts = ["".join(piece.text for piece in record.pieces) for record in records]
+    borders = [list(accumulate(len(piece.text) for piece in record.pieces)) for record in records]
+    cuts = [_find_cuts(text, stops, tokenizer) for text, stops in zip(texts, borders, strict=True)]
+    places = [(n, *place) for n, text in enumerate(texts) for place in _propose_seams(text, borders[n], cuts[n])]
+    holds = check_seams([(texts[n][begin:at], texts[n][at:stop]) for n, begin, at, stop in places], tokenizer)
+    for n, _, at, _ in compress(places, holds):
+        cuts[n].append((at, at))
+    return [_build_parts(*each, tokenizer) for each in zip(records, texts, borders, cuts, strict=True)]
+
+
+def _find_cuts(text: str, stops: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[tuple[int, int]]:
+    """Return where a part ends and the next begins: at each CUT, and at the last control token before each stop."""
     control = [match.start() for match in _build_barrier_pattern(tokenizer).finditer(text)]
     before = {control[number - 1] for stop in stops if (number := bisect_left(control, stop))}
     cuts = [(at, at) for at in before]
     if CUT in text:
         cuts += [match.span() for match in re.finditer(CUT, text)]
-    parts, begin = [], 0
+    return sorted(cuts)
+
+
+def _propose_seams(text: str, stops: list[int], cuts: list[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+    """Yield where the text before a stop that is far from any cut may have a seam: begin of what decides, seam, stop."""
+    begins = [0, *(begin for _, begin in cuts)]
+    for stop in stops:
+        if stop - begins[bisect_left(begins, stop) - 1] > FAR:
+            for pattern in SEAMS:
+                if found := list(pattern.finditer(text, stop - NEAR, stop)):
+                    yield found[-1].end() - NEAR, found[-1].end(), stop
+                    break
+
+
+def _build_parts(
+    record: Rendering, text: str, stops: list[int], cuts: list[tuple[int, int]], tokenizer: "PreTrainedTokenizerBase"
+) -> list[_Part]:
+    parts, begin, first = [], 0, 0
     for end, following in [*sorted(cuts), (len(text), len(text))]:
         for stretch in _split_long_text(text[begin:end], begin > 0, tokenizer):
-            stop = begin + len(stretch.text)
-            within = range(bisect_right(stops, begin), bisect_left(stops, stop) + 1)
-            ends = [min(stops[number], stop) - begin for number in within]
-            parts.append(_Part(stretch, ends, [record.pieces[number].trained for number in within]))
-            begin = stop
+            last = begin + len(stretch.text)
+            part = _Part(stretch, [], [])
+            for number in range(first, len(stops)):
+                if stops[number] > begin:
+                    part.stops.append(min(stops[number], last) - begin)
+                    part.trained.append(record.pieces[number].trained)
+                if stops[number] >= last:
+                    break
+            parts.append(part)
+            begin, first = last, number
         begin = following
     return parts
 
@@ -194,14 +232,16 @@ def _encode_parts(parts: list[_Part], tokenizer: "PreTrainedTokenizerBase") -> l
     waiting = dict(enumerate(parts))
     while waiting:
         strings = [Stretch(part.stretch.text[:stop], part.stretch.continues) for part in waiting.values() for stop in part.stops]
-        encoded = iter(encode_stretches(strings, tokenizer))
-        rests = {}
+        encoded, at, rests = encode_stretches(strings, tokenizer), 0, {}
         for number, part in waiting.items():
-            up_to = [next(encoded) for _ in part.stops]
-            agree = next((at for at, (ids, longer) in enumerate(pairwise(up_to), 1) if longer[: len(ids)] != ids), len(up_to))
-            found[number] += [longer[len(ids) :] for ids, longer in pairwise([[], *up_to[:agree]])]
-            if agree < len(up_to):
-                rests[number] = _drop_pieces(part, agree)
+            ids: list[int] = []
+            for count, longer in enumerate(encoded[at : at + len(part.stops)]):
+                if longer[: len(ids)] != ids:
+                    rests[number] = _drop_pieces(part, count)
+                    break
+                found[number].append(longer[len(ids) :])
+                ids = longer
+            at += len(part.stops)
         waiting = rests
     return found
 
@@ -224,7 +264,8 @@ def check_trained(record: EncodedRecord, ends: tuple[int, ...]) -> None:
     """
     if not record.trained[1:].any():  # the first token is never predicted
         raise BadRecord("no token is trained, expected an answer")
-    if not np.isin(record.ids[record.trained], ends).any():
+    trained = record.ids[record.trained]
+    if not any((trained == end).any() for end in ends):  # np.isin takes four times as long
         raise BadRecord("no end-of-turn token is trained, so the model would not learn to stop")
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, ByT5Tokenizer
 
+from qlora_kit.data import encoding
 from qlora_kit.data.encoding import encode_text
 from qlora_kit.data.rendering import Piece, Rendering
 from qlora_kit.data.tokenizing import EncodedRecord, check_trained, encode_records, find_end_id, render_record, shorten
@@ -104,6 +105,18 @@ def test_an_answer_that_a_token_joins_to_its_prompt_begins_with_no_space_of_its_
     (record,) = encode_records([plain(("The ", False), ("sea", True))], tokenizer)
     assert tokenizer.convert_ids_to_tokens(record.ids.tolist()) == ["<s>", "▁The", "▁", "s", "ea"]
     assert record.trained.tolist() == [False, False, False, True, True]
+
+
+@pytest.mark.parametrize("name", ["tiny", "zephyr"])
+def test_a_long_prompt_is_not_encoded_twice(name, monkeypatch):
+    """With its answer and without it, which costs a third of the time where no control token stands between them."""
+    tokenizer, encode, seen = make_tokenizer(name), encoding._encode_batch, []
+    monkeypatch.setattr(encoding, "_encode_batch", lambda texts, tokenizer: seen.extend(texts) or encode(texts, tokenizer))
+    pieces = [("### Instruction:\n" + "The sea rises. " * 100 + "\n\n### Response:\n", False), ("It falls.", True)]
+    (record,) = encode_records([plain(*pieces)], tokenizer)
+    text = pieces[0][0] + pieces[1][0]
+    assert record.ids.tolist() == tokenizer(text)["input_ids"]
+    assert sum(map(len, seen)) < 1.2 * len(text)
 
 
 def test_a_tokenizer_in_python_is_one_problem():
