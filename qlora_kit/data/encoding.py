@@ -7,7 +7,7 @@ Long text is encoded in stretches, which together give the tokens of the whole t
 import re
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from qlora_kit.model.tokenizer import find_frame
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Fragment = tuple[str, bool]  # a piece of a document, and whether the document ends with it
+Stretch = tuple[str, bool]  # a part of a text that is encoded on its own, and whether it stands behind other text
 
 STRETCH = 2**16  # characters of running text in one string: many strings keep all cores busy
 CHARACTERS_AT_ONCE = 2**20  # limits the tokenizer's objects, which take a hundred bytes a token
@@ -22,13 +23,6 @@ SEAM_SEARCH = 2**12  # characters at the end of a stretch that are searched for 
 SEAM_CONTEXT = 256  # characters on each side of a seam by which it is checked
 SEAMS = (re.compile(r"\n(?=\S)"), re.compile(r"\S(?= \S)"))  # the end of a line, or of a word
 NEUTRAL = ("\n", "\ue000", ".")  # texts that may stand before a stretch; the second is of Unicode's private use area
-
-
-class Stretch(NamedTuple):
-    """A part of a text that is encoded on its own."""
-
-    text: str
-    continues: bool  # stands behind other text, so that no mark of a beginning belongs before it
 
 
 def encode_text(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -103,10 +97,10 @@ def split_into_stretches(
     for text, ends in fragments:
         pending += text
         while len(pending) > STRETCH and (at := find_seam(pending, tokenizer)):
-            yield Stretch(pending[:at], continues), False
+            yield (pending[:at], continues), False
             pending, continues = pending[at:], True
         if ends:
-            yield Stretch(pending, continues), True
+            yield (pending, continues), True
             pending, continues = "", False
 
 
@@ -126,6 +120,6 @@ def find_seam(text: str, tokenizer: "PreTrainedTokenizerBase") -> int:
 
 def check_seams(places: list[tuple[str, str]], tokenizer: "PreTrainedTokenizerBase") -> list[bool]:
     """Return for each pair of consecutive texts whether together they have the tokens of the whole, within another text."""
-    stretches = [Stretch(text, True) for left, right in places for text in (left + right, left, right)]
+    stretches = [(text, True) for left, right in places for text in (left + right, left, right)]
     encoded = iter(encode_stretches(stretches, tokenizer))
     return [whole == left + right for whole, left, right in zip(encoded, encoded, encoded, strict=True)]

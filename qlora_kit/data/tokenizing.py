@@ -114,11 +114,13 @@ class _Part(NamedTuple):
     """A part of a record whose tokens do not depend on the text around it.
 
     Attributes:
+        continues: it stands behind other text.
         stops: where each piece of the record ends in it; the last is its own end.
         trained: whether each piece is trained.
     """
 
-    stretch: Stretch
+    text: str
+    continues: bool
     stops: list[int]
     trained: list[bool]
 
@@ -154,8 +156,12 @@ def _cut_into_parts(records: list[Rendering], tokenizer: "PreTrainedTokenizerBas
     """
     texts = ["".join(piece.text for piece in record.pieces) for record in records]
     borders = [list(accumulate(len(piece.text) for piece in record.pieces)) for record in records]
-    cuts = [_find_cuts(text, stops, tokenizer) for text, stops in zip(texts, borders, strict=True)]
-    places = [(n, *place) for n, text in enumerate(texts) for place in _propose_seams(text, borders[n], cuts[n])]
+    cuts: list[list[tuple[int, int]]] = []
+    places = []
+    for text, stops in zip(texts, borders, strict=True):
+        certain = _find_cuts(text, stops, tokenizer)
+        places += [(len(cuts), *place) for place in _propose_seams(text, stops, certain)]
+        cuts.append(certain)
     holds = check_seams([(texts[n][begin:at], texts[n][at:stop]) for n, begin, at, stop in places], tokenizer)
     for n, _, at, _ in compress(places, holds):
         cuts[n].append((at, at))
@@ -163,7 +169,7 @@ def _cut_into_parts(records: list[Rendering], tokenizer: "PreTrainedTokenizerBas
 
 
 def _find_cuts(text: str, stops: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[tuple[int, int]]:
-    """Return where a part ends and the next begins: at each CUT, and at the last control token before each stop."""
+    """Return where a part ends and the next begins: at the last control token before each stop, and at each CUT."""
     control = [match.start() for match in _build_barrier_pattern(tokenizer).finditer(text)]
     before = {control[number - 1] for stop in stops if (number := bisect_left(control, stop))}
     cuts = [(at, at) for at in before]
@@ -188,9 +194,9 @@ def _build_parts(
 ) -> list[_Part]:
     parts, begin, first = [], 0, 0
     for end, following in [*sorted(cuts), (len(text), len(text))]:
-        for stretch in _split_long_text(text[begin:end], begin > 0, tokenizer):
-            last = begin + len(stretch.text)
-            part = _Part(stretch, [], [])
+        for words, continues in _split_long_text(text[begin:end], begin > 0, tokenizer):
+            last = begin + len(words)
+            part = _Part(words, continues, [], [])
             for number in range(first, len(stops)):
                 if stops[number] > begin:
                     part.stops.append(min(stops[number], last) - begin)
@@ -205,7 +211,7 @@ def _build_parts(
 
 def _split_long_text(text: str, continues: bool, tokenizer: "PreTrainedTokenizerBase") -> list[Stretch]:
     if len(text) <= STRETCH:
-        return [Stretch(text, continues)] if text else []
+        return [(text, continues)] if text else []
     return [stretch for stretch, _ in split_into_stretches([(text, True)], tokenizer, continues)]
 
 
@@ -231,7 +237,7 @@ def _encode_parts(parts: list[_Part], tokenizer: "PreTrainedTokenizerBase") -> l
     found: list[list[list[int]]] = [[] for _ in parts]
     waiting = dict(enumerate(parts))
     while waiting:
-        strings = [Stretch(part.stretch.text[:stop], part.stretch.continues) for part in waiting.values() for stop in part.stops]
+        strings = [(part.text[:stop], part.continues) for part in waiting.values() for stop in part.stops]
         encoded, at, rests = encode_stretches(strings, tokenizer), 0, {}
         for number, part in waiting.items():
             ids: list[int] = []
@@ -250,7 +256,7 @@ def _drop_pieces(part: _Part, count: int) -> _Part:
     """Return a part without its first pieces."""
     begin = part.stops[count - 1]
     stops = [stop - begin for stop in part.stops[count:]]
-    return _Part(Stretch(part.stretch.text[begin:], True), stops, part.trained[count:])
+    return _Part(part.text[begin:], True, stops, part.trained[count:])
 
 
 def check_trained(record: EncodedRecord, ends: tuple[int, ...]) -> None:
@@ -298,9 +304,9 @@ def encode_documents(
     """
     batch: list[tuple[Stretch, bool]] = []
     characters = 0
-    for stretch, ends in split_into_stretches(fragments, tokenizer):
-        batch.append((stretch, ends))
-        characters += len(stretch.text)
+    for (text, continues), ends in split_into_stretches(fragments, tokenizer):
+        batch.append(((text, continues), ends))
+        characters += len(text)
         if characters > CHARACTERS_AT_ONCE or len(batch) == DOCUMENTS_AT_ONCE:
             yield from _encode_batch(batch, tokenizer, separator)
             batch, characters = [], 0
@@ -312,6 +318,6 @@ def _encode_batch(
 ) -> Iterator[tuple[np.ndarray, bool]]:
     beginning = find_frame(tokenizer)[0]
     encoded = encode_stretches([stretch for stretch, _ in batch], tokenizer)
-    for ids, (stretch, ends) in zip(encoded, batch, strict=True):
-        whole = ids if stretch.continues else begin_text(ids, beginning)
+    for ids, ((_, continues), ends) in zip(encoded, batch, strict=True):
+        whole = ids if continues else begin_text(ids, beginning)
         yield np.array([*whole, separator] if ends else whole, dtype=np.int32), ends

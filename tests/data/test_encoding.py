@@ -6,7 +6,6 @@ from transformers import AutoTokenizer
 
 from qlora_kit.data.encoding import (
     STRETCH,
-    Stretch,
     encode_stretches,
     encode_strings,
     encode_text,
@@ -51,7 +50,7 @@ def test_wherever_no_token_joins_two_stretches_they_have_the_tokens_of_their_tex
     (whole,) = encode_strings([text], tokenizer)
     borders = 0
     for at in range(1, len(text)):
-        first, second = encode_stretches([Stretch(text[:at], False), Stretch(text[at:], True)], tokenizer)
+        first, second = encode_stretches([(text[:at], False), (text[at:], True)], tokenizer)
         if whole[: len(first)] == first:
             assert first + second == whole
             borders += 1
