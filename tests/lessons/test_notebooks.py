@@ -1,9 +1,12 @@
 """Test the course in both languages: it runs, and both notebooks hold the same outputs of one run."""
 
+import functools
 import importlib
+import io
 import json
 import platform
 import re
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,14 @@ def sources(path: Path, kind: str) -> list[str]:
 
 def outputs(path: Path) -> list[dict]:
     return [output for cell in cells(path, "code") for output in cell["outputs"]]
+
+
+@functools.cache
+def print_lesson(name: str, folder: str) -> str:
+    """Return what a lesson prints; its picture goes to the folder."""
+    with redirect_stdout(io.StringIO()) as shown:
+        importlib.import_module(f"finetuning_lessons.{name}").main(["--output_dir", folder])
+    return shown.getvalue()
 
 
 def printed(path: Path) -> str:
@@ -87,10 +98,11 @@ def test_has_the_seven_parts_in_order():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("name", ["memory", "formats"])
-def test_output_is_what_the_lesson_prints_today(path, name, tmp_path, capsys):
+def test_output_is_what_the_lesson_prints_today(path, name, tmp_path_factory):
     """These two lessons measure no time; the outputs of others differ a little from run to run."""
-    importlib.import_module(f"finetuning_lessons.{name}").main(["--output_dir", str(tmp_path)])
-    tables = capsys.readouterr().out.partition("One question and its answer")[2 if name == "formats" else 0]
+    tables = print_lesson(name, str(tmp_path_factory.getbasetemp())).partition("One question and its answer")[
+        2 if name == "formats" else 0
+    ]
     lines = [line.rstrip() for line in tables.splitlines() if line.strip() and not line.startswith("picture")]
     kept = {line.rstrip() for line in printed(path).splitlines()}
     assert lines and [line for line in lines if line not in kept] == []

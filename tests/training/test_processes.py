@@ -21,6 +21,7 @@ from qlora_kit.training import processes
 from qlora_kit.training.build import IGNORED, RankCollator
 from qlora_kit.training.processes import Team, check_identical, choose_own_gpu, connect, read_team
 from tests import forked
+from tests.tiny_run import TWO_LAYERS
 
 # train_qlora.py, in which rank 1 executes {what} after step 5.
 SCRIPT = """
@@ -39,7 +40,7 @@ QLoraTrainer.training_step = training_step
 cli.run(train_qlora.main)
 """
 SETTINGS = (
-    "--config", "configs/tiny.yaml", "--max_length", "32", "--max_steps", "7", "--set", "training.logging_steps=1",
+    "--config", "configs/tiny.yaml", "--model_name", str(TWO_LAYERS), "--max_length", "32", "--max_steps", "7", "--set", "training.logging_steps=1",
     "--set", "training.save_steps=3", "--set", "training.eval_steps=7", "--set", "data.max_train_samples=50",
     "--set", "data.max_eval_samples=9",
 )  # fmt: skip
@@ -120,10 +121,15 @@ def test_a_failure_in_one_process_ends_all_with_one_line(root, tmp_path):
     assert not lines(run.stderr, "terminate called", "SIGABRT")
 
 
-# What is imported after the processes are connected, as the Trainer is, may keep the process group.
+# Two ranks, of a process that imports torch alone. What is imported after they are connected, as the Trainer is, may keep the
+# process group.
 THREADS = """
+import os
 from pathlib import Path
+import torch
 from qlora_kit.training.processes import connect, read_team
+child = os.fork()
+os.environ["RANK"] = str(int(child == 0))
 def gloo_threads():
     names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
     return names.count("pt_gloo_runloop")
@@ -131,6 +137,8 @@ with connect(read_team()):
     import torch.distributed.nn
     connected = gloo_threads()
 print(connected > 0, gloo_threads())
+if child:
+    os.waitpid(child, 0)
 """
 
 
@@ -139,13 +147,10 @@ def test_no_thread_of_gloo_outlives_the_connection(root):
     """A Gloo thread that frees a tensor while Python exits aborts the process, after everything is saved: 2 of 25 runs."""
     with socket.create_server(("localhost", 0)) as server:
         team = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(server.getsockname()[1])}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", THREADS], cwd=root, stdout=subprocess.PIPE, text=True, env=os.environ | team | {"RANK": rank}
-        )
-        for rank in "01"
-    ]
-    assert [rank.communicate(timeout=120)[0] for rank in ranks] == ["True 0\n"] * 2
+    ranks = subprocess.run(
+        [sys.executable, "-c", THREADS], cwd=root, capture_output=True, text=True, timeout=120, env=os.environ | team
+    )
+    assert ranks.stdout == "True 0\n" * 2, ranks.stderr
 
 
 def test_the_watching_thread_announces_that_it_left_the_store(monkeypatch):
