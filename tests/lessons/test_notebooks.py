@@ -100,9 +100,8 @@ def test_has_the_seven_parts_in_order():
 @pytest.mark.parametrize("name", ["memory", "formats"])
 def test_output_is_what_the_lesson_prints_today(path, name, tmp_path_factory):
     """These two lessons measure no time; the outputs of others differ a little from run to run."""
-    tables = print_lesson(name, str(tmp_path_factory.getbasetemp())).partition("One question and its answer")[
-        2 if name == "formats" else 0
-    ]
+    today = print_lesson(name, str(tmp_path_factory.getbasetemp()))
+    tables = today.partition("One question and its answer")[2 if name == "formats" else 0]
     lines = [line.rstrip() for line in tables.splitlines() if line.strip() and not line.startswith("picture")]
     kept = {line.rstrip() for line in printed(path).splitlines()}
     assert lines and [line for line in lines if line not in kept] == []

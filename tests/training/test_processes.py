@@ -40,9 +40,9 @@ QLoraTrainer.training_step = training_step
 cli.run(train_qlora.main)
 """
 SETTINGS = (
-    "--config", "configs/tiny.yaml", "--model_name", str(TWO_LAYERS), "--max_length", "32", "--max_steps", "7", "--set", "training.logging_steps=1",
-    "--set", "training.save_steps=3", "--set", "training.eval_steps=7", "--set", "data.max_train_samples=50",
-    "--set", "data.max_eval_samples=9",
+    "--config", "configs/tiny.yaml", "--model_name", str(TWO_LAYERS), "--max_length", "32", "--max_steps", "7",
+    "--set", "training.logging_steps=1", "--set", "training.save_steps=3", "--set", "training.eval_steps=7",
+    "--set", "data.max_train_samples=50", "--set", "data.max_eval_samples=9",
 )  # fmt: skip
 
 
