@@ -9,6 +9,7 @@ import errno
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -126,7 +127,7 @@ def tokenize_records(source: Source, data: DataSettings, tokenizer: "PreTrainedT
     def write(writer: TokenWriter) -> None:
         ends: set[int] = set()
         notes = NoteCollector()
-        for batch in _render_batches(source, data, tokenizer):
+        for batch in _one_ahead(_render_batches(source, data, tokenizer)):
             for rendered, record in zip(batch, encode_records([rendered.text for rendered in batch], tokenizer), strict=True):
                 with locate_errors(rendered.name, rendered.place):
                     check_trained(record, rendered.ends)
@@ -161,6 +162,15 @@ def _render_batches(source: Source, data: DataSettings, tokenizer: "PreTrainedTo
             yield batch
             batch, characters = [], 0
     yield batch
+
+
+def _one_ahead(batches: Iterator[list[RenderedRecord]]) -> Iterator[list[RenderedRecord]]:
+    """Yield batches; a thread makes the next one while the tokenizer, which runs without Python's lock, encodes this one."""
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, batches, None)
+        while (batch := following.result()) is not None:
+            following = pool.submit(next, batches, None)
+            yield batch
 
 
 def _read_or_write(key: str, write: Callable[[TokenWriter], None]) -> Tokens:
