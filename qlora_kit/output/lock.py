@@ -7,6 +7,8 @@ there the file counts as locked while the process whose number it holds is alive
 import errno
 import fcntl
 import os
+import re
+import stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,16 +18,21 @@ from qlora_kit.errors import UserError
 
 LOCK = ".lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+PROCESS_NUMBER = re.compile(r"[0-9]{1,9}")
 
 
 class OutputLock:
     """Holds the file .lock, which contains the process number, from `take` to the end of the `with` block.
 
     `with` takes it at once if the folder exists. A new folder is created, and locked, only when there is something to write.
+
+    Args:
+        key, flag: what names the folder, and what names another one, in messages.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, key: str = "training.output_dir", flag: str = "--output_dir"):
         self.folder, self.path = folder, folder / LOCK
+        self.key, self.flag = key, flag
         self.handle: int | None = None
 
     def __enter__(self) -> "OutputLock":
@@ -44,25 +51,36 @@ class OutputLock:
         """Create the folder if it does not exist, and lock it; return False if it was locked already.
 
         Raises:
-            UserError: another process has locked it.
+            UserError: another process has locked it, or it cannot be locked.
         """
         if self.handle is not None:
             return False
-        self.folder.mkdir(parents=True, exist_ok=True)
-        while self.handle is None:
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            while self.handle is None:
+                self._try()
+        except OSError as error:
+            remedy = f"delete it if no run writes there, or use another {self.flag}"
+            raise UserError(self.key, self.path, f"cannot be used as a lock ({error.strerror})", remedy) from None
+        return True
+
+    def _try(self) -> None:
+        # Neither a link is followed, whose target would be overwritten, nor a pipe waited for.
+        handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        try:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise OSError(errno.EINVAL, "it is no regular file")
             owner = os.read(handle, 20).decode(errors="replace").strip()
             if not _lock(handle, owner):
-                os.close(handle)
-                problem = f"is in use by another run (process {owner or 'unknown'})"
-                raise UserError("training.output_dir", self.folder, problem, "wait for its end, or use another --output_dir")
+                problem = f"is in use by another run (process {owner or 'unknown'}, which holds {LOCK})"
+                raise UserError(self.key, self.folder, problem, f"wait for its end, or use another {self.flag}")
             if self._is_current(handle):
-                os.lseek(handle, 0, os.SEEK_SET)
-                os.write(handle, f"{os.getpid():<10}\n".encode())
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
                 self.handle = handle
-            else:  # its holder deleted the file between our open and our lock: the locked file has no name any more
+        finally:
+            if self.handle is None:  # also where its holder deleted the file between our open and our lock
                 os.close(handle)
-        return True
 
     def _is_current(self, handle: int) -> bool:
         with suppress(FileNotFoundError):
@@ -80,4 +98,4 @@ def _lock(handle: int, owner: str) -> bool:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        return not (owner.isdigit() and int(owner) != os.getpid() and pid_exists(int(owner)))
+        return not (PROCESS_NUMBER.fullmatch(owner) and int(owner) != os.getpid() and pid_exists(int(owner)))

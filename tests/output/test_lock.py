@@ -40,7 +40,7 @@ def holder(tmp_path):
 
 def test_a_second_run_in_one_folder_is_refused_with_the_process_of_the_first(tmp_path, holder):
     process, pipe = holder
-    with pytest.raises(UserError, match=rf"training\.output_dir: .*out: is in use by another run \(process {process.pid}\)"):
+    with pytest.raises(UserError, match=rf"training\.output_dir: .*out: is in use by another run \(process {process.pid}, "):
         OutputLock(tmp_path / "out").__enter__()
     assert names(tmp_path / "out") == [LOCK]  # the refused run removed nothing
     pipe.send("go")
@@ -76,3 +76,23 @@ def test_a_new_folder_is_not_created_before_there_is_something_to_write(tmp_path
     with OutputLock(tmp_path / "out") as lock:
         assert not (tmp_path / "out").exists()
         assert lock.take() is True
+
+
+@pytest.mark.parametrize("make", [
+    lambda path: path.symlink_to(path.parent.parent / "precious"), lambda path: path.symlink_to("nowhere"), Path.mkdir, os.mkfifo,
+], ids=["link", "dangling link", "folder", "pipe"])  # fmt: skip
+def test_a_lock_that_is_no_file_is_neither_followed_nor_waited_for(tmp_path, make):
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / "out").mkdir()
+    make(tmp_path / "out" / LOCK)
+    with pytest.raises(UserError, match=r"^--output: .*/\.lock: cannot be used as a lock .*\. Delete it .*another --output\.$"):
+        OutputLock(tmp_path / "out", "--output", "--output").take()
+    assert (tmp_path / "precious").read_text() == "kept" and not (tmp_path / "out" / "nowhere").exists()
+
+
+def test_a_process_number_that_no_process_can_have_locks_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks available")))
+    for number in ("9" * 20, "\u00b2", "\x1b[31m"):
+        (tmp_path / LOCK).write_text(number)
+        with OutputLock(tmp_path):
+            assert int((tmp_path / LOCK).read_text()) == os.getpid()
