@@ -1,7 +1,7 @@
 """Run a function in a process of its own, within limits of time and memory.
 
-Chat templates are programs. Their sandbox keeps them from files and modules, not from loops without an end or texts that fill the
-memory, and Python cannot interrupt one of its own operations. A process can be ended.
+Chat templates are programs, and patterns of an adapter may never end. A sandbox keeps templates from files and modules, not from
+loops without an end or texts that fill the memory, and Python cannot interrupt one of its own operations. A process can be ended.
 """
 
 import multiprocessing

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from qlora_kit.data.limited_worker import LimitedWorker, LimitExceeded
 from qlora_kit.errors import BadRecord, UserError
+from qlora_kit.limited_worker import LimitedWorker, LimitExceeded
 
 
 def answer(question: str) -> object:
