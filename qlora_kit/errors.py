@@ -30,7 +30,12 @@ class Problem:
         value = str(self.value).lower() if isinstance(self.value, bool) else self.value
         parts = [part for part in (self.place, self.key, value, self.problem) if part not in (None, "")]
         text = f"{': '.join(map(str, parts))}. {self.remedy[:1].upper()}{self.remedy[1:]}."
-        return CONTROL.sub(lambda match: repr(match.group())[1:-1], text)
+        return spell_out(text)
+
+
+def spell_out(text: str) -> str:
+    """Return a text in one line, in which a terminal obeys nothing: every control character is spelled out."""
+    return CONTROL.sub(lambda match: repr(match.group())[1:-1], text)
 
 
 class UserError(Exception):
