@@ -30,9 +30,10 @@ from qlora_kit.model.architecture import read_fast_shape
 from qlora_kit.model.fingerprint import weights_fingerprint
 from qlora_kit.model.packed_base import settle_quantization
 from qlora_kit.model.tokenizer import load_tokenizer, read_chat_template, template_fingerprint, tokenizer_fingerprint
-from qlora_kit.output.curves import plot_training_curves, read_metrics
+from qlora_kit.output.curves import plot_training_curves
 from qlora_kit.output.folder import CURVES, check_disk, check_output_dir
 from qlora_kit.output.lock import OutputLock
+from qlora_kit.output.metrics import read_metrics
 from qlora_kit.output.provenance import write_provenance
 from qlora_kit.planning.cards import find_card
 from qlora_kit.planning.fit import describe_plan
@@ -51,6 +52,7 @@ from qlora_kit.training.processes import (
 )
 from qlora_kit.training.report import Run, RunReport, RunResult, build_provenance, open_output
 from qlora_kit.training.resume import check_end, check_fingerprints, find_common_checkpoint, resume_command
+from qlora_kit.wrapping import say
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -160,7 +162,7 @@ def show_plan(config: Config, processes: int, gpu: str | None = None) -> None:
         tokens = estimate_tokens(config.data)
     except UserError:  # a plan needs no data
         tokens = None
-    print(describe_plan(config, shape, card, processes, tokens))
+    say(describe_plan(config, shape, card, processes, tokens), sys.stdout)
 
 
 def preview(config: Config, processes: int) -> None:
@@ -170,7 +172,7 @@ def preview(config: Config, processes: int) -> None:
     read_chat_template(config.data.chat_template)  # a mistake in it is answered before anything is loaded
     hub.prepare(config.model.name, *config.data.names)
     if config.model.trust_remote_code:
-        print(hub.remote_code_warning(config.model), file=sys.stderr)
+        say(hub.remote_code_warning(config.model))
     hub.fetch_tokenizer(config.model)
     tokenizer = load_tokenizer(config.model, config.data.chat_template)
     show_preview(config, tokenizer, *prepare_dataset(config, tokenizer), cli.results_console())
@@ -221,14 +223,14 @@ def _train(config: Config, resume: str | None, overwrite: bool, team: Team, fold
         parameters = shape.lora_parameters(config.lora.rank, config.lora.target_modules)
         check_disk(folder, parameters, config.training.optimizer_bytes)
 
-    # The libraries take seconds to import: everything above is answered before.
-    from qlora_kit.adapter.save import save_adapter
-    from qlora_kit.model.perplexity import recorded_base
-    from qlora_kit.training.base_check import check_base
-    from qlora_kit.training.build import TrainingData, build_store, build_trainer, find_why_not_packed
-    from qlora_kit.training.machine import explaining_out_of_memory, plan_run
+    with cli.busy("Loading the libraries"):  # which takes seconds: everything above is answered before
+        from qlora_kit.adapter.save import save_adapter
+        from qlora_kit.model.perplexity import recorded_base
+        from qlora_kit.training.base_check import check_base
+        from qlora_kit.training.build import TrainingData, build_store, build_trainer, find_why_not_packed
+        from qlora_kit.training.machine import explaining_out_of_memory, plan_run
 
-    machine, plan = plan_run(config, shape, reason, checkpoint, team)
+        machine, plan = plan_run(config, shape, reason, checkpoint, team)
     run = Run(config, machine, plan, team)
     report = RunReport(run)
     report.announce(notes + packed)
@@ -254,7 +256,8 @@ def _train(config: Config, resume: str | None, overwrite: bool, team: Team, fold
     check_identical(team, run.fingerprints)
 
     with report.logging_failure(), explaining_out_of_memory(config, planned=bool(plan.parts)):
-        model = load_adapted_model(config, machine, tokenizer, report)
+        with cli.busy("Loading the base model"):
+            model = load_adapted_model(config, machine, tokenizer, report)
         if checkpoint is None and (not_packed := find_why_not_packed(model, data, config, machine, team)):
             data = data.unpack()  # of the same tokens; the plan is one of blocks, whatever they hold
             report.describe_data(*data, not_packed)

@@ -10,8 +10,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from importlib.metadata import version
 from typing import Any, NoReturn, TextIO
 
@@ -28,6 +28,7 @@ try:
 
     from qlora_kit.config_file import closest, did_you_mean
     from qlora_kit.secrets import redact
+    from qlora_kit.wrapping import say
 except ModuleNotFoundError as missing:  # these are a command's first imports: no caller handles a missing package yet
     sys.exit(_not_installed(str(missing.name)))
 
@@ -156,6 +157,24 @@ def results_console(**options: Any) -> Console:
     return Results(**options)
 
 
+@contextmanager
+def busy(doing: str) -> Iterator[None]:
+    """Show on a terminal what takes seconds, in place of the libraries' bars, while the context lasts."""
+    console, bars = Console(stderr=True), sys.modules.get("transformers.utils.logging")
+    if not console.is_terminal or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    hidden = bars is not None and bars.is_progress_bar_enabled()
+    if bars and hidden:
+        bars.disable_progress_bar()
+    try:
+        with console.status(f"{doing} ..."):
+            yield
+    finally:
+        if bars and hidden:
+            bars.enable_progress_bar()
+
+
 def run(main: Callable[[], None]) -> NoReturn:
     """Call `main`, report its error and exit with its status; a user's mistake is never a traceback.
 
@@ -174,7 +193,7 @@ def run(main: Callable[[], None]) -> NoReturn:
             print("\nstopped", file=sys.stderr)
             status = 130
         except Stopped as stop:
-            print(stop, file=sys.stderr)
+            say(str(stop))
             status = stop.status
         except (UserError, Failed, ModuleNotFoundError, OSError) as error:
             status = _report(error)
@@ -185,14 +204,14 @@ def _report(error: UserError | Failed | ModuleNotFoundError | OSError) -> int:
     """Print the error in one line for each problem and return the exit status; raise an error that is a bug of ours."""
     if isinstance(error, UserError | Failed):
         lines = error.lines if isinstance(error, UserError) else [str(error)]
-        print("\n".join(f"error: {redact(line)}" for line in lines), file=sys.stderr)
+        say("\n".join(f"error: {redact(line)}" for line in lines))
         return 2 if isinstance(error, UserError) else 1
     if isinstance(error, ModuleNotFoundError) and (package := _missing_package(error)):
-        print(_not_installed(package), file=sys.stderr)
+        say(_not_installed(package))
         return 1
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         problem, remedy = f"cannot be written ({error.strerror})", "free some space there, or write elsewhere"
-        print(f"error: {Problem(error.filename or 'output', None, problem, remedy)}", file=sys.stderr)
+        say(f"error: {Problem(error.filename or 'output', None, problem, remedy)}")
         return 1
     raise error
 

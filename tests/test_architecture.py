@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 KIT = ROOT / "qlora_kit"
-LOBBY = {"errors", "config", "config_file", "secrets", "untrusted", "limited_worker", "cli"}
+LOBBY = {"errors", "config", "config_file", "secrets", "untrusted", "limited_worker", "wrapping", "cli"}
 # The rooms of the kit, from the highest to the lowest: each may import the lobby, and of the rooms only those named.
 ROOMS = {
     "training": {"adapter", "data", "fast", "model", "output", "planning"},

@@ -1,7 +1,5 @@
 """Test the training command as users run it: as a process for streams and signals, through main() otherwise."""
 
-import functools
-import io
 import json
 import math
 import os
@@ -16,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from rich.console import Console
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -548,17 +545,6 @@ def refuses(tmp_path):
         assert {path for path in tmp_path.rglob("*")} == before
 
     return check
-
-
-@pytest.mark.parametrize("width", [40, 80])
-def test_a_terminal_shows_step_time_and_loss_on_one_line(tmp_path, monkeypatch, width):
-    shown = io.StringIO()
-    terminal = functools.partial(Console, file=shown, force_terminal=True, width=width, color_system=None)
-    monkeypatch.setattr("qlora_kit.training.progress.Console", lambda stderr, quiet: terminal(quiet=quiet))
-    train("--max_steps", "3", "--set", "data.eval_split=null", "--output_dir", str(tmp_path / "out"))
-    lines = [line for line in shown.getvalue().splitlines() if "3/3" in line and "loss" in line]
-    assert lines and all(re.search(r"training \S+ +3/3 \d\d:\d\d loss \d\.", line) for line in lines)
-    assert ("tokens/s" in lines[-1]) == (width == 80)
 
 
 @pytest.mark.parametrize("text, word", [

@@ -1,16 +1,7 @@
 """training_curves.png: the losses and the learning rate."""
 
-import json
 from pathlib import Path
 from typing import Any
-
-from qlora_kit.output.folder import METRICS
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the objects of metrics.jsonl in an output folder or a checkpoint."""
-    with (folder / METRICS).open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
 
 
 def plot_training_curves(metrics: list[dict[str, Any]], path: Path) -> None:

@@ -5,13 +5,16 @@ metrics.jsonl holds one JSON object for each logged step; training_curves.png is
 
 import json
 import math
+import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
+from qlora_kit.errors import spell_out
 from qlora_kit.output.folder import LOG, METRICS
 from qlora_kit.secrets import redact
+from qlora_kit.wrapping import say
+
 
 
 class RunLog:
@@ -27,18 +30,25 @@ class RunLog:
         self.enabled = enabled
         self._waiting: list[str] = []
         self._folder: Path | None = None
+        self._may_fail = False
 
     def open(self, folder: Path, checkpoint: Path | None) -> None:
         """Start both files in `folder`, empty or as a checkpoint holds them, so that a resumed run logs each step once."""
         self._folder = folder
         for name in (LOG, METRICS):
-            (folder / name).unlink(missing_ok=True)  # a run that failed before its first checkpoint may have left both
+            staged = folder / f".{name}"
+            staged.unlink(missing_ok=True)
             if checkpoint:
-                shutil.copyfile(checkpoint / name, folder / name)
-            (folder / name).touch()  # a short run may have nothing to log
+                shutil.copyfile(checkpoint / name, staged)
+            staged.touch()  # a short run may have nothing to log
+            os.replace(staged, folder / name)
         waiting, self._waiting = self._waiting, []
         for text in waiting:
             self.write_to_file(text)
+
+    def settle(self, folder: Path) -> None:
+        """Go on in `folder`, where both files are now with the finished adapter, which a full disk must not cost any more."""
+        self._folder, self._may_fail = folder, True
 
     def copy_to(self, checkpoint: Path) -> None:
         """Copy both files into a checkpoint."""
@@ -50,7 +60,7 @@ class RunLog:
     def write(self, text: str = "") -> None:
         """Write a line to standard error and to training_log.txt."""
         if self.enabled:
-            print(redact(text), file=sys.stderr)
+            say(clean(text))
         self.write_to_file(text)
 
     def write_to_file(self, text: str) -> None:
@@ -58,7 +68,11 @@ class RunLog:
         if self.enabled and self._folder is None:
             self._waiting.append(text)
         elif self.enabled and self._folder:
-            _append(self._folder / LOG, redact(text))
+            try:
+                _append(self._folder / LOG, clean(text))
+            except OSError:
+                if not self._may_fail:
+                    raise
 
     def write_metrics(self, values: dict[str, Any]) -> None:
         """Write an object to metrics.jsonl, with null for NaN and infinity, which JSON does not have."""
@@ -69,6 +83,11 @@ class RunLog:
         _append(self._folder / METRICS, json.dumps(values))
 
 
+def clean(text: str) -> str:
+    """Return lines without secrets, and with the control characters spelled out that the names in a file may hold."""
+    return "\n".join(spell_out(line) for line in redact(text).split("\n"))
+
+
 def _append(path: Path, text: str) -> None:
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text + "\n")

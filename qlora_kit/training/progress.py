@@ -1,23 +1,68 @@
-"""Progress bar and tokens/s; every logged step goes to the log files."""
+"""The line that shows how far a run is, tokens/s, and a line for each logged step and evaluation."""
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 from transformers import TrainerCallback
 
 from qlora_kit.model.perplexity import plus_minus
 from qlora_kit.output.log import RunLog
+from qlora_kit.output.metrics import best_evaluation, first_overfitted
 from qlora_kit.training.machine import Machine
+
+ECHO = 2  # columns left free at the end of the line, where a terminal shows ^C: else it would begin a new line
+LEAST_BAR = 5  # columns
+
+
+class ProgressLine:
+    """The last line of a terminal: a bar as wide as there is room, and how far the run is.
+
+    Attributes:
+        loss: the last logged one, with its step.
+        evaluated: blocks measured and all blocks, while an evaluation lasts.
+    """
+
+    def __init__(self, console: Console, steps: int, done: int, epochs: int):
+        self.console, self.steps, self.first, self.done, self.epochs = console, steps, done, done, epochs
+        self.epoch, self.loss = 0.0, ""
+        self.evaluated: tuple[int, int] | None = None
+        self.began = time.perf_counter()
+        self.live = Live(console=console, get_renderable=self._render, transient=not steps)
+
+    def _render(self) -> Table:  # another thread calls it, four times a second
+        width = self.console.width - ECHO
+        name, (done, total) = ("evaluating ", self.evaluated) if self.evaluated else ("training ", (self.done, self.steps))
+        facts = {"share": f"{100 * done // max(total, 1)} %", "step": f"{done}/{total}"}
+        facts |= {} if self.evaluated else self._times()
+        for least in ("epoch", "elapsed", "name", "step", "left", "loss", "none"):
+            room = width - len(name) - len(text := " " + " · ".join(facts.values()))
+            if room >= LEAST_BAR:
+                break
+            name = "" if least == "name" else name
+            facts.pop(least, None)
+        line = Table.grid()
+        line.add_row(*filter(None, (name, ProgressBar(max(total, 1), done, max(room, 1)), text)))
+        return line
+
+    def _times(self) -> dict[str, str]:
+        seconds, steps = time.perf_counter() - self.began, self.done - self.first
+        facts = {"elapsed": clock(seconds)}
+        if self.epochs > 1:
+            facts = {"epoch": f"epoch {min(int(self.epoch) + 1, self.epochs)}/{self.epochs}"} | facts
+        if steps and self.done < self.steps:
+            facts["left"] = f"{clock(seconds / steps * (self.steps - self.done))} left"
+        return facts | ({"loss": self.loss} if self.loss else {})
 
 
 class ProgressCallback(TrainerCallback):
-    """Show a progress bar on a terminal, plain lines elsewhere, and write every logged step to the log files.
+    """Show the progress on a terminal, and write every logged step to the screen and to the log files.
 
     Args:
         tokens_per_step: on average; the last step of an epoch may hold fewer.
@@ -25,31 +70,30 @@ class ProgressCallback(TrainerCallback):
 
     def __init__(self, log: RunLog, machine: Machine, tokens_per_step: float):
         self.log, self.machine, self.tokens_per_step = log, machine, tokens_per_step
-        self.console = Console(stderr=True, quiet=not self.log.enabled)
-        self.bar: Progress | None = None
+        self.line: ProgressLine | None = None
         self.speed = SpeedMeter()
+
+    def _open_line(self, *counts: int) -> ProgressLine | None:
+        """Return the line, shown; None where nobody looks at it."""
+        console = Console(stderr=True, highlight=False)
+        if not self.log.enabled or not console.is_terminal:
+            return None
+        line = ProgressLine(console, *counts)
+        line.live.start()
+        return line
 
     def on_train_begin(self, args, state, control, **rest):
         self.speed = SpeedMeter()
         self.total = state.max_steps
-        if self.console.is_terminal and self.log.enabled:
-            # In a narrow window the loss is cut at its end, and step and time stay.
-            narrow, wide = Column(ratio=1, min_width=4), Column(ratio=8, no_wrap=True, overflow="ellipsis")
-            self.bar = Progress(
-                TextColumn("{task.description}"), BarColumn(None, table_column=narrow), MofNCompleteColumn(),
-                TimeRemainingColumn(compact=True), TextColumn("{task.fields[info]}", table_column=wide),
-                console=self.console, speed_estimate_period=600, expand=True,
-            )  # fmt: skip
-            self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, info="")
-            self.bar.start()
+        self.line = self._open_line(state.max_steps, state.global_step, state.num_train_epochs)
 
     def on_step_begin(self, args, state, control, **rest):
         self.speed.resume()
 
     def on_step_end(self, args, state, control, **rest):
         self.speed.step_done()
-        if self.bar:
-            self.bar.update(self.task, completed=state.global_step)
+        if self.line:
+            self.line.done, self.line.epoch = state.global_step, state.epoch or 0.0
 
     def on_evaluate(self, args, state, control, **rest):
         self.speed.pause()
@@ -61,47 +105,63 @@ class ProgressCallback(TrainerCallback):
         if "loss" in logs:
             values |= {key: logs[key] for key in ("loss", "learning_rate", "grad_norm") if key in logs}
             values["tokens_per_second"] = round(self.speed.steps_per_second() * self.tokens_per_step, 1)
-            values["memory_gib"] = round(self.machine.memory_gib().get("reserved", 0.0), 3)
+            held = self.machine.memory_gib()
+            values["memory_gib"] = round(held["reserved"], 3) if held else None
         elif "eval_loss" in logs:
             values |= {key: value for key, value in logs.items() if key.startswith("eval_")}
         else:
             return  # the Trainer's closing summary
         self.log.write_metrics(values)
         self._show(values)
+        if "eval_loss" in values and (found := first_overfitted(state.log_history)) and found["step"] == values["step"]:
+            best = best_evaluation(state.log_history) or found
+            self.log.write(
+                f"The run overfits: since step {best['step']} the evaluation loss has risen by more than its standard error, and "
+                f"the training loss has fallen"
+            )
 
     def close(self) -> None:
-        if self.bar:
-            self.bar.stop()
-            self.bar = None
+        if self.line:
+            self.line.live.stop()
+            self.line = None
 
     def _show(self, values: dict[str, Any]) -> None:
+        step = values["step"]
         if "eval_loss" in values:
             perplexity = plus_minus(values["eval_perplexity"], values["eval_standard_error"], ".3f")
-            info = f"step {values['step']}: eval loss {values['eval_loss']:.4f}, perplexity {perplexity}"
-        else:
-            memory = f", {values['memory_gib']:.2f} GiB" if self.machine.device == "cuda" else ""
-            speed = f"{values['tokens_per_second']:,.0f} tokens/s"
-            info = f"loss {values['loss']:.4f}, lr {values['learning_rate']:.2e}, {speed}{memory}"
-            if self.bar:
-                self.bar.update(self.task, info=info)
-                self.log.write_to_file(f"step {values['step']}/{self.total}: {info}")
-                return
-            info = f"step {values['step']}/{self.total}: {info}, {self.speed.remaining(self.total - values['step'])} left"
-        self.console.print(info, highlight=False, soft_wrap=True)
-        self.log.write_to_file(info)
+            self.log.write(f"step {step}: eval loss {values['eval_loss']:.4f}, perplexity {perplexity}")
+            return
+        memory = "" if values["memory_gib"] is None else f", {values['memory_gib']:.2f} GiB"
+        self.log.write(
+            f"step {step}/{self.total}: loss {values['loss']:.4f}, lr {values['learning_rate']:.2e}, "
+            f"{values['tokens_per_second']:,.0f} tokens/s{memory}, {self.speed.remaining(self.total - step)} left"
+        )
+        if self.line:
+            self.line.loss = f"loss {values['loss']:.2f} @{step}"
 
     @contextmanager
     def evaluation(self, blocks: int) -> Iterator[Callable[[int], None]]:
-        """Show how far an evaluation is, within the training bar when there is one; gives what to call with the blocks done."""
-        own = Progress(TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=self.console,
-                       transient=True, disable=self.console.quiet or not self.console.is_terminal)  # fmt: skip
-        bar = self.bar or own
-        with nullcontext() if self.bar else own:
-            task = bar.add_task("evaluating", total=blocks, info="")
-            try:
-                yield lambda done: bar.update(task, completed=done)
-            finally:
-                bar.remove_task(task)
+        """Show how far an evaluation is; gives what to call with the blocks done."""
+        line = self.line or self._open_line(0, 0, 0)
+
+        def show(done: int) -> None:
+            if line:
+                line.evaluated = (done, blocks)
+
+        try:
+            show(0)
+            yield show
+        finally:
+            if line:
+                line.evaluated = None
+            if line and not self.line:
+                line.live.stop()
+
+
+def clock(seconds: float) -> str:
+    """Return a time as 0:31 or 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 class SpeedMeter:

@@ -23,6 +23,7 @@ from qlora_kit.model.tokenizer import separator_id, tokenizer_fingerprint, vocab
 from qlora_kit.output.checkpoints import Checkpoint
 from qlora_kit.output.folder import CHECKPOINTS, CONFIG, CURVES, LOG, OUTPUT_FILES, SAVING, replace_text
 from qlora_kit.output.log import RunLog
+from qlora_kit.output.metrics import best_evaluation, read_metrics
 from qlora_kit.output.provenance import command_line, now, versions
 from qlora_kit.planning.plan import Plan
 from qlora_kit.training.processes import Team
@@ -201,6 +202,8 @@ class RunReport:
             self.log.write(
                 f"  the adapter is that of step {result.steps}, the best evaluated; training ended after step {result.last_step}"
             )
+        elif best := best_evaluation(read_metrics(folder)):
+            self.log.write(f"  best step    {describe_best(best, result.last_step)}")
         if held := self.run.machine.memory_gib():
             predicted = f" (predicted {self.predicted_gib:.2f})" if self.predicted_gib else ""
             self.log.write(
@@ -209,14 +212,21 @@ class RunReport:
             )
         if result.base and result.trained:
             self.log.write(f"  perplexity   base model {result.base}  ->  adapter {result.trained}")
-            self.log.write(f"               {self.definition(result.trained)}")
+            self.log.write(f"  which is     {self.definition(result.trained)}")
             if result.trained.loss >= result.base.loss:
-                self.log.write("               no better than the base model: try a lower --learning_rate, or more steps")
+                self.log.write("  it is        no better than the base model: try a lower --learning_rate, or more steps")
         size = (folder / "adapter_model.safetensors").stat().st_size / MIB
         self.log.write(f"  adapter      {folder / 'adapter_model.safetensors'} ({size:.1f} MiB)")
         self.log.write(f"  curves       {folder / CURVES}")
         self.log.write(f"  log          {folder / LOG}")
-        self.log.write(f"  talk to it   python inference_example.py --mode interactive --adapter {shlex.quote(str(folder))}")
+        self.log.write(f"\nTalk to it:\n  python inference_example.py --mode interactive --adapter {shlex.quote(str(folder))}")
+
+
+def describe_best(best: dict[str, Any], last_step: int) -> str:
+    """Return the step of the best evaluation, an entry of metrics.jsonl, and how to keep its adapter if it is not the last."""
+    if best["step"] == last_step:
+        return f"{last_step}, the last"
+    return f"{best['step']} of {last_step}, perplexity {best['eval_perplexity']:.3f}: keep it with --set training.keep_best=true"
 
 
 @dataclass(frozen=True)

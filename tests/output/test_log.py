@@ -6,9 +6,9 @@ import math
 import pytest
 
 from qlora_kit.model.perplexity import as_metrics, from_block_losses, recorded_base
-from qlora_kit.output.curves import read_metrics
 from qlora_kit.output.folder import LOG, METRICS
 from qlora_kit.output.log import RunLog
+from qlora_kit.output.metrics import read_metrics
 
 
 @pytest.fixture

@@ -91,6 +91,7 @@ def test_the_predicted_peak_is_printed_next_to_the_measured_one(tmp_path, capsys
     measured = {"allocated": 1.0, "reserved": 1.5, "peak_allocated": 1.6, "peak_reserved": 1.8}
     monkeypatch.setattr(Machine, "memory_gib", lambda self: measured)
     (tmp_path / "adapter_model.safetensors").touch()
+    (tmp_path / METRICS).touch()
     report = report_on(GPU, PLANNED)
     report.summary(tmp_path, RunResult(tmp_path, 7, 7, None, None))
     assert "peak 1.80 GiB reserved (predicted 1.75), 1.60 GiB allocated" in capsys.readouterr().err
@@ -105,6 +106,7 @@ def test_out_of_memory_is_reported_with_the_step_and_the_consequence(capsys):
 
 def test_after_an_early_end_the_step_of_the_adapter_is_reported(tmp_path, capsys):
     (tmp_path / "adapter_model.safetensors").touch()
+    (tmp_path / METRICS).touch()
     for last, kept in ((40, 40), (30, 20)):
         report_on(CPU).summary(tmp_path, RunResult(tmp_path, kept, last, None, None))
         printed = "the adapter is that of step 20, the best evaluated; training ended after step 30" in capsys.readouterr().err

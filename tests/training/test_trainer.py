@@ -27,7 +27,7 @@ from qlora_kit.fast.training_pass import FastDecoder
 from qlora_kit.model.loss import token_losses
 from qlora_kit.model.perplexity import Perplexity, as_metrics, recorded_base
 from qlora_kit.model.tokenizer import load_tokenizer
-from qlora_kit.output.curves import read_metrics
+from qlora_kit.output.metrics import read_metrics
 from qlora_kit.planning.plan import make_plan
 from qlora_kit.training import build, progress
 from qlora_kit.training.build import PRIVATE_OVERRIDES, TrainingData, build_store, build_trainer, training_arguments

@@ -1,0 +1,54 @@
+"""Fit messages to a terminal: prose wraps by words, a command stays whole, a row of a table turns into `name: value` if need be.
+
+A pipe or a file gets every line as it is: one line for each event.
+"""
+
+import re
+import sys
+from typing import TextIO
+
+from rich.cells import cell_len
+from rich.console import Console
+
+NARROW = 60  # columns, below which rows of tables turn into `name: value`
+COMMAND = r"(?:python3?|torchrun|pip|hf) (?:-m )?[\w./~-]+(?: --?[\w=./~\[\],-]+(?: [^\s-]\S*)?)*"
+# What no line end may divide: a command, a flag with its value, a number with its error and its unit, a word.
+UNIT = re.compile(
+    rf"{COMMAND}\S*|--\w\S* [\w./]\S*|\S*\d(?: ± [\d.]+)?(?: (?:%|[GM]iB|tokens/s|tokens|steps|min|s|h|left)(?!\w)\S*)?(?!\S)|\S+"
+)
+ROW = re.compile(r"( *)(\S+(?: \S+)*)(:? {2,})(?=\S)")  # the first column of a table, with the gap behind it
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print a message, on standard error unless a stream is given, wrapped by words if that is a terminal."""
+    stream = file or sys.stderr
+    print(fit(text, stream), file=stream, flush=True)
+
+
+def fit(text: str, stream: TextIO) -> str:
+    """Return the text as it is to be printed on a stream: a terminal's lines are wrapped by words."""
+    if not stream.isatty():
+        return text
+    width = Console(file=stream).width
+    return "\n".join(wrap_line(line, width) for line in text.split("\n"))
+
+
+def wrap_line(line: str, width: int) -> str:
+    """Return one line as lines of at most `width` columns, the later ones indented; longer words and commands stay whole."""
+    row = ROW.match(line)
+    if row and width < NARROW:
+        line = f"{row[1]}{row[2]}: {line[row.end() :]}"
+    if cell_len(line) <= width or re.match(rf" *{COMMAND}", line):
+        return line
+    start = line[: row.end()] if row and width >= NARROW else line[: len(line) - len(line.lstrip())]
+    if len(start) > width // 2:  # no column, but words with a gap
+        start = ""
+    hanging = " " * (len(start) if start.strip() else len(start) + 2)
+    lines, current = [], start
+    for unit in UNIT.findall(line[len(start) :]):
+        gap = "" if current in (start, hanging) else " "
+        if gap and cell_len(current) + 1 + cell_len(unit) > width:
+            lines.append(current)
+            current, gap = hanging, ""
+        current += gap + unit
+    return "\n".join([*lines, current])
