@@ -1,4 +1,4 @@
-"""Read files that anyone may have made, in bounded memory."""
+"""Read names that users type, and files that anyone may have made, in bounded memory."""
 
 import json
 import stat
@@ -8,6 +8,30 @@ from typing import Any
 from qlora_kit.errors import UserError
 
 LARGEST_JSON = 2**24  # bytes of a settings file; `{}` again and again takes 25 times its size in memory
+
+
+def user_path(name: str, key: str) -> Path:
+    """Return the path of a name, `~` expanded; nothing need be there, and asking whether something is raises no error.
+
+    Args:
+        key: the flag or config key that holds the name.
+
+    Raises:
+        UserError: the name is no path (NUL, half a character, too long), its user is unknown, its links run in a circle, or a
+            folder on the way may not be searched.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # whoever needs it says so
+    except OSError as error:
+        raise UserError(key, name, f"cannot be used ({error.strerror})", "correct the name or its permissions") from None
+    except UnicodeEncodeError:
+        raise UserError(key, name, "is no path (it holds half a character)", "correct it") from None
+    except (RuntimeError, ValueError) as error:  # ~nosuchuser; a NUL
+        raise UserError(key, name, f"is no path ({str(error).rstrip('.').lower()})", "correct it") from None
+    return path
 
 
 def read_regular_file(path: Path, limit: int = LARGEST_JSON) -> bytes:
