@@ -748,3 +748,12 @@ def test_a_tokenizer_with_several_chat_templates_is_saved_over_an_earlier_one(tm
         train_qlora.main([*flags, *again, "--output_dir", str(tmp_path / "out")])
     assert (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ messages }}"
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_showcase_of_instructions_does_not_overfit(tmp_path):
+    train_qlora.main(["--config", "configs/instruct.yaml", "--output_dir", str(tmp_path)])
+    base, *_, last = evaluations = [line for line in metrics(tmp_path) if "eval_loss" in line]
+    best = min(evaluations, key=lambda line: line["eval_loss"])
+    assert last["eval_perplexity"] <= best["eval_perplexity"] + best["eval_standard_error"]
+    assert last["eval_perplexity"] + 3 * last["eval_standard_error"] < base["eval_perplexity"]
