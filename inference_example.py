@@ -146,7 +146,7 @@ def open_adapter(folder: str, system: str | None, merged: bool, trust_remote_cod
         problem = f"cannot be used with {source.folder}, which was not trained on chats"
         raise UserError("--system", None, problem, "leave it out")
     if merged:
-        read_pairs(source.folder)
+        read_pairs(source)
     return source
 
 

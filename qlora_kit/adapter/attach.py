@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.adapter.folder import AdapterSource, read_adapter_header
+from qlora_kit.adapter.peft_settings import check_size, make_config
 from qlora_kit.adapter.switchable import SwitchableAdapter
 from qlora_kit.errors import UserError
+from qlora_kit.model.device import is_out_of_memory
 from qlora_kit.model.load import DeviceMap, load_base_model, quantization_config
 from qlora_kit.model.vocabulary import RESIZE, describe_beyond, tokens_beyond
 from qlora_kit.output.folder import ADAPTER_FILES
@@ -46,22 +48,27 @@ def load_base(source: AdapterSource, dtype: torch.dtype, device_map: DeviceMap) 
 
 
 def attach_adapter(model: PreTrainedModel, source: AdapterSource, device: str) -> SwitchableAdapter:
-    """Return the base model with the adapter.
+    """Return the base model with the adapter; peft gets its checked settings, and reads nothing but its weights.
 
     Raises:
         UserError: the adapter was trained on another model, has too few or too many tensors, or contains NaN or infinity.
     """
     folder = str(source.folder)
     try:
-        config = PeftConfig.from_pretrained(folder)
-        config.inference_mode = True
-        # PeftModel.from_pretrained does the same, and drops the lists of missing and unexpected keys.
+        config = make_config(source.settings)
+        check_size(model, config, source)
+        # PeftModel.from_pretrained does the same, but reads the settings, and drops the lists of missing and unexpected keys.
         adapted = SwitchableAdapter(model, config, source)
         result = adapted.load_adapter(folder, "default", torch_device=device)
+    except UserError:
+        raise
     except SafetensorError as error:
         raise UserError("--adapter", folder, f"has a damaged {ADAPTER_FILES[0]} ({error})", "copy it again") from error
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        problem = f"does not fit {source.model.name} ({' '.join(str(error).split())[:200]})"
+    except Exception as error:  # every kind of adapter has its own
+        if is_out_of_memory(error):
+            raise
+        read_adapter_header(source.folder)  # says so, if another process has removed the file since it was read
+        problem = f"does not fit {source.model.name} ({' '.join(str(error).split())[:200] or type(error).__name__})"
         raise UserError("--adapter", folder, problem, "use the base model it was trained on") from error
     _check_complete(result.missing_keys, result.unexpected_keys, source)
     if not math.isfinite(_largest([matrix for A, B, _ in _updates(adapted) for matrix in (A, B)])):

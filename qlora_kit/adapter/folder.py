@@ -5,25 +5,30 @@ adapter names its base model; the rest is assumed, and `notes` state it. A check
 checks that the adapter's tensors fit the base model.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit.adapter.run_record import read_record
+from qlora_kit.adapter.settings import IA3File, LoraFile, read_settings
 from qlora_kit.config import Config, ModelSettings, QuantizationSettings
 from qlora_kit.config_file import load_config
-from qlora_kit.errors import UserError
+from qlora_kit.errors import UserError, spell_out
 from qlora_kit.model.fingerprint import weights_fingerprint
-from qlora_kit.model.hub import TOKENIZER_FILES, is_local, model_folder, read_json, remote_code_warning
+from qlora_kit.model.hub import TOKENIZER_FILES, is_local, model_folder, remote_code_warning
 from qlora_kit.model.tokenizer import load_tokenizer, tokenizer_fingerprint, vocabulary_fingerprint
 from qlora_kit.model.weight_files import StoredTensor, read_header
 from qlora_kit.output.checkpoints import find_newest_valid, list_checkpoints
 from qlora_kit.output.folder import ADAPTER_FILES, CHECKPOINT_PREFIX, CHECKPOINTS, CONFIG, PROVENANCE
+from qlora_kit.untrusted import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+DTYPES = ("F64", "F32", "F16", "BF16")  # of an adapter's numbers
 PICKLE = "adapter_model.bin"  # of adapters that peft saved before safetensors
 STYLES = {"text": "continued as plain text", "chat": "put through the chat template", "instruction": "given as instructions"}
 
@@ -33,15 +38,17 @@ class AdapterSource:
     """The content of an adapter's folder, without its weights.
 
     Attributes:
+        settings: what peft gets of adapter_config.json.
         tokenizer: the tokenizer saved with the adapter, else the base model's.
         config: the run's resolved settings: `generation` holds the defaults of answers, `data` how a text is cut into blocks.
         style: how prompts were given in training, a key of STYLES.
         stop_ids: tokens that end an answer; None leaves them to the tokenizer.
-        provenance: run.json, with the fingerprints of base model and tokenizer; empty without one.
+        provenance: what RunRecord takes of run.json, such as the fingerprints of base model and tokenizer; empty without one.
         notes: lines for the user: settings that are assumed, or taken from another folder.
     """
 
     folder: Path
+    settings: LoraFile | IA3File
     model: ModelSettings
     tokenizer: ModelSettings
     quantization: QuantizationSettings
@@ -68,15 +75,16 @@ def read_adapter(name: str, trust_remote_code: bool = False) -> AdapterSource:
             model and `trust_remote_code` is false.
     """
     folder = _adapter_folder(name)
-    read_json(folder / ADAPTER_FILES[1], "--adapter")
+    settings, left_out = read_settings(folder)
     if not read_adapter_header(folder):
         raise UserError("--adapter", folder, f"has no tensors in {ADAPTER_FILES[0]}", "copy it again, or save the adapter again")
     run = _run_folder(folder)
-    config = load_config(run / CONFIG) if (run / CONFIG).is_file() else None
-    if (run / PROVENANCE).is_file():
-        source = _from_provenance(folder, run, config or Config())
+    config = _read_config(run / CONFIG)
+    if os.path.lexists(run / PROVENANCE):
+        source = _from_provenance(folder, settings, run, config or Config())
     else:
-        source = _from_assumptions(folder, run, config)
+        source = _from_assumptions(folder, settings, run, config)
+    source = replace(source, notes=tuple(map(spell_out, (*source.notes, *_describe_left_out(folder, left_out)))))
     if source.model.trust_remote_code and not trust_remote_code:
         problem = f"was trained with Python code that comes with {source.model.name} and would run here with all your rights"
         raise UserError("--adapter", name, problem, "add --trust_remote_code if you have read it")
@@ -86,29 +94,60 @@ def read_adapter(name: str, trust_remote_code: bool = False) -> AdapterSource:
     return replace(source, model=model, tokenizer=tokenizer, notes=(*source.notes, remote_code_warning(model)))
 
 
+def _describe_left_out(folder: Path, names: list[str]) -> list[str]:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    listed = ", ".join(name[:40] for name in names[:3]) + more
+    return [f"{folder}: left out of its {ADAPTER_FILES[1]}, as no LoRA needs it: {listed}"] if names else []
+
+
+def _read_config(path: Path) -> Config | None:
+    """Return the resolved config beside an adapter; None without one."""
+    if not os.path.lexists(path):
+        return None
+    if not os.path.isfile(path):
+        raise UserError("--adapter", path, "is no file", "copy it again, or delete it")
+    try:
+        return load_config(path)
+    except UserError as error:
+        raise UserError.of(replace(one, key="--adapter") if one.key == "--config" else one for one in error.problems) from None
+
+
 def read_adapter_header(folder: Path) -> dict[str, StoredTensor]:
     """Return an adapter's tensors by name; none is read.
 
     Raises:
-        UserError: its file of weights is damaged.
+        UserError: its file of weights is damaged, or holds something else than floating-point numbers.
     """
     try:
-        return read_header(folder / ADAPTER_FILES[0])
+        header = read_header(folder / ADAPTER_FILES[0])
+    except PermissionError:
+        raise UserError(
+            "--adapter", folder, f"has an {ADAPTER_FILES[0]} that you may not read", "change its permissions"
+        ) from None
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:100]
         raise UserError("--adapter", folder, f"has a damaged {ADAPTER_FILES[0]} ({reason})", "copy it again") from None
+    for stored in header.values():
+        if stored.dtype not in DTYPES:
+            problem = f"holds {stored.name[:100]} in {stored.dtype}, and an adapter has floating-point numbers"
+            raise UserError("--adapter", folder, problem, "copy it again, or save the adapter again")
+    return header
 
 
 def _adapter_folder(name: str) -> Path:
-    folder = Path(name).expanduser()
-    if folder.is_file():
+    folder = Path(os.path.expanduser(name))
+    if os.path.isfile(folder):
         raise UserError("--adapter", name, "is a file, not a folder", f"use its folder: --adapter {folder.parent}")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError("--adapter", name, "does not exist", f"train one with python train_qlora.py --output_dir {name}")
-    missing = [file for file in ADAPTER_FILES if not (folder / file).is_file()]
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise UserError("--adapter", name, "cannot be searched", "change its permissions")
+    if any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise UserError("--adapter", os.fsencode(name), "is not named in UTF-8", "rename it")
+    missing = [file for file in ADAPTER_FILES if not os.path.isfile(folder / file)]
     if missing:
         problem, remedy = f"holds no adapter: {missing[0]} is missing", _suggest_folder(folder)
-        if ADAPTER_FILES[0] in missing and (folder / PICKLE).is_file():
+        if ADAPTER_FILES[0] in missing and os.path.isfile(folder / PICKLE):
             problem += f", and {PICKLE} is a pickle, which may run any code when it is loaded"
             remedy = "load and save it again with peft"
         raise UserError("--adapter", name, problem, remedy)
@@ -142,35 +181,30 @@ def _tokenizer_folder(*folders: Path) -> Path | None:
     return next((folder for folder in folders if any((folder / file).is_file() for file in TOKENIZER_FILES)), None)
 
 
-def _from_provenance(folder: Path, run: Path, config: Config) -> AdapterSource:
-    provenance = read_json(run / PROVENANCE, "--adapter")
-    try:
-        base, trusted = provenance["base_model"], provenance["trust_remote_code"]
-        name = base["name"] if not base["folder"] or Path(base["name"]).is_dir() else base["folder"]
-        revision = base["revision"] if is_local(name) else provenance.get("base_commit") or base["revision"]
-        model = ModelSettings(name=name, revision=revision, trust_remote_code=trusted)
-        own = _tokenizer_folder(folder, run)
-        if provenance["prompt_style"] not in STYLES:
-            raise ValueError(f"prompt_style {provenance['prompt_style']!r}")
-        return AdapterSource(
-            folder=folder,
-            model=model,
-            tokenizer=ModelSettings(name=str(own), trust_remote_code=trusted) if own else model,
-            quantization=QuantizationSettings(**provenance["quantization"]),
-            config=config,
-            style=provenance["prompt_style"],
-            stop_ids=provenance.get("stop_ids"),
-            provenance=provenance,
-            notes=(f"{folder} is a checkpoint: loaded and prompted as {run / PROVENANCE} says",) if run != folder else (),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        problem = f"has a damaged {PROVENANCE} ({str(error).splitlines()[0]})"
-        raise UserError("--adapter", folder, problem, "copy it again, or delete it to load a plain adapter") from None
+def _from_provenance(folder: Path, settings: LoraFile | IA3File, run: Path, config: Config) -> AdapterSource:
+    record = read_record(run, folder)
+    base, trusted = record.base_model, record.trust_remote_code
+    name = base.name if not base.folder or os.path.isdir(base.name) else base.folder
+    revision = base.revision if is_local(name) else record.base_commit or base.revision
+    model = ModelSettings(name=name, revision=revision, trust_remote_code=trusted)
+    own = _tokenizer_folder(folder, run)
+    return AdapterSource(
+        folder=folder,
+        settings=settings,
+        model=model,
+        tokenizer=ModelSettings(name=str(own), trust_remote_code=trusted) if own else model,
+        quantization=record.quantization,
+        config=config,
+        style=record.prompt_style,
+        stop_ids=record.stop_ids,
+        provenance=record.model_dump(),
+        notes=(f"{folder} is a checkpoint: loaded and prompted as {run / PROVENANCE} says",) if run != folder else (),
+    )
 
 
-def _from_assumptions(folder: Path, run: Path, config: Config | None) -> AdapterSource:
+def _from_assumptions(folder: Path, settings: LoraFile | IA3File, run: Path, config: Config | None) -> AdapterSource:
     """Describe a plain PEFT adapter, or a checkpoint of an unfinished run."""
-    base = read_json(folder / ADAPTER_FILES[1], "--adapter").get("base_model_name_or_path")
+    base = settings.base_model_name_or_path
     if not base:
         raise UserError("--adapter", folder, f"names no base model in {ADAPTER_FILES[1]}", "add base_model_name_or_path")
     model = config.model if config and config.model.name == base else ModelSettings(name=base)
@@ -183,6 +217,7 @@ def _from_assumptions(folder: Path, run: Path, config: Config | None) -> Adapter
     bits = f"4-bit {quantization.quant_type.upper()}" if quantization.load_in_4bit else "16-bit"
     return AdapterSource(
         folder=folder,
+        settings=settings,
         model=model,
         tokenizer=ModelSettings(name=str(own)) if own else model,
         quantization=quantization,
@@ -204,7 +239,7 @@ def _has_template(folder: Path) -> bool:
 def _style_of_run(folder: Path, run: Path, data_format: str) -> str:
     """Return the prompt style that a checkpoint's manifest states, else the one that data.format implies."""
     checkpoint, _ = find_newest_valid([folder] if run != folder else list_checkpoints(run / CHECKPOINTS))
-    if checkpoint:
+    if checkpoint and checkpoint.run.get("prompt_style") in tuple(STYLES):
         return checkpoint.run["prompt_style"]
     return {"auto": "text", "text": "text", "instruction": "instruction"}.get(data_format, "chat")
 
@@ -253,13 +288,17 @@ def load_checked_tokenizer(source: AdapterSource) -> "PreTrainedTokenizerBase":
         UserError: the tokenizer cannot be loaded, or has another vocabulary than in training.
     """
     tokenizer = load_tokenizer(source.tokenizer, source.chat_template)
+    unknown = [number for number in source.stop_ids or () if tokenizer.convert_ids_to_tokens(number) is None]
+    if unknown:
+        problem = f"ends answers with token {unknown[0]} by its {PROVENANCE}, which the tokenizer does not have"
+        raise UserError("--adapter", source.folder, problem, f"copy the tokenizer files and {PROVENANCE} again")
     recorded = source.provenance.get("tokenizer_sha256")
     if recorded and tokenizer_fingerprint(tokenizer) != recorded:
         # A later library may serialize the same tokenizer differently; the fingerprint of the vocabulary stays the same.
         vocabulary = source.provenance.get("vocabulary_sha256")
         if vocabulary is None:
             note = f"{source.folder}: the tokenizer differs from tokenizer_sha256 in {PROVENANCE} and may be another one"
-            print(note, file=sys.stderr)
+            print(spell_out(note), file=sys.stderr)
         elif vocabulary != vocabulary_fingerprint(tokenizer):
             problem = f"was trained with another vocabulary than that of the tokenizer in {source.tokenizer.name}"
             remedy = f"copy the tokenizer files again ({PROVENANCE} has their vocabulary_sha256)"

@@ -11,7 +11,6 @@ from peft import PeftConfig, PeftModelForCausalLM
 from transformers import PreTrainedModel
 
 from qlora_kit.adapter.folder import AdapterSource, read_adapter_header
-from qlora_kit.adapter.lora_pairs import KEEPS_THE_BASE
 from qlora_kit.errors import UserError
 
 
@@ -36,11 +35,8 @@ class SwitchableAdapter(PeftModelForCausalLM):
         Raises:
             UserError: attaching the adapter changed the base model for good.
         """
-        config = self.peft_config["default"]
-        start, layers = getattr(config, "init_lora_weights", None), getattr(config, "layer_replication", None)
-        if start not in KEEPS_THE_BASE or layers:
-            setting = f"layer_replication: {layers}" if layers else f"init_lora_weights: {start}"
-            problem = f"changes the base model for good ({setting}) and cannot be switched off"
+        if start := self.source.settings.changing_start:
+            problem = f"changes the base model for good (init_lora_weights: {start}) and cannot be switched off"
             raise UserError("--adapter", self.source.folder, problem, "measure and ask the base model alone, with --base_only")
         trained = [parameter.data for parameter, _ in self.replaced]
         with super().disable_adapter():

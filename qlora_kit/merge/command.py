@@ -98,7 +98,7 @@ def merge(
     for note in source.notes:
         print(note, file=sys.stderr)
     check_base_choice(base, source)
-    pairs = read_pairs(source.folder)
+    pairs = read_pairs(source)
     folder = check_output(str(output), overwrite, source)
     hub.prepare(source.model.name)
     base_folder = fetch_base(source, hub.fetch_model)

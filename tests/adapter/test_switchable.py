@@ -75,7 +75,6 @@ def test_switched_off_it_is_the_base_model_alone_and_on_again_what_was_trained(
 @pytest.mark.parametrize("settings, words", [
     ({"init_lora_weights": "pissa"}, "init_lora_weights: pissa"),
     ({"init_lora_weights": "olora"}, "init_lora_weights: olora"),
-    ({"layer_replication": [[0, 1], [0, 1]]}, "layer_replication"),
 ])  # fmt: skip
 def test_an_adapter_that_changes_the_base_for_good_answers_and_is_not_compared(attach, settings, words):
     adapted, trained = attach(LoraConfig(**LORA | settings))

@@ -222,7 +222,8 @@ from qlora_kit.merge.weights import Packing, plan_merge
 from qlora_kit.merge.write import write_weights
 import torch
 base, folder, output = map(Path, sys.argv[1:4])
-pairs, source = read_pairs(folder), read_adapter(str(folder))
+source = read_adapter(str(folder))
+pairs = read_pairs(source)
 for packing in (None, Packing(QuantizationSettings(), torch.float32, "cpu")):
     plan = plan_merge(base, source, pairs, packing)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
