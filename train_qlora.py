@@ -24,16 +24,18 @@ from qlora_kit.data.blocks import TrainingBlocks
 from qlora_kit.data.dataset import load_blocks
 from qlora_kit.data.preview import show_preview
 from qlora_kit.data.source import check_source, estimate_tokens
+from qlora_kit.data.splits import is_file_name
 from qlora_kit.errors import Stopped, UserError
 from qlora_kit.model import hub
 from qlora_kit.model.architecture import read_fast_shape
 from qlora_kit.model.fingerprint import weights_fingerprint
 from qlora_kit.model.packed_base import settle_quantization
 from qlora_kit.model.tokenizer import load_tokenizer, read_chat_template, template_fingerprint, tokenizer_fingerprint
-from qlora_kit.output.curves import plot_training_curves
-from qlora_kit.output.folder import CURVES, check_disk, check_output_dir
+from qlora_kit.output.folder import check_disk
 from qlora_kit.output.lock import OutputLock
 from qlora_kit.output.metrics import read_metrics
+from qlora_kit.output.new_run import move_in, staging
+from qlora_kit.output.place import check_output_dir
 from qlora_kit.output.provenance import write_provenance
 from qlora_kit.planning.cards import find_card
 from qlora_kit.planning.fit import describe_plan
@@ -51,7 +53,8 @@ from qlora_kit.training.processes import (
     run_identity,
 )
 from qlora_kit.training.report import Run, RunReport, RunResult, build_provenance, open_output
-from qlora_kit.training.resume import check_end, check_fingerprints, find_common_checkpoint, resume_command
+from qlora_kit.training.resume import check_end, check_fingerprints, command_again, find_start
+from qlora_kit.untrusted import user_path
 from qlora_kit.wrapping import say
 
 if TYPE_CHECKING:
@@ -127,8 +130,9 @@ def main(argv: list[str] | None = None) -> None:
         try:
             train(config, arguments.resume, arguments.overwrite, team)
         except Stopped as stopped:
-            again = resume_command(sys.argv, arguments.resume, team)
-            raise Stopped(stopped.status, f"{stopped}; everything is saved. Continue with: {again}") from None
+            way, flag = ("Continue", "--resume") if stopped.can_resume else ("Start again", "--overwrite")
+            again = command_again(sys.argv, arguments.resume, team, flag)
+            raise Stopped(stopped.status, f"{stopped} {way} with: {again}") from None
 
 
 def show_plan(config: Config, processes: int, gpu: str | None = None) -> None:
@@ -192,7 +196,7 @@ def train(
     Raises:
         UserError: settings, data, model or machine do not allow the run.
         Failed: the run ended early: GPU memory or the disk is full, or a loss is NaN.
-        Stopped: Ctrl+C or SIGTERM; everything is saved.
+        Stopped: Ctrl+C, SIGTERM or a closed terminal: everything is saved; the second one: what came after a checkpoint is lost.
     """
     if isinstance(config, dict):
         config = override(Config(), config)
@@ -203,10 +207,18 @@ def train(
         check_gpus(team)
     check_source(config.data)
     read_chat_template(config.data.chat_template)  # a mistake in it is answered before anything is loaded
-    replace = overwrite or not team.is_main  # only rank 0 writes
-    folder = check_output_dir(config.training.output_dir, replace, resume is not None)
+    folder = user_path(config.training.output_dir, "training.output_dir")
+    if team.is_main:  # only rank 0 writes
+        check_output_dir(config.training.output_dir, overwrite, resume is not None, local_inputs(config))
     with OutputLock(folder) if team.is_main else nullcontext() as lock:
         return _train(config, None if resume is None else str(resume), overwrite, team, folder, lock)
+
+
+def local_inputs(config: Config) -> list[str]:
+    """Return the files and folders of this machine that a run reads."""
+    split = config.data.eval_split
+    names = [config.model.name, *config.data.names, *([split] if isinstance(split, str) and is_file_name(split) else [])]
+    return [name for name in names if hub.is_local(name)]
 
 
 def _train(config: Config, resume: str | None, overwrite: bool, team: Team, folder: Path, lock: OutputLock | None) -> RunResult:
@@ -215,7 +227,7 @@ def _train(config: Config, resume: str | None, overwrite: bool, team: Team, fold
     Args:
         lock: of the folder, in the process that writes.
     """
-    checkpoint, notes = find_common_checkpoint(folder, config, resume, team)
+    place, checkpoint, notes = find_start(folder, config, resume, overwrite, team)
     hub.prepare(config.model.name, *config.data.names)
     config, packed = settle_quantization(config)
     shape, reason = read_fast_shape(config)
@@ -229,6 +241,7 @@ def _train(config: Config, resume: str | None, overwrite: bool, team: Team, fold
         from qlora_kit.training.base_check import check_base
         from qlora_kit.training.build import TrainingData, build_store, build_trainer, find_why_not_packed
         from qlora_kit.training.machine import explaining_out_of_memory, plan_run
+        from qlora_kit.training.stop import explaining_interrupt
 
         machine, plan = plan_run(config, shape, reason, checkpoint, team)
     run = Run(config, machine, plan, team)
@@ -247,7 +260,7 @@ def _train(config: Config, resume: str | None, overwrite: bool, team: Team, fold
     not_packed = checkpoint.run.get("not_packed") if checkpoint else None
     data = data.unpack() if not_packed else data
     report.describe_data(*data, not_packed)
-    run.fingerprints["train_sha256"] = run.data["train_sha256"]
+    run.take_data_fingerprints()
     check_fingerprints(checkpoint, run.fingerprints)
     check_end(checkpoint, config, len(data.train))
     with team.local_main_first():
@@ -255,30 +268,35 @@ def _train(config: Config, resume: str | None, overwrite: bool, team: Team, fold
     check_fingerprints(checkpoint, run.fingerprints)
     check_identical(team, run.fingerprints)
 
-    with report.logging_failure(), explaining_out_of_memory(config, planned=bool(plan.parts)):
+    interrupted = explaining_interrupt(place)
+    with report.logging_failure(), explaining_out_of_memory(config, planned=bool(plan.parts)), interrupted:
         with cli.busy("Loading the base model"):
             model = load_adapted_model(config, machine, tokenizer, report)
         if checkpoint is None and (not_packed := find_why_not_packed(model, data, config, machine, team)):
             data = data.unpack()  # of the same tokens; the plan is one of blocks, whatever they hold
             report.describe_data(*data, not_packed)
-            run.fingerprints["train_sha256"] = run.data["train_sha256"]
-        store = build_store(config, plan, team, run.fingerprints, data.train.prompt_style, report, not_packed)
+            run.take_data_fingerprints()
+        store = build_store(config, plan, team, run.fingerprints, data.train.prompt_style, report, place, not_packed)
         trainer = build_trainer(model, data, config, machine, plan, report, store)
         if lock:
             if lock.take():  # the folder did not exist before, or another run made it meanwhile
                 check_output_dir(config.training.output_dir, overwrite, checkpoint is not None)
-            open_output(folder, report, checkpoint, overwrite)
+            open_output(place, report, checkpoint)
         base = recorded_base(read_metrics(checkpoint.folder)) if checkpoint else trainer.measure_base()
         trainer.train(checkpoint)
-        if team.is_main:
-            plot_training_curves(read_metrics(folder), folder / CURVES)
         if number := team.max(trainer.stopping.signal or 0):  # on all ranks: one may have got it after the last step
-            raise Stopped(128 + number, f"Stopped after step {trainer.state.global_step}")
+            report.draw_curves(place)
+            team.gather(None)  # a process that ends before the others is reported as failed
+            raise Stopped(128 + number, f"Stopped after step {trainer.state.global_step}; everything is saved.")
         result = RunResult(folder, trainer.kept_step, trainer.state.global_step, base, trainer.measure_final())
         if team.is_main:
-            save_adapter(model, tokenizer, folder)
-    if team.is_main:
-        write_provenance(folder, build_provenance(report, tokenizer, result, **trainer.ending()))
+            with staging(folder) as new:
+                save_adapter(model, tokenizer, new)
+                write_provenance(new, build_provenance(report, tokenizer, result, **trainer.ending()))
+            move_in(folder)
+    if team.is_main:  # nothing below can cost the adapter
+        report.log.settle(folder)
+        report.draw_curves(folder)
         report.summary(folder, result)
     return result
 

@@ -78,11 +78,11 @@ def unsupported(key: str, reason: str, alternative: str) -> Problem:
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has saved what it had; `status` is the exit status."""
+    """The run was asked to stop; `status` is the exit status, and `can_resume` says whether there is a checkpoint."""
 
-    def __init__(self, status: int, message: str):
+    def __init__(self, status: int, message: str, can_resume: bool = True):
         super().__init__(message)
-        self.status = status
+        self.status, self.can_resume = status, can_resume
 
 
 class Failed(Exception):

@@ -350,11 +350,12 @@ def test_sigterm_saves_and_prints_the_resume_command(stopped_and_resumed):
     assert "training_curves.png" in left
     assert "adapter_model.safetensors" not in left and "run.json" not in left  # an unfinished run is not taken for a finished one
     assert message.endswith("--resume") and str(folder) in message
-    assert f"ended without an adapter: Stopped after step {step}" in log
+    assert f"  Stopped after step {step}; everything is saved." in log.splitlines()[-1]
+    assert f"\nStopping after step {step} and saving. SIGTERM again stops now and loses everything since the start.\n" in stderr
 
 
 def test_the_log_of_a_resumed_run_does_not_mention_the_stop(stopped_and_resumed):
-    assert "ended without" not in (stopped_and_resumed[-1] / "training_log.txt").read_text()
+    assert "Stopped after" not in (stopped_and_resumed[-1] / "training_log.txt").read_text()
 
 
 def test_the_printed_command_finishes_the_run(stopped_and_resumed):
@@ -453,14 +454,37 @@ def test_resuming_without_a_checkpoint_is_refused(tmp_path):
     assert not (tmp_path / "nothing").exists()
 
 
-def test_a_diverging_run_leaves_no_adapter_not_even_the_one_it_replaced(tmp_path):
-    train("--max_steps", "1", "--output_dir", str(tmp_path / "out"))
+def test_a_run_that_diverges_while_it_replaces_another_one_costs_nothing(run_here, tmp_path):
+    out = tmp_path / "out"
+    train("--max_steps", "1", "--output_dir", str(out))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(Failed, match="step"):
         train("--max_steps", "4", "--learning_rate", "1e30", "--set", "training.max_grad_norm=0", "--set",
-              "training.warmup_ratio=0", "--overwrite", "--output_dir", str(tmp_path / "out"))  # fmt: skip
-    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
-    last = (tmp_path / "out" / "training_log.txt").read_text().splitlines()[-1]
+              "training.warmup_ratio=0", "--overwrite", "--output_dir", str(out))  # fmt: skip
+    assert {path: path.read_bytes() for path in before} == before
+    last = (out / ".new" / "training_log.txt").read_text().splitlines()[-1]
     assert "ended without an adapter: the loss is nan at step 2 (blocks " in last
+    again = run_here(*SMALL, "--max_steps", "2", "--output_dir", str(out))
+    assert_one_line(again, ".new", "Continue that with --resume, start it anew with --overwrite")
+    train("--max_steps", "2", "--overwrite", "--output_dir", str(out))  # the new run anew
+    assert not (out / ".new").exists() and json.loads((out / "run.json").read_text())["optimizer_steps"] == 2
+    assert len(metrics(out)) == 4 and "loss is nan" not in (out / "training_log.txt").read_text()
+
+
+def test_a_run_that_replaces_another_one_is_resumed_where_it_stopped(tmp_path, monkeypatch):
+    """Killed before its adapter stands, it leaves the old one; resumed, it gives the adapter of an undisturbed run."""
+    out, short = tmp_path / "out", ["--set", "training.save_steps=1", "--max_steps", "2"]
+    train(*short, "--output_dir", str(out))
+    before = weights(out), (out / "run.json").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(train_qlora, "staging", lambda folder: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            train(*short, "--seed", "7", "--overwrite", "--output_dir", str(out))
+    assert (weights(out), (out / "run.json").read_bytes()) == before
+    shutil.rmtree(out / ".new" / "checkpoints" / "checkpoint-2")
+    train(*short, "--seed", "7", "--resume", str(out), "--output_dir", str(out))
+    train(*short, "--seed", "7", "--output_dir", str(tmp_path / "straight"))
+    assert weights(out) == weights(tmp_path / "straight") != before[0] and not (out / ".new").exists()
 
 
 # --- a folder that is taken ---------------------------------------------------------------------------------------------
@@ -691,8 +715,8 @@ def test_a_run_on_instructions_says_what_it_read_and_how_prompts_are_to_be_given
     flags = ["--config", "configs/instruct.yaml", "--max_steps", "2", "--output_dir", str(tmp_path / "run")]
     train_qlora.main([*flags, "--max_length", "64", "--batch_size", "2", "--set", "data.max_eval_samples=2"])
     log = capsys.readouterr().err
-    assert "Training data: samples/alpaca.jsonl: 147 alpaca records, answers trained (format recognised by its keys); " in log
-    assert "Evaluation data: 16 alpaca records, answers trained, 2 blocks" in log
+    assert "Training data: samples/alpaca.jsonl: 130 alpaca records, answers trained (format recognised by its keys); " in log
+    assert "Evaluation data: 33 alpaca records, answers trained, 2 blocks" in log
     provenance = json.loads((tmp_path / "run" / "run.json").read_text())
     assert provenance["prompt_style"] == "chat" and len(provenance["data"]["train_sha256"]) == 64
     assert provenance["optimizer_steps"] == 2

@@ -1,13 +1,11 @@
-"""Write a PEFT adapter atomically."""
+"""Write a PEFT adapter, with the tokenizer that it was trained with."""
 
-import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.errors import Failed
-from qlora_kit.output.folder import ADAPTER_FILES, SAVING, TOKENIZER_BYTES, flush, report_disk_errors
+from qlora_kit.output.folder import ADAPTER_FILES, TOKENIZER_BYTES, flush_tree, report_disk_errors
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -15,21 +13,16 @@ if TYPE_CHECKING:
 
 
 def save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-    """Write the PEFT adapter and the tokenizer to a temporary folder, then move its files to `folder`, the weights last.
+    """Write the PEFT adapter and the tokenizer into a folder that nobody reads yet, and flush them to the disk.
 
     Raises:
         Failed: the adapter contains NaN or infinity, or the disk is full or broken.
     """
     size = 4.0 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) + TOKENIZER_BYTES
-    with report_disk_errors("the adapter", folder, size), tempfile.TemporaryDirectory(dir=folder, prefix=SAVING) as staging:
-        write_adapter(model, Path(staging))
-        tokenizer.save_pretrained(staging)
-        for file in sorted(Path(staging).iterdir(), key=lambda path: path.name == ADAPTER_FILES[0]):
-            flush(file)
-            if file.is_dir():  # several chat templates are a folder, which os.replace cannot replace
-                shutil.rmtree(folder / file.name, ignore_errors=True)
-            os.replace(file, folder / file.name)
-        flush(folder)
+    with report_disk_errors("the adapter", folder, size):
+        write_adapter(model, folder)
+        tokenizer.save_pretrained(folder)
+        flush_tree(folder)
 
 
 def write_adapter(model: "PeftModel", folder: Path) -> None:
@@ -46,3 +39,5 @@ def write_adapter(model: "PeftModel", folder: Path) -> None:
         raise Failed("the adapter contains NaN or infinity and was not written; train again with a lower --learning_rate")
     model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's model card is an empty form
+    weights_file, settings_file = (folder / name for name in ADAPTER_FILES)
+    shutil.copymode(settings_file, weights_file)  # safetensors lets the owner alone read it

@@ -13,15 +13,26 @@ import errno
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from qlora_kit.errors import Failed
-from qlora_kit.output.folder import CHECKPOINT_PREFIX, REMOVED, REPLACED, SAVING, missing_space, report_disk_errors, staged_folder
+from qlora_kit.errors import CONTROL, Failed
+from qlora_kit.output.folder import (
+    CHECKPOINT_PREFIX,
+    REMOVED,
+    REPLACED,
+    SAVING,
+    digest,
+    missing_space,
+    remove,
+    report_disk_errors,
+    staged_folder,
+)
+from qlora_kit.untrusted import parse_json, read_regular_file
 
 MANIFEST = "manifest.json"
 
@@ -51,38 +62,60 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint's manifest and check it against its own hash; the other files are not read.
 
     Raises:
-        InvalidCheckpoint: it is missing or damaged.
+        InvalidCheckpoint: it is missing or damaged, or states what no run writes.
     """
     try:
-        content = json.loads((folder / MANIFEST).read_bytes())
+        content = parse_json(read_regular_file(folder / MANIFEST))
         sealed = content.pop("sha256")
         if sealed != _digest_of(content):
             raise ValueError
-        return Checkpoint(folder, content["step"], content["number"], content["run"], content["files"])
+        checkpoint = Checkpoint(folder, content["step"], content["number"], content["run"], content["files"])
     except FileNotFoundError:
         raise InvalidCheckpoint(f"has no {MANIFEST}, which is written last") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InvalidCheckpoint(f"{MANIFEST} is damaged") from None
+    if problem := _why_not_of_a_run(checkpoint):
+        raise InvalidCheckpoint(f"{MANIFEST} {problem}")
+    return checkpoint
+
+
+def _why_not_of_a_run(checkpoint: Checkpoint) -> str | None:
+    """Return what a manifest states that no run writes, or None. Anyone can seal one."""
+    if any(type(number) is not int or not 0 <= number < 2**53 for number in (checkpoint.step, checkpoint.number)):
+        return "has a step or a number that is no whole number"
+    if not isinstance(checkpoint.run, dict) or not isinstance(checkpoint.files, dict) or not checkpoint.files:
+        return "lists no files, or says nothing of the run"
+    if not isinstance(checkpoint.run.get("eval_loss"), int | float | None):
+        return "has an eval_loss that is no number"
+    for name, stated in checkpoint.files.items():
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or CONTROL.search(name):
+            return "lists a file outside the checkpoint"
+        if not (isinstance(stated, dict) and isinstance(stated.get("bytes"), int) and isinstance(stated.get("sha256"), str)):
+            return "lists a file without its size and its SHA-256"
+    return None
 
 
 def verify(checkpoint: Checkpoint) -> None:
     """Check the size and the hash of every file.
 
     Raises:
-        InvalidCheckpoint: a file is missing, cannot be read, or was changed.
+        InvalidCheckpoint: a file is missing, cannot be read, was changed, or is a link or a device.
     """
     for name, expected in checkpoint.files.items():
         path = checkpoint.folder / name
         try:
-            size = path.stat().st_size
-            if size != expected["bytes"]:
-                raise InvalidCheckpoint(f"{name} has {size:,} bytes instead of {expected['bytes']:,}")
-            if _digest(path) != expected["sha256"]:
+            found = path.lstat()
+            inside = path.resolve().is_relative_to(checkpoint.folder.resolve())
+            if not stat.S_ISREG(found.st_mode) or not inside:
+                raise InvalidCheckpoint(f"{name} is no regular file of it")
+            if found.st_size != expected["bytes"]:
+                raise InvalidCheckpoint(f"{name} has {found.st_size:,} bytes instead of {expected['bytes']:,}")
+            if digest(path) != expected["sha256"]:
                 raise InvalidCheckpoint(f"{name} was changed after it was written (its SHA-256 differs)")
         except FileNotFoundError:
             raise InvalidCheckpoint(f"{name} is missing") from None
-        except OSError as error:
-            raise InvalidCheckpoint(f"{name} cannot be read ({error.strerror})") from None
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InvalidCheckpoint(f"{name} cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -90,8 +123,13 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted(path for path in root.glob(f"{CHECKPOINT_PREFIX}*") if path.is_dir())
 
 
-def find_newest_valid(folders: list[Path]) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
+def find_newest_valid(
+    folders: list[Path], check: Callable[[Checkpoint], None] | None = None
+) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
     """Find the valid checkpoint that was written last.
+
+    Args:
+        check: raises InvalidCheckpoint for a reason of the caller's.
 
     Returns:
         It, or None; and folder and reason of each invalid checkpoint that would have been preferred.
@@ -100,6 +138,8 @@ def find_newest_valid(folders: list[Path]) -> tuple[Checkpoint | None, list[tupl
     for checkpoint in reversed(read):
         try:
             verify(checkpoint)
+            if check:
+                check(checkpoint)
             return checkpoint, invalid
         except InvalidCheckpoint as reason:
             invalid.append((checkpoint.folder, str(reason)))
@@ -109,7 +149,15 @@ def find_newest_valid(folders: list[Path]) -> tuple[Checkpoint | None, list[tupl
 def describe_resume_point(root: Path) -> str:
     """Say which checkpoint a run that ends now can be resumed from."""
     newest, _ = find_newest_valid(list_checkpoints(root))
-    return f"{newest.folder.name} is complete, continue from it with --resume" if newest else "there is no earlier checkpoint"
+    if newest is None:
+        return "there is no earlier checkpoint, start again with --overwrite"
+    return f"{newest.folder.name} is complete, continue from it with --resume"
+
+
+def newest_step(root: Path) -> int | None:
+    """Return the step of the checkpoint that was written last, as its manifest says; its files are not read."""
+    read, _ = _read_all(list_checkpoints(root))
+    return read[-1].step if read else None
 
 
 @contextmanager
@@ -140,13 +188,16 @@ def staged_checkpoint(root: Path, step: int, run: dict[str, Any], needed: float)
                 (root / name).rmdir()
 
 
-def clean(root: Path) -> None:
-    """Remove what a killed run left half-done, and put a replaced checkpoint back if its successor is missing."""
+def clean(root: Path) -> list[Path]:
+    """Remove what a killed run left half-done, and put a replaced checkpoint back if its successor is missing.
+
+    Returns:
+        What was removed.
+    """
     for aside in list_checkpoints(root / REPLACED):
         if not (root / aside.name).exists():
             os.rename(aside, root / aside.name)
-    for name in (SAVING, REPLACED, REMOVED):
-        shutil.rmtree(root / name, ignore_errors=True)
+    return [root / name for name in (SAVING, REPLACED, REMOVED) if remove(root / name)]
 
 
 def rotate(root: Path, limit: int | None, protected: Path | None = None) -> None:
@@ -168,7 +219,7 @@ def rotate(root: Path, limit: int | None, protected: Path | None = None) -> None
     for folder in set(list_checkpoints(root)) - {one.folder for one in kept}:
         (root / REMOVED).mkdir(exist_ok=True)
         os.rename(folder, root / REMOVED / folder.name)  # a half-deleted folder must not look like a checkpoint
-    shutil.rmtree(root / REMOVED, ignore_errors=True)
+    remove(root / REMOVED)
 
 
 def _read_all(folders: list[Path]) -> tuple[list[Checkpoint], list[tuple[Path, str]]]:
@@ -184,15 +235,10 @@ def _read_all(folders: list[Path]) -> tuple[list[Checkpoint], list[tuple[Path, s
 
 def _write_manifest(folder: Path, content: dict[str, Any]) -> None:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in paths}
+    files = {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest(path)} for path in paths}
     content = content | {"files": files}
     text = json.dumps(content | {"sha256": _digest_of(content)}, indent=1) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest_of(content: dict[str, Any]) -> str:

@@ -1,9 +1,11 @@
-"""The output folder: the names of its files, whether a run may write there, disk space, and atomic writes."""
+"""The output folder: the names of its files, disk space, and atomic writes; output/place.py says which folder may be one."""
 
+import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -14,28 +16,13 @@ from qlora_kit.errors import Failed, UserError
 CONFIG, PROVENANCE, CHECKPOINTS = "config.yaml", "run.json", "checkpoints"
 LOG, METRICS, CURVES = "training_log.txt", "metrics.jsonl", "training_curves.png"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
-OUTPUT_FILES = (*ADAPTER_FILES, LOG, METRICS, CURVES, CONFIG, PROVENANCE)  # --overwrite removes these and the checkpoints
+OUTPUT_FILES = (*ADAPTER_FILES, LOG, METRICS, CURVES, CONFIG, PROVENANCE)
 CHECKPOINT_PREFIX = "checkpoint-"  # followed by the step: a folder in CHECKPOINTS
+NEW = ".new"  # see output/new_run.py
 SAVING, REPLACED, REMOVED = ".saving", ".replaced", ".removed"  # exist only while a checkpoint is written or removed
 TOKENIZER_BYTES = 16 * MIB  # Qwen's is 11 MiB; the log and the curves are small
 CHECKPOINT_EXTRA_BYTES = MIB  # file headers, the states of the loop and the random generators, the log so far
-
-
-def check_output_dir(name: str, overwrite: bool, resume: bool) -> Path:
-    """Return the output folder if a run may write there; create and remove nothing.
-
-    Raises:
-        UserError: it cannot be written, or holds a run and neither `overwrite` nor `resume` is set.
-    """
-    folder, key = Path(name).expanduser(), "training.output_dir"
-    check_writable(folder, key, name, "--output_dir")
-    finished = (folder / ADAPTER_FILES[0]).exists()
-    begun = any(any((folder / CHECKPOINTS).glob(f"{parent}{CHECKPOINT_PREFIX}*")) for parent in ("", f"{REPLACED}/"))
-    if not resume and not overwrite and (finished or begun):
-        content = "a finished adapter" if finished else "an unfinished run"
-        remedy = "continue it with --resume, replace it with --overwrite, or use another --output_dir"
-        raise UserError(key, name, f"already holds {content}", remedy)
-    return folder
+OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how Rust's libraries say it, in exceptions of their own
 
 
 def check_writable(folder: Path, key: str, name: str, flag: str) -> None:
@@ -116,14 +103,23 @@ def report_disk_errors(what: str, folder: Path, needed: float) -> Iterator[None]
     """
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        # torch.save raises the message of its zip writer, which mentions positions in the file only.
-        if isinstance(error, RuntimeError) and "inline_container.cc" not in str(error):
+    except Exception as error:
+        if (reason := _disk_reason(error)) is None:
             raise
-        reason = (error.strerror or error) if isinstance(error, OSError) else "the disk accepted only a part of it"
         missing = missing_space(folder, needed) / MIB
         space = f"; {missing:.1f} MiB of {needed / MIB:.1f} are missing" if missing > 0 else ""
         raise Failed(f"{what} cannot be written to {folder} ({reason}{space})") from error
+
+
+def _disk_reason(error: Exception) -> str | None:
+    """Return why the disk refused something; None for an error that is not the disk's."""
+    if isinstance(error, OSError):
+        return str(error.strerror or error)
+    if said := OS_ERROR.search(str(error)):
+        return os.strerror(int(said[1]))
+    # torch.save raises the message of its zip writer, which mentions positions in the file only.
+    is_partial = isinstance(error, SafetensorError) or "inline_container.cc" in str(error)
+    return "the disk accepted only a part of it" if is_partial else None
 
 
 # Atomic writes: a process may be killed, or the power fail, between any two lines. Files are flushed to the disk before the
@@ -143,7 +139,7 @@ def staged_folder(place: Path, staging: Path, aside: Path | None = None) -> Iter
     staging.mkdir(parents=True)
     try:
         yield staging
-        _flush_tree(staging)
+        flush_tree(staging)
         if aside and place.exists():
             aside.parent.mkdir(exist_ok=True)
             os.rename(place, aside)
@@ -160,10 +156,11 @@ def staged_folder(place: Path, staging: Path, aside: Path | None = None) -> Iter
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _flush_tree(folder: Path) -> None:
+def flush_tree(folder: Path) -> None:
+    """Make the disk store a folder with all that it holds."""
     for path in sorted(folder.iterdir()):
         if path.is_dir():
-            _flush_tree(path)
+            flush_tree(path)
         else:
             flush(path)
     flush(folder)
@@ -181,6 +178,25 @@ def flush(path: Path) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Replace a text file so that a reader finds the old text or the new one, also after a crash."""
     staged = path.with_name(f".{path.name}")
+    staged.unlink(missing_ok=True)  # a link that someone put there is not followed
     staged.write_text(text, encoding="utf-8")
     flush(staged)
     os.replace(staged, path)
+    flush(path.parent)
+
+
+def remove(path: Path) -> bool:
+    """Remove a file, a link (not what it leads to) or a folder; return whether there was one. What cannot be removed stays."""
+    existed = os.path.lexists(path)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    elif existed:
+        with suppress(OSError):
+            path.unlink()
+    return existed
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -16,7 +16,6 @@ from qlora_kit.secrets import redact
 from qlora_kit.wrapping import say
 
 
-
 class RunLog:
     """Lines for people, on standard error and in training_log.txt; numbers for programs, in metrics.jsonl.
 
@@ -59,9 +58,13 @@ class RunLog:
 
     def write(self, text: str = "") -> None:
         """Write a line to standard error and to training_log.txt."""
+        self.show(text)
+        self.write_to_file(text)
+
+    def show(self, text: str) -> None:
+        """Write a line to standard error alone; any thread may."""
         if self.enabled:
             say(clean(text))
-        self.write_to_file(text)
 
     def write_to_file(self, text: str) -> None:
         """Write a line to training_log.txt, or keep it until `open`."""

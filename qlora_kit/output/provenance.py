@@ -1,5 +1,6 @@
 """run.json: where an adapter comes from. Versions, command, time."""
 
+import hashlib
 import json
 import platform
 import shlex
@@ -9,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.output.folder import PROVENANCE, replace_text
+from qlora_kit.output.folder import ADAPTER_FILES, PROVENANCE, digest, replace_text
 from qlora_kit.secrets import redact
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
@@ -25,11 +26,19 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
+def code_digest() -> str:
+    """Return the start of the SHA-256 over the scripts and the kit: what a version number would say only if it were kept."""
+    home = Path(__file__).resolve().parents[2]
+    code = sorted([*home.glob("*.py"), *home.glob("qlora_kit/**/*.py")])
+    return hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()[:12]
+
+
 def command_line() -> str:
     """Return the command of this process, without tokens and passwords."""
     return redact(shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]))
 
 
 def write_provenance(folder: Path, provenance: dict[str, Any]) -> None:
-    """Write run.json in one step, so that a reader never finds half of it."""
-    replace_text(folder / PROVENANCE, json.dumps(provenance, indent=2, ensure_ascii=False) + "\n")
+    """Write run.json, with the digest of the adapter beside it, in one step: a reader never finds half of it."""
+    content = provenance | {"adapter_sha256": digest(folder / ADAPTER_FILES[0])}
+    replace_text(folder / PROVENANCE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -19,6 +19,7 @@ from qlora_kit.model.loss import IGNORED
 from qlora_kit.model.packing_check import needs_marks, why_not_packed
 from qlora_kit.model.perplexity import library_losses
 from qlora_kit.output.folder import CHECKPOINTS
+from qlora_kit.output.provenance import code_digest, versions
 from qlora_kit.planning.plan import Plan, plan_inputs
 from qlora_kit.training.checkpointing import CheckpointStore
 from qlora_kit.training.machine import Machine
@@ -116,16 +117,18 @@ def why_not_on_fast_path(model: Any, config: Config) -> str | None:
 
 def build_store(
     config: Config, plan: Plan, team: Team, fingerprints: dict[str, str], prompt_style: str, report: RunReport,
-    not_packed: str | None = None,
+    folder: Path, not_packed: str | None = None,
 ) -> CheckpointStore:  # fmt: skip
     """Return the checkpoints of a run, whose manifests keep what resuming must find unchanged.
 
     Args:
-        fingerprints: of the training data, the tokenizer and the base weights.
+        fingerprints: of the data, the tokenizer and the base weights.
+        folder: where the run writes.
         not_packed: as find_why_not_packed; a resumed run does not decide anew.
     """
     facts = {
         "fingerprints": fingerprints,
+        "versions": versions() | {"code": code_digest()},
         "prompt_style": prompt_style,
         "not_packed": not_packed,
         "plan_inputs": plan_inputs(config),
@@ -133,10 +136,8 @@ def build_store(
         "recomputed": plan.recomputed,
         "processes": team.count,
     }
-    root, kept = Path(config.training.output_dir).expanduser() / CHECKPOINTS, config.training.save_total_limit
-    return CheckpointStore(
-        root, team, kept, facts, config.training.optimizer_bytes, lambda folder: write_run_files(report, folder)
-    )
+    root, kept = folder / CHECKPOINTS, config.training.save_total_limit
+    return CheckpointStore(root, team, kept, facts, config.training.optimizer_bytes, lambda at: write_run_files(report, at))
 
 
 def build_trainer(
@@ -157,7 +158,7 @@ def build_trainer(
     progress = ProgressCallback(report.log, machine, data.train.tokens / config.steps_per_epoch(len(data.train)))
     trainer = QLoraTrainer(
         model=model,
-        args=training_arguments(config, machine, steps, data.evaluation is not None, plan.micro_batch * team.count),
+        args=training_arguments(config, machine, steps, data.evaluation is not None, plan.micro_batch * team.count, store.root),
         train_dataset=data.train,
         eval_dataset=data.evaluation,
         data_collator=RankCollator(team, plan.micro_batch),
@@ -241,7 +242,9 @@ class RankCollator:
         return batch
 
 
-def training_arguments(config: Config, machine: Machine, steps: int, evaluate: bool, sequences: int) -> RunArguments:
+def training_arguments(
+    config: Config, machine: Machine, steps: int, evaluate: bool, sequences: int, checkpoints: Path
+) -> RunArguments:
     """Return the library's settings of a run.
 
     Args:
@@ -250,7 +253,7 @@ def training_arguments(config: Config, machine: Machine, steps: int, evaluate: b
     """
     training, device = config.training, machine.device
     return RunArguments(
-        output_dir=str(Path(training.output_dir).expanduser() / CHECKPOINTS),
+        output_dir=str(checkpoints),
         num_train_epochs=training.num_epochs,
         max_steps=training.max_steps or -1,
         per_device_train_batch_size=sequences,

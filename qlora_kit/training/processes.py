@@ -5,7 +5,6 @@ step. Once a step the processes sum the gradient of the adapters. Rank 0 alone p
 so in the store that all processes share, so that no other waits for it forever. Imports torch only if there are several.
 """
 
-import hashlib
 import os
 import sys
 import threading
@@ -14,12 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import Config
 from qlora_kit.errors import Failed, Stopped, UserError
-from qlora_kit.output.provenance import versions
+from qlora_kit.output.provenance import code_digest, versions
 
 if TYPE_CHECKING:
     import torch
@@ -266,8 +264,5 @@ def check_identical(team: Team, values: dict[str, str]) -> None:
 
 def run_identity(config: Config) -> dict[str, str]:
     """Return settings, code hash and package versions, which must be the same on all ranks, for `check_identical`."""
-    home = Path(__file__).resolve().parents[2]
-    code = sorted([*home.glob("*.py"), *home.glob("qlora_kit/**/*.py")])
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()[:12]
     settings = {f"{section}.{key}": repr(value) for section, keys in config.model_dump().items() for key, value in keys.items()}
-    return settings | {"code": digest, "packages": ", ".join(" ".join(pair) for pair in versions().items())}
+    return settings | {"code": code_digest(), "packages": ", ".join(" ".join(pair) for pair in versions().items())}

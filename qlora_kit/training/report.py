@@ -3,7 +3,6 @@
 import hashlib
 import math
 import shlex
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,12 +15,14 @@ from qlora_kit.data.blocks import RecordBlocks, TrainingBlocks, describe_unpacke
 from qlora_kit.data.chat_template import find_stop_ids
 from qlora_kit.data.overlap import describe_overlap
 from qlora_kit.data.splits import describe_files
+from qlora_kit.errors import Stopped
 from qlora_kit.model.fingerprint import weights_fingerprint
 from qlora_kit.model.hub import is_local, model_folder, read_model_config, remote_code_warning
 from qlora_kit.model.packed_base import read_packed
 from qlora_kit.model.tokenizer import separator_id, tokenizer_fingerprint, vocabulary_fingerprint
 from qlora_kit.output.checkpoints import Checkpoint
-from qlora_kit.output.folder import CHECKPOINTS, CONFIG, CURVES, LOG, OUTPUT_FILES, SAVING, replace_text
+from qlora_kit.output.curves import plot_training_curves
+from qlora_kit.output.folder import CHECKPOINTS, CONFIG, CURVES, LOG, NEW, remove, replace_text
 from qlora_kit.output.log import RunLog
 from qlora_kit.output.metrics import best_evaluation, read_metrics
 from qlora_kit.output.provenance import command_line, now, versions
@@ -49,6 +50,10 @@ class Run:
     data: dict[str, Any] = field(default_factory=dict)  # the `data` of run.json
     projections: dict[str, Any] = field(default_factory=dict)  # likewise
     started: str = field(default_factory=now)
+
+    def take_data_fingerprints(self) -> None:
+        """Keep the fingerprints of the data that `data` describes; that of no evaluation data is empty."""
+        self.fingerprints |= {name: self.data.get(name, "") for name in ("train_sha256", "eval_sha256")}
 
 
 class RunReport:
@@ -78,13 +83,14 @@ class RunReport:
 
     @contextmanager
     def logging_failure(self) -> Iterator[None]:
-        """Write the reason into the log when the run ends before its adapter is written."""
+        """Write into the log how the run ends before its adapter is written."""
         try:
             yield
         except BaseException as ending:
             reason = str(ending) or type(ending).__name__
+            how = "" if isinstance(ending, Stopped) else "ended without an adapter: "
             with suppress(OSError):  # the disk may be the reason
-                self.log.write_to_file(f"{now()}  ended without an adapter: {reason.splitlines()[0]}")
+                self.log.write_to_file(f"{now()}  {how}{reason.splitlines()[0]}")
             raise
 
     def note(self, line: str | None) -> None:
@@ -194,6 +200,18 @@ class RunReport:
     def seconds(self) -> float:
         return time.perf_counter() - self._clock
 
+    def draw_curves(self, folder: Path) -> None:
+        """Draw training_curves.png; whatever is wrong with the drawing library or the disk costs the curves alone."""
+        if not self.log.enabled:
+            return
+        try:
+            plot_training_curves(read_metrics(folder), folder / CURVES)
+        except Exception as error:
+            with suppress(OSError):
+                (folder / CURVES).unlink(missing_ok=True)  # half of it
+            reason = next(iter(str(error).splitlines()), "")[:200]
+            self.log.write(f"{CURVES} could not be drawn ({type(error).__name__}: {reason}); nothing else is missing")
+
     def summary(self, folder: Path, result: "RunResult") -> None:
         """Print time, memory, perplexities and the files of a run that has ended well."""
         minutes, seconds = divmod(round(self.seconds()), 60)
@@ -217,7 +235,8 @@ class RunReport:
                 self.log.write("  it is        no better than the base model: try a lower --learning_rate, or more steps")
         size = (folder / "adapter_model.safetensors").stat().st_size / MIB
         self.log.write(f"  adapter      {folder / 'adapter_model.safetensors'} ({size:.1f} MiB)")
-        self.log.write(f"  curves       {folder / CURVES}")
+        if (folder / CURVES).exists():
+            self.log.write(f"  curves       {folder / CURVES}")
         self.log.write(f"  log          {folder / LOG}")
         self.log.write(f"\nTalk to it:\n  python inference_example.py --mode interactive --adapter {shlex.quote(str(folder))}")
 
@@ -240,15 +259,15 @@ class RunResult:
     trained: "Perplexity | None"  # of the adapter on the same data
 
 
-def open_output(folder: Path, report: RunReport, checkpoint: Checkpoint | None, overwrite: bool) -> None:
-    """Write the resolved config and open the log. With --overwrite, remove the earlier run first: model and data are ready."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if overwrite and checkpoint is None:
-        for name in OUTPUT_FILES:  # so that no file of the earlier run can be mistaken for one of this run
-            (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    for left in folder.glob(f"{SAVING}*"):  # of a run that was killed while it wrote the adapter
-        shutil.rmtree(left, ignore_errors=True)
+def open_output(folder: Path, report: RunReport, checkpoint: Checkpoint | None) -> None:
+    """Write the resolved config and open the log, now that model and data are ready.
+
+    Args:
+        folder: where the run writes; .new loses what an unfinished run has left there, unless that is resumed.
+    """
+    if folder.name == NEW and checkpoint is None:
+        remove(folder)
+    (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     replace_text(folder / CONFIG, report.run.config.to_yaml())
     report.log.open(folder, checkpoint.folder if checkpoint else None)
 

@@ -80,7 +80,7 @@ class QLoraTrainer(Trainer):
         self.steps_to_log = 0
         self.last_measured: tuple[int, Perplexity] | None = None
         self.resuming: Checkpoint | None = None  # until the first step after resuming
-        self.stopping = StopCallback(self.team)
+        self.stopping = StopCallback(self.team, store.root, report.log.show)
         for callback in (self.stopping, *([self.best] if self.best else []), _LoopCallback(self)):
             self.add_callback(callback)
 

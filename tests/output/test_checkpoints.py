@@ -1,6 +1,7 @@
 """Checkpoints are complete or absent: damage, kills (real ones), full disks, and which ones are kept."""
 
 import errno
+import hashlib
 import json
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ from qlora_kit.errors import Failed
 from qlora_kit.output.checkpoints import clean, find_newest_valid, list_checkpoints, rotate, staged_checkpoint
 from tests.tiny_run import damage, names
 
+EMPTY = hashlib.sha256().hexdigest()
 FORK = multiprocessing.get_context("fork")
 
 
@@ -70,6 +72,43 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_found(tmp_path, 
     ((folder, text),) = invalid
     assert folder == newer and re.fullmatch(reason, text), text
     assert newer.exists()  # until a newer valid one is written
+
+
+def seal(folder: Path, **changed) -> None:
+    """Change a manifest and give it its own digest again, as anyone can."""
+    content = json.loads((folder / "manifest.json").read_text())
+    content = {name: value for name, value in (content | changed).items() if name != "sha256"}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(content | {"sha256": digest}))
+
+
+@pytest.mark.parametrize("changed", [
+    {"files": {}}, {"files": []}, {"files": {"a": 5}}, {"files": {"a": {"bytes": "1", "sha256": ""}}},
+    {"step": "1"}, {"step": -1}, {"step": 10**30}, {"number": None}, {"number": True}, {"run": []}, {"run": {"eval_loss": "low"}},
+    *({"files": {name: {"bytes": 0, "sha256": EMPTY}}} for name in (
+        "/dev/zero", "../outside", "a/../../outside", "link", "folder/outside", "pipe", "folder", "\x1b[31m", "\ud800",
+        "a" * 300, "")),
+], ids=str)  # fmt: skip
+def test_a_manifest_that_no_run_has_written_is_refused_and_nothing_outside_is_read(tmp_path, changed):
+    older, newer = write(tmp_path, 1), write(tmp_path, 2)
+    for place in (tmp_path / "outside", tmp_path / "elsewhere" / "outside"):
+        place.parent.mkdir(exist_ok=True)
+        place.touch()
+    (newer / "link").symlink_to(tmp_path / "outside")
+    (newer / "folder").symlink_to(tmp_path / "elsewhere")
+    os.mkfifo(newer / "pipe")
+    seal(newer, **changed)
+    checkpoint, ((folder, reason),) = find_newest_valid(list_checkpoints(tmp_path))
+    assert checkpoint.folder == older and folder == newer and "\n" not in reason and "\x1b" not in reason
+    rotate(tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 10**5, b'{"sha256": ' + b"9" * 5000 + b"}", b"\xff", b'{"a":' * 500 + b"1" + b"}" * 500]
+)
+def test_a_manifest_that_is_no_json_object_is_damaged(tmp_path, content):
+    (write(tmp_path, 1) / "manifest.json").write_bytes(content)
+    assert find_newest_valid(list_checkpoints(tmp_path)) == (None, [(tmp_path / "checkpoint-1", "manifest.json is damaged")])
 
 
 @pytest.mark.parametrize("at", range(0, 10))

@@ -1,4 +1,4 @@
-"""The output folder: whether a run may write there, disk space, and atomic writes."""
+"""The output folder: disk space, and atomic writes."""
 
 import os
 import shutil
@@ -6,57 +6,7 @@ import shutil
 import pytest
 
 from qlora_kit.errors import UserError
-from qlora_kit.output.folder import check_disk, check_output_dir, existing_parent, staged_folder
-
-
-def finish(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_model.safetensors").touch()
-
-
-def test_a_new_folder_is_accepted_and_not_yet_created(tmp_path):
-    folder = tmp_path / "runs" / "one"
-    assert check_output_dir(str(folder), overwrite=False, resume=False) == folder
-    assert not folder.parent.exists()
-
-
-def test_a_folder_with_other_files_is_accepted(tmp_path):
-    (tmp_path / "notes.txt").touch()
-    check_output_dir(str(tmp_path), overwrite=False, resume=False)
-
-
-@pytest.mark.parametrize(
-    ("prepare", "state"),
-    [(finish, "finished"), (lambda folder: (folder / "checkpoints" / "checkpoint-5").mkdir(parents=True), "unfinished")],
-)
-def test_an_earlier_run_is_neither_replaced_nor_continued_without_a_flag(tmp_path, prepare, state):
-    prepare(tmp_path)
-    with pytest.raises(UserError, match=rf"\b{state} .*--resume.*--overwrite.*--output_dir"):
-        check_output_dir(str(tmp_path), overwrite=False, resume=False)
-    check_output_dir(str(tmp_path), overwrite=True, resume=False)
-    check_output_dir(str(tmp_path), overwrite=False, resume=True)
-    assert any(tmp_path.iterdir())  # the check removes nothing
-
-
-@pytest.mark.parametrize("below", ["", "runs/one"])
-def test_a_file_in_place_of_a_folder_is_named(tmp_path, below):
-    (tmp_path / "taken").touch()
-    with pytest.raises(UserError, match="taken is a file, not a folder"):
-        check_output_dir(str(tmp_path / "taken" / below), overwrite=True, resume=False)
-
-
-def test_a_folder_whose_nearest_existing_parent_cannot_be_written_is_refused(tmp_path, monkeypatch):
-    checked = []
-    monkeypatch.setattr("os.access", lambda path, mode: checked.append(path))  # root may write anywhere
-    with pytest.raises(UserError, match=r"cannot be written\. Change .*--output_dir"):
-        check_output_dir(str(tmp_path / "runs" / "one"), overwrite=False, resume=False)
-    assert checked == [tmp_path]
-
-
-def test_a_folder_whose_only_checkpoint_was_being_replaced_holds_an_unfinished_run(tmp_path):
-    (tmp_path / "checkpoints" / ".replaced" / "checkpoint-4").mkdir(parents=True)
-    with pytest.raises(UserError, match="an unfinished run"):
-        check_output_dir(str(tmp_path), overwrite=False, resume=False)
+from qlora_kit.output.folder import check_disk, existing_parent, staged_folder
 
 
 def test_a_run_without_space_for_a_checkpoint_and_the_adapter_is_refused(tmp_path, monkeypatch):

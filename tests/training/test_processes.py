@@ -167,7 +167,7 @@ def test_all_stop_together_and_only_after_rank_0_has_drawn_the_curves(root, tmp_
     """Another process got the signal in the evaluation of the last step. A process that ends early is reported as failed."""
 
     def greatest(team, own):
-        return signal.SIGTERM if (tmp_path / "training_curves.png").exists() else own
+        return signal.SIGTERM if (tmp_path / "checkpoints" / "checkpoint-1").exists() else own
 
     monkeypatch.chdir(root)
     monkeypatch.setattr(Team, "max", greatest)
@@ -175,6 +175,7 @@ def test_all_stop_together_and_only_after_rank_0_has_drawn_the_curves(root, tmp_
     with pytest.raises(Stopped, match="Stopped after step 1; everything is saved") as stop:
         train_qlora.main([*SETTINGS, *short, "--output_dir", str(tmp_path)])
     assert stop.value.status == 143 and not (tmp_path / "run.json").exists()
+    assert (tmp_path / "training_curves.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,14 @@ from transformers import get_scheduler
 
 from qlora_kit.config import GIB, Config
 from qlora_kit.config_file import load_config, override
-from qlora_kit.output.folder import CURVES, LOG, METRICS
+from qlora_kit.errors import Failed, Stopped
+from qlora_kit.output.folder import CONFIG, METRICS
 from qlora_kit.planning.plan import Plan
 from qlora_kit.training.machine import Machine
 from qlora_kit.training.processes import ALONE
 from qlora_kit.training.report import Run, RunReport, RunResult, open_output
 from tests.data.builders import text_blocks
+from tests.tiny_run import names
 
 CPU = Machine("cpu", torch.float32, ["Device: cpu"])
 ON_CPU = Plan(1, 0, {})
@@ -113,12 +115,40 @@ def test_after_an_early_end_the_step_of_the_adapter_is_reported(tmp_path, capsys
         assert printed == (kept < last)
 
 
-def test_overwriting_removes_the_run_and_nothing_else(tmp_path):
-    (tmp_path / "checkpoints" / "checkpoint-5").mkdir(parents=True)
-    for name in ("adapter_model.safetensors", "run.json", CURVES, "notes.txt"):
-        (tmp_path / name).touch()
-    config = override(Config(), {"lora.rank": 4})
-    open_output(tmp_path, report_on(CPU, config=config), None, overwrite=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", METRICS, "notes.txt", LOG]
-    assert (tmp_path / METRICS).read_text() == (tmp_path / LOG).read_text() == ""  # started anew
-    assert load_config(tmp_path / "config.yaml") == config
+def test_a_run_that_replaces_another_one_starts_beside_it_and_removes_what_an_unfinished_one_left_there(tmp_path):
+    for folder in (tmp_path, tmp_path / ".new"):
+        (folder / "checkpoints" / "checkpoint-5").mkdir(parents=True)
+        (folder / "run.json").touch()
+    report = report_on(CPU, config=override(Config(), {"lora.rank": 4}))
+    open_output(tmp_path / ".new", report, None)
+    assert names(tmp_path) == [".new", "checkpoints", "run.json"] and names(tmp_path / "checkpoints") == ["checkpoint-5"]
+    assert names(tmp_path / ".new") == ["checkpoints", "config.yaml", "metrics.jsonl", "training_log.txt"]
+    assert names(tmp_path / ".new" / "checkpoints") == [] and load_config(tmp_path / ".new" / CONFIG).lora.rank == 4
+
+
+@pytest.mark.parametrize("error", [ValueError("'nonsense' is no backend\nof matplotlib"), OSError(28, "No space left on device")])
+def test_curves_that_cannot_be_drawn_cost_a_line_and_nothing_else(tmp_path, monkeypatch, error):
+    def draw(metrics, path):
+        path.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr("qlora_kit.training.report.plot_training_curves", draw)
+    report = report_on(CPU)
+    report.log.open(tmp_path, None)
+    report.log.settle(tmp_path)
+    report.draw_curves(tmp_path)
+    assert names(tmp_path) == ["metrics.jsonl", "training_log.txt"]
+    (line,) = (tmp_path / "training_log.txt").read_text().splitlines()
+    assert line.startswith(f"training_curves.png could not be drawn ({type(error).__name__}: ")
+
+
+@pytest.mark.parametrize("ending, words", [
+    (Stopped(130, "Stopped after step 2; everything is saved."), "Stopped after step 2; everything is saved."),
+    (Failed("the loss is nan"), "ended without an adapter: the loss is nan"),
+])  # fmt: skip
+def test_the_log_ends_with_how_the_run_ended(tmp_path, ending, words):
+    report = report_on(CPU)
+    report.log.open(tmp_path, None)
+    with pytest.raises(type(ending)), report.logging_failure():
+        raise ending
+    assert (tmp_path / "training_log.txt").read_text().splitlines()[-1].split("  ")[1] == words

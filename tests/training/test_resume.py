@@ -12,7 +12,7 @@ from qlora_kit.config import Config
 from qlora_kit.config_file import load_config, override
 from qlora_kit.errors import UserError
 from qlora_kit.output.checkpoints import find_newest_valid, staged_checkpoint
-from qlora_kit.training.resume import check_fingerprints, find_checkpoint
+from qlora_kit.training.resume import FILES, check_fingerprints, find_checkpoint
 from tests.tiny_run import SMALL, damage, names, result
 
 
@@ -21,9 +21,19 @@ def in_the_repository(root, monkeypatch):
     monkeypatch.chdir(root)
 
 
-def write_checkpoint(folder, step: int):
+FACTS = {
+    "fingerprints": dict.fromkeys(("train_sha256", "eval_sha256", "base_sha256", "tokenizer_sha256"), "0"),
+    "prompt_style": "text", "not_packed": None, "plan_inputs": {}, "micro_batch": 1, "recomputed": 0, "processes": 1, "rows": 1,
+    "guard": {"skipped": [], "losses": [1.5], "warned": []}, "best": None, "loss_sum": 0.0, "steps_to_log": 0, "eval_loss": None,
+    "versions": {"torch": "2.0.0"},
+}  # fmt: skip
+
+
+def write_checkpoint(folder, step: int, **facts):
     """Write a checkpoint of a run with the default settings."""
-    with staged_checkpoint(folder / "checkpoints", step, {"fingerprints": {}}, needed=0) as staging:
+    with staged_checkpoint(folder / "checkpoints", step, FACTS | facts, needed=0) as staging:
+        for name in FILES:
+            (staging / name).touch()
         (staging / "config.yaml").write_text(Config().to_yaml())
     return folder / "checkpoints" / f"checkpoint-{step}"
 
@@ -53,7 +63,9 @@ def test_a_checkpoint_of_a_run_in_another_folder_is_refused(tmp_path):
 
 @pytest.mark.parametrize("wanted", ["", "nowhere/checkpoint-5"])
 def test_without_a_checkpoint_there_is_one_error(tmp_path, wanted):
-    with pytest.raises(UserError, match=r"--resume: .*(checkpoints|nowhere/checkpoint-5): has no checkpoint\. Remove --resume"):
+    with pytest.raises(
+        UserError, match=r"--resume: .*(checkpoints|nowhere/checkpoint-5): has no checkpoint\. Start over with --overwrite"
+    ):
         find(tmp_path, Config(), wanted)
 
 

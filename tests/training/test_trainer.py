@@ -7,6 +7,8 @@ import math
 import os
 import re
 import signal
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +24,12 @@ import train_qlora
 from qlora_kit.adapter.save import save_adapter
 from qlora_kit.config_file import load_config
 from qlora_kit.data.blocks import TextBlocks
-from qlora_kit.errors import Failed, UserError
+from qlora_kit.errors import Failed, Stopped, UserError
 from qlora_kit.fast.training_pass import FastDecoder
 from qlora_kit.model.loss import token_losses
 from qlora_kit.model.perplexity import Perplexity, as_metrics, recorded_base
 from qlora_kit.model.tokenizer import load_tokenizer
+from qlora_kit.output.checkpoints import staged_checkpoint
 from qlora_kit.output.metrics import read_metrics
 from qlora_kit.planning.plan import make_plan
 from qlora_kit.training import build, progress
@@ -35,7 +38,7 @@ from qlora_kit.training.machine import Machine, look_at_machine
 from qlora_kit.training.processes import ALONE
 from qlora_kit.training.progress import SpeedMeter
 from qlora_kit.training.report import Run, RunReport
-from qlora_kit.training.stop import StopCallback
+from qlora_kit.training.stop import StopCallback, explaining_interrupt
 from qlora_kit.training.trainer import QLoraTrainer
 from tests.tiny_run import TWO_LAYERS
 
@@ -86,7 +89,7 @@ def make_trainer(make_config):
         folder = make.folder = Path(config.training.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         report.log.open(folder, None)
-        store = build_store(config, plan, ALONE, {}, "text", report)
+        store = build_store(config, plan, ALONE, {}, "text", report, folder)
         return build_trainer(model, TrainingData(train or random_rows(8), evaluation), config, machine, plan, report, store)
 
     return make
@@ -146,7 +149,8 @@ def test_total_steps_is_what_the_trainer_takes(make_trainer):
 
 
 def arguments(config, steps=100, evaluate=True, dtype=torch.float32):
-    return training_arguments(config, Machine("cpu", dtype, []), steps, evaluate, make_plan(config, None, None).micro_batch)
+    rows = make_plan(config, None, None).micro_batch
+    return training_arguments(config, Machine("cpu", dtype, []), steps, evaluate, rows, Path("checkpoints"))
 
 
 def test_a_micro_batch_divides_the_effective_batch_and_leaves_it_as_it_is(make_config):
@@ -608,23 +612,46 @@ def test_an_evaluation_that_is_no_number_ends_the_run(make_trainer):
         trainer.measure_base()
 
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 @pytest.fixture
 def signals_restored():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in STOPPING}
     yield before
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_saves_it_and_stops(make_trainer, signals_restored, number):
-    trainer = make_trainer(training__max_steps=5)
-    trainer.add_callback(At(2, lambda model: os.kill(os.getpid(), number)))
+@pytest.mark.parametrize("number, name", [(signal.SIGINT, "Ctrl+C"), (signal.SIGTERM, "SIGTERM"), (signal.SIGHUP, "SIGHUP")])
+def test_a_signal_is_answered_at_once_and_finishes_the_step_saves_it_and_stops(
+    make_trainer, signals_restored, capfd, number, name
+):
+    """A thread answers, so that it need not wait for the end of the step."""
+    said = [""]
+
+    def stop(model):
+        os.kill(os.getpid(), number)
+        until = time.monotonic() + 10
+        while "Stopping" not in said[0] and time.monotonic() < until:
+            said[0] += capfd.readouterr().err
+
+    trainer = make_trainer(training__max_steps=5, training__save_steps=1)
+    trainer.add_callback(At(2, stop))
     trainer.train()
-    assert trainer.state.global_step == 2
-    assert trainer.stopping.signal == number
-    assert [path.name for path in (make_trainer.folder / "checkpoints").iterdir()] == ["checkpoint-2"]
+    assert f"Stopping after step 2 and saving. {name} again stops now and loses the steps since checkpoint 1.\n" in said[0]
+    assert trainer.state.global_step == 2 and trainer.stopping.signal == number
+    assert {path.name for path in (make_trainer.folder / "checkpoints").iterdir()} == {"checkpoint-1", "checkpoint-2"}
     assert {name: signal.getsignal(name) for name in signals_restored} == signals_restored
+    assert signal.set_wakeup_fd(-1) == -1 and threading.active_count() == 1
+
+
+def test_a_signal_that_was_ignored_at_the_start_stays_ignored(make_trainer, signals_restored):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    trainer = make_trainer()
+    trainer.add_callback(At(1, lambda model: os.kill(os.getpid(), signal.SIGHUP)))
+    trainer.train()
+    assert trainer.stopping.signal is None and trainer.state.global_step == 2
 
 
 def test_a_signal_in_the_last_step_still_leaves_a_checkpoint(make_trainer, signals_restored):
@@ -642,9 +669,20 @@ def test_a_second_signal_stops_at_once(make_trainer, signals_restored):
         os.kill(os.getpid(), signal.SIGINT)
 
     trainer.add_callback(At(1, twice))
-    with pytest.raises(KeyboardInterrupt):
+    lost = r"^Stopped at once; everything since the start is lost\.$"
+    with pytest.raises(Stopped, match=lost) as stopped, explaining_interrupt(make_trainer.folder):
         trainer.train()
-    assert trainer.state.global_step == 0
+    assert trainer.state.global_step == 0 and stopped.value.status == 130 and not stopped.value.can_resume
+
+
+def test_an_interrupt_says_which_checkpoint_is_left(tmp_path):
+    with pytest.raises(KeyboardInterrupt), explaining_interrupt(tmp_path):
+        raise KeyboardInterrupt  # nothing was written: nothing is lost
+    with staged_checkpoint(tmp_path / "checkpoints", 7, {}, needed=0) as folder:
+        (folder / "file").touch()
+    with pytest.raises(Stopped, match=r"what came after checkpoint 7 is lost") as stopped, explaining_interrupt(tmp_path):
+        raise KeyboardInterrupt(143)
+    assert stopped.value.status == 143 and stopped.value.can_resume
 
 
 def test_a_stop_callback_without_a_signal_stops_nothing():
