@@ -22,8 +22,9 @@ from qlora_kit.model.hub import TOKENIZER_FILES, is_local, model_folder, remote_
 from qlora_kit.model.tokenizer import load_tokenizer, tokenizer_fingerprint, vocabulary_fingerprint
 from qlora_kit.model.weight_files import StoredTensor, read_header
 from qlora_kit.output.checkpoints import find_newest_valid, list_checkpoints
-from qlora_kit.output.folder import ADAPTER_FILES, CHECKPOINT_PREFIX, CHECKPOINTS, CONFIG, PROVENANCE
-from qlora_kit.untrusted import read_json
+from qlora_kit.output.folder import ADAPTER_FILES, CHECKPOINT_PREFIX, CHECKPOINTS, CONFIG, PROVENANCE, digest
+from qlora_kit.output.new_run import finish_for_reader
+from qlora_kit.untrusted import read_json, user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,7 +75,7 @@ def read_adapter(name: str, trust_remote_code: bool = False) -> AdapterSource:
         UserError: the folder does not exist or holds no adapter, a file is damaged, or the run used code that comes with its base
             model and `trust_remote_code` is false.
     """
-    folder = _adapter_folder(name)
+    folder, moved = _adapter_folder(name)
     settings, left_out = read_settings(folder)
     if not read_adapter_header(folder):
         raise UserError("--adapter", folder, f"has no tensors in {ADAPTER_FILES[0]}", "copy it again, or save the adapter again")
@@ -84,7 +85,8 @@ def read_adapter(name: str, trust_remote_code: bool = False) -> AdapterSource:
         source = _from_provenance(folder, settings, run, config or Config())
     else:
         source = _from_assumptions(folder, settings, run, config)
-    source = replace(source, notes=tuple(map(spell_out, (*source.notes, *_describe_left_out(folder, left_out)))))
+    notes = (*moved, *source.notes, *_describe_left_out(folder, left_out), *_describe_other_adapter(source))
+    source = replace(source, notes=tuple(map(spell_out, notes)))
     if source.model.trust_remote_code and not trust_remote_code:
         problem = f"was trained with Python code that comes with {source.model.name} and would run here with all your rights"
         raise UserError("--adapter", name, problem, "add --trust_remote_code if you have read it")
@@ -98,6 +100,14 @@ def _describe_left_out(folder: Path, names: list[str]) -> list[str]:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     listed = ", ".join(name[:40] for name in names[:3]) + more
     return [f"{folder}: left out of its {ADAPTER_FILES[1]}, as no LoRA needs it: {listed}"] if names else []
+
+
+def _describe_other_adapter(source: AdapterSource) -> list[str]:
+    """Return a line if the adapter is not the one that the run.json beside it describes."""
+    recorded, file = source.provenance.get("adapter_sha256"), source.folder / ADAPTER_FILES[0]
+    if recorded is None or not (source.folder / PROVENANCE).is_file() or recorded == digest(file):
+        return []
+    return [f"{file} was changed after its run: its SHA-256 is not the one in {PROVENANCE}, which may not describe it"]
 
 
 def _read_config(path: Path) -> Config | None:
@@ -134,16 +144,16 @@ def read_adapter_header(folder: Path) -> dict[str, StoredTensor]:
     return header
 
 
-def _adapter_folder(name: str) -> Path:
-    folder = Path(os.path.expanduser(name))
+def _adapter_folder(name: str) -> tuple[Path, list[str]]:
+    """Return the folder, and lines on what a killed run had left to be moved in it."""
+    folder = user_path(name, "--adapter")
     if os.path.isfile(folder):
         raise UserError("--adapter", name, "is a file, not a folder", f"use its folder: --adapter {folder.parent}")
     if not os.path.isdir(folder):
         raise UserError("--adapter", name, "does not exist", f"train one with python train_qlora.py --output_dir {name}")
     if not os.access(folder, os.R_OK | os.X_OK):
         raise UserError("--adapter", name, "cannot be searched", "change its permissions")
-    if any("\ud800" <= letter <= "\udfff" for letter in name):
-        raise UserError("--adapter", os.fsencode(name), "is not named in UTF-8", "rename it")
+    moved = finish_for_reader(folder, "--adapter")
     missing = [file for file in ADAPTER_FILES if not os.path.isfile(folder / file)]
     if missing:
         problem, remedy = f"holds no adapter: {missing[0]} is missing", _suggest_folder(folder)
@@ -151,7 +161,7 @@ def _adapter_folder(name: str) -> Path:
             problem += f", and {PICKLE} is a pickle, which may run any code when it is loaded"
             remedy = "load and save it again with peft"
         raise UserError("--adapter", name, problem, remedy)
-    return folder
+    return folder, moved
 
 
 def _suggest_folder(folder: Path) -> str:

@@ -5,7 +5,7 @@ quantization, which changes the loss: there the merged model must only not be wo
 """
 
 import math
-import sys
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from qlora_kit.data.dataset import load_blocks
 from qlora_kit.data.source import check_source
 from qlora_kit.data.splits import is_file_name
 from qlora_kit.errors import Failed, UserError
+from qlora_kit.merge.folder import say
 from qlora_kit.merge.weights import Packing
 from qlora_kit.model.device import is_out_of_memory
 from qlora_kit.model.gpu_placement import choose_device_map
@@ -126,7 +127,7 @@ def load_check_blocks(
         UserError: the file cannot be read, or fills no block.
     """
     own = source.config.data
-    if name is None and source.provenance and _is_available(own):
+    if name is None and source.provenance and _is_available(own, source.folder):
         blocks = load_blocks(source.config, tokenizer)[1]
         assert blocks is not None  # with an eval_split
         length, name = own.max_length, "the run's evaluation data"
@@ -148,12 +149,13 @@ def _or_no_check(error: UserError) -> UserError:
     return UserError.of(replace(one, remedy=f"{one.remedy}, or use --check none") for one in error.problems)
 
 
-def _is_available(data: DataSettings) -> bool:
-    """Return whether a run's evaluation data are local and still exist."""
+def _is_available(data: DataSettings, adapter: Path) -> bool:
+    """Return whether a run's evaluation data are local and still exist; a folder above the adapter's is no data of its run."""
     if data.eval_split is None:
         return False
     names = [*data.names, *([data.eval_split] if isinstance(data.eval_split, str) and is_file_name(data.eval_split) else [])]
-    return all(Path(name).expanduser().exists() for name in names)
+    paths = [os.path.realpath(os.path.expanduser(name)) for name in names]
+    return all(os.path.exists(path) and not adapter.resolve().is_relative_to(path) for path in paths)
 
 
 def choose_device_maps(source: AdapterSource, base: Path, packing: Packing, wanted: str) -> list[DeviceMap]:
@@ -174,7 +176,7 @@ def choose_device_maps(source: AdapterSource, base: Path, packing: Packing, want
         except UserError as error:
             raise _or_no_check(error) from None
         if note:
-            print(note, file=sys.stderr)
+            say(note)
         device_maps.append(device_map)
     return device_maps
 
@@ -198,7 +200,7 @@ def compare_models(
         if isinstance(blocks, RecordBlocks):
             blocks, reason = lay_out_exactly(model, blocks, source.provenance)
             if reason:
-                print(describe_unpacked(reason), file=sys.stderr)
+                say(describe_unpacked(reason))
         blocks = blocks.take(BLOCKS)
         adapter, counts = _measure(model, blocks)
         del model  # frees its memory for the merged one

@@ -11,7 +11,6 @@ adapter; exit status 1 means that they differ by more than they may.
 import argparse
 import re
 import signal
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,12 +25,16 @@ from qlora_kit.merge.folder import (
     SMALL_FILES_BYTES,
     Base,
     check_output,
+    disk_errors,
+    open_output,
+    put_in_place,
     record_check,
-    staged_merge,
+    say,
     write_small_files,
 )
 from qlora_kit.model import hub
 from qlora_kit.output.folder import require_space
+from qlora_kit.secrets import redact
 
 if TYPE_CHECKING:
     from qlora_kit.merge.check import Comparison
@@ -96,7 +99,7 @@ def merge(
     shard_bytes = parse_size(max_shard_size)
     source = read_adapter(str(adapter), trust_remote_code)
     for note in source.notes:
-        print(note, file=sys.stderr)
+        say(note)
     check_base_choice(base, source)
     pairs = read_pairs(source)
     folder = check_output(str(output), overwrite, source)
@@ -114,19 +117,22 @@ def merge(
         name = None if check is True else str(check)
         blocks, data = checks.load_check_blocks(source, name, tokenizer, hub.read_context(base_folder))
         device_maps = checks.choose_device_maps(source, base_folder, packing, device_map)
-    print(_describe(source, base, len(pairs)), file=sys.stderr)
+    say(_describe(source, base, len(pairs)))
     started = time.monotonic()
-    with staged_merge(folder, plan.nbytes) as staging:
-        files = _write_weights(plan, staging, shard_bytes)
-        write_small_files(staging, base_folder, source, tokenizer, base, len(plan.recipes))
-    result = MergeResult(folder, files, plan.nbytes, time.monotonic() - started, None)
-    if not check:
-        return result
-    print(f"{folder} is written. Checking: base + adapter, then the merged model", file=sys.stderr)
-    losses = checks.compare_models(folder, source, packing, device_maps, blocks)
-    same_weights = base == "dequantized" or not source.quantization.load_in_4bit
-    comparison = checks.compare_losses(*losses, same_weights, data)
-    record_check(folder, comparison)
+    with open_output(folder, overwrite, plan.nbytes) as staging:
+        with disk_errors(folder, plan.nbytes):
+            files = _write_weights(plan, staging, shard_bytes)
+            write_small_files(staging, base_folder, source, tokenizer, base, len(plan.recipes))
+            put_in_place(staging, folder)
+        result = MergeResult(folder, files, plan.nbytes, time.monotonic() - started, None)
+        if not check:
+            return result
+        say(f"{folder} is written. Checking: base + adapter, then the merged model")
+        losses = checks.compare_models(folder, source, packing, device_maps, blocks)
+        same_weights = base == "dequantized" or not source.quantization.load_in_4bit
+        comparison = checks.compare_losses(*losses, same_weights, data)
+        with disk_errors(folder, plan.nbytes):
+            record_check(folder, comparison.as_json())
     return replace(result, check=comparison)
 
 
@@ -208,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
     check = {None: True, "none": False}.get(arguments.check, arguments.check)
     result = merge(**vars(arguments) | {"check": check})  # each flag is one of its arguments
     count = f"{len(result.files)} file{'s' if len(result.files) > 1 else ''}"
-    print(f"Merged: {result.folder} ({result.nbytes / GIB:.2f} GiB in {count}, {result.seconds:.0f} s)")
+    print(f"Merged: {redact(str(result.folder))} ({result.nbytes / GIB:.2f} GiB in {count}, {result.seconds:.0f} s)")
     if result.check:
         print(*result.check.lines(), sep="\n", flush=True)
         if not result.check.passed:
@@ -218,10 +224,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run() -> None:
-    """Run the command as a process: SIGTERM removes the unfinished output."""
-    signal.signal(signal.SIGTERM, _terminate)
+    """Run the command as a process: SIGTERM and SIGHUP, unless nohup ignores it, remove the unfinished output."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _terminate)
     cli.run(main)
 
 
-def _terminate(*_: Any) -> None:
-    raise Stopped(143, "stopped")
+def _terminate(number: int, *_: Any) -> None:
+    raise Stopped(128 + number, "stopped")

@@ -1,5 +1,6 @@
 """Merge adapters: weights against peft's own merge, predictions against base + adapter, the folder against interruptions."""
 
+import fcntl
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 import train_qlora
 from qlora_kit.adapter.folder import read_adapter
-from qlora_kit.errors import Failed, UserError
+from qlora_kit.errors import Failed, Stopped, UserError
 from qlora_kit.merge import command, merge
 from qlora_kit.merge.check import MARGIN, ROUNDING, Comparison, compare_losses, compare_models, load_check_blocks
 from qlora_kit.merge.folder import merge_stop_ids
@@ -248,7 +249,7 @@ def test_ctrl_c_while_writing_leaves_nothing(large, tmp_path):
 
     def press():
         while not ended.wait(0.002):
-            if any(file.stat().st_size > 2**24 for file in tmp_path.glob(".out.merging-*/*.safetensors")):
+            if any(file.stat().st_size > 2**24 for file in tmp_path.glob(".out.merging/*.safetensors")):
                 return os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=press)
@@ -274,16 +275,93 @@ def test_nan_in_a_matrix_leaves_nothing(adapter, tmp_path):
 
 def test_a_failure_keeps_the_former_merge_and_overwrite_replaces_it(adapter, merged, tmp_path):
     former = shutil.copytree(merged, tmp_path / "out")
-    (former / "old").touch()
+    (former / ".git").mkdir()
+    (former / "model.safetensors").rename(former / "model-of-then.safetensors")
+    described = json.loads((former / "merge.json").read_text())
+    described["files"].append("model-of-then.safetensors")
+    (former / "merge.json").write_text(json.dumps(described))
     broken = shutil.copytree(adapter, tmp_path / "adapter")
     tensors = load_file(broken / "adapter_model.safetensors")
     save_file({name: tensor * math.inf for name, tensor in tensors.items()}, broken / "adapter_model.safetensors")
     with pytest.raises(UserError, match="contains NaN or infinity"):
         run_merge(broken, former, "--overwrite")
-    assert (former / "old").exists()
+    assert (former / "model-of-then.safetensors").exists()
     run_merge(adapter, former, "--overwrite")
-    assert not (former / "old").exists() and stored(former).keys() == stored(merged).keys()
+    assert {path.name for path in former.iterdir()} == {path.name for path in merged.iterdir()} | {".git"}
+    assert stored(former).keys() == stored(merged).keys()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "out"]
+
+
+def test_what_killed_merges_left_is_put_back_or_removed_by_the_next_and_said(adapter, merged, tmp_path, capsys):
+    """Before the rename into place, between the two renames of a replacement, and after the second."""
+    out, merging, former = tmp_path / "out", tmp_path / ".out.merging", tmp_path / ".out.former"
+    merging.mkdir()
+    (merging / "half").touch()
+    shutil.copytree(merged, former)
+    with pytest.raises(UserError, match="holds a merged model"):
+        run_merge(adapter, out)
+    assert stored(out).keys() == stored(merged).keys() and [path.name for path in tmp_path.iterdir()] == ["out"]
+    said = capsys.readouterr().err
+    assert f"Removing what a killed merge left in {merging}" in said and f"Putting back {out}" in said
+    shutil.copytree(merged, former)
+    (former / "own.gguf").touch()
+    run_merge(adapter, out, "--overwrite")
+    assert f"Removing {former}" in capsys.readouterr().err
+    assert (out / "own.gguf").exists() and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("locked", [".out.merging", "out"])
+def test_of_two_merges_into_one_folder_one_is_refused(adapter, merged, tmp_path, locked):
+    """The other one writes, or compares what it has written."""
+    if locked == "out":
+        shutil.copytree(merged, tmp_path / locked)
+    else:
+        (tmp_path / locked).mkdir()
+    handle = os.open(tmp_path / locked, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=r"^--output: .*/out: is in use by another merge\. Wait for its end"):
+        run_merge(adapter, tmp_path / "out", "--overwrite")
+    os.close(handle)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name, words", [
+    ("/", "root of the file system"), ("{}/" + "n" * 250, "too long a name"), ("{}/" + "n" * 300, "cannot be used"),
+    ("~nosuchuser/x", "is no path"), ("{}/a\0b", "is no path"), ("{}/\udcff", "not named in UTF-8"), ("{}/a\x1b[2J", "control"),
+    ("{}/run/checkpoints/new", "holds the checkpoints"), ("{}/run", "which the merge reads"), ("{}/file/x", "is a file"),
+])  # fmt: skip
+def test_a_folder_that_must_not_be_a_merge_is_one_line(adapter, tmp_path, name, words):
+    shutil.copytree(adapter, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "checkpoint-1" / "manifest.json").touch()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=words) as error:
+        run_merge(tmp_path / "run", Path(name.format(tmp_path)))
+    assert len(error.value.lines) == 1 and error.value.problems[0].key == "--output"
+
+
+def test_merge_json_and_what_is_printed_keep_no_token(adapter, tmp_path, capsys, monkeypatch):
+    token = "hf_" + "a" * 34
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "qlora_kit.merge", "--output", token])
+    run_merge(adapter, tmp_path / token)
+    shown = capsys.readouterr()
+    assert token not in shown.out + shown.err + (tmp_path / token / "merge.json").read_text()
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_stops_a_merge_unless_it_is_ignored(monkeypatch, number, status):
+    handlers = {signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    monkeypatch.setattr(signal, "getsignal", handlers.get)
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(command.cli, "run", lambda main: handlers[number](number, None))
+    with pytest.raises(Stopped) as stop:
+        command.run()
+    assert stop.value.status == status
+    handlers[number] = signal.SIG_IGN
+    monkeypatch.setattr(command.cli, "run", lambda main: None)
+    command.run()
+    assert handlers[number] == signal.SIG_IGN
 
 
 def test_config_tokenizer_and_the_adapters_template_are_in_the_folder(tiny_dir, adapter, tmp_path):
@@ -511,7 +589,7 @@ def test_a_damaged_shard_is_named(in_pieces, adapter, tmp_path):
 
 def test_the_output_folder_must_be_empty_or_a_merge(adapter, merged, tmp_path):
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "a").touch()
+    (tmp_path / "full" / "merge.json").write_text("{}")
     (tmp_path / "file").touch()
     former = shutil.copytree(merged, tmp_path / "former")
     shutil.copytree(adapter, former / "adapter")
