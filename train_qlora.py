@@ -217,8 +217,9 @@ def train(
 def local_inputs(config: Config) -> list[str]:
     """Return the files and folders of this machine that a run reads."""
     split = config.data.eval_split
-    names = [config.model.name, *config.data.names, *([split] if isinstance(split, str) and is_file_name(split) else [])]
-    return [name for name in names if hub.is_local(name)]
+    names = [(name, "data.dataset") for name in config.data.names] + [(config.model.name, "model.name")]
+    names += [(split, "data.eval_split")] if isinstance(split, str) and is_file_name(split) else []
+    return [str(user_path(name, key)) for name, key in names if hub.is_local(name)]
 
 
 def _train(config: Config, resume: str | None, overwrite: bool, team: Team, folder: Path, lock: OutputLock | None) -> RunResult:

@@ -123,7 +123,7 @@ def finish_for_reader(folder: Path, key: str) -> list[str]:
         UserError: the folder cannot be written, so that two runs are mixed in it.
     """
     until = time.monotonic() + PATIENCE
-    while (folder / NEW / PROVENANCE).is_file() and is_whole(folder):
+    while os.path.isfile(folder / NEW / PROVENANCE) and is_whole(folder):  # isfile raises nothing
         try:
             with OutputLock(folder):
                 return finish(folder)

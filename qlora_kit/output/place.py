@@ -63,7 +63,7 @@ def holds_run(folder: Path) -> bool:
 
 def has_begun(folder: Path) -> bool:
     """Return whether a run has written its log or a checkpoint into a folder."""
-    return (folder / LOG).is_file() or _has_checkpoints(folder)
+    return os.path.isfile(folder / LOG) or _has_checkpoints(folder)  # isfile raises nothing
 
 
 def _has_checkpoints(folder: Path) -> bool:

@@ -20,6 +20,7 @@ from qlora_kit.data.chat_template import find_stop_ids
 from qlora_kit.errors import UserError
 from qlora_kit.inference.generator import Generator
 from qlora_kit.model.fingerprint import weights_fingerprint
+from qlora_kit.output.provenance import write_provenance
 
 GREEDY = GenerationSettings(max_new_tokens=8, temperature=0.0, repetition_penalty=1.0)
 
@@ -99,6 +100,26 @@ def test_a_file_without_tensors_is_refused_before_the_base_model_is_loaded(folde
         read_adapter(str(folder))
 
 
+def test_an_adapter_that_was_changed_after_its_run_is_named(folder):
+    assert read_adapter(str(folder)).notes == ()
+    change_weights(folder, lambda weights: next(iter(weights.values())).mul_(2))
+    (note,) = read_adapter(str(folder)).notes
+    assert "adapter_model.safetensors was changed after its run" in note
+
+
+def test_a_reader_ends_the_move_of_a_killed_run(folder):
+    """The run was killed between its adapter and its run.json."""
+    before, moved = json.loads((folder / "run.json").read_text()), folder / ".new"
+    moved.mkdir()
+    change_weights(folder, lambda weights: next(iter(weights.values())).mul_(2))
+    write_provenance(folder, before | {"seed": 5})
+    (folder / "run.json").rename(moved / "run.json")
+    (folder / "run.json").write_text(json.dumps(before))
+    (note,) = read_adapter(str(folder)).notes
+    assert "Moved the finished adapter of a killed run" in note and not moved.exists()
+    assert json.loads((folder / "run.json").read_text())["seed"] == 5 and read_adapter(str(folder)).notes == ()
+
+
 @pytest.mark.parametrize("text", ["{", "[]"])
 def test_a_damaged_adapter_config_is_refused(folder, text):
     (folder / "adapter_config.json").write_text(text)
@@ -132,7 +153,8 @@ def test_an_adapter_of_zeros_is_reported_and_answers_as_the_base_model(folder, c
     out, err = capsys.readouterr()
     answered = json.loads(out)
     assert answered["text"] == answered["base"]["text"]
-    zeros, same = err.splitlines()
+    changed, zeros, same = err.splitlines()
+    assert "was changed after its run" in changed
     assert str(folder) in zeros and "all its B are zero" in zeros
     assert "does nothing here" in same
 
