@@ -24,7 +24,7 @@ from qlora_kit.model.weight_files import StoredTensor, read_header
 from qlora_kit.output.checkpoints import find_newest_valid, list_checkpoints
 from qlora_kit.output.folder import ADAPTER_FILES, CHECKPOINT_PREFIX, CHECKPOINTS, CONFIG, PROVENANCE, digest
 from qlora_kit.output.new_run import finish_for_reader
-from qlora_kit.untrusted import read_json
+from qlora_kit.untrusted import read_json, user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -146,15 +146,13 @@ def read_adapter_header(folder: Path) -> dict[str, StoredTensor]:
 
 def _adapter_folder(name: str) -> tuple[Path, list[str]]:
     """Return the folder, and lines on what a killed run had left to be moved in it."""
-    folder = Path(os.path.expanduser(name))
+    folder = user_path(name, "--adapter")
     if os.path.isfile(folder):
         raise UserError("--adapter", name, "is a file, not a folder", f"use its folder: --adapter {folder.parent}")
     if not os.path.isdir(folder):
         raise UserError("--adapter", name, "does not exist", f"train one with python train_qlora.py --output_dir {name}")
     if not os.access(folder, os.R_OK | os.X_OK):
         raise UserError("--adapter", name, "cannot be searched", "change its permissions")
-    if any("\ud800" <= letter <= "\udfff" for letter in name):
-        raise UserError("--adapter", os.fsencode(name), "is not named in UTF-8", "rename it")
     moved = finish_for_reader(folder, "--adapter")
     missing = [file for file in ADAPTER_FILES if not os.path.isfile(folder / file)]
     if missing:
