@@ -238,10 +238,12 @@ def _train(config: Config, resume: str | None, overwrite: bool, team: Team, fold
 
     with cli.busy("Loading the libraries"):  # which takes seconds: everything above is answered before
         from qlora_kit.adapter.save import save_adapter
+        from qlora_kit.inference.samples import build_sampler
         from qlora_kit.model.perplexity import recorded_base
         from qlora_kit.training.base_check import check_base
         from qlora_kit.training.build import TrainingData, build_store, build_trainer, find_why_not_packed
         from qlora_kit.training.machine import explaining_out_of_memory, plan_run
+        from qlora_kit.training.samples import SampleCallback
         from qlora_kit.training.stop import explaining_interrupt
 
         machine, plan = plan_run(config, shape, reason, checkpoint, team)
@@ -261,6 +263,7 @@ def _train(config: Config, resume: str | None, overwrite: bool, team: Team, fold
     not_packed = checkpoint.run.get("not_packed") if checkpoint else None
     data = data.unpack() if not_packed else data
     report.describe_data(*data, not_packed)
+    sample = build_sampler(config, tokenizer, data.train.prompt_style, data.evaluation is not None)
     run.take_data_fingerprints()
     check_fingerprints(checkpoint, run.fingerprints)
     check_end(checkpoint, config, len(data.train))
@@ -279,6 +282,10 @@ def _train(config: Config, resume: str | None, overwrite: bool, team: Team, fold
             run.take_data_fingerprints()
         store = build_store(config, plan, team, run.fingerprints, data.train.prompt_style, report, place, not_packed)
         trainer = build_trainer(model, data, config, machine, plan, report, store)
+        if sample and team.is_main:
+            trainer.add_callback(samples := SampleCallback(sample, model, config.training.sample_prompts or [], report.log))
+            if checkpoint is None:
+                samples.answer(0)
         if lock:
             if lock.take():  # the folder did not exist before, or another run made it meanwhile
                 check_output_dir(config.training.output_dir, overwrite, checkpoint is not None)

@@ -12,6 +12,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 MIB, GIB = 2**20, 2**30  # bytes
+SAMPLE_TOKENS = 64  # of an answer to training.sample_prompts
 
 
 def _not_bool(value: Any) -> Any:
@@ -161,6 +162,7 @@ class TrainingSettings(Section):
     save_total_limit: Count | None = 2
     keep_best: bool = False
     early_stopping_patience: Count | None = None
+    sample_prompts: list[Name] | None = None
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
     device: Literal["auto", "cuda", "cpu"] = "auto"
     seed: Annotated[int, BeforeValidator(_not_bool), Field(ge=0, lt=2**32)] = 42  # numpy accepts no larger seed

@@ -23,7 +23,7 @@ ROOMS = {
     "planning": set(),
 }
 SCRIPTS = {
-    "train_qlora": {*ROOMS, "quantization_utils"} - {"inference", "merge", "doctor"},
+    "train_qlora": {*ROOMS, "quantization_utils"} - {"merge", "doctor"},
     "inference_example": {*ROOMS, "quantization_utils"} - {"training", "merge", "doctor"},
     "quantization_utils": {"adapter", "model"},
 }

@@ -28,7 +28,7 @@ from qlora_kit.config import GenerationSettings
 from qlora_kit.config_file import load_config
 from qlora_kit.errors import Failed, UserError
 from tests import forked
-from tests.tiny_run import TWO_LAYERS
+from tests.tiny_run import TWO_LAYERS, result
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 # Two layers of the embedded model and a few short blocks; an in-process run takes about a second.
@@ -772,6 +772,18 @@ def test_a_tokenizer_with_several_chat_templates_is_saved_over_an_earlier_one(tm
         train_qlora.main([*flags, *again, "--output_dir", str(tmp_path / "out")])
     assert (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ messages }}"
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("fused", ["true", "false"])
+def test_answers_to_prompts_are_logged_and_change_nothing(tmp_path, fused):
+    always = ["--max_steps", "2", "--set", "training.eval_steps=1", "--set", f"performance.fused_lora={fused}"]
+    for name, prompts in (("without", "null"), ("with", "[The river, A lake]")):
+        train(*always, "--set", f"training.sample_prompts={prompts}", "--output_dir", str(tmp_path / name))
+    assert result(tmp_path / "with") == result(tmp_path / "without")
+    log = (tmp_path / "with" / "training_log.txt").read_text()
+    assert re.findall(r"^step (\d): '(The river|A lake)' -> '", log, re.MULTILINE) == [
+        (step, prompt) for step in "012" for prompt in ("The river", "A lake")
+    ]
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ trained too, without an estimate. Imports no torch, loads no weights. 1 GiB = 2*
 allocator needs; CUDA's own context comes on top.
 """
 
-from qlora_kit.config import GIB, Config, QuantizationSettings
+from qlora_kit.config import GIB, SAMPLE_TOKENS, Config, QuantizationSettings
 from qlora_kit.planning.shape import BYTES_4BIT, BYTES_4BIT_DOUBLE, HEAD_ROWS, ModelShape, vocabulary_piece
 
 # Memory of the allocator that no other item covers: cuBLAS workspaces, rounding. Fitted to the peaks in benchmarks/README.md.
@@ -27,7 +27,7 @@ def estimate_memory(shape: ModelShape, config: Config, micro_batch: int, recompu
         processes: how many processes share the frozen weights under performance.fsdp.
     """
     fsdp, offloaded, rank = config.performance.fsdp, config.performance.offload_embedding, config.lora.rank
-    compiled = config.performance.compile is not False
+    compiled, samples = config.performance.compile is not False, config.training.sample_prompts
     element = 4 if config.quantization.compute_dtype == "float32" else 2  # bytes
     tokens = micro_batch * config.data.max_length
     adapters = shape.lora_parameters(rank, config.lora.target_modules)
@@ -53,6 +53,7 @@ def estimate_memory(shape: ModelShape, config: Config, micro_batch: int, recompu
         "largest layer's workspace": float(workspace),
         # The logits are freed before the backward pass begins: only what exceeds a layer's workspace counts.
         "logits above that": max(0.0, loss - workspace),
+        **({"answers to sample_prompts": _sampling_bytes(shape, config.data.max_length, element)} if samples else {}),
         "libraries": LIBRARIES_BYTES,
     }
 
@@ -87,6 +88,15 @@ def _unpacked_elements(shape: ModelShape, rank: int, names: tuple[str, ...]) -> 
     sizes = shape.projections()
     group_size = {"q_proj": 3, "k_proj": 3, "v_proj": 3, "gate_proj": 2, "up_proj": 2}
     return sum((sizes[name][0] + group_size.get(name, 1) * rank) * sizes[name][1] for name in names)
+
+
+def _sampling_bytes(shape: ModelShape, length: int, element: int) -> float:
+    """Return the bytes of the longest prompt's keys and values, its MLP states, one unpacked projection and a token's logits.
+
+    The memory of the micro-steps stays reserved meanwhile, since a CUDA graph holds it.
+    """
+    keys_and_values = 2 * shape.layers * shape.kv_heads * shape.head_size * (length + SAMPLE_TOKENS)
+    return float(element * (keys_and_values + 4 * length * shape.mlp + shape.hidden * shape.mlp) + 8 * shape.vocabulary)
 
 
 def _loss_bytes(shape: ModelShape, tokens: int, element: int, compiled: bool, rows: int) -> float:

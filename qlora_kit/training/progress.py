@@ -48,7 +48,7 @@ class ProgressLine:
             name = "" if least == "name" else name
             facts.pop(least, None)
         line = Table.grid()
-        line.add_row(*filter(None, (name, ProgressBar(max(total, 1), done, max(room, 1)), text)))
+        line.add_row(*([name] if name else []), ProgressBar(max(total, 1), done, max(room, 1)), text)
         return line
 
     def _times(self) -> dict[str, str]:

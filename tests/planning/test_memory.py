@@ -184,3 +184,12 @@ def test_a_micro_step_holds_what_is_predicted(sizes, micro_batch, recomputed):
     parts = estimate_memory(read_shape(built.to_dict()), config, micro_batch, recomputed)
     predicted = parts["kept activations"] + parts["largest layer's workspace"] + parts["logits above that"]
     assert predicted == pytest.approx(measured.peak, rel=0.1)
+
+
+def test_answers_to_prompts_take_their_keys_and_values_beside_the_micro_steps(qwen_3b):
+    """36 layers keep a key and a value of 2 heads of 128 numbers, in 16 bits, for 512 + 64 tokens: 21,233,664 bytes."""
+    config = override(Config(), {"training.sample_prompts": ["The river"]})
+    without, parts = (estimate_memory(qwen_3b, one, 1, 36) for one in (Config(), config))
+    (name,) = parts.keys() - without
+    assert name == "answers to sample_prompts" and 21_233_664 < parts[name] < 0.15 * GIB
+    assert {key: parts[key] for key in without} == without
