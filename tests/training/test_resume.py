@@ -12,6 +12,7 @@ from qlora_kit.config import Config
 from qlora_kit.config_file import load_config, override
 from qlora_kit.errors import UserError
 from qlora_kit.output.checkpoints import find_newest_valid, staged_checkpoint
+from qlora_kit.output.provenance import code_digest, versions
 from qlora_kit.training.resume import FILES, check_fingerprints, find_checkpoint
 from tests.tiny_run import SMALL, damage, names, result
 
@@ -77,6 +78,7 @@ def test_changed_settings_are_refused_and_each_changed_key_is_named(tmp_path):
         "training.learning_rate": 1e-4,
         "training.seed": 7,
         "performance.fused_lora": False,
+        "data.max_eval_samples": 3,
     }
     allowed = {"training.num_epochs": 5, "performance.micro_batch": 4, "generation.top_k": 1}
     with pytest.raises(UserError) as caught:
@@ -89,6 +91,68 @@ def test_settings_that_do_not_decide_what_is_trained_may_change(tmp_path):
     checkpoint = write_checkpoint(tmp_path, 10)
     changes = {"training.max_steps": 50, "training.save_steps": 5, "training.output_dir": "elsewhere", "generation.top_k": 1}
     assert find(tmp_path, override(Config(), changes)) == checkpoint
+
+
+def lines_of(folder, config: Config) -> list[str]:
+    return find_checkpoint(folder, config, "")[1]
+
+
+@pytest.mark.parametrize("way", ["link to the folder", "link to the checkpoints", "up and down"])
+def test_a_checkpoint_is_found_on_every_way_to_it(tmp_path, way):
+    folder, wanted = tmp_path / "out", write_checkpoint(tmp_path / "out", 9)
+    if way == "link to the checkpoints":  # on another disk
+        (folder / "checkpoints").rename(tmp_path / "elsewhere")
+        (folder / "checkpoints").symlink_to(tmp_path / "elsewhere")
+        wanted = tmp_path / "elsewhere" / "checkpoint-9"
+    elif way == "up and down":
+        wanted = folder / ".." / "out" / "checkpoints" / "checkpoint-9"
+    else:
+        (tmp_path / "link").symlink_to(folder)
+        folder = tmp_path / "link"
+    assert find(folder, Config(), str(wanted)).resolve() == wanted.resolve()
+
+
+@pytest.mark.parametrize("key, value", [
+    ("model.name", "./elsewhere"), ("data.dataset", "moved.txt"), ("data.eval_split", "moved/validation.txt"),
+])  # fmt: skip
+def test_the_same_content_may_lie_elsewhere_and_is_noted(tmp_path, key, value):
+    """Whether it is the same is known when it has been read: then check_fingerprints refuses other content."""
+    write_checkpoint(tmp_path, 9)
+    lines = lines_of(tmp_path, override(Config(), {key: value}))
+    assert any(line.startswith(f"Elsewhere since: {key}: {value}, was ") for line in lines)
+    shutil.rmtree(tmp_path / "checkpoints")
+    write_checkpoint(tmp_path, 9, fingerprints={"tokenizer_sha256": "0"})  # whose content is not known
+    with pytest.raises(UserError, match=rf"^{key}: {value}: differs from"):
+        lines_of(tmp_path, override(Config(), {key: value}))
+
+
+def test_other_versions_of_packages_and_code_are_noted(tmp_path):
+    write_checkpoint(tmp_path, 9, versions=versions() | {"peft": "0.1", "code": "0123456789ab"})
+    changed = [line for line in lines_of(tmp_path, Config()) if line.startswith("Another")]
+    assert changed == [f"Another version since: peft {versions()['peft']}, was 0.1",
+                       f"Another version since: code {code_digest()}, was 0123456789ab"]  # fmt: skip
+
+
+@pytest.mark.parametrize("facts, key", [
+    ({"processes": "2"}, "processes"), ({"micro_batch": 0}, "micro_batch"), ({"rows": 10**30}, "rows"),
+    ({"guard": []}, "guard"), ({"guard": {"skipped": [], "losses": ["x"], "warned": []}}, "guard.losses.0"),
+    ({"best": {"step": 1}}, "best.loss"), ({"fingerprints": {"base_sha256": 5}}, "fingerprints.base_sha256"),
+    ({"loss_sum": None}, "loss_sum"), ({"prompt_style": ["text"]}, "prompt_style"),
+])  # fmt: skip
+def test_a_manifest_of_another_version_or_of_no_run_is_passed_over(tmp_path, facts, key):
+    older = write_checkpoint(tmp_path, 1)
+    write_checkpoint(tmp_path, 2, **facts)
+    checkpoint, lines = find_checkpoint(tmp_path, Config(), "")
+    assert checkpoint.folder == older
+    assert lines[0].endswith(f"checkpoint-2: manifest.json is of another version of this toolkit, or damaged (run.{key})")
+
+
+def test_a_checkpoint_without_a_file_that_is_read_is_passed_over(tmp_path):
+    older, newer = write_checkpoint(tmp_path, 1), tmp_path / "checkpoints" / "checkpoint-2"
+    with staged_checkpoint(newer.parent, 2, FACTS, needed=0) as staging:
+        (staging / "config.yaml").write_text(Config().to_yaml())
+    checkpoint, lines = find_checkpoint(tmp_path, Config(), "")
+    assert checkpoint.folder == older and "manifest.json does not list adapter_model.safetensors" in lines[0]
 
 
 @pytest.fixture(scope="module")
@@ -162,16 +226,23 @@ def test_changed_settings_are_written_to_the_log(resume_run):
     assert "Changed since: training.logging_steps: 1, was 5" in (resume_run.out / "training_log.txt").read_text()
 
 
-def test_other_data_under_the_same_name_is_refused_before_weights_are_loaded(tmp_path, monkeypatch):
-    data = tmp_path / "articles.txt"
-    shutil.copy("samples/articles.txt", data)
-    out = tmp_path / "on a copy"
-    flags = [*SMALL, "--dataset", str(data), "--set", "training.save_steps=1", "--output_dir", str(out)]
-    train_qlora.main([*flags, "--max_steps", "1"])
-    data.write_text(data.read_text().replace("the", "a"))
+def test_other_data_under_the_same_name_are_refused_before_weights_are_loaded(tmp_path, monkeypatch):
+    (tmp_path / "moved").mkdir()
+    data, held_out, moved = tmp_path / "articles.txt", tmp_path / "held_out.txt", tmp_path / "moved" / "a.txt"
+    for path in (data, held_out, moved):
+        shutil.copy("samples/articles.txt", path)
+    flags = [*SMALL, "--set", "training.save_steps=1", "--output_dir", str(tmp_path / "on a copy"),
+             "--set", f"data.eval_split={held_out}"]  # fmt: skip
+    train_qlora.main([*flags, "--dataset", str(data), "--max_steps", "1"])
     monkeypatch.setattr(train_qlora, "load_adapted_model", lambda *_: pytest.fail("loaded"))
-    with pytest.raises(UserError, match=r"data\.dataset: the training data differ from those of the run to resume"):
-        train_qlora.main([*flags, "--max_steps", "2", "--resume"])
+    with pytest.raises(pytest.fail.Exception, match="loaded"):  # the same content elsewhere
+        train_qlora.main([*flags, "--dataset", str(moved), "--max_steps", "2", "--resume"])
+    for path, key, what in ((held_out, "eval_split", "evaluation"), (data, "dataset", "training")):
+        before = path.read_text()
+        path.write_text(before.replace("the", "a"))
+        with pytest.raises(UserError, match=rf"^data\.{key}: the {what} data differ from those of the run to resume"):
+            train_qlora.main([*flags, "--dataset", str(data), "--max_steps", "2", "--resume"])
+        path.write_text(before)
 
 
 @pytest.mark.parametrize("file, what", [("model.safetensors", "base weights"), ("tokenizer.json", "tokenizer")])
