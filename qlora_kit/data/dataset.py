@@ -7,7 +7,9 @@ tokens are kept in a cache on disk, so that a second run with the same data begi
 
 import errno
 import hashlib
+import pickle
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -17,24 +19,26 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from qlora_kit.config import Config, DataSettings
+from qlora_kit.data.apply_template import call_limited
 from qlora_kit.data.blocks import RecordBlocks, TextBlocks, TrainingBlocks, build_text_blocks
 from qlora_kit.data.chat_template import find_left_out_thought
 from qlora_kit.data.documents import Fragments, choose_held_out, hold_out, locate_errors
 from qlora_kit.data.encoding import CHARACTERS_AT_ONCE
 from qlora_kit.data.notes import NoteCollector
 from qlora_kit.data.packing import build_record_blocks
-from qlora_kit.data.rendering import Rendering
+from qlora_kit.data.rendering import Rendering, TrainOn
 from qlora_kit.data.source import Source, open_source
 from qlora_kit.data.splits import is_file_name
 from qlora_kit.data.token_cache import DamagedTokens, Tokens, TokenWriter, find_cache_folder, read_tokens, write_tokens
 from qlora_kit.data.tokenizing import check_trained, encode_documents, encode_records, find_all_end_ids, render_record
-from qlora_kit.errors import UserError
+from qlora_kit.errors import BadRecord, UserError
 from qlora_kit.model.tokenizer import find_frame, padding_id, separator_id, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RECORDS_AT_ONCE = 1024
+SECONDS_AT_ONCE = 1.0  # of rendering
 LAYOUT = 3  # version of the cache; increase it when the same source would be tokenized differently
 
 
@@ -151,17 +155,54 @@ class RenderedRecord(NamedTuple):
 
 
 def _render_batches(source: Source, data: DataSettings, tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[RenderedRecord]]:
-    batch: list[RenderedRecord] = []
-    characters = 0
+    waiting: list[tuple[str, str, str, bytes]] = []  # file, place, format, and the record pickled
+    size = 0
     for file, place, record in source.records():
-        with locate_errors(file.name, place):
-            text = render_record(record, file.format, tokenizer, data.text_field, data.train_on)
-            batch.append(RenderedRecord(file.name, place, text, find_all_end_ids(file.format, tokenizer)))
+        waiting.append((file.name, place, file.format, pickle.dumps(record)))
+        size += len(waiting[-1][3])
+        if len(waiting) == RECORDS_AT_ONCE or size > CHARACTERS_AT_ONCE:
+            yield from _render_all(waiting, data, tokenizer)
+            waiting, size = [], 0
+    yield from _render_all(waiting, data, tokenizer)
+
+
+def _render_all(
+    waiting: list[tuple[str, str, str, bytes]], data: DataSettings, tokenizer: "PreTrainedTokenizerBase"
+) -> Iterator[list[RenderedRecord]]:
+    """Yield records rendered, in as many batches as their sizes ask for."""
+    while waiting:
+        (name, place, *_), records = waiting[0], [(kind, record) for _, _, kind, record in waiting]
+        with locate_errors(name, f"{place} or a later record"):
+            rendered = call_limited(_render_records, tokenizer, records, data.text_field, data.train_on)
+        batch = []
+        for (name, place, *_), result in zip(waiting, rendered, strict=False):
+            with locate_errors(name, place):
+                if isinstance(result, BadRecord):
+                    raise result
+                batch.append(RenderedRecord(name, place, *result))
+        yield batch
+        waiting = waiting[len(batch) :]
+
+
+def _render_records(
+    tokenizer: "PreTrainedTokenizerBase", records: list[tuple[str, bytes]], text_field: str, train_on: TrainOn
+) -> list[tuple[Rendering, tuple[int, ...]] | BadRecord]:
+    """Return the first records rendered, each with the ids of the tokens that end its answers, and the error that ends them.
+
+    They are as many as take SECONDS_AT_ONCE and CHARACTERS_AT_ONCE: the limits of a worker are those of a call.
+    """
+    done: list[tuple[Rendering, tuple[int, ...]] | BadRecord] = []
+    characters, begun = 0, time.monotonic()
+    for kind, record in records:
+        try:
+            text = render_record(pickle.loads(record), kind, tokenizer, text_field, train_on)
+            done.append((text, find_all_end_ids(kind, tokenizer)))
+        except BadRecord as error:
+            return [*done, error]
         characters += sum(len(piece.text) for piece in text.pieces)
-        if len(batch) == RECORDS_AT_ONCE or characters > CHARACTERS_AT_ONCE:
-            yield batch
-            batch, characters = [], 0
-    yield batch
+        if characters > CHARACTERS_AT_ONCE or time.monotonic() - begun > SECONDS_AT_ONCE:
+            break
+    return done
 
 
 def _one_ahead(batches: Iterator[list[RenderedRecord]]) -> Iterator[list[RenderedRecord]]:

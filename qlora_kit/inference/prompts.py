@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from qlora_kit.data.chat_template import Message
+from qlora_kit.data.apply_template import OTHER_TEMPLATE, Message
 from qlora_kit.data.encoding import encode_text
 from qlora_kit.data.rendering import Piece, Rendering, TrainOn, render_prompt
 from qlora_kit.data.tokenizing import encode_records
 from qlora_kit.errors import BadRecord, UserError
+from qlora_kit.shipped import locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,7 +70,7 @@ def read_prompt_file(name: str) -> list[Prompt]:
         text = _read_standard_input(flag)
     else:
         try:
-            text = Path(name).expanduser().read_text(encoding="utf-8-sig")
+            text = Path(locate(name)).expanduser().read_text(encoding="utf-8-sig")
         except OSError as error:
             remedy = "use a text file with one prompt a line, or - for standard input"
             raise UserError(flag, name, f"cannot be read ({error.strerror})", remedy) from None
@@ -149,9 +150,11 @@ class PromptEncoder:
         """Return the ids of a conversation whose last turn is the user's.
 
         Raises:
-            BadRecord: the chat template refuses the turns.
+            BadRecord: the chat template refuses the turns, or writes nothing of them.
         """
-        return self._encode(render_prompt(messages, self.tokenizer, self.train_on))
+        if ids := self._encode(render_prompt(messages, self.tokenizer, self.train_on)):
+            return ids
+        raise BadRecord("the chat template writes nothing of the turns", OTHER_TEMPLATE)
 
     def _encode(self, rendering: Rendering) -> list[int]:
         return encode_records([rendering], self.tokenizer)[0].ids.tolist()

@@ -121,3 +121,10 @@ def test_empty_standard_input_is_an_empty_prompt(adapter, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     with pytest.raises(UserError, match="empty"):
         inference_example.main(["--mode", "text", "--adapter", str(adapter), "--prompt", "-"])
+
+
+def test_a_template_that_writes_nothing_is_one_line():
+    tokenizer = copy.deepcopy(make_tokenizer("tiny"))
+    tokenizer.chat_template = "{# nothing #}"
+    with pytest.raises(UserError, match="--prompt: the chat template writes nothing of the turns"):
+        PromptEncoder(tokenizer, "chat").encode("x")
