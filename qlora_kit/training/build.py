@@ -26,6 +26,7 @@ from qlora_kit.training.machine import Machine
 from qlora_kit.training.processes import Team
 from qlora_kit.training.progress import ProgressCallback
 from qlora_kit.training.report import RunReport, write_run_files
+from qlora_kit.training.reporters import guard_reporters
 from qlora_kit.training.trainer import QLoraTrainer
 
 # The private methods of Trainer that QLoraTrainer overrides: a library without one would skip the override without a word.
@@ -173,6 +174,7 @@ def build_trainer(
         progress=progress,
     )
     trainer.remove_callback(PrinterCallback)  # prints a dict per logged step
+    guard_reporters(trainer, report.log.write)
     return trainer
 
 
