@@ -40,7 +40,7 @@ def runs_without_pictures_and_cards():
     from qlora_kit.training import report
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "plot_training_curves", lambda entries, path: path.touch())
+        patch.setattr(report, "plot_training_curves", lambda entries, path, *rest: path.touch())
         if peft := sys.modules.get("peft"):  # else it would be imported for tests that do without
             patch.setattr(peft.PeftModel, "create_or_update_model_card", lambda model, folder: None)
         yield

@@ -21,7 +21,7 @@ from qlora_kit.model.hub import is_local, model_folder, read_model_config, remot
 from qlora_kit.model.packed_base import read_packed
 from qlora_kit.model.tokenizer import separator_id, tokenizer_fingerprint, vocabulary_fingerprint
 from qlora_kit.output.checkpoints import Checkpoint
-from qlora_kit.output.curves import plot_training_curves
+from qlora_kit.output.curves import plot_training_curves, scheduled_rates
 from qlora_kit.output.folder import CHECKPOINTS, CONFIG, CURVES, LOG, NEW, remove, replace_text
 from qlora_kit.output.log import RunLog
 from qlora_kit.output.metrics import best_evaluation, read_metrics
@@ -63,6 +63,7 @@ class RunReport:
         self.run = run
         self.log = RunLog(run.team.is_main)
         self.predicted_gib = run.plan.peak / GIB if run.plan.parts else None
+        self.steps = 0  # of the whole run; known with its data
         self._clock = time.perf_counter()
 
     def announce(self, notes: list[str]) -> None:
@@ -155,7 +156,8 @@ class RunReport:
         self.log.write(f"Training data: {source}: {train.describe()}; {steps:,} optimizer steps an epoch")
         for name, note in [*describe_files(config.data), *train.notes] if is_first else []:
             self.log.write(f"  {name}: {note}")
-        self._describe_schedule(config.total_steps(len(train)))
+        self.steps = config.total_steps(len(train))
+        self._describe_schedule(self.steps)
         self.run.data = {
             "source": config.data.dataset,
             "prompt_style": train.prompt_style,
@@ -205,7 +207,12 @@ class RunReport:
         if not self.log.enabled:
             return
         try:
-            plot_training_curves(read_metrics(folder), folder / CURVES)
+            config, day = self.run.config, self.run.started.partition("T")[0]
+            title = (
+                f"{Path(config.model.name).name}, trained on {', '.join(Path(name).name for name in config.data.names)}, {day}"
+            )
+            rates = scheduled_rates(config.training, self.steps)
+            plot_training_curves(read_metrics(folder), folder / CURVES, title, rates)
         except Exception as error:
             with suppress(OSError):
                 (folder / CURVES).unlink(missing_ok=True)  # half of it

@@ -128,7 +128,7 @@ def test_a_run_that_replaces_another_one_starts_beside_it_and_removes_what_an_un
 
 @pytest.mark.parametrize("error", [ValueError("'nonsense' is no backend\nof matplotlib"), OSError(28, "No space left on device")])
 def test_curves_that_cannot_be_drawn_cost_a_line_and_nothing_else(tmp_path, monkeypatch, error):
-    def draw(metrics, path):
+    def draw(metrics, path, *rest):
         path.write_bytes(b"half")
         raise error
 
