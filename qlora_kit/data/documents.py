@@ -66,7 +66,7 @@ def read_documents(file: SourceFile, text_field: str) -> Iterator[Fragment]:
     """Return the documents of a file, without empty ones, as fragments."""
     if file.path:
         if find_join_rule(file, text_field) == AT_TITLES:
-            return join_lines(read_text_lines(file.path))
+            return join_lines(_check_lines(file.path))
         return _end_last(_read_words(file.path))
     if find_join_rule(file, text_field) == AT_TITLES:
         return join_lines(text.rstrip("\r\n") + "\n" for text in _read_texts(file, text_field))
@@ -121,16 +121,26 @@ def join_lines(lines: Iterable[str]) -> Iterator[Fragment]:
 
 
 def _read_words(path: Path) -> Iterator[str]:
-    """Yield a text file in chunks.
-
-    Raises:
-        UserError: more than LONGEST_WORD characters have no space.
-    """
+    """Yield a text file in chunks; raises UserError where more than LONGEST_WORD characters have no space."""
     for chunk in read_text(path):
-        if len(chunk) > LONGEST_WORD and not re.search(r"\s", chunk):
-            problem = f"holds {LONGEST_WORD:,} characters without a space or line end"
-            raise UserError(path, None, problem, "break it into lines of text")
+        if not re.search(r"\s", chunk):  # the last chunk may be short
+            _check_words(chunk, path)
         yield chunk
+
+
+def _check_lines(path: Path) -> Iterator[str]:
+    """Yield a text file in lines; raises UserError where more than LONGEST_WORD characters have no space."""
+    for line in read_text_lines(path):
+        if len(line) > LONGEST_WORD:
+            _check_words(line, path)
+        yield line
+
+
+def _check_words(text: str, path: Path) -> None:
+    try:
+        check_word_length(text)
+    except BadRecord as error:
+        raise UserError(path, None, str(error), "break it into lines of text") from None
 
 
 def _end_last(texts: Iterable[str]) -> Iterator[Fragment]:

@@ -7,17 +7,22 @@ line or record in it.
 import codecs
 import csv
 import json
+import pickle
 import re
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
+from qlora_kit.config import GIB
 from qlora_kit.errors import UserError
+from qlora_kit.limited_worker import LimitedWorker, LimitExceeded
 
 Row = tuple[str, dict[str, Any]]  # the place of a record in its file, such as `line 3`, and the record
 
 CHUNK = 2**20  # characters read at once
-LONGEST_RECORD = 2**24  # bytes of a line, or characters of a record in a .json file
+LONGEST_RECORD = 2**24  # bytes of a line or of a record of a .parquet file, or characters of a record in a .json file
+ROWS_AT_ONCE = 256  # of a parquet file
 NOT_SPACE = re.compile(r"\S")
 csv.field_size_limit(LONGEST_RECORD)
 
@@ -224,22 +229,55 @@ def _read_csv(path: Path) -> Iterator[Row]:
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
-    from pyarrow import ArrowException  # here, because it takes half a second
+    """Yield records that a process of its own reads: a small file may hold one that takes all memory."""
+    import pyarrow.parquet  # noqa: F401  here, because it takes half a second
+
+    rows, number = _read_parquet_here(path), 0
+    worker = LimitedWorker[None, list[bytes]](lambda _: _take_pickled(rows, path), extra_bytes=GIB + path.stat().st_size)
+    try:
+        while records := worker.call(None):
+            for record in records:
+                number += 1
+                yield f"record {number}", pickle.loads(record)
+    except LimitExceeded as limit:
+        raise UserError(path, None, f"cannot be read after record {number} ({limit})", "write smaller records") from None
+    finally:
+        worker.close()
+
+
+def _take_pickled(rows: Iterator[Row], path: Path) -> list[bytes]:
+    """Return the next records, at most ROWS_AT_ONCE and about LONGEST_RECORD bytes; none at the end."""
+    taken: list[bytes] = []
+    size = 0
+    for place, record in islice(rows, ROWS_AT_ONCE):
+        taken.append(pickle.dumps(record))
+        size += len(taken[-1])
+        if len(taken[-1]) > LONGEST_RECORD:
+            raise UserError(path, None, f"{place} is longer than {LONGEST_RECORD:,} bytes", "split it")
+        if size > LONGEST_RECORD:
+            break
+    return taken
+
+
+def _read_parquet_here(path: Path) -> Iterator[Row]:
+    from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
     number = 0
     try:
         with ParquetFile(path, memory_map=True) as file:
             _check_names(path, file.schema_arrow)
-            for batch in file.iter_batches(batch_size=256):
+            for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, use_threads=False):
                 for record in batch.to_pylist():
                     number += 1
                     yield f"record {number}", drop_filled_keys(record)
+    except MemoryError:  # an ArrowException may be one
+        raise
     except UnicodeDecodeError:
         raise UserError(path, None, f"text after record {number} is not UTF-8", "save it as UTF-8") from None
-    except (ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(path, None, f"is not readable as parquet ({reason})", "write it again") from None
+    except (ArrowException, OSError, ValueError, OverflowError) as error:  # the last: a date that Python does not have
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(path, None, f"is not readable as parquet after record {number} ({reason})", "write it again") from None
 
 
 def _check_names(path: Path, fields: Iterable[Any]) -> None:

@@ -75,7 +75,11 @@ def test_a_text_file_with_titles_is_split_there(write):
 
 
 def test_text_without_any_space_for_a_million_characters_is_refused(write):
-    assert "1,000,000 characters without a space or line end" in problem_of(write("a.txt", "x" * 2_200_000))
+    for head in ("", " = Title = \n"):
+        path = write("a.txt", head + "x" * 2_200_000 + "\n")
+        assert problem_of(path) == (
+            f"{path}: the text holds more than 1,000,000 characters without a space or line end. Break it into lines of text."
+        )
     long_row = write("a.jsonl", as_jsonl({"text": "x" * 1_000_001}))
     assert "line 1: the text holds more than 1,000,000 characters" in problem_of(long_row)
 

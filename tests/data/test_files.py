@@ -106,6 +106,23 @@ def test_a_parquet_file_with_a_name_twice_is_one_problem(tmp_path, columns, name
     assert problem_of(tmp_path / "a.parquet").startswith(f"{tmp_path / 'a.parquet'}: has the column {name!r} twice")
 
 
+@pytest.mark.parametrize(
+    ("column", "reason"),
+    [
+        (pyarrow.array(["a", "x " * 10_000_000]), "record 2 is longer than 16,777,216 bytes"),
+        (pyarrow.array([1, 10**15], pyarrow.timestamp("ms")), "is not readable as parquet after record 0 (date value out of range"),
+        (pyarrow.array([1, 10**8], pyarrow.date32()), "is not readable as parquet after record 0 (date value out of range"),
+        # a word of 10 MB, in each of 128 records
+        (pyarrow.DictionaryArray.from_arrays([0] * 128, ["y" * 10_000_000]), "cannot be read after record 0 (it takes more than 1"),
+    ],
+    ids=["long record", "time", "date", "dictionary"],
+)
+def test_what_a_small_parquet_file_makes_too_large_is_one_problem(tmp_path, column, reason):
+    table = pyarrow.table({"text": ["one"] * len(column), "other": column})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", compression="zstd")
+    assert problem_of(tmp_path / "a.parquet").startswith(f"{tmp_path / 'a.parquet'}: {reason}")
+
+
 def test_the_nulls_that_parquet_has_for_the_keys_of_other_records_are_no_keys(tmp_path):
     calls = [[{"arguments": {"city": "Rome"}}, {"arguments": {"days": 3}}], [{"arguments": {"city": "Oslo"}}]]
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"], "n": [1, None], "calls": calls}), tmp_path / "a.parquet")
