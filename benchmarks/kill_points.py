@@ -43,6 +43,7 @@ class Scenario(NamedTuple):
         command: the command; the word PLACE stands for the trial's folder.
         again: what is started after a kill; `--resume` is left out where nothing can be resumed.
         result: the folder whose content counts.
+        removed: what is removed before the command, so that a run was stopped rather than finished.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Scenario(NamedTuple):
     command: list[str]
     again: list[str]
     result: str
+    removed: tuple[str, ...] = ()
 
 
 def train(*words: str) -> list[str]:
@@ -57,11 +59,15 @@ def train(*words: str) -> list[str]:
 
 
 MERGE = ["merge", "--adapter", "PLACE/run", "--output", "PLACE/merged", "--check", "none"]
+NEW = train("--overwrite", "--seed", "7")
+LONGER = train("--max_steps", "3", "--resume")
+UNFINISHED = ("run/adapter_model.safetensors", "run/run.json", "run/checkpoints/checkpoint-2")
 SCENARIOS = [
-    Scenario("fresh run", [], train(), train("--resume"), "run"),
-    Scenario("--overwrite", [train()], train("--overwrite", "--seed", "7"), train("--seed", "7", "--resume"), "run"),
-    Scenario("--resume after a stop", [train("--set", "training.save_steps=1")], train("--resume"), train("--resume"), "run"),
-    Scenario("a longer run", [train()], train("--max_steps", "3", "--resume"), train("--max_steps", "3", "--resume"), "run"),
+    Scenario("fresh run, with a new token cache", [], train(), train("--resume"), "run"),
+    Scenario("--resume after a stop", [train()], train("--resume"), train("--resume"), "run", UNFINISHED),
+    Scenario("--overwrite, then --resume", [train()], NEW, train("--seed", "7", "--resume"), "run"),
+    Scenario("--overwrite, then --overwrite", [train()], NEW, NEW, "run"),
+    Scenario("a longer run", [train()], LONGER, LONGER, "run"),
     Scenario("merge", [train()], MERGE, MERGE, "merged"),
     Scenario("merge --overwrite", [train(), MERGE], [*MERGE, "--overwrite"], [*MERGE, "--overwrite"], "merged"),
 ]  # fmt: skip
@@ -188,6 +194,9 @@ def try_scenario(scenario: Scenario, top: Path, every: int, report: Callable[[st
         status, _, said = run(command, start)
         if status:
             raise SystemExit(said)
+    for name in scenario.removed:
+        path = start / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     shutil.copytree(start, top / "place")
     status, changes, said = run(scenario.command, top / "place")
     if status:
