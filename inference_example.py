@@ -32,6 +32,7 @@ from qlora_kit.inference.generator import FixedAdapter, Generator, replace_setti
 from qlora_kit.inference.prompts import Prompt, PromptEncoder, demo_prompts, encode_prompts, read_prompt, read_prompt_file
 from qlora_kit.inference.terminal import format_json
 from qlora_kit.model import hub
+from qlora_kit.shipped import locate
 
 if TYPE_CHECKING:
     from qlora_kit.inference.compare import Comparison
@@ -244,6 +245,7 @@ def print_comparison(comparison: "Comparison", arguments: argparse.Namespace) ->
 def main(argv: list[str] | None = None) -> None:
     """Run the command: check everything that needs no model, load, measure, answer."""
     arguments = parse_arguments(argv)
+    arguments.perplexity = arguments.perplexity and locate(arguments.perplexity)
     check_streams(arguments)
     check_flags(arguments)
     fixed = choose_fixed(arguments.merged, arguments.base_only)

@@ -42,6 +42,7 @@ from qlora_kit.planning.fit import describe_plan
 from qlora_kit.planning.memory import CONTEXT_BYTES
 from qlora_kit.planning.plan import check_division
 from qlora_kit.planning.shape import KNOWN_CONFIGS
+from qlora_kit.shipped import describe_shipped, locate_config
 from qlora_kit.training.processes import (
     ALONE,
     Team,
@@ -82,7 +83,7 @@ FLAGS = {
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.OneLineParser(__doc__)
-    default = Path(__file__).with_name("config.yaml")
+    default = Path("config.yaml")
     parser.add_argument("--config", type=Path, default=default, metavar="FILE", help="settings (default: config.yaml)")
     for flag, key in FLAGS.items():
         parser.add_argument(f"--{flag}", metavar="VALUE", help=f"sets {key}")
@@ -113,7 +114,10 @@ def main(argv: list[str] | None = None) -> None:
     choose_own_gpu(team.local_rank)
     with connect(team):
         arguments = parse_arguments(argv)
-        config = load_config(arguments.config, overrides(arguments))
+        path = locate_config(arguments.config)
+        config = load_config(path, overrides(arguments))
+        if team.is_main and (shipped := describe_shipped([path, config.model.name, *config.data.names, config.data.eval_split])):
+            say(shipped)
         if arguments.processes is not None and (arguments.processes < 1 or not arguments.plan):
             raise UserError("--processes", arguments.processes, "is for --plan, and 1 or more", "start processes with torchrun")
         if arguments.gpu is not None and not arguments.plan:

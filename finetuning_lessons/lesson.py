@@ -24,12 +24,12 @@ from rich.table import Table
 
 from qlora_kit import cli
 from qlora_kit.errors import UserError
+from qlora_kit.shipped import HOME as ROOT
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY_MODEL = ROOT / "assets" / "tiny-qwen2"  # 6 layers, hidden size 192; see its README
 ARTICLES = ROOT / "samples" / "articles.txt"  # not in the training data of the model, which is Python's documentation
 

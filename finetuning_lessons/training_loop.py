@@ -190,7 +190,7 @@ def train_with_script(folder: Path, threads: int) -> list[float]:
         Failed: the exit status is not 0.
     """
     flags = [word for key, value in script_settings(folder).items() for word in ("--set", f"{key}={value}")]
-    command = [sys.executable, str(ROOT / "train_qlora.py"), *flags]
+    command = [sys.executable, "-m", "train_qlora", *flags]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
     if run.returncode:
         raise Failed(f"train_qlora.py ended with status {run.returncode}: {run.stderr.strip().splitlines()[-1]}")

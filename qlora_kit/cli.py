@@ -28,6 +28,7 @@ try:
 
     from qlora_kit.config_file import closest, did_you_mean
     from qlora_kit.secrets import redact
+    from qlora_kit.shipped import is_dispatched
     from qlora_kit.wrapping import say
 except ModuleNotFoundError as missing:  # these are a command's first imports: no caller handles a missing package yet
     sys.exit(_not_installed(str(missing.name)))
@@ -45,6 +46,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def __init__(self, doc: str | None, prog: str | None = None):
         summary, _, examples = (doc or "").partition("\n\n")
+        prog = sys.argv[0] if is_dispatched() else prog  # `qlora train`
         super().__init__(prog, description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]

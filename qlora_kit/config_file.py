@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from qlora_kit.config import Config
 from qlora_kit.errors import Problem, UserError
 from qlora_kit.secrets import is_secret, secret_problem
+from qlora_kit.shipped import KEYS, locate_all, locate_config
 
 # Names that peft, transformers and other tools give to our keys.
 OTHER_NAMES = {
@@ -38,10 +39,12 @@ def all_keys() -> list[str]:
 def load_config(path: Path, overrides: dict[str, Any] | None = None) -> Config:
     """Read a YAML file, replace the keys in `overrides` (dotted key -> value) and check the result.
 
+    What the working folder does not have is looked up among the files that come with the toolkit, as shipped.py says.
+
     Raises:
         UserError: the file cannot be used, or keys or values are wrong: one problem for each mistake.
     """
-    values, places, problems = _read_yaml(path)
+    values, places, problems = _read_yaml(locate_config(path))
     return _build(values, places, overrides or {}, problems)
 
 
@@ -83,7 +86,7 @@ def _build(values: dict[str, Any], places: dict[str, str], overrides: dict[str, 
         if is_secret("" if key in known_keys else key, value):
             problems.append(secret_problem(key, places.get(key, "")))
         elif key in known_keys:
-            known[key] = value
+            known[key] = locate_all(value) if key in KEYS else value
         else:
             problem = "is not a key" + did_you_mean(_guess(key, known_keys))
             problems.append(Problem(key, _format(value), problem, "see config.yaml for every key", places[key]))

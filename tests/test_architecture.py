@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 KIT = ROOT / "qlora_kit"
-LOBBY = {"errors", "config", "config_file", "secrets", "untrusted", "limited_worker", "wrapping", "cli"}
+LOBBY = {"errors", "config", "config_file", "secrets", "shipped", "untrusted", "limited_worker", "wrapping", "cli"}
 # The rooms of the kit, from the highest to the lowest: each may import the lobby, and of the rooms only those named.
 ROOMS = {
     "training": {"adapter", "data", "fast", "model", "output", "planning"},
@@ -26,6 +26,7 @@ SCRIPTS = {
     "train_qlora": {*ROOMS, "quantization_utils"} - {"merge", "doctor"},
     "inference_example": {*ROOMS, "quantization_utils"} - {"training", "merge", "doctor"},
     "quantization_utils": {"adapter", "model"},
+    "__main__": set(),  # of the kit: `qlora VERB`, which imports the command of a verb by its name
 }
 FOLDERS = {
     "finetuning_lessons": {"data", "model", "planning"},

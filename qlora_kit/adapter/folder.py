@@ -24,6 +24,7 @@ from qlora_kit.model.weight_files import StoredTensor, read_header
 from qlora_kit.output.checkpoints import find_newest_valid, list_checkpoints
 from qlora_kit.output.folder import ADAPTER_FILES, CHECKPOINT_PREFIX, CHECKPOINTS, CONFIG, PROVENANCE, digest
 from qlora_kit.output.new_run import finish_for_reader
+from qlora_kit.shipped import locate, spell_command
 from qlora_kit.untrusted import read_json, user_path
 
 if TYPE_CHECKING:
@@ -131,9 +132,7 @@ def read_adapter_header(folder: Path) -> dict[str, StoredTensor]:
     try:
         header = read_header(folder / ADAPTER_FILES[0])
     except PermissionError:
-        raise UserError(
-            "--adapter", folder, f"has an {ADAPTER_FILES[0]} that you may not read", "change its permissions"
-        ) from None
+        raise UserError("--adapter", folder, f"may not be read ({ADAPTER_FILES[0]})", "change its permissions") from None
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:100]
         raise UserError("--adapter", folder, f"has a damaged {ADAPTER_FILES[0]} ({reason})", "copy it again") from None
@@ -150,7 +149,9 @@ def _adapter_folder(name: str) -> tuple[Path, list[str]]:
     if os.path.isfile(folder):
         raise UserError("--adapter", name, "is a file, not a folder", f"use its folder: --adapter {folder.parent}")
     if not os.path.isdir(folder):
-        raise UserError("--adapter", name, "does not exist", f"train one with python train_qlora.py --output_dir {name}")
+        raise UserError(
+            "--adapter", name, "does not exist", f"train one with {spell_command('train_qlora.py')} --output_dir {name}"
+        )
     if not os.access(folder, os.R_OK | os.X_OK):
         raise UserError("--adapter", name, "cannot be searched", "change its permissions")
     moved = finish_for_reader(folder, "--adapter")
@@ -194,7 +195,7 @@ def _tokenizer_folder(*folders: Path) -> Path | None:
 def _from_provenance(folder: Path, settings: LoraFile | IA3File, run: Path, config: Config) -> AdapterSource:
     record = read_record(run, folder)
     base, trusted = record.base_model, record.trust_remote_code
-    name = base.name if not base.folder or os.path.isdir(base.name) else base.folder
+    name = base.name if not base.folder or os.path.isdir(base.name) else locate(base.folder)
     revision = base.revision if is_local(name) else record.base_commit or base.revision
     model = ModelSettings(name=name, revision=revision, trust_remote_code=trusted)
     own = _tokenizer_folder(folder, run)

@@ -21,8 +21,9 @@ from qlora_kit.doctor.run_checks import CheckFailed, CheckSkipped
 from qlora_kit.model.hub import go_offline_if_unreachable, model_folder
 from qlora_kit.model.weight_files import WHOLE, weight_files
 from qlora_kit.planning.shape import KNOWN_CONFIGS, read_shape
+from qlora_kit.shipped import HOME
 
-REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
+REQUIREMENTS = HOME / "requirements.txt"
 OLDEST_PYTHON = (3, 11)
 WRITTEN_MIB = 64
 SLOWEST_MIB_PER_SECOND = 10.0  # a checkpoint of the default settings, 171 MiB, would take 17 s

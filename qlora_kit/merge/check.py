@@ -37,8 +37,9 @@ from qlora_kit.model.perplexity import (
     measure_block_losses,
     plus_minus,
 )
+from qlora_kit.shipped import HOME, locate
 
-ARTICLES = Path(__file__).resolve().parents[2] / "samples" / "articles.txt"
+ARTICLES = HOME / "samples" / "articles.txt"
 BLOCKS, LENGTH = 16, 512  # at most: 8,192 tokens
 ROUNDING, MARGIN = 0.01, 0.05  # nats per token
 ERRORS = 2.0  # standard errors of the difference that may be chance
@@ -132,7 +133,7 @@ def load_check_blocks(
         assert blocks is not None  # with an eval_split
         length, name = own.max_length, "the run's evaluation data"
     else:
-        length, name = min(own.max_length, LENGTH, positions or LENGTH), name or str(ARTICLES)
+        length, name = min(own.max_length, LENGTH, positions or LENGTH), locate(name or str(ARTICLES))
         changes = {"dataset": name, "subset": None, "format": "auto", "eval_split": None, "max_train_samples": None}
         data = own.model_copy(update=changes | {"max_length": length})
         try:

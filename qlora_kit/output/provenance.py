@@ -12,6 +12,7 @@ from typing import Any
 
 from qlora_kit.output.folder import ADAPTER_FILES, PROVENANCE, digest, replace_text
 from qlora_kit.secrets import redact
+from qlora_kit.shipped import KIT, is_dispatched
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
 
@@ -28,14 +29,15 @@ def versions() -> dict[str, str]:
 
 def code_digest() -> str:
     """Return the start of the SHA-256 over the scripts and the kit: what a version number would say only if it were kept."""
-    home = Path(__file__).resolve().parents[2]
-    code = sorted([*home.glob("*.py"), *home.glob("qlora_kit/**/*.py")])
+    scripts = ("inference_example.py", "quantization_utils.py", "train_qlora.py")  # beside them others' may be installed
+    code = sorted([*(KIT.parent / name for name in scripts), *KIT.glob("**/*.py")])
     return hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()[:12]
 
 
 def command_line() -> str:
     """Return the command of this process, without tokens and passwords."""
-    return redact(shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]))
+    words = sys.argv[0].split() if is_dispatched() else ["python", Path(sys.argv[0]).name]
+    return redact(shlex.join([*words, *sys.argv[1:]]))
 
 
 def write_provenance(folder: Path, provenance: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from qlora_kit.output.checkpoints import Checkpoint
 from qlora_kit.planning.fit import check_fit
 from qlora_kit.planning.plan import Plan, make_plan, plan_inputs, resume_plan
 from qlora_kit.planning.shape import ModelShape
+from qlora_kit.shipped import spell_command
 from qlora_kit.training.processes import Team, check_identical
 
 PATIENCE_SECONDS = 2 * 3600  # a longer CPU run is refused unless training.device is cpu
@@ -131,7 +132,8 @@ def check_patience(config: Config, shape: ModelShape) -> None:
             "training.device",
             None,
             f"no CUDA GPU was found, and training {config.model.name} on this CPU takes {format_duration(seconds)} or more",
-            "try the laptop model, python train_qlora.py --config configs/tiny.yaml, or insist with --set training.device=cpu",
+            f"try the laptop model, {spell_command('train_qlora.py')} --config configs/tiny.yaml, or insist with "
+            "--set training.device=cpu",
         )
 
 

@@ -27,6 +27,7 @@ from qlora_kit.output.log import RunLog
 from qlora_kit.output.metrics import best_evaluation, read_metrics
 from qlora_kit.output.provenance import command_line, now, versions
 from qlora_kit.planning.plan import Plan
+from qlora_kit.shipped import spell_command
 from qlora_kit.training.processes import Team
 
 if TYPE_CHECKING:
@@ -245,7 +246,8 @@ class RunReport:
         if (folder / CURVES).exists():
             self.log.write(f"  curves       {folder / CURVES}")
         self.log.write(f"  log          {folder / LOG}")
-        self.log.write(f"\nTalk to it:\n  python inference_example.py --mode interactive --adapter {shlex.quote(str(folder))}")
+        talk = f"{spell_command('inference_example.py')} --mode interactive"
+        self.log.write(f"\nTalk to it:\n  {talk} --adapter {shlex.quote(str(folder))}")
 
 
 def describe_best(best: dict[str, Any], last_step: int) -> str:

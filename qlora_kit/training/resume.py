@@ -14,6 +14,7 @@ from qlora_kit.output.checkpoints import MANIFEST, Checkpoint, InvalidCheckpoint
 from qlora_kit.output.folder import ADAPTER_FILES, CHECKPOINTS, CONFIG, LOG, METRICS, NEW
 from qlora_kit.output.new_run import choose_folder, finish
 from qlora_kit.output.provenance import code_digest, versions
+from qlora_kit.shipped import is_dispatched
 from qlora_kit.training.processes import Team
 
 # The fingerprints that a resumed run must find unchanged: key and words of the message.
@@ -236,5 +237,7 @@ def command_again(argv: list[str], resume: str | None, team: Team, flag: str) ->
     """Return the command line that goes on with a stopped run, with --resume, or starts it again, with --overwrite."""
     dropped = ("--overwrite", "--resume", resume, f"--resume={resume}")
     again = [word for word in argv[1:] if word not in dropped]
-    launcher = ["python"] if team.count == 1 else ["torchrun", f"--nproc_per_node={team.local_count}"]
-    return shlex.join([*launcher, argv[0], *again, flag]) + (", on each node" if team.local_count < team.count else "")
+    program = argv[0].split() if is_dispatched() else ["python", argv[0]]
+    if team.count > 1:
+        program[:1] = ["torchrun", f"--nproc_per_node={team.local_count}"]
+    return shlex.join([*program, *again, flag]) + (", on each node" if team.local_count < team.count else "")
