@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.adapter.folder import AdapterSource, read_adapter_header
+from qlora_kit.adapter.lora_pairs import LARGEST, TOO_LARGE
 from qlora_kit.adapter.peft_settings import check_size, make_config
 from qlora_kit.adapter.switchable import SwitchableAdapter
 from qlora_kit.errors import UserError
@@ -71,9 +72,8 @@ def attach_adapter(model: PreTrainedModel, source: AdapterSource, device: str) -
         problem = f"does not fit {source.model.name} ({' '.join(str(error).split())[:200] or type(error).__name__})"
         raise UserError("--adapter", folder, problem, "use the base model it was trained on") from error
     _check_complete(result.missing_keys, result.unexpected_keys, source)
-    if not math.isfinite(_largest([matrix for A, B, _ in _updates(adapted) for matrix in (A, B)])):
-        remedy = "copy it again, or train again with a lower --learning_rate"
-        raise UserError("--adapter", folder, "contains NaN or infinity", remedy)
+    if not _largest([matrix for A, B, _ in _updates(adapted) for matrix in (A, B)]) <= LARGEST:  # NaN is neither
+        raise UserError("--adapter", folder, TOO_LARGE, "copy it again, or train again with a lower --learning_rate")
     return adapted.eval()
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # Settings with which the update of a matrix is more, or something else, than scale · B A.
 MORE_THAN_LORA = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
+LARGEST = 65_504.0  # of float16; numbers of trained matrices are below 1, and their products must not overflow
+TOO_LARGE = f"contains NaN or infinity, or numbers beyond {LARGEST:,.0f}"
 Value = TypeVar("Value")
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
@@ -39,8 +41,13 @@ class LoraPair:
         return self.b.shape[0], self.a.shape[1]
 
     def read(self) -> "tuple[torch.Tensor, torch.Tensor]":
-        """Read A (r, in) and B (out, r) in fp32."""
-        return self.a.read().float(), self.b.read().float()
+        """Read A (r, in) and B (out, r) in fp32; raises UserError if a number is not finite or too large."""
+        a, b = (stored.read().float() for stored in (self.a, self.b))
+        for stored, matrix in ((self.a, a), (self.b, b)):
+            if not matrix.abs().max() <= LARGEST:  # NaN is neither
+                problem = f"{TOO_LARGE}, in {stored.name}"
+                raise UserError("--adapter", stored.file.parent, problem, "train again with a lower --learning_rate")
+        return a, b
 
 
 def read_pairs(source: AdapterSource) -> dict[str, LoraPair]:

@@ -11,6 +11,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 from transformers.generation.streamers import BaseStreamer
 
 from qlora_kit.config import GenerationSettings
+from qlora_kit.errors import Failed
 from qlora_kit.inference.generator import Engine
 from qlora_kit.inference.graph_engine import GraphEngine, why_not_decoded
 from qlora_kit.inference.sampling import penalise
@@ -88,6 +89,8 @@ class _Penalty(LogitsProcessor):
         self.stop_ids = [token for token in stop_ids if token >= 0]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        if not scores.isfinite().all():
+            raise Failed("the model computes NaN or infinity; its weights or the adapter's are damaged: copy or train them again")
         if self.penalty == 1:
             return scores
         seen = torch.zeros_like(scores, dtype=torch.bool)

@@ -7,14 +7,18 @@ import os
 import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import inference_example
+from qlora_kit.adapter import patterns, peft_settings
 from qlora_kit.adapter.attach import adapter_norm
 from qlora_kit.adapter.folder import read_adapter
+from qlora_kit.adapter.lora_pairs import read_pairs
+from qlora_kit.adapter.switchable import SwitchableAdapter
 from qlora_kit.config import GenerationSettings
 from qlora_kit.data.chat_template import find_stop_ids
 from qlora_kit.errors import UserError
@@ -89,8 +93,9 @@ def test_matrices_of_another_rank_are_refused(folder):
     assert "does not fit" in refusal(folder)
 
 
-def test_nan_is_refused(folder):
-    change_weights(folder, lambda weights: weights[sorted(weights)[0]].fill_(math.nan))
+@pytest.mark.parametrize("number", [math.nan, 1e30])
+def test_nan_and_numbers_that_overflow_are_refused(folder, number):
+    change_weights(folder, lambda weights: weights[sorted(weights)[0]].fill_(number))
     assert "contains NaN or infinity" in refusal(folder)
 
 
@@ -205,10 +210,77 @@ def test_run_json_without_fingerprints_still_loads(folder):
     assert provenance["separator_id"] in generator.encoder.stop_ids
 
 
-@pytest.mark.parametrize("field, value", [("prompt_style", "poem"), ("base_model", None), ("quantization", {"quant_type": "q8"})])
+@pytest.mark.parametrize("field, value", [
+    ("prompt_style", "poem"), ("base_model", None), ("quantization", {"quant_type": "q8"}), ("quantization", {"load_in_4bit": 0}),
+    ("base_model", {"name": ["x"]}), ("base_model", {"name": "a\x1b[2J"}), ("trust_remote_code", "no"), ("stop_ids", "abc"),
+    ("stop_ids", [[1]]), ("stop_ids", [10**30]), ("stop_ids", []), ("base_weights_sha256", 5), ("data", [1]),
+    ("vocabulary_sha256", "x"), ("base_commit", "a\nb"),
+])  # fmt: skip
 def test_a_damaged_run_json_is_one_line(folder, field, value):
     change_json(folder / "run.json", **{field: value})
-    assert "has a damaged run.json" in refusal(folder)
+    with pytest.raises(UserError, match=rf"has a damaged run\.json \({field}") as error:
+        read_adapter(str(folder))
+    assert len(error.value.lines) == 1 and error.value.lines[0].isprintable()
+
+
+def test_a_stop_token_that_the_tokenizer_lacks_is_refused(folder):
+    change_json(folder / "run.json", stop_ids=[6143, 999_999])
+    assert "ends answers with token 999999" in refusal(folder)
+
+
+def test_keys_that_are_left_out_are_one_line_and_peft_reads_no_settings_itself(folder, monkeypatch):
+    change_json(folder / "adapter_config.json", megatron_core="os", **{"later\x1b[2J": 1, "a": 1, "b": 1, "c": 1})
+    monkeypatch.setattr(peft.PeftConfig, "from_pretrained", None)
+    load(folder)
+    (note,) = read_adapter(str(folder)).notes
+    assert note.endswith(r"left out of its adapter_config.json, as no LoRA needs it: later\x1b[2J, a, b and 1 more")
+
+
+def test_a_rank_that_the_file_does_not_explain_is_refused_before_memory_is_taken(folder, monkeypatch):
+    monkeypatch.setattr(peft_settings, "SLACK", 10**6)
+    change_json(folder / "adapter_config.json", rank_pattern={"up_proj": 4096})
+    monkeypatch.setattr(SwitchableAdapter, "__init__", None)
+    # 2 layers, 7 projections of rank 16, of which up_proj (192 to 512) has rank 4,096
+    held = sum(math.prod(tensor.shape) for tensor in load_file(folder / "adapter_model.safetensors").values())
+    expected = held + 2 * (4096 - 16) * (192 + 512)
+    assert f"needs {expected:,} numbers by its adapter_config.json, and its adapter_model.safetensors holds {held:,}" in refusal(
+        folder
+    )
+
+
+def test_patterns_that_never_end_are_ended(folder, monkeypatch):
+    monkeypatch.setattr(patterns.match_in_time, "__defaults__", (0.2,))
+    change_json(folder / "adapter_config.json", target_modules="((a|[a-z_.0-9])+)+!")
+    assert "has patterns in adapter_config.json that cannot be matched" in refusal(folder)
+    change_json(folder / "adapter_config.json", target_modules=["q_proj"], rank_pattern={"((a|[a-z_.0-9])+)+!": 4})
+    with pytest.raises(UserError, match="cannot be matched"):
+        read_pairs(read_adapter(str(folder)))
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.bool, torch.int8])
+def test_tensors_that_are_no_floating_point_numbers_are_refused(folder, dtype):
+    save_file({"base_model.model.x.lora_A.weight": torch.ones(2, 2).to(dtype)}, folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"lora_A\.weight in |damaged"):
+        read_adapter(str(folder))
+
+
+@pytest.mark.parametrize("place", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
+@pytest.mark.parametrize("file", ["run.json", "config.yaml"])
+def test_what_is_no_file_is_not_opened(folder, file, place):
+    (folder / file).unlink()
+    place(folder / file)
+    with pytest.raises(UserError, match=r"no file|no regular file"):
+        read_adapter(str(folder))
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/x", "n" * 300, "a\0b", "a/loop"])
+def test_an_odd_path_is_one_line(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "loop").symlink_to("loop")
+    with pytest.raises(UserError) as error:
+        read_adapter(name)
+    assert len(error.value.lines) == 1 and error.value.problems[0].key == "--adapter"
 
 
 def test_a_hub_model_is_loaded_at_the_commit_of_training(folder):

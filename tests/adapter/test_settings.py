@@ -50,7 +50,7 @@ def test_a_key_that_imports_a_module_is_refused(read):
 
 
 def test_keys_without_effect_are_dropped_and_unknown_ones_are_named(read):
-    settings, left_out = read(r=2, megatron_core="os", auto_mapping={"parent_library": "os"}, later=1, note="x")
+    settings, left_out = read(r=2, megatron_core="os", auto_mapping={"parent_library": "os"}, later=1, note="x", unused=None)
     assert settings == LoraFile(r=2) and left_out == ["later", "note"]
 
 
@@ -64,7 +64,9 @@ def test_keys_without_effect_are_dropped_and_unknown_ones_are_named(read):
         {"rank_pattern": {"(": 1}},
         {"rank_pattern": {"a": "b"}}, {"alpha_pattern": "x"}, {"init_lora_weights": [1]}, {"bias": "some"}, {"lora_dropout": -1},
         {"trainable_token_indices": "all"}, {"base_model_name_or_path": ["x"]}, {"modules_to_save": "lm_head"},
-        {"inference_mode": 1},
+        {"inference_mode": 1}, {"target_modules": "a\x1b[31m"}, {"base_model_name_or_path": "evil\n\x1b]0;title\x07"},
+        {"base_model_name_or_path": "\ud800"}, {"modules_to_save": ["(("]}, {"init_lora_weights": "pissa_niter_1000000"},
+        {"init_lora_weights": "os.system"}, {"kasa_config": {}}, {"alora_invocation_tokens": []}, {"megatron_config": {}},
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_one_line_that_names_the_key(read, settings):
