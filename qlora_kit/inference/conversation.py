@@ -5,10 +5,13 @@ gets each input alone, because it saw no earlier turns in training.
 """
 
 import json
+import os
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +21,7 @@ from qlora_kit.data.chat_template import Message
 from qlora_kit.data.formats import require_text
 from qlora_kit.errors import BadRecord, UserError
 from qlora_kit.inference.generator import Generated, Generator, replace_settings
+from qlora_kit.inference.prompts import format_instruction
 from qlora_kit.inference.terminal import Terminal
 
 COMMANDS = {  # name: (its argument, what it does)
@@ -47,20 +51,44 @@ class Round:
     seed: int
     answer: str
     was_cut: bool  # by Ctrl+C or at max_new_tokens
+    system: str  # the system message under which it was answered; empty for none
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether training can learn the answer: it has words and its own end."""
+        return bool(self.answer.strip()) and not self.was_cut
 
 
-def build_messages(rounds: list[Round], system: str) -> list[Message]:
-    """Return the rounds as training reads them: an answer that was cut has weight 0, since its end is not to be learned."""
+def build_messages(rounds: list[Round], system: str, untrained: int = 0) -> list[Message]:
+    """Return the turns of rounds whose answers have words, which are all that training accepts.
+
+    Args:
+        untrained: answers of that many first rounds are context only.
+    """
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
-    for one in non_empty_rounds(rounds):
-        answer = {"role": "assistant", "content": one.answer}
-        messages += [{"role": "user", "content": one.prompt}, answer | {"weight": 0} if one.was_cut else answer]
+    for number, one in enumerate(rounds):
+        if one.answer.strip():
+            answer = {"role": "assistant", "content": one.answer} | ({"weight": 0} if number < untrained else {})
+            messages += [{"role": "user", "content": one.prompt}, answer]
     return messages
 
 
-def non_empty_rounds(rounds: list[Round]) -> list[Round]:
-    """Return the rounds whose answer has words: training accepts no empty answer."""
-    return [one for one in rounds if one.answer.strip()]
+def build_records(rounds: list[Round], style: str) -> list[dict[str, Any]]:
+    """Return complete rounds as records to train on, in the form that an adapter of this style is trained in.
+
+    A chat is one record. Where its system message was replaced, a record begins that has the new one before all rounds up to the
+    next replacement, as the model got them, and trains the answers that were given under it.
+    """
+    if style == "text":
+        return [{"prompt": one.prompt, "completion": one.answer} for one in rounds]
+    if style == "instruction":
+        return [{"text": format_instruction(one.prompt) + one.answer} for one in rounds]
+    records, done = [], 0
+    for system, group in groupby(rounds, key=lambda one: one.system):
+        end = done + len(list(group))
+        records.append({"messages": build_messages(rounds[:end], system, untrained=done)})
+        done = end
+    return records
 
 
 class Conversation:
@@ -97,7 +125,7 @@ class Conversation:
         if self.compare:
             self.terminal.say_dimly("with the adapter:")
         answer, result = self._answer(ids, settings, seed)
-        self.rounds = [*earlier, Round(prompt, ids, settings, seed, answer, was_cut=result.stop != "end")]
+        self.rounds = [*earlier, Round(prompt, ids, settings, seed, answer, result.stop != "end", self.system)]
         notes = [f"seed {seed}"] if seed != self.generator.seed else []
         if not answer.strip():
             notes.append("no words: left out of the conversation")
@@ -139,7 +167,7 @@ class Conversation:
     def _say_summary(self, result: Generated, prompt_tokens: int, notes: Iterable[str]) -> None:
         context = self.generator.engine.context
         parts = [
-            f"{result.tokens:,} token{'' if result.tokens == 1 else 's'}",
+            count(result.tokens, "token"),
             *([f"{result.tokens_per_second:,.1f} tokens/s"] if result.seconds else []),
             f"context {prompt_tokens + result.tokens:,}" + (f" of {context:,}" if context else ""),
             *{"length": ["cut at max_new_tokens"], "interrupted": ["cut by Ctrl+C"]}.get(result.stop, []),
@@ -221,22 +249,25 @@ class Conversation:
         self._say_summary(result, len(last.ids), ["the same answer"] if answer == last.answer else [])
 
     def _save(self, name: str) -> None:
-        file = Path(name).expanduser()
+        file = Path(os.path.expanduser(name))
         if file.suffix != ".jsonl":
             raise UserError("/save", file, "is not a .jsonl file, which training reads", "use a name that ends in .jsonl")
-        rounds = non_empty_rounds(self.rounds)
+        rounds = [one for one in self.rounds if one.is_complete]
+        left_out = len(self.rounds) - len(rounds)
         if not rounds:
-            raise UserError("/save", file, "needs an answer", "type an input first")
-        records = [rounds] if self.style == "chat" else [[alone] for alone in rounds]
-        lines = "".join(
-            json.dumps({"messages": build_messages(record, self.system)}, ensure_ascii=False) + "\n" for record in records
-        )
+            problem = "needs an answer" + (" that ends by itself and has words" if left_out else "")
+            raise UserError("/save", file, problem, "use /set max_new_tokens" if left_out else "type an input first")
+        records = build_records(rounds, self.style)
         try:
             with file.open("x", encoding="utf-8") as saved:
-                saved.write(lines)
+                saved.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         except FileExistsError:
             raise UserError("/save", file, "exists already", "use another name") from None
         except OSError as error:
             raise UserError("/save", file, f"cannot be written ({error.strerror})", "use another name") from None
-        cut = sum(one.was_cut for one in rounds)
-        self.terminal.say_dimly(f"saved in {file}" + (f"; answers that were cut, of weight 0: {cut}" if cut else ""))
+        note = f"; {count(left_out, 'round')} left out: cut or empty answers are not trained" if left_out else ""
+        self.terminal.say_dimly(f"saved {count(len(rounds), 'round')} in {file}{note}")
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

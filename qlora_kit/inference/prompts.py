@@ -103,6 +103,11 @@ def _empty_prompt(flag: str, value: str | None) -> UserError:
     return UserError(flag, value, "is empty", "give it some text")
 
 
+def format_instruction(prompt: str) -> str:
+    """Return a prompt as instructions are trained, up to the answer."""
+    return f"### Instruction:\n{prompt}\n\n### Response:\n"
+
+
 @dataclass(frozen=True)
 class PromptEncoder:
     """Turn prompts into the token ids that training would have produced up to the answer.
@@ -143,8 +148,7 @@ class PromptEncoder:
         return ids
 
     def _encode_instruction(self, prompt: str) -> list[int]:
-        text = f"### Instruction:\n{prompt}\n\n### Response:\n"
-        return self._encode(Rendering([Piece(text, trained=False)], is_plain=True))
+        return self._encode(Rendering([Piece(format_instruction(prompt), trained=False)], is_plain=True))
 
     def encode_chat(self, messages: list[Message]) -> list[int]:
         """Return the ids of a conversation whose last turn is the user's.

@@ -229,27 +229,46 @@ def test_compare_is_refused_without_an_adapter_to_switch(converse, flag):
     assert out == "Hello!\n" and len(engine.asked) == 1 and f"error: /compare: cannot be used with {flag}" in err
 
 
+def trained_texts(file, tokenizer) -> list[str]:
+    """Return what training learns of each record of a file."""
+    settings = {"data.dataset": str(file), "data.eval_split": None, "data.packing": False, "data.max_length": 128}
+    train, _ = train_qlora.prepare_dataset(override(load_config(Path("configs/instruct.yaml")), settings), tokenizer)
+    return [tokenizer.decode(block["labels"][block["labels"] != -100]) for block in train]
+
+
 def test_a_saved_conversation_trains_on_all_answers_but_those_that_were_cut(converse, tmp_path, tokenizer):
     file = tmp_path / "chat.jsonl"
-    lines = ["/system Be brief.", "Hé 日本", "a\\", "b", "Last?", f"/save {file}", f"/save {file}"]
-    _, err, _ = converse(lines, "Hello!", "one^C two", "The end.")
+    lines = ["/system Be brief.", "Hé 日本", "a\\", "b", "Nothing?", "Last?", f"/save {file}", f"/save {file}"]
+    _, err, _ = converse(lines, "Hello!", "one^C two", "", "The end.")
     (record,) = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    assert [(turn["role"], turn["content"], turn.get("weight")) for turn in from_messages(record).messages] == [
-        ("system", "Be brief.", None), ("user", "Hé 日本", None), ("assistant", "Hello!", None), ("user", "a\nb", None),
-        ("assistant", "one", 0), ("user", "Last?", None), ("assistant", "The end.", None),
+    assert [(turn["role"], turn["content"]) for turn in from_messages(record).messages] == [
+        ("system", "Be brief."), ("user", "Hé 日本"), ("assistant", "Hello!"), ("user", "Last?"), ("assistant", "The end."),
     ]  # fmt: skip
-    assert "of weight 0: 1" in err and f"error: /save: {file}: exists already" in err
-    train, _ = train_qlora.prepare_dataset(
-        override(load_config(Path("configs/instruct.yaml")), {"data.dataset": str(file), "data.eval_split": None}), tokenizer
-    )
-    trained = train[0]["labels"][train[0]["labels"] != -100]
-    assert tokenizer.decode(trained) == "Hello!<|im_end|>The end.<|im_end|>"
+    assert f"saved 2 rounds in {file}; 2 rounds left out" in err and f"error: /save: {file}: exists already" in err
+    assert trained_texts(file, tokenizer) == ["Hello!<|im_end|>The end.<|im_end|>"]
 
 
-def test_rounds_without_a_chat_are_saved_one_a_record(converse, tmp_path):
-    converse(["one", "two", f"/save {tmp_path}/rounds.jsonl"], "1", "2", style="text")
-    saved = [json.loads(line)["messages"] for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
-    assert [[turn["content"] for turn in turns] for turns in saved] == [["one", "1"], ["two", "2"]]
+def test_a_system_message_is_saved_before_what_it_was_sent_with(converse, tmp_path, tokenizer):
+    lines = ["One?", "/system Be brief.", "Two?", "Three?", "/system", "Four?", f"/save {tmp_path}/chat.jsonl"]
+    _, _, engine = converse(lines, "1", "2", "3", "4")
+    records = [json.loads(line)["messages"] for line in (tmp_path / "chat.jsonl").read_text().splitlines()]
+    sent = [engine.asked[number][0] for number in (0, 2, 3)]  # before the last answer of each record
+    assert [chat(*(turn["content"] for turn in record[:-1])) for record in records] == sent
+    assert trained_texts(tmp_path / "chat.jsonl", tokenizer) == ["1<|im_end|>", "2<|im_end|>3<|im_end|>", "4<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("style", "saved"),
+    [
+        ("text", [{"prompt": "one", "completion": "1"}, {"prompt": "two", "completion": "2"}]),
+        ("instruction", [{"text": f"### Instruction:\n{q}\n\n### Response:\n{a}"} for q, a in (("one", "1"), ("two", "2"))]),
+    ],
+)
+def test_rounds_without_a_chat_are_saved_one_a_record(converse, tmp_path, tokenizer, style, saved):
+    file = tmp_path / "rounds.jsonl"
+    converse(["one", "two", "three", f"/save {file}"], "1", "2", "3^C", style=style)
+    assert [json.loads(line) for line in file.read_text().splitlines()] == saved
+    assert trained_texts(file, tokenizer) == ["1<|im_end|>", "2<|im_end|>"]
 
 
 @pytest.mark.parametrize("line, words", [
