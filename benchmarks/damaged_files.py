@@ -15,6 +15,16 @@ Damage = Callable[[Path], None]
 ACCEPTED = (
     r"config\.json: .*(architectures|transformers_version|initializer_range|use_cache|dtype|_id|max_window_layers|layer_types)",
     r": sound",
+    # An adapter. Keys of other tools, and of how its matrices began, are left out; a missing key stands for its default.
+    r"adapter_config\.json: (auto_mapping|eva_config|loftq_config|megatron_core|later_key|lora_dropout|inference_mode) ",
+    r"adapter/(adapter_config|run)\.json: \S+ is (null|gone|empty (list|object|text))$",
+    r"adapter_config\.json: (base_model_name_or_path|revision) ",  # run.json names the base model
+    r"adapter_config\.json: (lora_alpha is (minus one|zero|half)|fan_in_fan_out is true)",  # any scale is one; peft turns it back
+    r"adapter_config\.json: ((rank|alpha)_pattern is object|exclude_modules is)",  # which match none of the modules
+    r"merge: adapter/adapter_config\.json: (target_|layers_|task_type)",  # the tensors' names say what is adapted
+    r"run\.json: (perplexity|config|base_commit|base_model/(revision|folder|name)|data is object|stop_ids is list$)",
+    r"infer: adapter/config\.yaml: (gone|empty|a folder of everything)",  # it holds defaults; no data are opened
+    r"infer: adapter/chat_template\.jinja: ",  # an adapter trained on text renders none
 )
 DEEP = 100_000
 VALUES: dict[str, Any] = {
