@@ -41,13 +41,26 @@ def read_regular_file(path: Path, limit: int = LARGEST_JSON) -> bytes:
         OSError: it cannot be read.
         ValueError: it is larger, or a device or a pipe, which need never end.
     """
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError("no regular file")
+    if regular_size(path) > limit:
+        raise ValueError(f"more than {limit:,} bytes")
     with path.open("rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise ValueError(f"more than {limit:,} bytes")
     return content
+
+
+def regular_size(path: Path) -> int:
+    """Return the size of a file in bytes; links are followed, as the Hub's cache has them.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is a folder, a device or a pipe.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("no regular file")
+    return status.st_size
 
 
 def parse_json(content: bytes | str) -> Any:

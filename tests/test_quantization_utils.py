@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -198,6 +199,7 @@ def test_without_a_quantization_config_no_weight_is_packed(two_layers_dir, dtype
 def test_a_folder_that_is_no_language_model_is_the_users_mistake(two_layers_dir, tmp_path):
     AutoTokenizer.from_pretrained(two_layers_dir).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "no-such-architecture"}')
+    save_file({}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"model\.name: .*cannot be loaded") as error:
         load(tmp_path)
     assert len(error.value.lines) == 1 and "\n" not in error.value.lines[0]

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.config import GIB, ModelSettings
 from qlora_kit.errors import UserError
-from qlora_kit.model.hub import model_folder, read_json
+from qlora_kit.model.hub import model_folder, read_config
 from qlora_kit.model.weight_files import read_base
 
 ANSWER_BYTES = GIB // 2  # keys, values and logits: a text of 4,000 tokens takes 0.14 GiB of keys and values at Qwen2.5-3B
@@ -33,7 +33,7 @@ def check_memory(model: ModelSettings, dtype: torch.dtype, device: str) -> None:
     if folder is None:
         return  # loading fails with the reason
     shapes = [stored.shape for stored in read_base(folder).values()]
-    config = read_json(folder / "config.json", "model.name")
+    config = read_config(folder, model.name)
     vocabulary = config.get("text_config", config).get("vocab_size")
     largest = max(math.prod(shape) for shape in shapes if vocabulary not in shape)  # neither embedding nor head is folded
     needed = sum(map(math.prod, shapes)) * dtype.itemsize + largest * torch.float32.itemsize + ANSWER_BYTES

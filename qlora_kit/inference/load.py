@@ -13,7 +13,7 @@ from qlora_kit.inference.generator import Engine, FixedAdapter
 from qlora_kit.inference.library_engine import choose_engine
 from qlora_kit.model.device import choose_device, usable_dtype
 from qlora_kit.model.gpu_placement import choose_device_map
-from qlora_kit.model.hub import fetch_model, read_json
+from qlora_kit.model.hub import fetch_model, read_config
 from qlora_kit.model.load import set_padding
 from qlora_kit.model.packed_base import adopt, read_packed
 
@@ -37,7 +37,7 @@ def load_engine(
     """
     device = choose_device(device, "--device")
     folder = fetch_base(source, fetch_model)
-    if packed := read_packed(read_json(folder / "config.json", "model.name"), source.model.name):
+    if packed := read_packed(read_config(folder, source.model.name), source.model.name):
         own, line = adopt(source.quantization, packed, source.model.name)
         _say(line if own != source.quantization else None)
         source = replace(source, quantization=own)

@@ -5,7 +5,8 @@ from typing import Any
 from qlora_kit.config import Config
 from qlora_kit.errors import UserError, unsupported
 from qlora_kit.model.hub import read_model_config
-from qlora_kit.planning.shape import LLAMA_LIKE, ModelShape, complete_config, read_shape
+from qlora_kit.planning.model_config import LLAMA_LIKE, complete_config
+from qlora_kit.planning.shape import ModelShape, read_shape
 
 
 def why_not_llama_like(model_config: dict[str, Any], length: int) -> str | None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from qlora_kit.config import GIB, ModelSettings, QuantizationSettings
 from qlora_kit.errors import UserError
-from qlora_kit.model.hub import read_json
+from qlora_kit.model.hub import read_config
 from qlora_kit.model.load import DeviceMap
 from qlora_kit.model.skeleton import build_skeleton, pack_skeleton
 from qlora_kit.planning.shape import BYTES_4BIT, BYTES_4BIT_DOUBLE, ModelShape, read_shape
@@ -39,7 +39,7 @@ def choose_device_map(
     Raises:
         UserError: all GPUs together have no room for the model.
     """
-    shape = read_shape(read_json(folder / "config.json", "model.name"))
+    shape = read_shape(read_config(folder, model.name))
     if device == "cpu" or wanted == "one" or shape is None:
         return {"": 0 if device == "cuda" else device}, None
     weights, room = needed_bytes(shape, quantization, dtype.itemsize)

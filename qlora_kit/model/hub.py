@@ -5,7 +5,6 @@ does not answer, the process goes offline before any Hugging Face library is imp
 its cache at once instead of printing minutes of retries.
 """
 
-import json
 import os
 import urllib.error
 import urllib.request
@@ -14,7 +13,11 @@ from typing import Any
 
 from qlora_kit.config import ModelSettings
 from qlora_kit.errors import UserError
+from qlora_kit.model.small_files import check_small_files
+from qlora_kit.model.weight_files import read_headers
+from qlora_kit.planning.model_config import check_model_config
 from qlora_kit.planning.shape import KNOWN_CONFIGS
+from qlora_kit.untrusted import read_json, user_path
 
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # config and tokenizer
 MODEL_FILES = [*SMALL_FILES, "*.safetensors"]  # no pickles, no code
@@ -51,13 +54,28 @@ def read_model_config(model: ModelSettings) -> dict[str, Any]:
     """Return the base model's config.json; that of the default model needs no download.
 
     Raises:
-        UserError: as fetch_model.
+        UserError: as fetch_model and read_config.
     """
-    if is_local(model.name):
-        return read_json(_local_folder(model) / "config.json", "model.name")
-    if model.name in KNOWN_CONFIGS:
+    if not is_local(model.name) and model.name in KNOWN_CONFIGS:
         return KNOWN_CONFIGS[model.name]
-    return read_json(_download(model, ["config.json"]) / "config.json", "model.name")
+    return read_config(_local_folder(model) if is_local(model.name) else _download(model, ["config.json"]), model.name)
+
+
+def read_config(folder: Path, name: object) -> dict[str, Any]:
+    """Return the config.json in a folder.
+
+    Args:
+        name: of the model, for the message.
+
+    Raises:
+        UserError: it cannot be read, or a value has another type or is out of range.
+    """
+    config = read_json(folder / "config.json", "model.name")
+    try:
+        check_model_config(config)
+    except UserError as error:
+        raise error.under("model.name", name) from None
+    return config
 
 
 def fetch_tokenizer(model: ModelSettings) -> Path:
@@ -74,20 +92,30 @@ def fetch_model(model: ModelSettings) -> Path:
     """Download all files of the base model unless they are on this machine; return their folder.
 
     Raises:
-        UserError: as fetch_tokenizer, or the weights are not safetensors files.
+        UserError: as fetch_tokenizer, or the weights are not sound safetensors files.
     """
+    folder = fetch_weights(model)
+    return _check_tokenizer(folder, model)
+
+
+def fetch_weights(model: ModelSettings) -> Path:
+    """Download the files of the base model as fetch_model does, whether there is a tokenizer or not."""
     folder = _local_folder(model) if is_local(model.name) else _download(model, MODEL_FILES)
-    _check_tokenizer(folder, model)
     if not any(folder.glob("*.safetensors")):
         remedy = "save the model with save_pretrained and use that folder"
         raise UserError("model.name", model.name, "has no *.safetensors weights", remedy)
+    if (folder / "adapter_config.json").exists():
+        problem = "holds an adapter_config.json, and transformers would load the model that it names"
+        raise UserError("model.name", model.name, problem, "use a folder with the model alone")
+    check_small_files(folder, "model.name", model.name)
+    read_headers(folder)  # checks them
     return folder
 
 
 def model_folder(model: ModelSettings) -> Path | None:
     """Return the base model's folder on this machine, or None; one in the Hub's cache is named by its commit."""
     if is_local(model.name):
-        return Path(model.name).expanduser()
+        return user_path(model.name, "model.name")
     from huggingface_hub import snapshot_download
 
     try:
@@ -98,26 +126,8 @@ def model_folder(model: ModelSettings) -> Path | None:
 
 def read_context(folder: Path) -> int | None:
     """Return the most tokens that the model in `folder` reads, as its config.json states it; None if it states nothing."""
-    settings = read_json(folder / "config.json", "model.name")
+    settings = read_config(folder, folder)
     return settings.get("max_position_embeddings") or settings.get("n_positions")  # the second is GPT-2's
-
-
-def read_json(path: Path, key: str) -> dict[str, Any]:
-    """Return the JSON object in a file.
-
-    Args:
-        key: the flag or config key that led to the file.
-
-    Raises:
-        UserError: the file is missing or holds no JSON object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(key, path, f"cannot be read as JSON ({error})", "copy it again from its source") from None
-    if not isinstance(content, dict):
-        raise UserError(key, path, "holds no JSON object", "copy it again from its source")
-    return content
 
 
 def remote_code_warning(model: ModelSettings) -> str:
@@ -130,15 +140,16 @@ def _check_tokenizer(folder: Path, model: ModelSettings) -> Path:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         remedy = "copy the base model's tokenizer files, such as tokenizer.json, into its folder"
         raise UserError("model.name", model.name, "has no tokenizer", remedy)
+    check_small_files(folder, "model.name", model.name)
     return folder
 
 
 def _local_folder(model: ModelSettings) -> Path:
-    folder = Path(model.name).expanduser()
+    folder = user_path(model.name, "model.name")
     if not folder.is_dir():
         remedy = "use a folder with config.json, or a Hub model such as Qwen/Qwen2.5-3B-Instruct"
         raise UserError("model.name", model.name, "is no existing folder", remedy)
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").exists():
         raise UserError("model.name", model.name, "has no config.json", "use the folder that save_pretrained wrote")
     return folder
 

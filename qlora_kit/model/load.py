@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import math
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,13 @@ from transformers.core_model_loading import dot_natural_key
 from qlora_kit.config import ModelSettings, QuantizationSettings
 from qlora_kit.errors import UserError
 from qlora_kit.model.device import is_out_of_memory
-from qlora_kit.model.hub import read_model_config
+from qlora_kit.model.hub import fetch_weights, read_config
 from qlora_kit.model.packed_base import read_packed
 from qlora_kit.model.skeleton import build_skeleton, class_to_load, modules_to_skip, not_loadable
+from qlora_kit.model.weight_files import StoredTensor, read_headers
 
 DeviceMap = dict[str, int | str]  # module -> number of its GPU, or cpu; the module "" is the whole model
+SPARE = 2**27  # numbers that a model may have beyond its files: half a GiB at most in fp32, and a mask of 10,000 positions
 COMPUTED = re.compile(r"(?:inv_freq|position_ids|masked_bias)$")  # buffers that a model computes, in files or not
 # Tokens that models reserve for padding, in the order in which they are tried.
 PADDING_TOKENS = [
@@ -76,13 +80,15 @@ def load_base_model(
             on this processor.
     """
     settings = ModelSettings(name=str(name), revision=revision, trust_remote_code=trust_remote_code)
-    packed = read_packed(read_model_config(settings), name)
+    folder = fetch_weights(settings)
+    packed = read_packed(read_config(folder, name), name)
     if packed and quantization:
         check_same(quantization, packed, name)
+    skeleton = build_skeleton(settings)
+    check_size(skeleton, read_headers(folder).values(), packed is not None, name)
     loader: Any = AutoModelForCausalLM
     packing: dict[str, Any] = {}
     if quantization and not packed:
-        skeleton = build_skeleton(settings)
         loader, packing["quantization_config"] = class_to_load(skeleton), copy.copy(quantization)
         packing["quantization_config"].llm_int8_skip_modules = modules_to_skip(skeleton)
     try:
@@ -112,6 +118,27 @@ def load_base_model(
             module.compute_dtype = quantization.bnb_4bit_compute_dtype if quantization else dtype
     guard_cpu_kernels(model, name)
     return model
+
+
+def check_size(skeleton: PreTrainedModel, stored: Collection[StoredTensor], packed: bool, name: str | Path) -> None:
+    """Check, before memory is taken, that a model is not much larger than its files.
+
+    Args:
+        skeleton: the model without its weights.
+        packed: whether its config.json says that its files are in 4 bits.
+
+    Raises:
+        UserError: it is, so that its config.json is another model's; or no file is in 4 bits.
+    """
+    is_byte = [tensor.dtype in ("U8", "I8") for tensor in stored]
+    held = sum(math.prod(tensor.shape) * (1 + byte) for tensor, byte in zip(stored, is_byte, strict=True))  # two weights a byte
+    needed = sum(tensor.numel() for tensor in (*skeleton.parameters(), *skeleton.buffers()))
+    if needed > 2 * held + SPARE:  # buffers and tied weights are in no file
+        problem = f"holds {held:,} numbers in its files, and its config.json makes a model of {needed:,}"
+        raise UserError("model.name", name, problem, "restore its config.json, or copy or download the model again")
+    if packed and not any(is_byte):
+        problem = "has a quantization_config in its config.json, and weights that are not packed"
+        raise UserError("model.name", name, problem, "remove it from config.json, or copy or download the model again")
 
 
 def check_same(quantization: BitsAndBytesConfig, packed: dict[str, Any], name: str | Path) -> None:

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, nodes
@@ -12,12 +11,13 @@ from jinja2.parser import Parser
 
 from qlora_kit.config import ModelSettings
 from qlora_kit.errors import UserError
-from qlora_kit.untrusted import read_regular_file
+from qlora_kit.model.hub import is_local
+from qlora_kit.model.small_files import LARGEST_TEMPLATE, check_small_files
+from qlora_kit.untrusted import read_regular_file, user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LARGEST_TEMPLATE = 2**20  # bytes
 TEXT_ENDS = ("endoftext", "endofdocument", "eos", "eostoken", "/s", "eod", "endofsentence")  # as _letters writes names
 
 
@@ -33,14 +33,17 @@ def load_tokenizer(model: ModelSettings, chat_template: str | None = None) -> "P
     from transformers import AutoTokenizer
 
     template = read_chat_template(chat_template)
+    if is_local(model.name):  # from the Hub, fetch_tokenizer has checked them
+        check_small_files(user_path(model.name, "model.name"), "model.name", model.name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             os.path.expanduser(model.name), revision=model.revision or "main", trust_remote_code=model.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
-        problem = f"has a tokenizer that cannot be loaded ({' '.join(str(error).split())[:300]})"
+    except Exception as error:  # every tokenizer has its own; those in Rust raise bare ones
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        problem = f"has a tokenizer that cannot be loaded ({reason})"
         raise UserError("model.name", model.name, problem, "copy or download it again") from error
-    _check_template_names(tokenizer, model.name)
+    _check_templates(tokenizer, model.name)
     if template:
         tokenizer.chat_template = template
     return tokenizer
@@ -56,7 +59,7 @@ def read_chat_template(file: str | None) -> str | None:
         return None
     key, remedy = "data.chat_template", "use a Jinja file, or null for the tokenizer's own template"
     try:
-        text = read_regular_file(Path(file).expanduser(), LARGEST_TEMPLATE).decode("utf-8-sig")
+        text = read_regular_file(user_path(file, key), LARGEST_TEMPLATE).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(key, file, f"is not UTF-8 text (byte {error.start})", "save it as UTF-8") from None
     except OSError as error:
@@ -84,14 +87,17 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _check_template_names(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
-    """Check that the names of several chat templates are no paths: each template is saved to a file of its name."""
-    templates: Any = tokenizer.chat_template
-    for template in templates if isinstance(templates, dict) else ():
-        if not re.fullmatch(r"[\w-][\w.-]{0,99}", template):
-            problem = f"has a chat template with the name {template[:100]!r}, which is no file name"
-            remedy = "use letters and digits in the model's tokenizer_config.json"
-            raise UserError("model.name", name, problem, remedy)
+def _check_templates(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
+    """Check that chat templates are texts, and that the names of several are no paths: each is saved to a file of its name."""
+    templates: Any = tokenizer.chat_template or ""
+    for template, text in templates.items() if isinstance(templates, dict) else [("default", templates)]:
+        problem = None
+        if not isinstance(text, str) or len(text) > LARGEST_TEMPLATE:
+            problem = f"has a chat template that is no text, or one of more than {LARGEST_TEMPLATE:,} characters"
+        elif not isinstance(template, str) or not re.fullmatch(r"[\w-][\w.-]{0,99}", template):
+            problem = f"has a chat template with the name {str(template)[:100]!r}, which is no file name"
+        if problem:
+            raise UserError("model.name", name, problem, "use letters and digits in the model's tokenizer_config.json")
 
 
 def find_frame(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:

@@ -4,21 +4,20 @@ A file is the length of its JSON header in 8 bytes, little end first, then the h
 the tensors' bytes (github.com/huggingface/safetensors). Imports no torch until a tensor is read.
 """
 
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
 from qlora_kit.errors import UserError
-from qlora_kit.model.hub import read_json
+from qlora_kit.untrusted import LARGEST_JSON, parse_json, read_json, regular_size
 
 if TYPE_CHECKING:
     import torch
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
-LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
+LARGEST = 2**63  # elements or bytes of a file
 
 
 @dataclass(frozen=True)
@@ -51,27 +50,40 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a safetensors file by name, sorted; none is read.
 
     Raises:
-        OSError, ValueError: the file cannot be read, is no safetensors file, or ends before its last tensor.
+        OSError, ValueError: the file cannot be read, is no safetensors file, or ends before its last tensor; or its tensors
+            overlap, or are not as large as their shapes.
     """
+    size = regular_size(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > LONGEST_HEADER:
+        if length > min(size, LARGEST_JSON):
             raise ValueError("no safetensors header")
-        header = json.loads(file.read(length))
-    try:
-        header.pop("__metadata__", None)
-        tensors = {name: _stored(name, path, 8 + length, header[name]) for name in sorted(header)}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"no safetensors header: {error!r}") from None
-    end, size = max((stored.place[1] for stored in tensors.values()), default=0), path.stat().st_size
+        header = parse_json(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("no safetensors header")
+    header.pop("__metadata__", None)
+    tensors = {name: _stored(name, path, 8 + length, header[name]) for name in sorted(header)}
+    end = 8 + length
+    for stored in sorted(tensors.values(), key=lambda stored: stored.place):
+        if stored.place[0] != end:
+            raise ValueError(f"{stored.name!r} does not begin where the tensor before it ends")
+        end = stored.place[1]
     if size < end:
         raise ValueError(f"{size:,} bytes of {end:,}")
     return tensors
 
 
-def _stored(name: str, path: Path, start: int, entry: dict) -> StoredTensor:
-    first, end = entry["data_offsets"]
-    return StoredTensor(name, path, entry["dtype"], tuple(entry["shape"]), (start + first, start + end))
+def _stored(name: str, path: Path, start: int, entry: Any) -> StoredTensor:
+    try:
+        dtype, shape, (first, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"no dtype, shape and place of {name!r}") from None
+    numbers = [*shape, first, end] if isinstance(shape, list) else []
+    if not isinstance(dtype, str) or len(numbers) < 2 or any(type(one) is not int or not 0 <= one < LARGEST for one in numbers):
+        raise ValueError(f"no dtype, shape and place of {name!r}")
+    if first > end or (dtype in BYTES and end - first != BYTES[dtype] * math.prod(shape)):
+        raise ValueError(f"{name!r} is not as large as its shape")
+    return StoredTensor(name, path, dtype, tuple(shape), (start + first, start + end))
 
 
 def read_base(folder: Path) -> dict[str, StoredTensor]:
@@ -82,28 +94,50 @@ def read_base(folder: Path) -> dict[str, StoredTensor]:
     """
     if "quantization_config" in read_json(folder / "config.json", "model.name"):
         raise UserError("model.name", folder, "has quantized weights", "use the 16-bit model that they were made from")
-    tensors: dict[str, StoredTensor] = {}
-    for path in weight_files(folder):
-        try:
-            tensors |= read_header(path)
-        except (OSError, ValueError) as error:
-            raise _damaged(path, error) from None
+    tensors = read_headers(folder)
     for stored in tensors.values():
         if stored.dtype not in BYTES:
             raise UserError(str(stored.file), None, f"holds {stored.name} in {stored.dtype}", "use a model in 16 or 32 bits")
     return tensors
 
 
+def read_headers(folder: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a model's safetensors files by name, whatever their dtype; none is read.
+
+    Raises:
+        UserError: a file is missing or damaged, or the index names what is none of the folder's.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for path in weight_files(folder):
+        try:
+            tensors |= read_header(path)
+        except (OSError, ValueError) as error:
+            raise _damaged(path, error) from None
+    return tensors
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Return the files that transformers reads: the one file, or else those of the index, which may be missing."""
-    if (folder / WHOLE).is_file():
+    if (folder / WHOLE).exists():
         return [folder / WHOLE]
-    if not (folder / INDEX).is_file():
+    if not (folder / INDEX).exists():
         remedy = "save the model with save_pretrained and use that folder"
         raise UserError("model.name", folder, f"has neither {WHOLE} nor {INDEX}", remedy)
-    return [folder / name for name in dict.fromkeys(read_json(folder / INDEX, "model.name")["weight_map"].values())]
+    weight_map = read_json(folder / INDEX, "model.name").get("weight_map")
+    names = list(dict.fromkeys(weight_map.values())) if isinstance(weight_map, dict) and _all_texts(weight_map) else [""]
+    for name in names:
+        if not name.endswith(".safetensors") or ".." in name or "\\" in name or PurePosixPath(name).is_absolute():
+            problem = (
+                f"names {name[:100]!r}, which is no *.safetensors file of the folder" if name else "has no map of its weights"
+            )
+            raise UserError("model.name", folder / INDEX, problem, "copy or download it again")
+    return [folder / name for name in names]
+
+
+def _all_texts(weight_map: dict[str, Any]) -> bool:
+    return bool(weight_map) and all(isinstance(name, str) for name in weight_map.values())
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:100]
-    return UserError(str(path), None, f"is missing or damaged ({reason})", "copy or download it again")
+    return UserError("model.name", path, f"is missing or damaged ({reason})", "copy or download it again")

@@ -1,47 +1,16 @@
 """Sizes of a Llama-like model from its config.json."""
 
-import json
 import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from qlora_kit.errors import UserError
+from qlora_kit.planning.model_config import LLAMA_LIKE, complete_config, refuse
 
 # Bytes per weight. NF4 and FP4 store one absmax per 64 weights: in fp32, or (double quantization) in 8 bits plus one fp32 number
 # per 256 of them. QLoRA (arXiv 2305.14314), section 3: 4.5 and 4.127 bits per parameter.
 BYTES_4BIT = 0.5 + 4 / 64
 BYTES_4BIT_DOUBLE = 0.5 + 1 / 64 + 4 / (64 * 256)
-LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
-# What transformers takes for a key that a config.json leaves out, by model type; None where the value follows from others.
-_LLAMA = {
-    "num_hidden_layers": 32,
-    "hidden_size": 4096,
-    "num_attention_heads": 32,
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "intermediate_size": 11008,
-    "vocab_size": 32000,
-    "tie_word_embeddings": False,
-}
-_QWEN2 = _LLAMA | {
-    "num_key_value_heads": 32,
-    "intermediate_size": 22016,
-    "vocab_size": 151936,
-    "use_sliding_window": False,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-    "layer_types": None,
-}
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": _LLAMA | {"attention_bias": False, "mlp_bias": False},
-    "mistral": _LLAMA | {"num_key_value_heads": 8, "intermediate_size": 14336, "sliding_window": 4096},
-    "qwen2": _QWEN2,
-    "qwen3": _QWEN2 | {"head_dim": 128, "attention_bias": False},
-}
-MAY_BE_NULL = ("num_key_value_heads", "sliding_window")
-LEAST = {"sliding_window": 0, "max_window_layers": 0}
-MOST_LAYERS, LARGEST = 2**10, 2**24  # far above any model; a plan tries each number of recomputed layers
 # The config.json of the models that the shipped configs name, so that an estimate needs no download.
 KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-3B-Instruct": {
@@ -145,30 +114,6 @@ def _sum_sides(shape: ModelShape, targets: tuple[str, ...]) -> int:
     return total
 
 
-def complete_config(model_config: dict[str, Any]) -> dict[str, Any]:
-    """Return what decides the shape of a Llama-like model: the values of its config.json, else transformers' defaults.
-
-    Raises:
-        UserError: a size is no whole number within reason, or a switch is neither true nor false.
-    """
-    defaults = DEFAULTS[model_config["model_type"]]
-    values = {key: model_config.get(key, default) for key, default in defaults.items()}
-    for key, value in values.items():
-        least, most = LEAST.get(key, 1), MOST_LAYERS if key == "num_hidden_layers" else LARGEST
-        if value is None and (defaults[key] is None or key in MAY_BE_NULL):
-            continue
-        if isinstance(defaults[key], bool):
-            fits, expected = isinstance(value, bool), "true or false"
-        elif key == "layer_types":
-            fits, expected = isinstance(value, list), "a list"
-        else:
-            fits = type(value) is int and least <= value <= most  # True is an int, too
-            expected = f"a whole number from {least} to {most:,}"
-        if not fits:
-            raise _refuse(key, value, expected)
-    return values
-
-
 def read_shape(model_config: dict[str, Any]) -> ModelShape | None:
     """Return the shape that a config.json states, with transformers' defaults; None if the model is not Llama-like.
 
@@ -182,9 +127,9 @@ def read_shape(model_config: dict[str, Any]) -> ModelShape | None:
     heads, hidden = values["num_attention_heads"], values["hidden_size"]
     kv_heads, head_size = values["num_key_value_heads"] or heads, values["head_dim"] or hidden // heads
     if heads % kv_heads:
-        raise _refuse("num_key_value_heads", kv_heads, f"a divisor of the {heads} attention heads")
+        raise refuse("num_key_value_heads", kv_heads, f"a divisor of the {heads} attention heads")
     if head_size == 0 or (kind == "llama" and hidden % heads):
-        raise _refuse("hidden_size", hidden, f"a multiple of the {heads} attention heads")
+        raise refuse("hidden_size", hidden, f"a multiple of the {heads} attention heads")
     return ModelShape(
         model_type=kind,
         layers=values["num_hidden_layers"],
@@ -198,11 +143,6 @@ def read_shape(model_config: dict[str, Any]) -> ModelShape | None:
         attention_bias=values.get("attention_bias", False),
         mlp_bias=values.get("mlp_bias", False),
     )
-
-
-def _refuse(key: str, value: object, expected: str) -> UserError:
-    problem = f"states {key}: {json.dumps(value)[:60]}, expected {expected}"
-    return UserError("config.json", None, problem, "correct it, or copy the file again from its source")
 
 
 def vocabulary_piece(tokens: int, vocabulary: int) -> int:

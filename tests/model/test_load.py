@@ -80,9 +80,9 @@ def test_tensors_that_the_model_has_no_place_for_are_told(tmp_path):
 
 
 @pytest.mark.parametrize("config, words", [
-    ({"num_attention_heads": 0}, "cannot be loaded"),
+    ({"rms_norm_eps": "small"}, "states rms_norm_eps"),
     ({"hidden_act": "no-such-function"}, "cannot be loaded"),
-    ({"vocab_size": "many"}, "cannot be loaded"),
+    ({"layer_types": ["no-such-attention"] * 8}, "cannot be loaded"),
 ])  # fmt: skip
 def test_what_the_library_raises_is_one_line_whatever_its_type(tmp_path, config, words):
     assert words in refusal(change_model(tmp_path / "base", **config), None)
@@ -144,7 +144,7 @@ def test_packed_files_without_the_scales_of_a_weight_are_refused(tmp_path):
     ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "FP8"),
     ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes' 8 bits"),
     ({"quant_method": "of-tomorrow"}, "of-tomorrow"),
-    ("x", "an unknown method"),
+    ({"bits": 4}, "an unknown method"),
 ])  # fmt: skip
 def test_other_quantized_files_are_refused_with_the_way_out(tmp_path, settings, form):
     line = refusal(change_model(tmp_path / "base", quantization_config=settings), None)

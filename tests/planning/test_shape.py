@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Pretr
 
 from qlora_kit.config import Config
 from qlora_kit.errors import UserError
-from qlora_kit.planning.shape import DEFAULTS, KNOWN_CONFIGS, PIECE_LOGITS, read_shape, vocabulary_piece
+from qlora_kit.planning.model_config import DEFAULTS
+from qlora_kit.planning.shape import KNOWN_CONFIGS, PIECE_LOGITS, read_shape, vocabulary_piece
 
 ALL_SEVEN = Config().lora.target_modules
 
@@ -173,19 +174,25 @@ def test_a_size_that_is_none_is_one_problem(key, value):
     with pytest.raises(UserError) as caught:
         read_shape(stated("qwen2", *LLAMA_1B) | {key: value})
     (line,) = caught.value.lines
-    assert f"states {key}: {json.dumps(value)}, expected a whole number from " in line
+    assert f"states {key}: {json.dumps(value)} in its config.json, expected " in line
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"hidden_size": 0}, "states hidden_size: 0, expected a whole number from 1 to 16,777,216"),
-        ({"num_hidden_layers": 1025}, "states num_hidden_layers: 1025, expected a whole number from 1 to 1,024"),
-        ({"num_key_value_heads": 5}, "states num_key_value_heads: 5, expected a divisor of the 32 attention heads"),
-        ({"hidden_size": 2050}, "states hidden_size: 2050, expected a multiple of the 32 attention heads"),
-        ({"attention_bias": "yes"}, 'states attention_bias: "yes", expected true or false'),
-        ({"tie_word_embeddings": 1}, "states tie_word_embeddings: 1, expected true or false"),
-        ({"vocab_size": None}, "states vocab_size: null, expected a whole number"),
+        ({"hidden_size": 0}, "states hidden_size: 0 in its config.json, expected a whole number from 1 to 16,777,216"),
+        (
+            {"num_hidden_layers": 1025},
+            "states num_hidden_layers: 1025 in its config.json, expected a whole number from 1 to 1,024",
+        ),
+        (
+            {"num_key_value_heads": 5},
+            "states num_key_value_heads: 5 in its config.json, expected a divisor of the 32 attention heads",
+        ),
+        ({"hidden_size": 2050}, "states hidden_size: 2050 in its config.json, expected a multiple of the 32 attention heads"),
+        ({"attention_bias": "yes"}, 'states attention_bias: "yes" in its config.json, expected true or false'),
+        ({"tie_word_embeddings": 1}, "states tie_word_embeddings: 1 in its config.json, expected true or false"),
+        ({"vocab_size": None}, "states vocab_size: null in its config.json, expected a whole number"),
     ],
     ids=str,
 )
@@ -193,7 +200,7 @@ def test_sizes_that_cannot_be_are_one_problem(changes, expected):
     with pytest.raises(UserError) as caught:
         read_shape(stated("llama", *LLAMA_1B) | changes)
     (line,) = caught.value.lines
-    assert line.startswith(f"config.json: {expected}")
+    assert line.startswith(f"model.name: {expected}")
 
 
 @pytest.mark.parametrize("tokens", [1, 100, 441, 442, 512, 8192])
