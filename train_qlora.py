@@ -34,6 +34,7 @@ from qlora_kit.model.tokenizer import load_tokenizer, read_chat_template, templa
 from qlora_kit.output.folder import check_disk
 from qlora_kit.output.lock import OutputLock
 from qlora_kit.output.metrics import read_metrics
+from qlora_kit.output.model_card import write_model_card
 from qlora_kit.output.new_run import move_in, staging
 from qlora_kit.output.place import check_output_dir
 from qlora_kit.output.provenance import write_provenance
@@ -304,7 +305,9 @@ def _train(config: Config, resume: str | None, overwrite: bool, team: Team, fold
         if team.is_main:
             with staging(folder) as new:
                 save_adapter(model, tokenizer, new)
-                write_provenance(new, build_provenance(report, tokenizer, result, **trainer.ending()))
+                provenance = build_provenance(report, tokenizer, result, **trainer.ending())
+                write_model_card(new, provenance, folder)
+                write_provenance(new, provenance)
             move_in(folder)
     if team.is_main:  # nothing below can cost the adapter
         report.log.settle(folder)

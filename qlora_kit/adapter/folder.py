@@ -218,7 +218,8 @@ def _from_assumptions(folder: Path, settings: LoraFile | IA3File, run: Path, con
     base = settings.base_model_name_or_path
     if not base:
         raise UserError("--adapter", folder, f"names no base model in {ADAPTER_FILES[1]}", "add base_model_name_or_path")
-    model = config.model if config and config.model.name == base else ModelSettings(name=base)
+    same = config and os.path.abspath(os.path.expanduser(config.model.name)) == os.path.abspath(base)
+    model = config.model if config and same else ModelSettings(name=base)
     own = _tokenizer_folder(folder, run)
     if config:
         style = _style_of_run(folder, run, config.data.format)

@@ -1,5 +1,6 @@
 """Write a PEFT adapter, with the tokenizer that it was trained with."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +38,9 @@ def write_adapter(model: "PeftModel", folder: Path) -> None:
     weights = {name: parameter.data.cpu() for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not all(value.isfinite().all() for value in weights.values()):
         raise Failed("the adapter contains NaN or infinity and was not written; train again with a lower --learning_rate")
+    for settings in model.peft_config.values():
+        if os.path.isdir(base := settings.base_model_name_or_path or ""):
+            settings.base_model_name_or_path = os.path.abspath(base)  # peft finds it from any folder
     model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's model card is an empty form
     weights_file, settings_file = (folder / name for name in ADAPTER_FILES)
