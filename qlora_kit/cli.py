@@ -15,7 +15,7 @@ from contextlib import contextmanager, redirect_stderr
 from importlib.metadata import version
 from typing import Any, NoReturn, TextIO
 
-from qlora_kit.errors import Failed, Problem, Stopped, UserError
+from qlora_kit.errors import Failed, Problem, Stopped, UserError, spell_out
 
 
 def _not_installed(package: str) -> str:
@@ -33,7 +33,10 @@ try:
 except ModuleNotFoundError as missing:  # these are a command's first imports: no caller handles a missing package yet
     sys.exit(_not_installed(str(missing.name)))
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # a full, read-only or broken disk
+# What to do about an error of the system; of any other: check the file.
+REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO), "free some space there, or write elsewhere")
+REMEDIES |= dict.fromkeys((errno.EMFILE, errno.ENFILE), "allow more open files (ulimit -n)")
+REMEDIES |= {errno.EAGAIN: "allow more processes (ulimit -u)", errno.ENOMEM: "free some memory"}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -132,6 +135,20 @@ class IgnoreClosedStderr:
             _redirect_to_devnull(self._stream)
 
 
+def open_standard_streams() -> None:
+    """Open what was closed before the program began, as `2>&-` does: a file that is opened later would get what is printed.
+
+    Messages go nowhere then. Standard input and output stay None for Python, so that a command that needs them can say so.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
+
+
 def _redirect_to_devnull(stream: TextIO) -> None:
     devnull = os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, stream.fileno())
@@ -170,7 +187,7 @@ def busy(doing: str) -> Iterator[None]:
     if bars and hidden:
         bars.disable_progress_bar()
     try:
-        with console.status(f"{doing} ..."):
+        with console.status(f"{doing} ...", spinner="dots" if console.encoding.startswith("utf") else "line"):
             yield
     finally:
         if bars and hidden:
@@ -182,6 +199,7 @@ def run(main: Callable[[], None]) -> NoReturn:
 
     A command whose results are no longer read, as before `| head`, ends quietly; one whose messages are no longer read continues.
     """
+    open_standard_streams()
     set_encoding(sys.stdout)
     with redirect_stderr(IgnoreClosedStderr(sys.stderr)):
         try:
@@ -197,12 +215,12 @@ def run(main: Callable[[], None]) -> NoReturn:
         except Stopped as stop:
             say(str(stop))
             status = stop.status
-        except (UserError, Failed, ModuleNotFoundError, OSError) as error:
+        except (UserError, Failed, ImportError, OSError, MemoryError, RuntimeError) as error:
             status = _report(error)
         sys.exit(status)
 
 
-def _report(error: UserError | Failed | ModuleNotFoundError | OSError) -> int:
+def _report(error: Exception) -> int:
     """Print the error in one line for each problem and return the exit status; raise an error that is a bug of ours."""
     if isinstance(error, UserError | Failed):
         lines = error.lines if isinstance(error, UserError) else [str(error)]
@@ -211,11 +229,26 @@ def _report(error: UserError | Failed | ModuleNotFoundError | OSError) -> int:
     if isinstance(error, ModuleNotFoundError) and (package := _missing_package(error)):
         say(_not_installed(package))
         return 1
-    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        problem, remedy = f"cannot be written ({error.strerror})", "free some space there, or write elsewhere"
-        say(f"error: {Problem(error.filename or 'output', None, problem, remedy)}")
+    if problem := _explain_system_error(error):
+        say(f"error: {problem}")
         return 1
     raise error
+
+
+def _explain_system_error(error: Exception) -> Problem | None:
+    """Return what the system refuses, such as a file, memory or a thread; None for a bug of ours."""
+    if isinstance(error, MemoryError):
+        return Problem("memory", None, "is full", "close other programs, or use smaller data")
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return Problem("threads", None, "cannot be started", REMEDIES[errno.EAGAIN])
+    if isinstance(error, ImportError) and os.strerror(errno.EMFILE) in str(error):
+        return Problem("libraries", None, f"cannot be loaded ({os.strerror(errno.EMFILE)})", REMEDIES[errno.EMFILE])
+    if not isinstance(error, OSError) or error.errno is None:
+        return None
+    doing = "written" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO) else "used"
+    key = error.filename if isinstance(error.filename, str | os.PathLike) else "output" if doing == "written" else "system"
+    remedy = REMEDIES.get(error.errno, "check that it exists and its permissions, or use another")
+    return Problem(str(key), None, f"cannot be {doing} ({error.strerror})", remedy)
 
 
 def _missing_package(error: BaseException) -> str | None:
@@ -226,8 +259,21 @@ def _missing_package(error: BaseException) -> str | None:
     return None if name is None or name.startswith("qlora_kit") else name
 
 
+class _CleanRecord(logging.LogRecord):
+    """A message of a library, in which a terminal obeys nothing: it may quote a file."""
+
+    def getMessage(self) -> str:
+        return spell_out(super().getMessage(), kept="\n\t")
+
+
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, line: int, *_: Any) -> None:
+    say(f"warning: {' '.join(str(message).split())} ({os.path.basename(filename)}, line {line})")
+
+
 def prepare_libraries() -> None:
     """Silence library messages that a user can do nothing about. Call it before the libraries are imported."""
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
+    logging.setLogRecordFactory(_CleanRecord)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # data/dataset.py reports its errors
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")

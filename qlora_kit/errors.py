@@ -33,9 +33,12 @@ class Problem:
         return spell_out(text)
 
 
-def spell_out(text: str) -> str:
-    """Return a text in one line, in which a terminal obeys nothing: every control character is spelled out."""
-    return CONTROL.sub(lambda match: repr(match.group())[1:-1], text)
+def spell_out(text: str, kept: str = "") -> str:
+    """Return a text in which a terminal obeys nothing: every control character is spelled out but those that are `kept`.
+
+    Nothing of a file may reach a terminal or a log otherwise; without `kept` the text is one line.
+    """
+    return CONTROL.sub(lambda match: match.group() if match.group() in kept else repr(match.group())[1:-1], text)
 
 
 class UserError(Exception):

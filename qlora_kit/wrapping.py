@@ -10,6 +10,8 @@ from typing import TextIO
 from rich.cells import cell_len
 from rich.console import Console
 
+from qlora_kit.errors import spell_out
+
 NARROW = 60  # columns, below which rows of tables turn into `name: value`
 COMMAND = r"(?:python3?|torchrun|pip|hf) (?:-m )?[\w./~-]+(?: --?[\w=./~\[\],-]+(?: [^\s-]\S*)?)*"
 # What no line end may divide: a command, a flag with its value, a number with its error and its unit, a word.
@@ -20,9 +22,9 @@ ROW = re.compile(r"( *)(\S+(?: \S+)*)(:? {2,})(?=\S)")  # the first column of a 
 
 
 def say(text: str, file: TextIO | None = None) -> None:
-    """Print a message, on standard error unless a stream is given, wrapped by words if that is a terminal."""
+    """Print a message without control characters, on standard error unless a stream is given, wrapped by words on a terminal."""
     stream = file or sys.stderr
-    print(fit(text, stream), file=stream, flush=True)
+    print(fit(spell_out(text, kept="\n\t"), stream), file=stream, flush=True)
 
 
 def fit(text: str, stream: TextIO) -> str:

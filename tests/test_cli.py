@@ -2,6 +2,7 @@
 
 import errno
 import io
+import logging
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import sys
 import pytest
 
 import inference_example
-from qlora_kit import cli
+from qlora_kit import cli, wrapping
 from qlora_kit.errors import Failed, Stopped, UserError
 from qlora_kit.merge import command
 from tests import forked
@@ -139,14 +140,69 @@ def test_an_empty_name_is_not_the_working_directory(parse, flags, capsys):
     assert (ending.value.code, capsys.readouterr().err) == (2, f"error: {flag}: is empty. See --help.\n")
 
 
-def test_a_full_disk_outside_a_save_is_one_line_and_status_1(capsys):
+@pytest.mark.parametrize("error, line", [
+    (OSError(errno.ENOSPC, "No space left", "out/metrics.jsonl"), "out/metrics.jsonl: cannot be written (No space left)"),
+    (PermissionError(errno.EACCES, "Permission denied", "a\x1b[31m"), "a\\x1b[31m: cannot be used (Permission"),
+    (OSError(errno.EMFILE, "Too many open files"), "system: cannot be used (Too many open files). Allow"),
+    (ImportError("libx.so: cannot open shared object file: Too many open files"), "libraries: cannot be loaded (Too many open"),
+    (RuntimeError("can't start new thread"), "threads: cannot be started. Allow more processes"),
+    (MemoryError(), "memory: is full. Close other programs"),
+])  # fmt: skip
+def test_what_the_system_refuses_is_one_line_and_status_1(capsys, error, line):
     def main():
-        raise OSError(errno.ENOSPC, "No space left on device", "out/metrics.jsonl")
+        raise error
 
     with pytest.raises(SystemExit) as ending:
         cli.run(main)
-    assert ending.value.code == 1
-    assert capsys.readouterr().err.startswith("error: out/metrics.jsonl: cannot be written (No space left on device)")
+    said = capsys.readouterr().err
+    assert ending.value.code == 1 and said.startswith(f"error: {line}") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError("a bug"), ImportError("a bug")])
+def test_a_bug_is_no_line(error):
+    def main():
+        raise error
+
+    with pytest.raises(type(error), match="a bug"):
+        cli.run(main)
+
+
+def test_nothing_that_a_library_quotes_moves_the_cursor(capsys):
+    handler = logging.StreamHandler()
+    logging.getLogger("a.library").addHandler(handler)
+    logging.getLogger("a.library").warning("holds %s\nand more", "\x1b[31mred")
+    cli._show_warning(UserWarning("holds\n\x1b[31mred"), UserWarning, "/x/library.py", 3)
+    wrapping.say("holds \x1b[31mred\nand more")
+    assert capsys.readouterr().err.splitlines() == [
+        "holds \\x1b[31mred", "and more", "warning: holds \\x1b[31mred (library.py, line 3)", "holds \\x1b[31mred", "and more",
+    ]  # fmt: skip
+
+
+CLOSED = """\
+import os, sys
+from qlora_kit import cli, wrapping
+def main():
+    print("a message", file=sys.stderr)
+    found = os.open({path!r}, os.O_WRONLY | os.O_CREAT)
+    print(found, sys.stdin is None, sys.stdout is None)
+    os.write(2, b"of a library")
+    if sys.stdout is None:
+        os.write(found, b"done")
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("closed", "said"), [("0<&-", "3 True False\n"), (">&-", ""), ("2>&-", "3 False False\n"), ("0<&- >&- 2>&-", "")]
+)
+def test_closed_streams_are_nobodys_file(root, tmp_path, closed, said):
+    """Without them, the next file that is opened would get what is printed."""
+    path = tmp_path / "file"
+    command = f'"{sys.executable}" -c "$CODE" {closed}'
+    environment = os.environ | {"CODE": CLOSED.format(path=str(path))}
+    done = subprocess.run(command, shell=True, cwd=root, env=environment, stdout=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, said)
+    assert path.read_text() == ("" if said else "done")
 
 
 @pytest.mark.parametrize("flags, line", [

@@ -1,13 +1,12 @@
 """Collect what a preview and a log say of the data beside their tokens: what of them is not trained, and what was changed."""
 
-import re
 from typing import Any
 
 from qlora_kit.data.fields import LONGEST_KEY
 from qlora_kit.data.rendering import Rendering
+from qlora_kit.errors import spell_out
 
 MOST_KEYS, KEYS_SHOWN = 1000, 20  # kept, since every record may have others
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # which a terminal would obey
 Rows = list[tuple[str, str]]  # name and value
 
 
@@ -59,5 +58,5 @@ def describe_notes(about: dict[str, Any]) -> Rows:
 
 
 def _list_keys(keys: list[str]) -> str:
-    names = [CONTROL.sub("?", key)[:LONGEST_KEY] or "(a column without a name)" for key in keys[:KEYS_SHOWN]]
+    names = [spell_out(key)[:LONGEST_KEY] or "(a column without a name)" for key in keys[:KEYS_SHOWN]]
     return ", ".join(names) + (" and more" if len(keys) > KEYS_SHOWN else "")

@@ -4,7 +4,6 @@ Trained tokens are green on a terminal, and between [[ and ]] elsewhere. Of the 
 """
 
 import math
-import re
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,7 @@ from qlora_kit.data.overlap import describe_overlap
 from qlora_kit.data.packing import count_labels
 from qlora_kit.data.splits import describe_files
 from qlora_kit.data.tokenizing import EncodedRecord
+from qlora_kit.errors import spell_out
 from qlora_kit.model.tokenizer import separator_id
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ RECORDS_SHOWN = 3
 TOKENS_SHOWN = 400  # of a record
 BINS = 8  # of the histogram, up to data.max_length
 BAR = 40  # characters
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters but tab and line end, which a terminal would obey
 TRAIN_ON = {"assistant": "every answer", "last": "the last answer", "all": "prompts and answers"}
 
 
@@ -52,7 +51,7 @@ def show_preview(
     if overlap := describe_overlap(train, evaluation):
         rows.append(("overlap", overlap))
     for name, value in [("source", ", ".join(config.data.names)), *describe_files(config.data), *rows]:
-        console.print(Text(f"{name:<12}{value}"), soft_wrap=True)
+        console.print(Text(spell_out(f"{name:<12}{value}")), soft_wrap=True)
     console.print()
     top = config.data.max_length if isinstance(train, RecordBlocks) else int(train.full_lengths.max())
     for line in draw_histogram(train.full_lengths, top):
@@ -74,7 +73,7 @@ def mark_trained(record: EncodedRecord, tokenizer: "PreTrainedTokenizerBase", co
     for positions in np.split(np.arange(min(len(record), TOKENS_SHOWN)), borders):
         ids = record.ids[positions].tolist()
         words = str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        words = CONTROL.sub(lambda match: repr(match.group())[1:-1], words)
+        words = spell_out(words, kept="\n\t")
         if not trained[positions[0]]:
             text.append(words, style="dim")
         else:

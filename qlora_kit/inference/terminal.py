@@ -13,7 +13,8 @@ from typing import Any
 
 from rich.console import Console
 
-# Control characters in an answer could move the cursor or recolour the window: a terminal gets their symbols instead.
+# Control characters in an answer could move the cursor or recolour the window: their symbols are printed instead, into a file or
+# a pipe too, which may end at a terminal.
 VISIBLE_CONTROLS = {
     **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"},
     **dict.fromkeys(range(0x7F, 0xA0), 0xFFFD),
@@ -22,8 +23,8 @@ JSON_ESCAPES = {code: f"\\u{code:04x}" for code in range(0x7F, 0xA0)}  # json.du
 
 
 def make_printable(text: str) -> str:
-    """Return the text for standard output: unchanged for a pipe or a file, without control characters for a terminal."""
-    return text.translate(VISIBLE_CONTROLS) if sys.stdout.isatty() else text
+    """Return the text for standard output, without control characters but tab and line end; --json has them all."""
+    return text.translate(VISIBLE_CONTROLS)
 
 
 def format_json(values: dict[str, Any]) -> str:

@@ -64,5 +64,5 @@ def test_columns_beside_the_text_are_named(notes_of, name, content, keys):
 def test_many_keys_are_cut_short_and_none_is_obeyed_by_a_terminal():
     keys = ["\x1b[2J", "k" * 100, *map(str, range(30))]
     ((_, text),) = describe_notes({"unused_keys": keys})
-    assert text.startswith(f"?[2J, {'k' * 60}, 0, ") and text.endswith(", 17 and more")
+    assert text.startswith(f"\\x1b[2J, {'k' * 60}, 0, ") and text.endswith(", 17 and more")
     assert describe_notes({"unused_keys": [], "with_tools": 0, "changed": None, "left_out_thought": ""}) == []
