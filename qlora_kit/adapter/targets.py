@@ -58,11 +58,11 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
 def untrainable(model: PreTrainedModel) -> set[str]:
     """Return the names of layers that peft takes for linear, and that text would not train.
 
-    They are those of an image or audio encoder; those whose class computes something else, as routers of experts do; and those
-    whose weight the model reads without calling the layer.
+    They are those of an image or audio encoder, which may wrap them in modules of their names; those whose class computes
+    something else, as routers of experts do; and those whose weight the model reads without calling the layer.
     """
     inside = _text_modules(model)
-    outside = {name for name, module in model.named_modules() if id(module) not in inside and is_linear(module)}
+    outside = {name for name, module in model.named_modules() if name and id(module) not in inside}
     own = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and not is_linear(module)}
     return outside | own | linear_layers_read_past_forward(model)
 

@@ -13,7 +13,7 @@ import bitsandbytes
 import torch
 from bitsandbytes.nn import Linear4bit
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import dot_natural_key
 
 from qlora_kit.config import ModelSettings, QuantizationSettings
@@ -86,13 +86,12 @@ def load_base_model(
         check_same(quantization, packed, name)
     skeleton = build_skeleton(settings)
     check_size(skeleton, read_headers(folder).values(), packed is not None, name)
-    loader: Any = AutoModelForCausalLM
     packing: dict[str, Any] = {}
     if quantization and not packed:
-        loader, packing["quantization_config"] = class_to_load(skeleton), copy.copy(quantization)
+        packing["quantization_config"] = copy.copy(quantization)
         packing["quantization_config"].llm_int8_skip_modules = modules_to_skip(skeleton)
     try:
-        model, report = loader.from_pretrained(
+        model, report = class_to_load(skeleton).from_pretrained(
             os.path.expanduser(name),
             dtype=dtype,
             device_map={"": 0 if device == "cuda" else device} if isinstance(device, str) else device,

@@ -15,7 +15,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.nn import Linear
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer, HfQuantizer
 
@@ -33,7 +42,7 @@ def build_skeleton(model: ModelSettings) -> PreTrainedModel:
             os.path.expanduser(model.name), revision=model.revision or "main", trust_remote_code=model.trust_remote_code
         )
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+            skeleton = _find_loader(config).from_config(config, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # whatever the library and the model's own code refuse
         raise not_loadable(model.name, error) from error
     if any(is_odd_linear(module) for module in skeleton.modules()):
@@ -50,7 +59,13 @@ def pack_skeleton(model: PreTrainedModel) -> None:
 
 def class_to_load(skeleton: PreTrainedModel) -> Any:
     """Return the class whose from_pretrained loads the model with the layers of its skeleton."""
-    return type(skeleton) if hasattr(type(skeleton), "odd_linear_replaced") else AutoModelForCausalLM
+    return type(skeleton) if hasattr(type(skeleton), "odd_linear_replaced") else _find_loader(skeleton.config)
+
+
+def _find_loader(config: PretrainedConfig) -> Any:
+    """Return the class that builds and loads such models; those of Mistral 3 are registered as models of images and text only."""
+    by_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if by_images else AutoModelForCausalLM
 
 
 def modules_to_skip(model: PreTrainedModel) -> list[str] | None:

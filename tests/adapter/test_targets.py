@@ -47,6 +47,11 @@ def refusal(name: str, chosen="all-linear", dropout=0.05) -> str:
     ("falcon", "all-linear", "on 8 of 8 projections"),
     ("gemma3", ATTENTION_AND_MLP,
      "on 14 of 14 projections; none in vision_tower, multi_modal_projector, which text does not train"),
+    ("gemma4", ["q_proj", "up_proj"],
+     "on 4 of 19 projections; not on k_proj, v_proj, o_proj, gate_proj, down_proj, per_layer_input_gate, per_layer_projection, "
+     "per_layer_model_projection; none in vision_tower, embed_vision, which text does not train"),
+    ("mistral3", ATTENTION_AND_MLP,
+     "on 14 of 14 projections; none in vision_tower, multi_modal_projector, which text does not train"),
 ])  # fmt: skip
 def test_the_reach_of_lora_is_counted_and_named(name, chosen, reached):
     with warnings.catch_warnings():

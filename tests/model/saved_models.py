@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "assets" / "tiny-qwen2"
@@ -21,6 +21,8 @@ COMMON = {
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 FEW = {"vocab_size": 6144, "hidden_size": 64, "bos_token_id": 6141, "eos_token_id": 6143, "pad_token_id": 6141}
 GEMMA = COMMON | {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32}
+VISION = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32,
+          "patch_size": 16}  # fmt: skip
 MODELS = {
     "llama": ("llama", COMMON),
     "mixtral": ("mixtral", COMMON | EXPERTS),
@@ -37,10 +39,17 @@ MODELS = {
     "gemma3n": ("gemma3n_text", GEMMA | {
         "vocab_size_per_layer_input": 6144, "hidden_size_per_layer_input": 64, "intermediate_size": [128] * 2,
         "num_kv_shared_layers": 0, "laurel_rank": 64, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 2}),
-    "gemma3": ("gemma3", {  # reads images as well
+    # They read images as well; in Gemma 4's encoder `q_proj` is a module with a linear layer in it.
+    "gemma3": ("gemma3", {
         "text_config": GEMMA | {"model_type": "gemma3_text"}, "mm_tokens_per_image": 4, "image_token_index": 6100,
-        "vision_config": {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
-                          "image_size": 32, "patch_size": 16}}),
+        "vision_config": VISION}),
+    "gemma4": ("gemma4", {
+        "text_config": GEMMA | {"model_type": "gemma4_text", "vocab_size_per_layer_input": 6144, "hidden_size_per_layer_input": 64,
+                                "global_head_dim": 16, "num_kv_shared_layers": 0},
+        "vision_config": VISION | {"num_key_value_heads": 2, "head_dim": 32, "global_head_dim": 32}, "audio_config": None}),
+    "mistral3": ("mistral3", {
+        "text_config": COMMON | {"model_type": "mistral", "head_dim": 16}, "image_token_index": 6100,
+        "vision_config": VISION | {"model_type": "pixtral", "head_dim": 32}}),
 }  # fmt: skip
 
 
@@ -50,7 +59,8 @@ def save_model(name: str) -> Path:
     kind, settings = MODELS[name]
     torch.manual_seed(0)
     folder = _new_folder()
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
+    loader = AutoModelForImageTextToText if kind == "mistral3" else AutoModelForCausalLM
+    model = loader.from_config(AutoConfig.for_model(kind, **settings))
     for parameter in model.parameters():
         if not parameter.any():  # biases, and a scale of Gemma 3n's: zero only before any training
             torch.nn.init.normal_(parameter, std=0.1)
