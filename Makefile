@@ -1,4 +1,4 @@
-# make demo   everything from a bare checkout to a trained adapter and its first words: no GPU, about three minutes
+# make demo   from a bare checkout to a trained adapter and its first words: no GPU; two minutes after the installation
 # make test   the tests: offline, no GPU, about six minutes on two cores
 # make lint   ruff and mypy
 # Each creates .venv when it is missing; PYTHON=python3.12 picks another interpreter.
@@ -17,7 +17,7 @@ demo: .venv/installed
 	$(BIN)/python inference_example.py --mode demo --adapter output_tiny
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 lint: .venv/installed
 	$(BIN)/ruff check .
