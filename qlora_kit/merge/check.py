@@ -22,7 +22,6 @@ from qlora_kit.data.dataset import load_blocks
 from qlora_kit.data.source import check_source
 from qlora_kit.data.splits import is_file_name
 from qlora_kit.errors import Failed, UserError
-from qlora_kit.merge.folder import say
 from qlora_kit.merge.weights import Packing
 from qlora_kit.model.device import is_out_of_memory
 from qlora_kit.model.gpu_placement import choose_device_map
@@ -38,6 +37,7 @@ from qlora_kit.model.perplexity import (
     plus_minus,
 )
 from qlora_kit.shipped import HOME, locate
+from qlora_kit.wrapping import say
 
 ARTICLES = HOME / "samples" / "articles.txt"
 BLOCKS, LENGTH = 16, 512  # at most: 8,192 tokens

@@ -21,20 +21,12 @@ from qlora_kit.adapter.folder import AdapterSource, fetch_base, load_checked_tok
 from qlora_kit.adapter.lora_pairs import read_pairs
 from qlora_kit.config import GIB
 from qlora_kit.errors import Failed, Stopped, UserError
-from qlora_kit.merge.folder import (
-    SMALL_FILES_BYTES,
-    Base,
-    check_output,
-    disk_errors,
-    open_output,
-    put_in_place,
-    record_check,
-    say,
-    write_small_files,
-)
+from qlora_kit.merge.folder import Base, record_check, write_small_files
+from qlora_kit.merge.place import SMALL_FILES_BYTES, check_output, disk_errors, open_output, put_in_place
 from qlora_kit.model import hub
 from qlora_kit.output.folder import require_space
 from qlora_kit.secrets import redact
+from qlora_kit.wrapping import say
 
 if TYPE_CHECKING:
     from qlora_kit.merge.check import Comparison
@@ -99,7 +91,7 @@ def merge(
     shard_bytes = parse_size(max_shard_size)
     source = read_adapter(str(adapter), trust_remote_code)
     for note in source.notes:
-        say(note)
+        say(redact(note))
     check_base_choice(base, source)
     pairs = read_pairs(source)
     folder = check_output(str(output), overwrite, source)
@@ -117,7 +109,7 @@ def merge(
         name = None if check is True else str(check)
         blocks, data = checks.load_check_blocks(source, name, tokenizer, hub.read_context(base_folder))
         device_maps = checks.choose_device_maps(source, base_folder, packing, device_map)
-    say(_describe(source, base, len(pairs)))
+    say(redact(_describe(source, base, len(pairs))))
     started = time.monotonic()
     with open_output(folder, overwrite, plan.nbytes) as staging:
         with disk_errors(folder, plan.nbytes):
@@ -127,7 +119,7 @@ def merge(
         result = MergeResult(folder, files, plan.nbytes, time.monotonic() - started, None)
         if not check:
             return result
-        say(f"{folder} is written. Checking: base + adapter, then the merged model")
+        say(redact(f"{folder} is written. Checking: base + adapter, then the merged model"))
         losses = checks.compare_models(folder, source, packing, device_maps, blocks)
         same_weights = base == "dequantized" or not source.quantization.load_in_4bit
         comparison = checks.compare_losses(*losses, same_weights, data)

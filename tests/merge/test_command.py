@@ -297,12 +297,13 @@ def test_what_killed_merges_left_is_put_back_or_removed_by_the_next_and_said(ada
     out, merging, former = tmp_path / "out", tmp_path / ".out.merging", tmp_path / ".out.former"
     merging.mkdir()
     (merging / "half").touch()
-    shutil.copytree(merged, former)
+    (tmp_path / ".out.merging-999999999" / "x").mkdir(parents=True)  # as earlier versions named it
+    shutil.copytree(merged, tmp_path / ".out.former-999999999")
     with pytest.raises(UserError, match="holds a merged model"):
         run_merge(adapter, out)
     assert stored(out).keys() == stored(merged).keys() and [path.name for path in tmp_path.iterdir()] == ["out"]
     said = capsys.readouterr().err
-    assert f"Removing what a killed merge left in {merging}" in said and f"Putting back {out}" in said
+    assert f"Removing what a killed merge left in {merging}\n" in said and f"Putting back {out}, which" in said
     shutil.copytree(merged, former)
     (former / "own.gguf").touch()
     run_merge(adapter, out, "--overwrite")
