@@ -145,7 +145,7 @@ def load_tokenizer() -> "PreTrainedTokenizerBase":
 
 
 def load_text() -> str:
-    """Return forty short encyclopedia articles, about 93,000 characters, in Wikitext's layout."""
+    """Return 44 short encyclopedia articles, about 93,000 characters, in Wikitext's layout."""
     return ARTICLES.read_text(encoding="utf-8")
 
 

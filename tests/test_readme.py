@@ -1,9 +1,11 @@
 """Check README and docs/: commands parse with the real parsers, paths exist, and figures follow from the code."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,12 @@ import qlora_kit.doctor.command
 import qlora_kit.merge.command
 import train_qlora
 from finetuning_lessons.lesson import create_parser
+from qlora_kit import __main__ as dispatcher
 from qlora_kit.config import GIB, Config, GenerationSettings
 from qlora_kit.config_file import load_config, override
 from qlora_kit.data.formats import READERS, recognise_format
 from qlora_kit.errors import UserError
-from qlora_kit.planning.fit import check_fit
+from qlora_kit.model.hub import is_local
 from qlora_kit.planning.memory import estimate_memory
 from qlora_kit.planning.plan import make_plan
 from qlora_kit.planning.shape import KNOWN_CONFIGS, read_shape
@@ -31,9 +34,10 @@ QWEN = read_shape(KNOWN_CONFIGS["Qwen/Qwen2.5-3B-Instruct"])
 
 
 def commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
-    inline = re.findall(r"`((?:python|make|pytest) [^`]+)`", TEXT)
-    return sorted({line for block in blocks for line in block.splitlines() if line.strip()} | set(inline))
+    """Return the commands of all pages, in the order in which a reader meets them, each once."""
+    found = re.findall(r"^ *```bash\n(.*?)^ *```|`((?:python|make|pytest|qlora) [^`]+)`", TEXT, re.DOTALL | re.MULTILINE)
+    lines = [line.strip() for block, inline in found for line in (block or inline).splitlines()]
+    return list(dict.fromkeys(filter(None, lines)))
 
 
 def test_there_are_commands_to_check():
@@ -46,11 +50,13 @@ def test_command_is_one_that_works(command, monkeypatch):
     words = shlex.split(command)
     if "|" in words:
         words = words[words.index("|") + 1 :]
+    if words[0] == "qlora":
+        words = as_script(words[1:])
     match words:
         case ["python", "train_qlora.py", *flags] | ["torchrun", "--nproc_per_node=2", "train_qlora.py", *flags]:
-            arguments = train_qlora.parse_arguments(flags)
-            written_by_a_run = arguments.config.parts[0].startswith("output_")
-            load_config(ROOT / "config.yaml" if written_by_a_run else arguments.config, train_qlora.overrides(arguments))
+            config = read_settings(flags)
+            named = [config.model.name, *config.data.names, config.data.chat_template or "."]
+            assert all(Path(name).exists() for name in named if is_local(name))
         case ["python", "inference_example.py", *flags]:
             arguments = inference_example.parse_arguments(flags)
             inference_example.sampling_settings(arguments, GenerationSettings())
@@ -71,6 +77,69 @@ def test_command_is_one_that_works(command, monkeypatch):
             assert all((ROOT / word).exists() for word in words if word.endswith((".txt", ".ipynb")))
         case _:
             pytest.fail(f"no check knows this command: {command}")
+
+
+def as_script(words: list[str]) -> list[str]:
+    """Return the command that `qlora WORDS` stands for."""
+    module, _, flags = dispatcher.VERBS[words[0]]
+    if words[0] == "lessons":
+        return ["python", "-m", f"finetuning_lessons.{words[1]}", *words[2:]] if words[1:] else ["pip"]
+    script = [f"{module}.py"] if module in ("train_qlora", "inference_example") else ["-m", module.removesuffix(".command")]
+    return ["python", *script, *flags, *words[1:]]
+
+
+def read_settings(flags: list[str]) -> Config:
+    """Return the settings of a command of train_qlora.py; a run that an earlier command made stands for config.yaml."""
+    arguments = train_qlora.parse_arguments(flags)
+    written_by_a_run = arguments.config.parts[0].startswith("output_")
+    return load_config(ROOT / "config.yaml" if written_by_a_run else arguments.config, train_qlora.overrides(arguments))
+
+
+def runs_on_a_laptop(words: list[str]) -> bool:
+    """Return whether a command needs neither a GPU nor a network, nor what those need."""
+    if words[0] == "qlora":
+        return words[1:] == ["lessons"] or runs_on_a_laptop(as_script(words[1:]))
+    if "train_qlora.py" in words:
+        flags = words[words.index("train_qlora.py") + 1 :]
+        return "--plan" in flags or "output_tiny/config.yaml" in flags or read_settings(flags).model.name == "assets/tiny-qwen2"
+    return any(word.startswith(("output_", "out_")) for word in words) or words[:3] == ["python", "-m", "qlora_kit.doctor"]
+
+
+@pytest.mark.slow
+def test_the_commands_for_a_laptop_run_in_their_order(tmp_path):
+    """Run them in a copy of the repository, training for two steps; then a model card's program. test_lessons.py has the lessons."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    for name in listed:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "qlora").write_text('#!/bin/sh\nexec python -m qlora_kit "$@"\n')
+    (tmp_path / "bin" / "qlora").chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+    def run(command: str) -> None:
+        result = subprocess.run(
+            ["bash", "-o", "pipefail", "-c", command], cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=600, env=os.environ | {"PATH": path},
+        )  # fmt: skip
+        assert result.returncode == 0, f"{command}\n{result.stdout[-1000:]}{result.stderr[-3000:]}"
+
+    for command in commands():
+        words = shlex.split(command)
+        trains = {"train_qlora.py", "train"} & set(words) and not {"--plan", "--preview"} & set(words)
+        if runs_on_a_laptop(words[words.index("|") + 1 :] if "|" in words else words):
+            run(f"{command} --max_steps {4 if '--resume' in words else 2}" if trains else command)
+    (program,) = re.findall(r"```python\n(.*?)```", (tmp_path / "output_tiny" / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "output_tiny" / "program.py").write_text(program)
+    run("cd output_tiny && python program.py")
+
+
+def test_no_command_trains_into_a_folder_that_holds_a_run():
+    used = []
+    for command in map(shlex.split, commands()):
+        if "train_qlora.py" in command and not {"--plan", "--preview", "--resume", "--overwrite"} & set(command):
+            used.append(Path(read_settings(command[command.index("train_qlora.py") + 1 :]).training.output_dir))
+    assert len(used) > 20 and [folder for folder in set(used) if used.count(folder) > 1] == []
 
 
 def test_adapter_folders_are_ones_that_readme_trains():
@@ -159,11 +228,10 @@ def test_the_mistakes_shown_are_the_ones_printed(monkeypatch):
     assert shown("train_qlora.py --set lora.rnak=8 --alpha high") == printed
 
 
-def test_the_refusal_shown_is_the_one_printed():
-    config = override(load_config(ROOT / "config.yaml"), {"performance.vram_limit_gib": 2.2})
-    with pytest.raises(UserError) as refused:
-        check_fit(make_plan(config, QWEN, 2.2 * GIB), config, QWEN, 2.2 * GIB)
-    assert shown("train_qlora.py --set performance.vram_limit_gib=2.2") == f"error: {refused.value}"
+def test_the_refusal_shown_is_the_one_printed(capsys):
+    train_qlora.main(["--plan", "--gpu", "RTX 4060", "--set", "performance.vram_limit_gib=2.2"])
+    line = shown("train_qlora.py --plan --set performance.vram_limit_gib=2.2").removeprefix("...\n")
+    assert line.startswith("Does not fit") and f"{line}\n" in capsys.readouterr().out
 
 
 def peak(recomputed: int, **changes) -> float:
