@@ -100,10 +100,25 @@ ALONE = Team()
 
 
 def read_team() -> Team:
-    """Read the ranks from the environment variables of torchrun or accelerate; without them the process is alone."""
-    names = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
-    rank, count, local_rank, local_count = (int(os.environ.get(name, default)) for name, default in names)
+    """Read the ranks from the environment variables of torchrun or accelerate; without them the process is alone.
+
+    Raises:
+        UserError: one of them is no whole number.
+    """
+    names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    rank, count, local_rank, local_count = (_read_number(name, default) for name, default in names)
     return Team(rank, count, local_rank, local_count) if count > 1 else Team()  # with a leftover RANK=1 no process would write
+
+
+def _read_number(variable: str, default: int) -> int:
+    text = os.environ.get(variable, "").strip()
+    if not text:
+        os.environ.pop(variable, None)  # the libraries would take an empty one for a number
+        return default
+    if not (text.isascii() and text.isdecimal() and len(text) < 7):
+        remedy = "unset it, or start with torchrun, which sets it"
+        raise UserError(variable, text[:40], "is no whole number", remedy)
+    return int(text)
 
 
 @contextmanager

@@ -247,6 +247,16 @@ def test_a_leftover_rank_without_a_world_size_is_ignored(monkeypatch):
     assert read_team() == Team()
 
 
+@pytest.mark.parametrize("variable", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"])
+def test_an_empty_variable_is_none_and_one_that_is_no_number_is_one_line(monkeypatch, variable):
+    monkeypatch.setenv(variable, " ")
+    assert read_team() == Team() and variable not in os.environ
+    for value in ("x", "-1", "1.5", "9" * 5000, "²"):
+        monkeypatch.setenv(variable, value)
+        with pytest.raises(UserError, match=f"^{variable}: "):
+            read_team()
+
+
 def test_a_wrong_flag_of_rank_1_alone_is_reported(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(UserError, match="--bogus: is not a flag"):
