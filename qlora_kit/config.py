@@ -50,8 +50,8 @@ def _micro_batch(value: Any) -> Any:
             raise ValueError
     except (TypeError, ValueError, OverflowError):
         count = 0
-    if count < 1:
-        raise ValueError("should be auto or a whole number of at least 1")
+    if not 1 <= count <= MOST_SEQUENCES:
+        raise ValueError(f"should be auto or a whole number from 1 to {MOST_SEQUENCES}")
     return count
 
 
@@ -79,15 +79,18 @@ def _temperature(value: float) -> float:
 def _is_number(value: Any) -> bool:
     try:
         float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
     return True
 
 
-Count = Annotated[int, BeforeValidator(_not_bool), Field(ge=1)]
-Integer = Annotated[int, BeforeValidator(_not_bool), Field(ge=0)]
-Positive = Annotated[float, BeforeValidator(_not_bool), Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, BeforeValidator(_not_bool), Field(ge=0, allow_inf_nan=False)]
+# The upper ends are far above any use, and low enough that arithmetic with them stays exact, quick and finite.
+MOST, MOST_SEQUENCES, MOST_TOKENS = 10**9, 2**16, 2**24
+Count = Annotated[int, BeforeValidator(_not_bool), Field(ge=1, le=MOST)]
+Sequences = Annotated[int, BeforeValidator(_not_bool), Field(ge=1, le=MOST_SEQUENCES)]
+Integer = Annotated[int, BeforeValidator(_not_bool), Field(ge=0, le=MOST)]
+Positive = Annotated[float, BeforeValidator(_not_bool), Field(gt=0, le=MOST, allow_inf_nan=False)]
+NonNegative = Annotated[float, BeforeValidator(_not_bool), Field(ge=0, le=MOST, allow_inf_nan=False)]
 Fraction = Annotated[float, BeforeValidator(_not_bool), Field(ge=0, lt=1)]
 Name = Annotated[str, Field(min_length=1)]
 Switch = Annotated[Literal[True, False, "auto"], BeforeValidator(_true_false_or("auto"))]
@@ -113,7 +116,7 @@ class QuantizationSettings(Section):
 
 
 class LoraSettings(Section):
-    rank: Count = 16
+    rank: Annotated[int, BeforeValidator(_not_bool), Field(ge=1, le=2**16)] = 16
     alpha: Positive = 32.0
     dropout: Fraction = 0.05
     target_modules: Annotated[list[str] | str, BeforeValidator(_target_modules)] = [
@@ -128,7 +131,7 @@ class DataSettings(Section):
     text_field: Name = "text"
     train_on: Literal["assistant", "last", "all"] = "assistant"
     chat_template: Name | None = None
-    max_length: Annotated[int, BeforeValidator(_not_bool), Field(ge=8)] = 512
+    max_length: Annotated[int, BeforeValidator(_not_bool), Field(ge=8, le=MOST_TOKENS)] = 512
     too_long: Literal["cut", "drop"] = "cut"
     packing: Switch = "auto"
     train_split: Name = "train"
@@ -146,9 +149,9 @@ class TrainingSettings(Section):
     output_dir: Name = "./output_qlora_qwen_3b"
     num_epochs: Positive = 3.0
     max_steps: Count | None = None
-    batch_size: Count = 1
-    gradient_accumulation_steps: Count = 16
-    learning_rate: Positive = 2.0e-4
+    batch_size: Sequences = 1
+    gradient_accumulation_steps: Sequences = 16
+    learning_rate: Annotated[float, BeforeValidator(_not_bool), Field(gt=0, le=1e30)] = 2.0e-4  # more overflows in fp32
     lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup_ratio: Fraction = 0.03
     weight_decay: NonNegative = 0.0
@@ -189,7 +192,7 @@ class PerformanceSettings(Section):
 
 
 class GenerationSettings(Section):
-    max_new_tokens: Count = 128
+    max_new_tokens: Annotated[int, BeforeValidator(_not_bool), Field(ge=1, le=MOST_TOKENS)] = 128
     temperature: Annotated[NonNegative, AfterValidator(_temperature)] = 0.7
     top_p: Annotated[float, BeforeValidator(_not_bool), Field(gt=0, le=1)] = 0.9
     top_k: Integer = 50

@@ -21,7 +21,9 @@ from qlora_kit.config import Config
 from qlora_kit.errors import Problem, UserError
 from qlora_kit.secrets import is_secret, secret_problem
 from qlora_kit.shipped import KEYS, locate_all, locate_config
+from qlora_kit.untrusted import read_regular_file, user_path
 
+LARGEST = 2**18  # bytes of a YAML file, 30 times config.yaml
 # Names that peft, transformers and other tools give to our keys.
 OTHER_NAMES = {
     "r": "lora.rank",
@@ -44,7 +46,7 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> Config:
     Raises:
         UserError: the file cannot be used, or keys or values are wrong: one problem for each mistake.
     """
-    values, places, problems = _read_yaml(locate_config(path))
+    values, places, problems = _read_yaml(locate_config(user_path(str(path), "--config")))
     return _build(values, places, overrides or {}, problems)
 
 
@@ -60,11 +62,11 @@ def parse_set(assignments: list[str]) -> dict[str, Any]:
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
-            raise UserError("--set", assignment, "has no value", "write KEY=VALUE, such as lora.rank=8")
+            raise UserError("--set", assignment[:200], "has no value", "write KEY=VALUE, such as lora.rank=8")
         try:
             overrides[key.strip()] = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that does not exist
-            raise UserError("--set", assignment, "is not valid YAML after the =", "quote the value") from None
+            raise UserError("--set", assignment[:200], "is not valid YAML after the =", "quote the value") from None
     return overrides
 
 
@@ -103,14 +105,10 @@ def _build(values: dict[str, Any], places: dict[str, str], overrides: dict[str, 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str], list[Problem]]:
     """Return the values by dotted key, the place of each key (`config.yaml:12`), and the mistakes in the file's structure."""
+    text = _read_text(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         loaded = yaml.safe_load(text)
-    except FileNotFoundError:
-        raise UserError("--config", path, "does not exist", "start from config.yaml or configs/tiny.yaml") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError("--config", path, f"cannot be read as text ({error.__class__.__name__})", "use a YAML file") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date that does not exist
         mark, others = getattr(error, "problem_mark", None), {RecursionError: "nested too deeply", ValueError: str(error)}
         reason = getattr(error, "problem", None) or others.get(type(error), "unreadable")
@@ -121,6 +119,16 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str], list[Problem
         problem = "is empty" if root is None else "is not a mapping of sections"
         raise UserError("--config", path, problem, "start from config.yaml or configs/tiny.yaml")
     return _flatten(path, root, loaded)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return read_regular_file(path, LARGEST).decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError("--config", path, "does not exist", "start from config.yaml or configs/tiny.yaml") from None
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, no regular file, too large
+        reason = type(error).__name__ if isinstance(error, OSError | UnicodeDecodeError) else error
+        raise UserError("--config", path, f"cannot be read as text ({reason})", "use a YAML file") from None
 
 
 def _flatten(path: Path, root: yaml.MappingNode, loaded: dict) -> tuple[dict[str, Any], dict[str, str], list[Problem]]:
@@ -185,7 +193,10 @@ def _format(value: Any) -> str:
         return "null" if value is None else str(value).lower()
     short = reprlib.Repr()
     short.maxlevel, short.maxlist, short.maxdict, short.maxstring, short.maxother, short.maxlong = 2, 20, 20, 200, 200, 40
-    return short.repr(value)
+    try:
+        return short.repr(value)
+    except ValueError:  # hexadecimal digits make a number that Python writes no more than 4,300 digits of
+        return "a number of thousands of digits"
 
 
 def _reason(message: str) -> str:

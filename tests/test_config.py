@@ -207,6 +207,29 @@ def test_a_missing_file_is_one_problem_with_a_file_to_start_from(tmp_path):
         load_config(tmp_path / "nowhere.yaml")
 
 
+HUGE = ["9" * 400, "-" + "9" * 400, "0x" + "f" * 6000, ".inf", ".nan", "1.0e+38"]
+
+
+@pytest.mark.parametrize("value", HUGE)
+def test_a_number_out_of_range_is_one_short_line_in_every_key(value):
+    for key, default in ((key, default) for section in Config().model_dump().items() for key, default in named(section)):
+        if isinstance(default, int | float) and not isinstance(default, bool):
+            with pytest.raises(UserError) as error:
+                override(Config(), parse_set([f"{key}={value}"]))
+            assert len(error.value.lines) == 1 and key in error.value.lines[0] and len(error.value.lines[0]) < 300
+
+
+def named(section):
+    return [(f"{section[0]}.{key}", value) for key, value in section[1].items()]
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/c.yaml", "a\0.yaml", "n" * 300, "/dev/zero", "/dev/null"])
+def test_a_path_that_holds_no_file_of_settings_is_one_problem(name):
+    with pytest.raises(UserError, match=r"^--config: ") as error:
+        load_config(Path(name))
+    assert len(error.value.lines) == 1
+
+
 def test_a_file_that_is_not_text_is_one_problem(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_bytes(b"\xff\xfe\x00")

@@ -8,6 +8,7 @@ its cache at once instead of printing minutes of retries.
 import os
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def go_offline_if_unreachable(timeout_seconds: float = 5.0) -> None:
         urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=timeout_seconds)
     except urllib.error.HTTPError:
         pass  # an error page is an answer
-    except (OSError, ValueError):
+    except (OSError, ValueError, HTTPException):  # no answer, no address, or an answer of something else
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
@@ -108,7 +109,11 @@ def fetch_weights(model: ModelSettings) -> Path:
         problem = "holds an adapter_config.json, and transformers would load the model that it names"
         raise UserError("model.name", model.name, problem, "use a folder with the model alone")
     check_small_files(folder, "model.name", model.name)
-    read_headers(folder)  # checks them
+    tensors, config = read_headers(folder), read_config(folder, model.name)
+    layers = config.get("num_hidden_layers") or config.get("n_layer") or 0
+    if isinstance(layers, int) and layers > len(tensors):  # to build them without weights would take a minute
+        problem = f"states {layers} layers in its config.json, and its files hold {len(tensors)} tensors"
+        raise UserError("model.name", model.name, problem, "restore its config.json, or copy or download the model again")
     return folder
 
 
@@ -173,3 +178,6 @@ def _download(model: ModelSettings, patterns: list[str]) -> Path:
         problem = "is not on this machine, and the Hub cannot be reached"
         remedy = f"download it with a network (hf download {name}), or use a local folder"
         raise UserError("model.name", name, problem, remedy) from None
+    except Exception as error:  # whatever the library makes of an endpoint that is no Hub
+        problem = f"cannot be downloaded ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        raise UserError("model.name", name, problem, "correct HF_ENDPOINT, or use a local folder") from None

@@ -41,7 +41,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": _QWEN2 | {"head_dim": 128, "attention_bias": False},
 }
 MAY_BE_NULL = ("num_key_value_heads", "sliding_window")
-MOST_LAYERS, LARGEST, MOST_POSITIONS = 2**10, 2**24, 2**40  # far above any model
+MOST_LAYERS, LARGEST, MOST_POSITIONS = 2**9, 2**24, 2**40  # far above any model
 DEEPEST = 8  # objects within objects
 
 

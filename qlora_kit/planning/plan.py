@@ -3,6 +3,7 @@
 A plan needs only shapes (memory.py): it is made before any weight is loaded. Imports no torch.
 """
 
+import bisect
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -54,11 +55,23 @@ def make_plan(config: Config, shape: ModelShape | None, limit: float | None, pro
         share = math.gcd(config.training.batch_size, config.effective_batch // processes)
         return Plan(share if micro == "auto" else micro, layers, {})
     batches = _divisors(config.effective_batch // processes) if micro == "auto" else [micro]
-    choices = {"auto": range(shape.layers + 1), True: [shape.layers], False: [0]}[recompute]
-    plans = [Plan(b, n, estimate_memory(shape, config, b, n, processes)) for b in batches for n in choices]
-    fitting = [plan for plan in plans if plan.peak <= FILL * limit]
+    counts = {"auto": range(shape.layers + 1), True: [shape.layers], False: [0]}[recompute]
+
+    def plan_with(micro_batch: int, recomputed: int) -> Plan:
+        return Plan(micro_batch, recomputed, estimate_memory(shape, config, micro_batch, recomputed, processes))
+
+    def fits(plan: Plan) -> bool:
+        return plan.peak <= FILL * limit
+
+    fitting = []
+    for size in batches:
+        if plan_with(size, counts[-1]).parts["kept activations"] > FILL * limit:
+            break  # larger batches keep more
+        # A layer more that is recomputed takes less memory and more time: the first count that fits is the fastest.
+        first = bisect.bisect_left(counts, True, key=lambda count: fits(plan_with(size, count)))
+        fitting += [plan_with(size, counts[first])] if first < len(counts) else []
     if not fitting:
-        return min(plans, key=lambda plan: plan.peak)
+        return min((plan_with(size, counts[-1]) for size in batches), key=lambda plan: plan.peak)
 
     def cost(plan: Plan) -> float:
         tokens = plan.micro_batch * config.data.max_length

@@ -42,5 +42,5 @@ def test_absurd_sizes_name_the_model(tmp_path):
         read_fast_shape(Config(model=ModelSettings(name=str(tmp_path))))
     assert caught.value.lines == [
         f'model.name: {tmp_path}: states num_hidden_layers: "32" in its config.json, expected a whole number from 1 to '
-        "1,024. Correct it, or copy the file again from its source."
+        "512. Correct it, or copy the file again from its source."
     ]

@@ -149,3 +149,20 @@ def test_packed_files_without_the_scales_of_a_weight_are_refused(tmp_path):
 def test_other_quantized_files_are_refused_with_the_way_out(tmp_path, settings, form):
     line = refusal(change_model(tmp_path / "base", quantization_config=settings), None)
     assert line.startswith(f"has weights that are quantized already, by {form}") and "Use the 16-bit model" in line
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"vocab_size": 10**7}, "holds "),
+    ({"intermediate_size": 10**6}, "holds "),
+    ({"num_hidden_layers": 500, "layer_types": None}, "states 500 layers in its config.json, and its files hold "),
+])  # fmt: skip
+def test_a_config_of_a_much_larger_model_is_refused_before_memory_is_taken(tmp_path, monkeypatch, changes, words):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    for packing in (None, NF4):
+        assert refusal(change_model(tmp_path / str(packing is None), **changes), packing).startswith(words)
+
+
+def test_plain_weights_that_call_themselves_packed_are_refused(tmp_path):
+    packed = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    line = refusal(change_model(tmp_path / "base", quantization_config=packed), None)
+    assert line.startswith("has a quantization_config in its config.json, and weights that are not packed")

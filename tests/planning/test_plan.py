@@ -1,5 +1,7 @@
 """Plans: the fastest that fits, and the settings that decide it."""
 
+import time
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -84,10 +86,13 @@ def test_a_micro_batch_and_checkpointing_that_are_set_are_kept(shape):
             assert (plan.micro_batch, plan.recomputed) == (2, layers)
 
 
-@pytest.mark.parametrize("batch_size", [997, 999_983, 10**9])
+@pytest.mark.parametrize("batch_size", [997, 65_521, 50_400])
 def test_a_large_batch_is_divided_at_once(qwen_3b, batch_size):
-    plan = make_plan(override(Config(), {"training.batch_size": batch_size}), qwen_3b, 8 * GIB)
-    assert 16 * batch_size % plan.micro_batch == 0 and plan.peak <= 7.2 * GIB
+    config = override(Config(), {"training.batch_size": batch_size, "training.gradient_accumulation_steps": 55_440})
+    begun = time.monotonic()
+    plan = make_plan(config, replace(qwen_3b, layers=512, hidden=64, mlp=64), 8 * GIB)
+    assert config.effective_batch % plan.micro_batch == 0 and plan.peak <= 7.2 * GIB
+    assert time.monotonic() - begun < 2  # with a try of each divisor and each number of layers: minutes
 
 
 def test_less_memory_recomputes_more_layers_of_a_micro_batch_that_is_set(qwen_3b):

@@ -183,7 +183,7 @@ def test_a_size_that_is_none_is_one_problem(key, value):
         ({"hidden_size": 0}, "states hidden_size: 0 in its config.json, expected a whole number from 1 to 16,777,216"),
         (
             {"num_hidden_layers": 1025},
-            "states num_hidden_layers: 1025 in its config.json, expected a whole number from 1 to 1,024",
+            "states num_hidden_layers: 1025 in its config.json, expected a whole number from 1 to 512",
         ),
         (
             {"num_key_value_heads": 5},
