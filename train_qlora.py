@@ -33,7 +33,6 @@ from qlora_kit.model.packed_base import settle_quantization
 from qlora_kit.model.tokenizer import load_tokenizer, read_chat_template, template_fingerprint, tokenizer_fingerprint
 from qlora_kit.output.folder import check_disk
 from qlora_kit.output.lock import OutputLock
-from qlora_kit.output.metrics import read_metrics
 from qlora_kit.output.model_card import write_model_card
 from qlora_kit.output.new_run import move_in, staging
 from qlora_kit.output.place import check_output_dir
@@ -244,9 +243,9 @@ def _train(config: Config, resume: str | None, overwrite: bool, team: Team, fold
     with cli.busy("Loading the libraries"):  # which takes seconds: everything above is answered before
         from qlora_kit.adapter.save import save_adapter
         from qlora_kit.inference.samples import build_sampler
-        from qlora_kit.model.perplexity import recorded_base
         from qlora_kit.training.base_check import check_base
         from qlora_kit.training.build import TrainingData, build_store, build_trainer, find_why_not_packed
+        from qlora_kit.training.checkpointing import read_base
         from qlora_kit.training.machine import explaining_out_of_memory, plan_run
         from qlora_kit.training.samples import SampleCallback
         from qlora_kit.training.stop import explaining_interrupt
@@ -295,7 +294,7 @@ def _train(config: Config, resume: str | None, overwrite: bool, team: Team, fold
             if lock.take():  # the folder did not exist before, or another run made it meanwhile
                 check_output_dir(config.training.output_dir, overwrite, checkpoint is not None)
             open_output(place, report, checkpoint)
-        base = recorded_base(read_metrics(checkpoint.folder)) if checkpoint else trainer.measure_base()
+        base = read_base(checkpoint) if checkpoint else trainer.measure_base()
         trainer.train(checkpoint)
         if number := team.max(trainer.stopping.signal or 0):  # on all ranks: one may have got it after the last step
             report.draw_curves(place)

@@ -20,7 +20,7 @@ def save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folde
         Failed: the adapter contains NaN or infinity, or the disk is full or broken.
     """
     size = 4.0 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) + TOKENIZER_BYTES
-    with report_disk_errors("the adapter", folder, size):
+    with report_disk_errors("the adapter", folder, size, "free some space, and continue with --resume"):
         write_adapter(model, folder)
         tokenizer.save_pretrained(folder)
         flush_tree(folder)

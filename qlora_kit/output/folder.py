@@ -91,12 +91,13 @@ def _size(number: float) -> str:
 
 
 @contextmanager
-def report_disk_errors(what: str, folder: Path, needed: float) -> Iterator[None]:
+def report_disk_errors(what: str, folder: Path, needed: float, remedy: str = "") -> Iterator[None]:
     """Turn the errors that writing raises on a full, read-only or broken disk into one line.
 
     Args:
         what: the thing that is written, as the subject of the sentence.
         needed: its size in bytes.
+        remedy: what to do, at the end of the line.
 
     Raises:
         Failed: it cannot be written; names the reason and how much space is missing.
@@ -108,7 +109,7 @@ def report_disk_errors(what: str, folder: Path, needed: float) -> Iterator[None]
             raise
         missing = missing_space(folder, needed) / MIB
         space = f"; {missing:.1f} MiB of {needed / MIB:.1f} are missing" if missing > 0 else ""
-        raise Failed(f"{what} cannot be written to {folder} ({reason}{space})") from error
+        raise Failed(f"{what} cannot be written to {folder} ({reason}{space}){remedy and f'; {remedy}'}") from error
 
 
 def _disk_reason(error: Exception) -> str | None:

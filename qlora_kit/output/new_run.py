@@ -29,6 +29,7 @@ from qlora_kit.output.folder import (
     digest,
     flush,
     remove,
+    report_disk_errors,
 )
 from qlora_kit.output.lock import OutputLock
 from qlora_kit.output.place import has_begun, holds_run
@@ -38,6 +39,7 @@ OF_THE_RUN = (LOG, METRICS, CONFIG, CHECKPOINTS)  # are in .new before the end
 FORMER = ".former"  # in .new: a folder that the move replaces
 NOT_INHERITED = (CURVES, "chat_template.jinja")  # the new run may have none
 IN_ORDER = {LOG: -1, CHECKPOINTS: 1, ADAPTER_FILES[1]: 2, ADAPTER_FILES[0]: 3, PROVENANCE: 4}
+REMEDY = "free some space, and continue with --resume"
 PATIENCE = 10.0  # seconds that a reader waits for a run that moves its files
 
 
@@ -54,7 +56,8 @@ def staging(folder: Path) -> Iterator[Path]:
     _drop_staged(new)
     new.mkdir(exist_ok=True)
     try:
-        yield new
+        with report_disk_errors("run.json", folder, 0, REMEDY):
+            yield new
     except BaseException:
         _drop_staged(new)
         raise

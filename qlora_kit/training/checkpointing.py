@@ -14,8 +14,10 @@ import torch
 from peft import load_peft_weights, set_peft_model_state_dict
 
 from qlora_kit.errors import UserError
+from qlora_kit.model.perplexity import Perplexity, recorded_base
 from qlora_kit.output.checkpoints import Checkpoint, find_newest_valid, rotate, staged_checkpoint
 from qlora_kit.output.folder import CHECKPOINT_PREFIX, SAVING, checkpoint_bytes
+from qlora_kit.output.metrics import read_metrics
 from qlora_kit.training.processes import Team
 
 MOMENTS = ("state1", "state2")  # bitsandbytes' names of Adam's two moments
@@ -102,6 +104,18 @@ def unreadable(checkpoint: Checkpoint, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:100]
     problem = f"cannot be loaded ({type(error).__name__}: {reason}): a file of it holds what no run has written"
     return UserError("--resume", checkpoint.folder, problem, "use another checkpoint, or start over with --overwrite")
+
+
+def read_base(checkpoint: Checkpoint) -> Perplexity | None:
+    """Return the base model's perplexity that a checkpoint's metrics.jsonl records, None if it was not measured.
+
+    Raises:
+        UserError: the file holds what no run has written.
+    """
+    try:
+        return recorded_base(read_metrics(checkpoint.folder))
+    except Exception as error:
+        raise unreadable(checkpoint, error) from error
 
 
 def follow_schedule(schedule: Any) -> None:

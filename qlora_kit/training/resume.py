@@ -16,6 +16,7 @@ from qlora_kit.output.new_run import choose_folder, finish
 from qlora_kit.output.provenance import code_digest, versions
 from qlora_kit.shipped import is_dispatched
 from qlora_kit.training.processes import Team
+from qlora_kit.untrusted import user_path
 
 # The fingerprints that a resumed run must find unchanged: key and words of the message.
 FINGERPRINTS = {
@@ -110,7 +111,7 @@ def find_checkpoint(folder: Path, config: Config, wanted: str) -> tuple[Checkpoi
     Raises:
         UserError: there is none, or its run had settings that may not change.
     """
-    named = Path(wanted).expanduser() if wanted else folder / CHECKPOINTS
+    named = user_path(wanted, "--resume") if wanted else folder / CHECKPOINTS
     if folder.name == NEW and named.resolve() in (folder.parent.resolve(), (folder.parent / CHECKPOINTS).resolve()):
         named = folder / CHECKPOINTS
     found = list_checkpoints(named) or list_checkpoints(named / CHECKPOINTS) or [named] * bool(wanted)

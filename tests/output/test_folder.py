@@ -4,9 +4,10 @@ import os
 import shutil
 
 import pytest
+from safetensors import SafetensorError
 
-from qlora_kit.errors import UserError
-from qlora_kit.output.folder import check_disk, existing_parent, staged_folder
+from qlora_kit.errors import Failed, UserError
+from qlora_kit.output.folder import check_disk, existing_parent, replace_text, report_disk_errors, staged_folder
 
 
 def test_a_run_without_space_for_a_checkpoint_and_the_adapter_is_refused(tmp_path, monkeypatch):
@@ -74,3 +75,23 @@ def test_a_failed_block_leaves_nothing_but_the_folder_before_it(tmp_path):
         (folder / "half").touch()
         raise KeyboardInterrupt
     assert read(tmp_path) == "old" and not any((tmp_path / "staging").iterdir())
+
+
+@pytest.mark.parametrize("error, reason", [
+    (OSError(28, "No space left on device"), "No space left on device"),
+    (Exception("x (os error 28)"), "No space left on device"),
+    (SafetensorError("half"), "the disk accepted only a part of it"),
+])  # fmt: skip
+def test_every_library_s_word_for_a_full_disk_is_one_line(tmp_path, error, reason):
+    with pytest.raises(Failed) as failure, report_disk_errors("the adapter", tmp_path, 0, "resume"):
+        raise error
+    assert str(failure.value) == f"the adapter cannot be written to {tmp_path} ({reason}); resume"
+    with pytest.raises(ValueError, match="ours"), report_disk_errors("the adapter", tmp_path, 0):
+        raise ValueError("ours")
+
+
+def test_no_link_is_followed_where_a_text_is_written(tmp_path):
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / ".run.json").symlink_to(tmp_path / "precious")
+    replace_text(tmp_path / "run.json", "new")
+    assert (tmp_path / "precious").read_text() == "kept" and (tmp_path / "run.json").read_text() == "new"
