@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from importlib.metadata import version
 from typing import Any, NoReturn, TextIO
+from urllib.parse import urlsplit
 
 from qlora_kit.errors import Failed, Problem, Stopped, UserError, spell_out
 
@@ -270,8 +271,25 @@ def _show_warning(message: Warning | str, category: type[Warning], filename: str
     say(f"warning: {' '.join(str(message).split())} ({os.path.basename(filename)}, line {line})")
 
 
+def check_endpoint(address: str) -> None:
+    """Check the address of a server in HF_ENDPOINT, which the libraries read while they are imported; raises UserError."""
+    try:
+        parts = urlsplit(address)
+        is_sound = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:  # of the port
+        is_sound = False
+    if not is_sound or not address.isprintable() or " " in address:
+        raise UserError("HF_ENDPOINT", address, "is no address of a server", "correct it, or unset it")
+
+
 def prepare_libraries() -> None:
-    """Silence library messages that a user can do nothing about. Call it before the libraries are imported."""
+    """Silence library messages that a user can do nothing about. Call it before the libraries are imported.
+
+    Raises:
+        UserError: as check_endpoint.
+    """
+    if endpoint := os.environ.get("HF_ENDPOINT"):
+        check_endpoint(endpoint)
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     logging.setLogRecordFactory(_CleanRecord)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -158,6 +158,15 @@ def test_what_the_system_refuses_is_one_line_and_status_1(capsys, error, line):
     assert ending.value.code == 1 and said.startswith(f"error: {line}") and said.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "address", ["http://a b", "http://a:x", "http://a:99999999", "huggingface.co", "file:///etc", "http://\x1bx"]
+)
+def test_an_endpoint_that_is_no_address_is_one_line(monkeypatch, address):
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    with pytest.raises(UserError, match=r"^HF_ENDPOINT: .*is no address of a server"):
+        cli.prepare_libraries()
+
+
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError("a bug"), ImportError("a bug")])
 def test_a_bug_is_no_line(error):
     def main():

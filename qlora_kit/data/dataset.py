@@ -5,14 +5,15 @@ learns where a text ends. The stream is cut into blocks. Records (chats, instruc
 tokens are kept in a cache on disk, so that a second run with the same data begins at once.
 """
 
-import errno
 import hashlib
 import pickle
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
@@ -215,25 +216,31 @@ def _one_ahead(batches: Iterator[list[RenderedRecord]]) -> Iterator[list[Rendere
 
 
 def _read_or_write(key: str, write: Callable[[TokenWriter], None]) -> Tokens:
-    """Return the tokens that the cache has under `key`; if it has none, or damaged ones, let `write` store them first."""
-    folder = find_cache_folder() / key
+    """Return the tokens that the cache has under `key`; if it has none, or damaged ones, let `write` store them first.
+
+    Raises:
+        UserError: the cache's folder cannot be used.
+    """
+    folder, damage = find_cache_folder() / key, {}
     try:
-        found = read_tokens(folder)
-    except DamagedTokens:
-        shutil.rmtree(folder, ignore_errors=True)
-        found = None
-    if found is None:
         try:
+            found = read_tokens(folder)
+        except DamagedTokens as error:
+            damage = {"damaged_cache": str(error)}
+            shutil.rmtree(folder)
+            found = None
+        if found is None:
             with write_tokens(folder) as writer, _create_progress(writer):
                 write(writer)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR):
-                raise
-            problem = f"cannot be written ({error.strerror})"
-            raise UserError("HF_DATASETS_CACHE", folder.parent, problem, "free space there, or use another folder") from None
-        found = read_tokens(folder)
-    assert found is not None
-    return found
+            found = read_tokens(folder)
+            assert found is not None
+    except (OSError, DamagedTokens) as error:
+        place = Path(getattr(error, "filename", None) or folder)
+        if not folder.is_relative_to(place) and not place.is_relative_to(folder.parent):
+            raise  # of a data file
+        problem = f"cannot be used for the cache of tokens ({getattr(error, 'strerror', error)})"
+        raise UserError("HF_DATASETS_CACHE", folder.parent, problem, "free space there, or use another folder") from None
+    return replace(found, about=found.about | damage)
 
 
 def _create_progress(writer: TokenWriter) -> Progress:

@@ -42,9 +42,12 @@ def describe_notes(about: dict[str, Any]) -> Rows:
     """Return notes in words, without those that have nothing to say.
 
     Args:
-        about: what as_json returned, and `left_out_thought`, the end of a prompt that chat_template.py leaves out.
+        about: what as_json returned; `left_out_thought`, the end of a prompt that chat_template.py leaves out; and
+            `damaged_cache`, why the tokens that were stored had to be made anew.
     """
     rows: Rows = []
+    if damage := about.get("damaged_cache"):
+        rows.append(("cache", f"was damaged, so the data were tokenized anew ({damage})"))
     if records := about.get("with_tools"):
         rows.append(("tools", f"in {records:,} records"))
     if keys := about.get("unused_keys"):

@@ -118,4 +118,4 @@ def find_cache_folder() -> Path:
     """Return the folder `qlora_kit` in the cache of the `datasets` library, which its environment variables can move."""
     from huggingface_hub.constants import HF_HOME
 
-    return Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME, "datasets"), "qlora_kit").expanduser()
+    return Path(os.path.expanduser(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME, "datasets")), "qlora_kit")

@@ -110,10 +110,16 @@ def test_a_parquet_file_with_a_name_twice_is_one_problem(tmp_path, columns, name
     ("column", "reason"),
     [
         (pyarrow.array(["a", "x " * 10_000_000]), "record 2 is longer than 16,777,216 bytes"),
-        (pyarrow.array([1, 10**15], pyarrow.timestamp("ms")), "is not readable as parquet after record 0 (date value out of range"),
-        (pyarrow.array([1, 10**8], pyarrow.date32()), "is not readable as parquet after record 0 (date value out of range"),
+        (
+            pyarrow.array([1, 10**15], pyarrow.timestamp("ms")),
+            "is not readable as parquet after record 0 (date value",
+        ),
+        (pyarrow.array([1, 10**8], pyarrow.date32()), "is not readable as parquet after record 0 (date value"),
         # a word of 10 MB, in each of 128 records
-        (pyarrow.DictionaryArray.from_arrays([0] * 128, ["y" * 10_000_000]), "cannot be read after record 0 (it takes more than 1"),
+        (
+            pyarrow.DictionaryArray.from_arrays([0] * 128, ["y" * 10_000_000]),
+            "cannot be read after record 0 (it takes",
+        ),
     ],
     ids=["long record", "time", "date", "dictionary"],
 )

@@ -5,8 +5,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from qlora_kit.data import token_cache
+from qlora_kit.data.dataset import tokenize_documents
+from qlora_kit.data.notes import describe_notes
 from qlora_kit.data.token_cache import DamagedTokens, read_tokens, write_tokens
 from qlora_kit.errors import UserError
+from tests.data.builders import as_jsonl, source_of
 
 
 def test_tokens_are_read_as_they_were_written(tmp_path):
@@ -44,13 +47,36 @@ def test_damaged_tokens_are_not_read(tmp_path, name, damage):
         read_tokens(tmp_path / "key")
 
 
-def test_damaged_tokens_are_made_anew(stream_of):
+def test_damaged_tokens_are_made_anew_and_that_is_said_once(write, tokenizer):
     """A power failure may leave zeros in place of tokens; they would be trained on."""
-    stream = stream_of(["a text whose tokens are lost"]).tolist()  # a copy: the array is mapped from the file
+    source = source_of(write("documents.jsonl", as_jsonl({"text": "a text whose tokens are lost"})))
+
+    def tokens():
+        return tokenize_documents(source, source.documents, tokenizer)
+
+    ids = tokens().ids.tolist()  # a copy: the array is mapped from the file
     for file in token_cache.find_cache_folder().glob("*/ids.bin"):
-        if file.read_bytes() == np.array(stream, dtype=np.int32).tobytes():
+        if file.read_bytes() == np.array(ids, dtype=np.int32).tobytes():
             file.write_bytes(bytes(file.stat().st_size))
-    assert stream_of(["a text whose tokens are lost"]).tolist() == stream
+    again = tokens()
+    assert again.ids.tolist() == ids
+    reason = "was damaged, so the data were tokenized anew (ids.bin is not as it was written)"
+    assert describe_notes(again.about) == [("cache", reason)] and describe_notes(tokens().about) == []
+
+
+@pytest.mark.parametrize("place", ["file", "file/x", "/proc/x", "n" * 300, "~nosuchuser/x", "loop"])
+def test_a_cache_folder_that_cannot_be_used_is_one_line(tmp_path, stream_of, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / "qlora_kit").touch()
+    (tmp_path / "file" / "x").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.setenv("HF_DATASETS_CACHE", place)
+    if place.startswith("~"):
+        assert str(token_cache.find_cache_folder()) == f"{place}/qlora_kit"
+        return
+    with pytest.raises(UserError, match=r"^HF_DATASETS_CACHE: .*/?qlora_kit: cannot be used for the cache of tokens \("):
+        stream_of([f"a text for {place}"])
 
 
 def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tmp_path):
@@ -90,10 +116,3 @@ def test_the_tokenizer_is_part_of_the_key(stream_of, tiny_dir):
     other.add_tokens(["tides"])
     assert stream_of(["tides"]).tolist() != stream_of(["tides"], other).tolist()
     assert len(stream_of(["tides"], other)) == 2
-
-
-def test_a_cache_that_cannot_be_written_is_one_problem(stream_of, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("no folder")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "file"))
-    with pytest.raises(UserError, match=r"HF_DATASETS_CACHE: .*file.qlora_kit: cannot be written"):
-        stream_of(["text"])

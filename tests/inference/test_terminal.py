@@ -1,7 +1,6 @@
 """Check the terminal through a real pseudo-terminal."""
 
 import io
-import json
 import os
 import re
 import select
@@ -86,7 +85,7 @@ def chat_adapter(adapter_of) -> Path:
     return adapter_of("--config", "configs/instruct.yaml", "--max_steps", "2", "--set", "data.max_train_samples=16")
 
 
-def test_a_conversation_in_a_narrow_terminal(chat_adapter, tmp_path):
+def test_a_conversation_in_a_narrow_terminal(chat_adapter):
     window = Window(["inference_example.py", "--adapter", str(chat_adapter), "--max_new_tokens", "6"])
     try:
         assert window.wait_for(r"> $").lstrip().startswith("Chat: the whole conversation is sent")
@@ -113,7 +112,7 @@ def test_a_conversation_in_a_narrow_terminal(chat_adapter, tmp_path):
         window.ask("And a lake?")
         compared = window.ask("/compare")
         assert "without the adapter:" in compared and "tokens/s" in compared
-        assert "error: /save" in window.ask(f"/save {tmp_path}/chat.jsonl")
+        assert "error: /save" in window.ask("/save chat.jsonl")  # both answers were cut
 
         window.type("half a li")
         window.wait_for("half a li")
@@ -122,9 +121,6 @@ def test_a_conversation_in_a_narrow_terminal(chat_adapter, tmp_path):
         assert window.leave() == 0
     finally:
         window.process.kill()
-    turns = json.loads((tmp_path / "chat.jsonl").read_text(encoding="utf-8"))["messages"]
-    assert [turn["content"] for turn in turns[::2]] == ["What is a river?", "And a lake?"] and turns[1]["weight"] == 0
-    assert "".join(turns[1]["content"].split())[:20] in "".join(window.shown().split())
     assert "Traceback" not in window.shown()
 
 
