@@ -64,6 +64,10 @@ def start(folder: Path, own_process: bool = False, flags: Sequence[str] = (), in
         flags.append("--resume")
     elif (folder / "adapter_model.safetensors").exists():
         raise SystemExit(f"{folder}: an adapter and no checkpoint")
+    else:
+        (folder / "training_log.txt").unlink(
+            missing_ok=True
+        )  # of a run that died early, which would be refused without --overwrite
     said = folder.with_suffix(".txt")
     if own_process:
         with said.open("ab") as file:
