@@ -24,6 +24,7 @@ from qlora_kit.model.hub import is_local
 from qlora_kit.planning.memory import estimate_memory
 from qlora_kit.planning.plan import make_plan
 from qlora_kit.planning.shape import KNOWN_CONFIGS, read_shape
+from tests import forked
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -112,26 +113,27 @@ def test_the_commands_for_a_laptop_run_in_their_order(tmp_path):
     for name in listed:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "qlora").write_text('#!/bin/sh\nexec python -m qlora_kit "$@"\n')
-    (tmp_path / "bin" / "qlora").chmod(0o755)
-    path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
 
-    def run(command: str) -> None:
-        result = subprocess.run(
-            ["bash", "-o", "pipefail", "-c", command], cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            timeout=600, env=os.environ | {"PATH": path},
-        )  # fmt: skip
-        assert result.returncode == 0, f"{command}\n{result.stdout[-1000:]}{result.stderr[-3000:]}"
+    def run(words: list[str], joined: str = "") -> None:
+        is_python = words[0] == "python" and not joined
+        shell = ["bash", "-o", "pipefail", "-c", joined or shlex.join(words)]
+        environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        if is_python:  # in a process that has the libraries already
+            result = forked.run(words[1:], cwd=tmp_path, timeout=600)
+        else:
+            result = subprocess.run(shell, cwd=tmp_path, capture_output=True, text=True, timeout=600, env=environment)
+        assert result.returncode == 0, f"{joined or words}\n{result.stdout[-1000:]}{result.stderr[-3000:]}"
 
     for command in commands():
         words = shlex.split(command)
-        trains = {"train_qlora.py", "train"} & set(words) and not {"--plan", "--preview"} & set(words)
-        if runs_on_a_laptop(words[words.index("|") + 1 :] if "|" in words else words):
-            run(f"{command} --max_steps {4 if '--resume' in words else 2}" if trains else command)
+        if not runs_on_a_laptop(words[words.index("|") + 1 :] if "|" in words else words):
+            continue
+        words = ["python", "-m", "qlora_kit", *words[1:]] if words[0] == "qlora" else words
+        if {"train_qlora.py", "train"} & set(words) and not {"--plan", "--preview"} & set(words):
+            words += ["--max_steps", "4" if "--resume" in words else "2"]
+        run(words, joined=command if "|" in words else "")
     (program,) = re.findall(r"```python\n(.*?)```", (tmp_path / "output_tiny" / "README.md").read_text(), re.DOTALL)
-    (tmp_path / "output_tiny" / "program.py").write_text(program)
-    run("cd output_tiny && python program.py")
+    run(["python", "-c", f"import os; os.chdir('output_tiny')\n{program}"])
 
 
 def test_no_command_trains_into_a_folder_that_holds_a_run():
