@@ -65,9 +65,7 @@ def start(folder: Path, own_process: bool = False, flags: Sequence[str] = (), in
     elif (folder / "adapter_model.safetensors").exists():
         raise SystemExit(f"{folder}: an adapter and no checkpoint")
     else:
-        (folder / "training_log.txt").unlink(
-            missing_ok=True
-        )  # of a run that died early, which would be refused without --overwrite
+        (folder / "training_log.txt").unlink(missing_ok=True)  # a run that died early is not started again while it is there
     said = folder.with_suffix(".txt")
     if own_process:
         with said.open("ab") as file:
