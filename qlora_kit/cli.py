@@ -8,6 +8,7 @@ import errno
 import io
 import logging
 import os
+import resource
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ try:
 except ModuleNotFoundError as missing:  # these are a command's first imports: no caller handles a missing package yet
     sys.exit(_not_installed(str(missing.name)))
 
+FEWEST_FILES = 64
 # What to do about an error of the system; of any other: check the file.
 REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO), "free some space there, or write elsewhere")
 REMEDIES |= dict.fromkeys((errno.EMFILE, errno.ENFILE), "allow more open files (ulimit -n)")
@@ -150,6 +152,13 @@ def open_standard_streams() -> None:
         sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
 
 
+def check_open_files() -> None:
+    """Check that the process may open as many files as the libraries need while they are imported; raises UserError."""
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if allowed < FEWEST_FILES:
+        raise UserError("ulimit -n", allowed, "allows too few open files", "use ulimit -n 1024")
+
+
 def _redirect_to_devnull(stream: TextIO) -> None:
     devnull = os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, stream.fileno())
@@ -204,6 +213,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     set_encoding(sys.stdout)
     with redirect_stderr(IgnoreClosedStderr(sys.stderr)):
         try:
+            check_open_files()
             main()
             print(end="", flush=True)  # to nowhere, where standard output is closed
             status = 0
@@ -238,7 +248,7 @@ def _report(error: Exception) -> int:
 
 def _explain_system_error(error: Exception) -> Problem | None:
     """Return what the system refuses, such as a file, memory or a thread; None for a bug of ours."""
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or (isinstance(error, ImportError) and "failed to map segment" in str(error)):
         return Problem("memory", None, "is full", "close other programs, or use smaller data")
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return Problem("threads", None, "cannot be started", REMEDIES[errno.EAGAIN])

@@ -146,6 +146,7 @@ def test_an_empty_name_is_not_the_working_directory(parse, flags, capsys):
     (OSError(errno.EMFILE, "Too many open files"), "system: cannot be used (Too many open files). Allow"),
     (ImportError("libx.so: cannot open shared object file: Too many open files"), "libraries: cannot be loaded (Too many open"),
     (RuntimeError("can't start new thread"), "threads: cannot be started. Allow more processes"),
+    (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "memory: is full"),
     (MemoryError(), "memory: is full. Close other programs"),
 ])  # fmt: skip
 def test_what_the_system_refuses_is_one_line_and_status_1(capsys, error, line):
@@ -165,6 +166,16 @@ def test_an_endpoint_that_is_no_address_is_one_line(monkeypatch, address):
     monkeypatch.setenv("HF_ENDPOINT", address)
     with pytest.raises(UserError, match=r"^HF_ENDPOINT: .*is no address of a server"):
         cli.prepare_libraries()
+
+
+def test_too_few_open_files_are_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(cli.resource, "getrlimit", lambda _: (8, 8))
+    with pytest.raises(SystemExit) as ending:
+        cli.run(lambda: None)
+    assert (ending.value.code, capsys.readouterr().err) == (
+        2,
+        "error: ulimit -n: 8: allows too few open files. Use ulimit -n 1024.\n",
+    )
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError("a bug"), ImportError("a bug")])
