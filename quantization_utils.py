@@ -20,6 +20,7 @@ from qlora_kit.model.hub import read_model_config
 from qlora_kit.model.load import load_base_model, quantization_config, set_padding
 from qlora_kit.model.packed_base import read_packed
 from qlora_kit.model.tokenizer import load_tokenizer
+from qlora_kit.shipped import locate
 
 ATTENTION_AND_MLP = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -89,6 +90,7 @@ def load_model_and_tokenizer(
     """
     device = choose_device(device, "device")
     dtype = dtype or usable_dtype("auto", device)[0]
+    name = locate(name)
     settings = ModelSettings(name=name, revision=revision, trust_remote_code=trust_remote_code)
     if quantization == "nf4":
         quantization = None if read_packed(read_model_config(settings), name) else create_bnb_config(compute_dtype=dtype)
