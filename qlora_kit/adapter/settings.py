@@ -24,7 +24,6 @@ WITHOUT_EFFECT = (
     "auto_mapping", "corda_config", "eva_config", "lora_ga_config", "loftq_config", "megatron_core", "peft_version",
     "qalora_group_size", "runtime_config",
 )  # fmt: skip
-UNSET = (None, False)  # what peft writes for a key that is not used
 # How the matrices began, where that leaves the base model's weights as they are: peft need not repeat it.
 KEEPS_THE_BASE = (True, False, None, "gaussian", "eva", "mica", "orthogonal")
 # The others change the base model's weights, which the adapter's folder does not contain, or need more than that folder.
@@ -126,7 +125,7 @@ def read_settings(folder: Path) -> tuple[LoraFile | IA3File, list[str]]:
         UserError: the file is damaged, a key changes the computation in a way that is not supported, or has a wrong type.
     """
     stated = read_json(folder / ADAPTER_FILES[1], "--adapter")
-    extra = [name for name in CHANGES_THE_COMPUTATION if stated.get(name) not in UNSET]
+    extra = [name for name in CHANGES_THE_COMPUTATION if _is_set(stated.get(name))]
     kind = stated.get("peft_type", "LORA")
     if extra or kind not in ("LORA", "IA3"):
         name = extra[0] if extra else "peft_type"
@@ -141,7 +140,12 @@ def read_settings(folder: Path) -> tuple[LoraFile | IA3File, list[str]]:
         problem = f"has {name} {_shorten(stated[name])} in {ADAPTER_FILES[1]}: {first['msg']}"
         raise UserError("--adapter", folder, problem, "copy it again, or correct it") from None
     known = {*LoraFile.model_fields, *IA3File.model_fields, *CHANGES_THE_COMPUTATION, *WITHOUT_EFFECT}
-    return settings, [name for name, value in stated.items() if name not in known and value not in UNSET]
+    return settings, [name for name, value in stated.items() if name not in known and _is_set(value)]
+
+
+def _is_set(value: Any) -> bool:
+    """Return whether a key says something: peft writes null or false for those that are not used."""
+    return value is not None and value is not False
 
 
 def _shorten(value: Any) -> str:

@@ -66,7 +66,8 @@ def test_keys_without_effect_are_dropped_and_unknown_ones_are_named(read):
         {"trainable_token_indices": "all"}, {"base_model_name_or_path": ["x"]}, {"modules_to_save": "lm_head"},
         {"inference_mode": 1}, {"target_modules": "a\x1b[31m"}, {"base_model_name_or_path": "evil\n\x1b]0;title\x07"},
         {"base_model_name_or_path": "\ud800"}, {"modules_to_save": ["(("]}, {"init_lora_weights": "pissa_niter_1000000"},
-        {"init_lora_weights": "os.system"}, {"kasa_config": {}}, {"alora_invocation_tokens": []}, {"megatron_config": {}},
+        {"init_lora_weights": "os.system"}, {"kasa_config": {}}, {"alora_invocation_tokens": []},
+        {"megatron_config": {}}, {"megatron_config": 0},
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_one_line_that_names_the_key(read, settings):
