@@ -20,6 +20,7 @@ from qlora_kit.data.splits import describe_files
 from qlora_kit.data.tokenizing import EncodedRecord
 from qlora_kit.errors import spell_out
 from qlora_kit.model.tokenizer import separator_id
+from qlora_kit.wrapping import fit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,9 +40,12 @@ def show_preview(
     console: Console,
 ) -> None:
     """Print the first records, the counts and the lengths of the training data."""
+    coloured = console.is_terminal and not console.no_color and console.color_system is not None
+    if coloured:
+        console.print(Text("Trained tokens are green, the others dim.\n"))
     for title, record in _choose_examples(train):
         console.print(Text(title, style="bold"))
-        console.print(mark_trained(record, tokenizer, console.is_terminal), soft_wrap=True)
+        console.print(mark_trained(record, tokenizer, coloured), soft_wrap=True)
         console.print()
     rows = _describe_records(config, tokenizer, train) if isinstance(train, RecordBlocks) else _describe_text(tokenizer, train)
     rows += train.notes
@@ -51,10 +55,10 @@ def show_preview(
     if overlap := describe_overlap(train, evaluation):
         rows.append(("overlap", overlap))
     for name, value in [("source", ", ".join(config.data.names)), *describe_files(config.data), *rows]:
-        console.print(Text(spell_out(f"{name:<12}{value}")), soft_wrap=True)
+        console.print(Text(fit(spell_out(f"{name:<12}{value}"), console.file)), soft_wrap=True)
     console.print()
     top = config.data.max_length if isinstance(train, RecordBlocks) else int(train.full_lengths.max())
-    for line in draw_histogram(train.full_lengths, top):
+    for line in draw_histogram(train.full_lengths, top, min(BAR, console.width - 30) if console.is_terminal else BAR):
         console.print(Text(line), soft_wrap=True)
 
 
@@ -131,7 +135,7 @@ def _describe_text(tokenizer: "PreTrainedTokenizerBase", train: TextBlocks) -> R
     ]
 
 
-def draw_histogram(lengths: np.ndarray, top: int) -> list[str]:
+def draw_histogram(lengths: np.ndarray, top: int, longest: int = BAR) -> list[str]:
     """Return a histogram of lengths in tokens, (records,), as lines with bars; lengths above `top` share one line."""
     borders = np.unique(np.linspace(0, top, BINS + 1).astype(int))
     counts = [int(((lengths > low) & (lengths <= high)).sum()) for low, high in pairwise(borders)]
@@ -139,6 +143,6 @@ def draw_histogram(lengths: np.ndarray, top: int) -> list[str]:
     if above := int((lengths > top).sum()):
         counts.append(above)
         names.append(f"more than {top:,}")
-    bars = ["#" * math.ceil(BAR * count / max(counts)) for count in counts]
+    bars = ["#" * math.ceil(longest * count / max(counts)) for count in counts]
     lines = [f"{name:>16}  {count:>9,}  {bar}" for name, count, bar in zip(names, counts, bars, strict=True)]
     return [f"{'tokens':>16}  {'number':>9}", *(line.rstrip() for line in lines)]

@@ -22,6 +22,8 @@ from qlora_kit import cli
 from qlora_kit.config import Config
 from qlora_kit.doctor import machine_checks
 from qlora_kit.doctor.run_checks import Check, CheckFailed, Result, run_checks
+from qlora_kit.shipped import spell_command
+from qlora_kit.wrapping import fit, say
 
 COMPILE_SECONDS = 300.0
 BITSANDBYTES = "run python -m bitsandbytes: it names the missing library"
@@ -92,14 +94,26 @@ def print_table(results: Iterable[Result]) -> list[Result]:
     console, printed = cli.results_console(highlight=False), []
     for result in results:
         printed.append(result)
-        status = (f"{result.status:<9}", COLOURS[result.status])
-        console.print(Text.assemble(status, f"{result.name:<14} {result.measured}"), soft_wrap=True)
+        row = Text(fit(f"{result.status:<9}{result.name:<14} {result.measured}", sys.stdout))
+        row.stylize(COLOURS[result.status], 0, len(result.status))
+        console.print(row, soft_wrap=True)
         if result.fix:
-            console.print(Text(f"{'':<9}{'':<15}fix: {result.fix}", style="bold"), soft_wrap=True)
+            console.print(Text(fit(f"{'':<9}fix: {result.fix}", sys.stdout), style="bold"), soft_wrap=True)
     counts = Counter(result.status for result in printed)
-    summary = f"{counts['pass']} passed, {counts['fail']} failed, {counts['skipped']} skipped"
-    console.print(Text(f"\n{summary}"), soft_wrap=True)
+    say(f"\n{counts['pass']} passed, {counts['fail']} failed, {counts['skipped']} skipped", sys.stdout)
+    say(next_step(printed), sys.stdout)
     return printed
+
+
+def next_step(results: list[Result]) -> str:
+    """Return what to do after these results, with its command on a line of its own."""
+    status = {result.name: result.status for result in results}
+    if "fail" in status.values():
+        return "Mend what failed, and run the doctor again."
+    train = spell_command("train_qlora.py")
+    if status.get("GPU") == "pass":
+        return f"This machine can train on its GPU. What fits, and how long it takes:\n  {train} --plan"
+    return f"This machine can train the laptop model:\n  {train} --config configs/tiny.yaml"
 
 
 def format_json(device: str, results: list[Result]) -> str:

@@ -3,15 +3,19 @@
 import math
 from typing import Any
 
-from qlora_kit.config import GIB, Config
+from qlora_kit.config import GIB, MIB, Config
 from qlora_kit.errors import UserError
 from qlora_kit.planning.cards import Card
-from qlora_kit.planning.memory import CONTEXT_BYTES
+from qlora_kit.planning.memory import CONTEXT_BYTES, estimate_memory
 from qlora_kit.planning.plan import TOLERANCE, Plan, make_plan
 from qlora_kit.planning.shape import ModelShape
 from qlora_kit.planning.time import predict_run_seconds, predict_step_seconds
 
 PAGED = {"adamw_8bit": "paged_adamw_8bit", "adamw_torch": "paged_adamw_32bit"}  # the same update, its state outside the allocator
+# Of two cores of an AMD EPYC: 2,631 tokens/s of the laptop model, whose products take 14 million operations a token (2026-11-22).
+CPU_FLOPS = 37e9
+CPU_PATIENCE = 2 * 3600  # seconds; a longer run is planned for a GPU
+PYTHON_BYTES = 0.48 * GIB  # resident after importing the libraries, torch 2.12 for the CPU on Linux (2026-11-27)
 NAMED_FLAGS = {"lora.rank": "--rank ", "data.max_length": "--max_length "}  # a named flag overrides --set
 
 
@@ -97,7 +101,12 @@ def plan_table(plan: Plan, config: Config, shape: ModelShape, limit: float, card
         verdict = (
             f"Does not fit: needs {needed:.2f} GiB, and {available:.2f} are available ({card}). {advice[:1].upper()}{advice[1:]}."
         )
-    return "\n".join([title, parameters, *(f"  {name:<26}{size / GIB:6.2f} GiB" for name, size in rows if size), verdict])
+    return "\n".join([title, parameters, *(f"  {name:<26}{show_size(size)}" for name, size in rows if size), verdict])
+
+
+def show_size(size: float) -> str:
+    """Return bytes as `  1.33 GiB`, or as `  57.1 MiB` below 0.1 GiB."""
+    return f"{size / GIB:6.2f} GiB" if size >= 0.1 * GIB else f"{size / MIB:6.1f} MiB"
 
 
 def describe_other_sharding(config: Config, shape: ModelShape, limit: float, processes: int) -> str:
@@ -110,12 +119,18 @@ def describe_other_sharding(config: Config, shape: ModelShape, limit: float, pro
 
 
 def describe_plan(config: Config, shape: ModelShape, card: Card | None, processes: int, tokens: float | None) -> str:
-    """Return the plan for a card, whose memory performance.vram_limit_gib may cap; for one of 8 GiB if there is none.
+    """Return the plan for a card, whose memory performance.vram_limit_gib may cap.
+
+    Without a GPU it is that of a short run on the CPU, or for a card of 8 GiB.
 
     Args:
         card: with its free memory; None without a GPU.
         tokens: of an epoch, or None if the data are not known.
     """
+    if card is None and processes == 1 and config.performance.vram_limit_gib is None and config.training.device != "cuda":
+        seconds = predict_cpu_seconds(shape, config, tokens)
+        if config.training.device == "cpu" or (seconds is not None and seconds < CPU_PATIENCE):
+            return describe_cpu_run(config, shape, seconds)
     name, limit = "no GPU here: a card of 8 GiB assumed, less CUDA's own", 8.0 * GIB - CONTEXT_BYTES
     if card is not None:
         name, limit = f"free on {card.name}", card.memory
@@ -130,6 +145,29 @@ def describe_plan(config: Config, shape: ModelShape, card: Card | None, processe
         lines.append(describe_time(config, shape, plan, card, processes, tokens))
     if processes > 1:
         lines.append(describe_other_sharding(config, shape, limit, processes))
+    return "\n".join(lines)
+
+
+def predict_cpu_seconds(shape: ModelShape, config: Config, tokens: float | None) -> float | None:
+    """Return the seconds of a run on two cores, without evaluations; None if neither its data nor its steps are known."""
+    step = config.effective_batch * config.data.max_length
+    total = config.training.max_steps * step if config.training.max_steps else tokens and config.training.num_epochs * tokens
+    return total * shape.training_flops_per_token(recompute=False) / CPU_FLOPS if total else None
+
+
+def describe_cpu_run(config: Config, shape: ModelShape, seconds: float | None) -> str:
+    """Return the memory and the time of a run on the CPU, which computes in fp32, in words."""
+    exact = config if config.quantization.compute_dtype != "auto" else _replace(config, {"quantization.compute_dtype": "float32"})
+    plan = make_plan(exact, shape, None)
+    memory = sum(estimate_memory(shape, exact, plan.micro_batch, plan.recomputed).values()) + PYTHON_BYTES
+    trained = shape.lora_parameters(config.lora.rank, config.lora.target_modules)
+    lines = [
+        f"{config.model.name} on the CPU: {plan.micro_batch} x {config.effective_batch // plan.micro_batch} sequences of "
+        f"{config.data.max_length} tokens, rank {config.lora.rank}; {trained:,} parameters are trained",
+        f"RAM (about)  {show_size(memory).strip()}, {PYTHON_BYTES / GIB:.2f} GiB of them Python and its libraries",
+    ]
+    if seconds is not None:
+        lines.append(f"Time         about {_duration(seconds)} and the evaluations, by arithmetic, on two cores of an AMD EPYC")
     return "\n".join(lines)
 
 

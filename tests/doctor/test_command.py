@@ -22,10 +22,20 @@ def test_the_table_has_a_line_for_each_result_and_one_for_each_fix(capsys):
         "pass     Python         3.12.3",
         "skipped  GPU            no GPU",
         "fail     4-bit [product] relative error 2.0e-01",
-        "                        fix: pip install 'bitsandbytes>=0.50'",
+        "         fix: pip install 'bitsandbytes>=0.50'",
         "",
         "1 passed, 1 failed, 1 skipped",
+        "Mend what failed, and run the doctor again.",
     ]
+
+
+@pytest.mark.parametrize("gpu, advice", [
+    ("skipped", "This machine can train the laptop model:\n  python train_qlora.py --config configs/tiny.yaml"),
+    ("pass", "This machine can train on its GPU. What fits, and how long it takes:\n  python train_qlora.py --plan"),
+])  # fmt: skip
+def test_the_doctor_ends_with_what_to_do_next(capsys, gpu, advice):
+    command.print_table([RESULTS[0], Result("GPU", gpu, "", None, 0.1)])
+    assert capsys.readouterr().out.endswith(f"skipped\n{advice}\n")
 
 
 def test_json_is_one_object():
@@ -46,7 +56,9 @@ def test_a_failure_is_exit_status_1(monkeypatch, capsys, flags):
     command.main(flags)
 
 
-@pytest.mark.parametrize(("flags", "line"), [(["--devcie", "cpu"], "did you mean --device?"), (["--device", "tpu"], "'tpu'")])
+@pytest.mark.parametrize(
+    ("flags", "line"), [(["--devcie", "cpu"], "did you mean --device?"), (["--device", "tpu"], "--device: tpu: is none")]
+)
 def test_a_wrong_flag_is_one_line_and_exit_status_2(capsys, flags, line):
     with pytest.raises(SystemExit) as ended:
         command.main(flags)

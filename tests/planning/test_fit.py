@@ -145,18 +145,18 @@ def test_the_table_adds_up_and_names_the_plan(qwen_3b):
         f"{plan.recomputed} of 36 layers recomputed"
     )
     assert parameters == "  29,933,568 of 3,115,872,256 parameters are trained (0.96 %)"
-    shown = {row[2:28].strip(): float(row[28:].removesuffix(" GiB")) for row in rows}
+    shown = {row[2:28].strip(): float(row[28:-4]) / (1024 if row.endswith(" MiB") else 1) for row in rows}
     parts = [name for name, size in plan.parts.items() if size]
     assert list(shown)[: len(parts)] == parts
     assert sum(shown[name] for name in parts) == pytest.approx(shown["sum: torch's allocator"], abs=0.05)
-    assert shown["paged optimizer state"] == round(2 * 29_933_568 / GIB, 2)
+    assert shown["paged optimizer state"] == 57.1 / 1024  # 2 x 29,933,568 bytes
     assert verdict == f"Fits: {plan.peak / GIB:.2f} of 8.00 GiB (performance.vram_limit_gib)."
 
 
 def test_the_state_of_an_optimizer_without_paging_is_counted_once(qwen_3b):
     config = override(Config(), {"training.optim": "adamw_8bit"})
     table = plan_table(make_plan(config, qwen_3b, 8 * GIB), config, qwen_3b, 8 * GIB, "a card")
-    assert "optimizer state             0.06 GiB" in table and "paged optimizer state" not in table
+    assert "optimizer state             57.1 MiB" in table and "paged optimizer state" not in table
 
 
 def test_a_plan_for_a_named_card_says_how_long_it_takes(qwen_3b):
@@ -175,6 +175,17 @@ def test_a_plan_for_a_named_card_says_how_long_it_takes(qwen_3b):
 def test_a_plan_for_no_card_says_how_to_name_one(qwen_3b):
     config = override(Config(), {"performance.vram_limit_gib": 8})
     assert describe_plan(config, qwen_3b, None, 1, None).splitlines()[-1].endswith('such as --gpu "RTX 4060".')
+
+
+def test_a_short_run_without_a_gpu_is_planned_for_the_cpu(qwen_3b, shapes):
+    """0.5B: 4 x (357,826,560 + 151,936 x 896) operations a token, 37 billion a second."""
+    short = {"training.max_steps": 10, "training.gradient_accumulation_steps": 2, "data.max_length": 256}
+    title, memory, time = describe_plan(override(Config(), short), shapes["0.5B"], None, 1, None).splitlines()
+    assert title.startswith("Qwen/Qwen2.5-3B-Instruct on the CPU: 1 x 2 sequences of 256 tokens") and "RAM (about)" in memory
+    assert 5120 * 4 * (357_826_560 + 151_936 * 896) / 37e9 / 60 == pytest.approx(4.5, abs=0.1) and "about 5 min" in time
+    insisted = override(Config(), {"training.device": "cpu"})
+    assert "on the CPU" in describe_plan(insisted, qwen_3b, None, 1, 2_400_000).splitlines()[0]
+    assert "a card of 8 GiB assumed" in describe_plan(Config(), qwen_3b, None, 1, 2_400_000)  # days on a CPU
 
 
 def test_the_verdict_follows_the_limit(qwen_3b):
