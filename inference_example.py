@@ -33,6 +33,7 @@ from qlora_kit.inference.prompts import Prompt, PromptEncoder, demo_prompts, enc
 from qlora_kit.inference.terminal import format_json
 from qlora_kit.model import hub
 from qlora_kit.shipped import locate
+from qlora_kit.wrapping import say
 
 if TYPE_CHECKING:
     from qlora_kit.inference.compare import Comparison
@@ -58,7 +59,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--prompt", metavar="TEXT", help="for --mode text; - takes all of standard input as one prompt")
     parser.add_argument("--prompt_file", metavar="FILE", help="for --mode text: one prompt a line; - reads standard input")
-    parser.add_argument("--batch_size", metavar="B", help="prompts of --prompt_file that are answered at once (default: 8)")
+    parser.add_argument("--batch_size", metavar="B", help="prompts of --prompt_file answered at once; from 1 (default: 8)")
     parser.add_argument("--json", action="store_true", help="one object a line: prompt, text, tokens, stop, seconds, seed")
     parser.add_argument("--system", metavar="TEXT", help="system message, for an adapter trained on chats")
     cli.add_loading_flags(parser)
@@ -71,13 +72,20 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--perplexity", type=cli.nonempty, metavar="DATA", help="file or data set: perplexity with and without the adapter on it"
     )
     parser.add_argument(
-        "--seed", type=int, default=SEED, metavar="S", help="the same prompt and seed give the same text (default: %(default)s)"
+        "--seed",
+        type=int,
+        default=SEED,
+        metavar="S",
+        help="the same prompt and seed give the same text; to 2**32 - 1 (default: %(default)s)",
     )
-    parser.add_argument("--max_new_tokens", metavar="N", help="maximum length of the answer")
-    parser.add_argument("--temperature", metavar="T", help="0 always takes the likeliest token; higher is more varied")
-    parser.add_argument("--top_p", metavar="P", help="sample from the likeliest tokens that make up this probability")
-    parser.add_argument("--top_k", metavar="K", help="sample from this many likeliest tokens; 0 from all")
-    parser.add_argument("--repetition_penalty", metavar="R", help="above 1 makes tokens that occurred already less likely")
+    own = "(default: the adapter's own setting)"
+    parser.add_argument("--max_new_tokens", metavar="N", help=f"limit of an answer's tokens; from 1 {own}")
+    parser.add_argument("--temperature", metavar="T", help=f"0: always the likeliest token; up to 100: more varied {own}")
+    parser.add_argument("--top_p", metavar="P", help=f"sample from the likeliest tokens of this probability together; to 1 {own}")
+    parser.add_argument("--top_k", metavar="K", help=f"sample from this many likeliest tokens; 0: from all {own}")
+    parser.add_argument(
+        "--repetition_penalty", metavar="R", help=f"above 1: tokens that occurred get less likely; 0.01 to 100 {own}"
+    )
     arguments = parser.parse_args(argv)
     if arguments.mode is None and (arguments.prompt is not None or arguments.prompt_file is not None):
         arguments.mode = "text"
@@ -178,7 +186,7 @@ def load_encoder(source: AdapterSource, system: str | None, data: str = ".") -> 
     """
     hub.prepare(source.model.name, data)
     for note in source.notes:
-        print(note, file=sys.stderr)
+        say(note)
     context = hub.read_context(fetch_base(source, hub.fetch_tokenizer))
     tokenizer = load_checked_tokenizer(source)
     stop_ids = find_stop_ids(tokenizer, source.style) if source.stop_ids is None else source.stop_ids
@@ -233,13 +241,24 @@ def load_generator(
     return Generator(load_engine(source, encoder.tokenizer, device, fixed=fixed), encoder, settings, seed, fixed)
 
 
+def describe_model(source: AdapterSource, dtype: Any, fixed: FixedAdapter | None) -> list[str]:
+    """Return lines that say which adapter and base model answer, and how precisely."""
+    quantization, computing = source.quantization, f"computing in {str(dtype).removeprefix('torch.')}"
+    adapter = {"--base_only": "none (--base_only)", "--merged": f"{source.folder}, folded into the weights"}
+    is_packed = quantization.load_in_4bit and fixed != "--merged"
+    return [
+        f"Adapter     {adapter.get(fixed or '', source.folder)}",
+        f"Base model  {source.model.name}, {f'4-bit {quantization.quant_type.upper()}, ' if is_packed else ''}{computing}",
+    ]
+
+
 def print_comparison(comparison: "Comparison", arguments: argparse.Namespace) -> None:
     """Print perplexities on standard output; on standard error, if standard output is for answers alone."""
     if arguments.json:
         print(format_json(comparison.as_object()), flush=True)
     else:
         file = sys.stderr if arguments.mode in ("text", "interactive") else sys.stdout
-        print("\n".join(comparison.lines()), file=file, flush=True)
+        say("\n".join(comparison.lines()), file)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -253,18 +272,21 @@ def main(argv: list[str] | None = None) -> None:
     settings = sampling_settings(arguments, source.config.generation)
     prompts = read_prompts(arguments, source.style)
     cli.prepare_libraries()
-    encoder, context = load_encoder(source, arguments.system, arguments.perplexity or ".")
+    with cli.busy("Loading the tokenizer"):
+        encoder, context = load_encoder(source, arguments.system, arguments.perplexity or ".")
     prompts = encode_prompts(prompts, encoder, settings.max_new_tokens, context)
 
-    from qlora_kit.inference import compare, load, modes  # imports torch, which takes seconds
+    with cli.busy("Loading the libraries"):  # which takes seconds
+        from qlora_kit.inference import compare, load, modes
 
     if arguments.perplexity:
         blocks, name = compare.evaluation_blocks(arguments.perplexity, source.config, encoder.tokenizer)
-    engine = load.load_engine(source, encoder.tokenizer, arguments.device, arguments.device_map, fixed)
+    with cli.busy("Loading the model"):
+        engine = load.load_engine(source, encoder.tokenizer, arguments.device, arguments.device_map, fixed)
     generator = Generator(engine, encoder, settings, arguments.seed, fixed)
     if arguments.perplexity:
         blocks, name = compare.choose_blocks(engine.model, blocks, name, source)
-        print(f"Measuring perplexity on {name}: {len(blocks):,} blocks", file=sys.stderr)
+        say(f"Measuring perplexity on {name}: {len(blocks):,} blocks")
         print_comparison(compare.compare_perplexity(generator, blocks, name, source.config), arguments)
     printer = modes.choose_printer(arguments.mode, arguments.json, arguments.base_only)
     if arguments.mode == "text":
@@ -272,7 +294,7 @@ def main(argv: list[str] | None = None) -> None:
     elif arguments.mode == "demo":
         modes.run_demo(generator, prompts, printer)
     elif arguments.mode == "interactive":
-        modes.run_interactive(generator, arguments.compare)
+        modes.run_interactive(generator, arguments.compare, describe_model(source, engine.model.dtype, fixed))
 
 
 if __name__ == "__main__":

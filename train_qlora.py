@@ -64,20 +64,20 @@ if TYPE_CHECKING:
 
     from qlora_kit.training.machine import Machine
 
-# Named flags and the keys that they set; every other key goes through --set.
+# Named flags: the key that each sets, its value, and what it means; every other key goes through --set.
 FLAGS = {
-    "rank": "lora.rank",
-    "alpha": "lora.alpha",
-    "dropout": "lora.dropout",
-    "num_epochs": "training.num_epochs",
-    "max_steps": "training.max_steps",
-    "batch_size": "training.batch_size",
-    "learning_rate": "training.learning_rate",
-    "max_length": "data.max_length",
-    "model_name": "model.name",
-    "dataset": "data.dataset",
-    "output_dir": "training.output_dir",
-    "seed": "training.seed",
+    "rank": ("lora.rank", "N", "columns of A and B, the size of the update; from 1"),
+    "alpha": ("lora.alpha", "A", "the update is scaled by alpha / rank; above 0"),
+    "dropout": ("lora.dropout", "P", "share of the update's inputs that is dropped in training; from 0 to below 1"),
+    "num_epochs": ("training.num_epochs", "N", "passes over the data; above 0, also 0.5"),
+    "max_steps": ("training.max_steps", "N", "optimizer steps, instead of epochs; from 1"),
+    "batch_size": ("training.batch_size", "B", "sequences, times gradient_accumulation_steps, per optimizer step; from 1"),
+    "learning_rate": ("training.learning_rate", "LR", "peak of the learning rate; above 0"),
+    "max_length": ("data.max_length", "L", "tokens per block; from 8"),
+    "model_name": ("model.name", "M", "base model: a Hub name or a folder"),
+    "dataset": ("data.dataset", "D", "what to train on: a Hub name, a file or a folder"),
+    "output_dir": ("training.output_dir", "DIR", "folder for adapter, curves, log and checkpoints"),
+    "seed": ("training.seed", "S", "decides the first A, the order of the data and dropout; from 0 to 2**32 - 1"),
 }
 
 
@@ -85,19 +85,23 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.OneLineParser(__doc__)
     default = Path("config.yaml")
     parser.add_argument("--config", type=Path, default=default, metavar="FILE", help="settings (default: config.yaml)")
-    for flag, key in FLAGS.items():
-        parser.add_argument(f"--{flag}", metavar="VALUE", help=f"sets {key}")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="sets any key; may be repeated")
+    for flag, (key, value, meaning) in FLAGS.items():
+        section, name = key.split(".")
+        usual = getattr(getattr(Config(), section), name)
+        parser.add_argument(f"--{flag}", metavar=value, help=f"{meaning} ({key}, default {'none' if usual is None else usual})")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="sets any key of config.yaml; may be repeated"
+    )
     parser.add_argument(
         "--resume",
         nargs="?",
         const="",
         metavar="CHECKPOINT",
-        help="continue from the newest checkpoint in output_dir, or from this one, or the newest of this folder",
+        help="continue from the newest checkpoint in output_dir; or from this one, or the newest of this folder",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the run in output_dir")
     parser.add_argument("--plan", action="store_true", help="show the memory of the run and whether it fits, then stop")
-    parser.add_argument("--processes", type=int, metavar="N", help="with --plan: of a run of N processes, a GPU each")
+    parser.add_argument("--processes", type=int, metavar="N", help="with --plan: of a run of N processes, a GPU each; from 1")
     parser.add_argument("--gpu", metavar="NAME", help='with --plan: for this card instead of the machine\'s, such as "RTX 4060"')
     parser.add_argument("--preview", action="store_true", help="show the training data, then stop; loads no weights")
     return parser.parse_args(argv)
@@ -105,7 +109,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the dotted keys of the command line; a named flag wins over --set."""
-    named = {key: getattr(arguments, flag) for flag, key in FLAGS.items() if getattr(arguments, flag) is not None}
+    named = {key: getattr(arguments, flag) for flag, (key, *_) in FLAGS.items() if getattr(arguments, flag) is not None}
     return parse_set(arguments.set) | named
 
 

@@ -8,8 +8,10 @@ import errno
 import io
 import logging
 import os
+import re
 import resource
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -31,7 +33,7 @@ try:
     from qlora_kit.config_file import closest, did_you_mean
     from qlora_kit.secrets import redact
     from qlora_kit.shipped import is_dispatched
-    from qlora_kit.wrapping import say
+    from qlora_kit.wrapping import say, wrap_line
 except ModuleNotFoundError as missing:  # these are a command's first imports: no caller handles a missing package yet
     sys.exit(_not_installed(str(missing.name)))
 
@@ -40,6 +42,21 @@ FEWEST_FILES = 64
 REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO), "free some space there, or write elsewhere")
 REMEDIES |= dict.fromkeys((errno.EMFILE, errno.ENFILE), "allow more open files (ulimit -n)")
 REMEDIES |= {errno.EAGAIN: "allow more processes (ulimit -u)", errno.ENOMEM: "free some memory"}
+# What people type who know other tools: flag -> ours.
+USUAL_FLAGS = {
+    "lr": "learning_rate", "bs": "batch_size", "batch": "batch_size", "epochs": "num_epochs", "steps": "max_steps", "r": "rank",
+    "lora_rank": "rank", "lora_alpha": "alpha", "model": "model_name", "base_model": "model_name", "data": "dataset",
+    "output": "output_dir", "out": "output_dir", "seq_len": "max_length", "max_tokens": "max_new_tokens", "temp": "temperature",
+    "lora": "adapter", "file": "prompt_file",
+}  # fmt: skip
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(wrap_line(line, width) for line in text.splitlines())
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -53,7 +70,7 @@ class OneLineParser(argparse.ArgumentParser):
     def __init__(self, doc: str | None, prog: str | None = None):
         summary, _, examples = (doc or "").partition("\n\n")
         prog = sys.argv[0] if is_dispatched() else prog  # `qlora train`
-        super().__init__(prog, description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(prog, description=summary, epilog=examples, formatter_class=_HelpFormatter)
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]
         words = sys.argv[1:] if args is None else list(args)
@@ -72,7 +89,12 @@ class OneLineParser(argparse.ArgumentParser):
         if flag == "unrecognized arguments" and problem.startswith("--"):
             flag = problem.split()[0].partition("=")[0]  # without its value, which may be a secret
             known = [option for action in self._actions for option in action.option_strings]
-            problem = "is not a flag" + did_you_mean(closest(flag, known))
+            usual = f"--{USUAL_FLAGS.get(flag[2:])}"
+            problem = "is not a flag" + did_you_mean(usual if usual in known else closest(flag, known))
+        elif choice := re.fullmatch(r"invalid choice: '(.*)' \(choose from (.*)\)", problem):
+            return Problem(flag, choice[1], "is none of its values", f"use one of {choice[2].replace(chr(39), '')}")
+        elif number := re.fullmatch(r"invalid int value: '(.*)'", problem):
+            return Problem(flag, number[1], "is not a whole number", "see --help")
         elif not flag.startswith("-"):
             flag, problem = "command line", message
         return Problem(flag, None, problem, "see --help")
@@ -97,13 +119,13 @@ def add_loading_flags(parser: argparse.ArgumentParser, purpose: str = "") -> Non
     """
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the base model")
     parser.add_argument(
-        "--device", choices=["auto", "cuda", "cpu"], default="auto", help=f"{purpose}auto: the GPU if there is one"
+        "--device", choices=["auto", "cuda", "cpu"], default="auto", help=f"{purpose}auto, the default: the GPU if there is one"
     )
     parser.add_argument(
         "--device_map",
         choices=["auto", "one"],
         default="auto",
-        help=f"{purpose}auto: several GPUs if the first cannot hold the base model; one: always the first",
+        help=f"{purpose}auto, the default: several GPUs if the first cannot hold the base model; one: always the first",
     )
 
 

@@ -149,9 +149,9 @@ def _adapter_folder(name: str) -> tuple[Path, list[str]]:
     if os.path.isfile(folder):
         raise UserError("--adapter", name, "is a file, not a folder", f"use its folder: --adapter {folder.parent}")
     if not os.path.isdir(folder):
-        raise UserError(
-            "--adapter", name, "does not exist", f"train one with {spell_command('train_qlora.py')} --output_dir {name}"
-        )
+        train = spell_command("train_qlora.py")
+        laptop = f"on a laptop {train} --config configs/tiny.yaml, whose adapter is output_tiny"
+        raise UserError("--adapter", name, "does not exist", f"train one with {train} --output_dir {name}; {laptop}")
     if not os.access(folder, os.R_OK | os.X_OK):
         raise UserError("--adapter", name, "cannot be searched", "change its permissions")
     moved = finish_for_reader(folder, "--adapter")

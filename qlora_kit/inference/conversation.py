@@ -6,7 +6,7 @@ gets each input alone, because it saw no earlier turns in training.
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
@@ -29,12 +29,14 @@ COMMANDS = {  # name: (its argument, what it does)
     "/reset": ("", "forget the conversation; keep the system message"),
     "/system": ("[TEXT]", "set the system message; without TEXT, remove it"),
     "/set": ("[KEY VALUE]", "such as /set temperature 0.8; alone, show all"),
+    "/show": ("", "which adapter answers, with which settings"),
     "/retry": ("", "answer the last input again, with another seed"),
     "/undo": ("", "remove the last input and its answer"),
     "/compare": ("", "answer again without the adapter, same seed"),
     "/save": ("FILE", "write the conversation to a new .jsonl file to train on"),
     "/exit": ("", "leave, as Ctrl+D does"),
 }
+OTHER_NAMES = {"/quit": "/exit", "/bye": "/exit", "/q": "/exit", "/clear": "/reset", "/?": "/help", "/h": "/help"}
 TYPING_HELP = (
     "A line that ends with \\ continues on the next. A space before / makes it text.\n"
     "Ctrl+C stops an answer; at an empty prompt, twice leaves."
@@ -96,10 +98,12 @@ class Conversation:
 
     Args:
         compare: follow each answer with the base model's, as /compare does.
+        about: lines that say which adapter and base model answer, for /show.
     """
 
-    def __init__(self, generator: Generator, terminal: Terminal, compare: bool):
-        self.generator, self.terminal, self.compare = generator, terminal, compare
+    def __init__(self, generator: Generator, terminal: Terminal, compare: bool, about: Sequence[str] = ()):
+        self.generator, self.terminal, self.compare, self.about = generator, terminal, compare, about
+        self.doubted = ""  # a word that may have been meant to leave
         self.style = generator.encoder.style
         self.system = generator.encoder.system or ""
         self.rounds: list[Round] = []
@@ -107,6 +111,10 @@ class Conversation:
     def respond(self, line: str) -> bool:
         """Answer an input or run a command; return whether the conversation continues."""
         if not line.strip():
+            return True
+        if self.terminal.is_typed and line.strip().lower() in ("exit", "quit", "bye") and line != self.doubted:
+            self.doubted = line
+            self.terminal.say("Leave? Then type /exit. To send the word, type it again.")
             return True
         try:
             if line.startswith("/"):
@@ -180,7 +188,8 @@ class Conversation:
         name = name.lower()
         given = require_text(given.strip(), name)
         if name not in COMMANDS:
-            raise UserError(name, None, "is not a command" + did_you_mean(closest(name, COMMANDS)), "use /help for the list")
+            guess = OTHER_NAMES.get(name) or closest(name, COMMANDS)
+            raise UserError(name, None, "is not a command" + did_you_mean(guess), "use /help for the list")
         argument = COMMANDS[name][0]
         if given and not argument:
             raise UserError(name, given, "takes no argument", f"use {name}")
@@ -189,6 +198,16 @@ class Conversation:
         if name != "/exit":
             getattr(self, f"_{name[1:]}")(*[given] if argument else [])
         return name != "/exit"
+
+    def _show(self) -> None:
+        for line in self.describe():
+            self.terminal.say(line)
+
+    def describe(self) -> list[str]:
+        """Return lines that say who answers, and how."""
+        settings = ", ".join(f"{key} {value}" for key, value in self.generator.settings)
+        system = [f"System      {self.system}"] if self.system else []
+        return [*self.about, f"Settings    {settings}, seed {self.generator.seed}", *system]
 
     def _reset(self) -> None:
         self.rounds = []

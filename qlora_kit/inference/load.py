@@ -1,6 +1,5 @@
 """Base model + adapter -> the engine that answers."""
 
-import sys
 from dataclasses import replace
 
 from peft import PeftModel
@@ -16,6 +15,7 @@ from qlora_kit.model.gpu_placement import choose_device_map
 from qlora_kit.model.hub import fetch_model, read_config
 from qlora_kit.model.load import set_padding
 from qlora_kit.model.packed_base import adopt, read_packed
+from qlora_kit.wrapping import say
 
 
 def load_engine(
@@ -66,4 +66,4 @@ def _attach(model: PreTrainedModel, source: AdapterSource, device: str, merged: 
 
 def _say(note: str | None) -> None:
     if note:
-        print(note, file=sys.stderr)
+        say(note)

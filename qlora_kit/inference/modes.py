@@ -6,7 +6,7 @@ plain answers.
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from qlora_kit.inference.conversation import Conversation
 from qlora_kit.inference.generator import Generated, Generator
 from qlora_kit.inference.prompts import Prompt
 from qlora_kit.inference.terminal import VISIBLE_CONTROLS, Terminal, format_json, make_printable
+from qlora_kit.wrapping import say
 
 SEPARATOR = "\f\n"  # between two answers: no text holds such a line in practice
 FIRST_LINES = {
@@ -55,7 +56,7 @@ class Printer(ABC):
     def print_answer(self, answered: AnsweredPrompt) -> None: ...
 
     def print_note(self, line: str) -> None:
-        print(line, file=sys.stderr)
+        say(line)
 
 
 class JsonPrinter(Printer):
@@ -93,7 +94,7 @@ class DemoPrinter(Printer):
             print(make_printable(format_rows(answered, self.name)), flush=True)
 
     def print_note(self, line: str) -> None:
-        print(line)
+        say(line, sys.stdout)
 
 
 def choose_printer(mode: str | None, as_json: bool, base_only: bool) -> Printer:
@@ -120,7 +121,7 @@ def run_text(generator: Generator, prompts: list[Prompt], batch_size: int, compa
         printer.print_answer(answered)
     if same:
         answers = "the answer is" if len(prompts) == 1 else f"all {len(prompts)} answers are"
-        print(f"The adapter does nothing here: {answers} the base model's.", file=sys.stderr)
+        say(f"The adapter does nothing here: {answers} the base model's.")
 
 
 def run_demo(generator: Generator, prompts: list[Prompt], printer: Printer) -> None:
@@ -150,14 +151,17 @@ def answer_prompts(generator: Generator, prompts: list[Prompt], batch_size: int,
             yield AnsweredPrompt(prompt.text, generator.seed, answer, base)
 
 
-def run_interactive(generator: Generator, compare: bool = False) -> None:
+def run_interactive(generator: Generator, compare: bool = False, about: Sequence[str] = ()) -> None:
     """Answer inputs from standard input until they end, /exit, or Ctrl+C twice.
 
     Args:
         compare: follow each answer with the base model's, as /compare does.
+        about: lines that say which adapter and base model answer.
     """
     terminal = Terminal()
-    conversation = Conversation(generator, terminal, compare)
+    conversation = Conversation(generator, terminal, compare, about)
+    for line in conversation.describe() if about else []:
+        terminal.say(line)
     terminal.say(f"{FIRST_LINES[conversation.style]} /help lists commands, Ctrl+D leaves.")
     interrupted = False
     while True:

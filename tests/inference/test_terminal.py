@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 
-from qlora_kit.inference.terminal import Terminal
+from qlora_kit.inference.terminal import Terminal, WordWrap
 from tests import forked
 
 
@@ -19,6 +20,24 @@ def test_no_control_character_of_an_answer_is_printed(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     Terminal().print_answer("a\x1b[2J\x9b1m\tb\n")
     assert capsys.readouterr().out == "a␛[2J\ufffd1m\tb\n"
+
+
+@pytest.mark.parametrize("width", [1, 7, 12, 40])
+@pytest.mark.parametrize("text", [
+    "A lighthouse is an atomic and courced thing.",
+    "  indented = 1\n    more\n", "日本語の文は、単語で折り返す。",
+    "mixed 文字 and a-very-long-word end",
+])  # fmt: skip
+def test_streamed_text_breaks_between_words_and_loses_nothing(width, text):
+    wrap = WordWrap()
+    shown = "".join(wrap.feed(piece, width) for piece in [*text, "\n"])
+    assert "".join(shown.split()) == "".join(text.split())
+    words = re.findall(r"[^\s\u3000-\u9fff]+|[\u3000-\u9fff][、。]*", text)
+    if width >= max(map(cell_len, words)):  # a longer one goes on in the next line of the window
+        assert all(cell_len(line) <= width for line in shown.split("\n"))
+    assert all(word in shown for word in words) and not re.search(r"\n[、。]", shown)
+    if width == 40 and "\n" in text:
+        assert shown == text + "\n"  # indentation stays
 
 
 UP, BACKSPACE, CTRL_C, CTRL_D, PASTE = "\x1b[A", "\x7f", "\x03", "\x04", "\x1b[200~{}\x1b[201~"
@@ -61,9 +80,9 @@ class Window:
         return b"".join(self.reads).decode(errors="ignore")
 
     def ask(self, line: str) -> str:
-        """Type a line; return the output up to the next prompt."""
+        """Type a line; return the output up to the next prompt, as one line."""
         self.type(line + "\n")
-        return self.wait_for(r"\n[^\n]*> $")
+        return " ".join(self.wait_for(r"\n[^\n]*> $").split())
 
     def interrupt(self) -> str:
         """Press Ctrl+C at the prompt; return the output up to the next prompt."""
@@ -88,7 +107,10 @@ def chat_adapter(adapter_of) -> Path:
 def test_a_conversation_in_a_narrow_terminal(chat_adapter):
     window = Window(["inference_example.py", "--adapter", str(chat_adapter), "--max_new_tokens", "6"])
     try:
-        assert window.wait_for(r"> $").lstrip().startswith("Chat: the whole conversation is sent")
+        banner = " ".join(window.wait_for(r"> $").split())
+        assert all(word in banner for word in ("Adapter:", "Base model:", "4-bit NF4", "Settings:", "Chat: the whole"))
+        assert banner.count(str(chat_adapter)) == 1 and str(chat_adapter) in window.ask("/show")
+        assert "did you mean /exit?" in window.ask("/quit") and "Leave? Then type /exit." in window.ask("quit")
 
         assert "tokens/s" in window.ask(
             f"名x{BACKSPACE}前は、" + "とても長い" * 8 + "?"
@@ -102,7 +124,7 @@ def test_a_conversation_in_a_narrow_terminal(chat_adapter):
         assert "max_new_tokens 900" in window.ask("/set max_new_tokens 900")
 
         window.type("What is a river?\n")
-        window.wait_for(r"2004l\r[^\x1b]{4}")  # the answer has begun
+        window.wait_for(r"2004l\r(\x1b\[0m)?[^\x1b]{4}")  # the answer has begun
         window.type(CTRL_C)
         stopped = window.wait_for(r"\n[^\n]*> $")
         assert "cut by Ctrl+C" in stopped and int(re.search(r"(\d+) tokens", stopped)[1]) < 900
@@ -146,7 +168,7 @@ def test_only_whole_characters_reach_the_terminal():
         window.wait_for(r"> $")
         before = len(window.reads)
         answered = window.ask("Go")
-        assert SPLIT * 3 in answered
+        assert "".join((SPLIT * 3).split()) in "".join(answered.split())
         for written in window.reads[before:]:
             assert "\ufffd" not in written.decode()
         assert len(window.reads) - before > 20  # it was streamed
