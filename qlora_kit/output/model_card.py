@@ -112,8 +112,8 @@ def _rows(run: dict[str, Any]) -> dict[str, str]:
     bits = f"4-bit {quantization['quant_type'].upper()}" if quantization["load_in_4bit"] else "16-bit"
     double = " with double quantization" if quantization["load_in_4bit"] and quantization["use_double_quant"] else ""
     return {
-        "base model": ("commit {base_commit}, " * bool(run["base_commit"]) + "weights {base_weights_sha256:.12}, ").format(**run)
-        + f"{bits}{double}, computing in {quantization['compute_dtype']}",
+        "base model": (f"commit {run['base_commit']}, " if run["base_commit"] else "")
+        + f"weights {str(run['base_weights_sha256'])[:12]}, {bits}{double}, computing in {quantization['compute_dtype']}",
         "data": f"{data['train_blocks']:,} blocks of at most {config['data']['max_length']} tokens",
         "LoRA": f"rank {lora['rank']}, alpha {lora['alpha']:g}, dropout {lora['dropout']:g}, "
         f"on {reach['with_lora']} of {reach['projections']} projections",

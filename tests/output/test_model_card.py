@@ -84,7 +84,7 @@ def test_the_program_loads_the_adapter_as_it_was_trained(values, part, absent):
 def test_a_run_that_learned_nothing_or_measured_nothing_says_so():
     worse = RUN["perplexity"] | {"adapter": {"loss": 2.4, "perplexity": 11.0, "standard_error": None}}
     assert "no better than the base model" in describe(changed(perplexity=worse))
-    assert "no evaluation data" in describe(changed(perplexity=None))
+    assert "no evaluation data" in describe(changed(perplexity=None, base_weights_sha256=None))
 
 
 def test_a_card_of_the_users_is_never_replaced_and_one_of_ours_is(tmp_path):
