@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from qlora_kit.config import Config
 from qlora_kit.errors import Problem, UserError
 from qlora_kit.secrets import is_secret, secret_problem
-from qlora_kit.shipped import KEYS, locate_all, locate_config
+from qlora_kit.shipped import KEYS, locate, locate_all, locate_config
 from qlora_kit.untrusted import read_regular_file, user_path
 
 LARGEST = 2**18  # bytes of a YAML file, 30 times config.yaml
@@ -91,7 +91,7 @@ def _build(values: dict[str, Any], places: dict[str, str], overrides: dict[str, 
             known[key] = locate_all(value) if key in KEYS else value
         else:
             problem = "is not a key" + did_you_mean(_guess(key, known_keys))
-            problems.append(Problem(key, _format(value), problem, "see config.yaml for every key", places[key]))
+            problems.append(Problem(key, _format(value), problem, f"see {locate('config.yaml')} for every key", places[key]))
     insisted = {key: value for key, value in known.items() if key in overrides or not _is_default(key, value)}
     config, wrong = _validate(insisted, places)
     if wrong:  # the right values are still checked for contradictions, so that every mistake is reported at once
@@ -161,7 +161,7 @@ def _section_problem(section: str, content: Any, place: str) -> Problem | None:
         example = next(key for key in all_keys() if key.startswith(section + "."))
         return Problem(section, _format(content), "holds no keys", f"write keys under it, such as {example}", place)
     problem = "is not a section" + did_you_mean(_guess(section, list(Config.model_fields)))
-    return Problem(section, None, problem, "see config.yaml for every section", place)
+    return Problem(section, None, problem, f"see {locate('config.yaml')} for every section", place)
 
 
 def _guess(name: str, known: list[str]) -> str | None:
