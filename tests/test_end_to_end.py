@@ -454,7 +454,7 @@ def test_resuming_without_a_checkpoint_is_refused(tmp_path):
     assert not (tmp_path / "nothing").exists()
 
 
-def test_a_run_that_diverges_while_it_replaces_another_one_costs_nothing(run_here, tmp_path):
+def test_a_run_that_diverges_while_it_replaces_another_one_costs_nothing(tmp_path):
     out = tmp_path / "out"
     train("--max_steps", "1", "--output_dir", str(out))
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -464,27 +464,24 @@ def test_a_run_that_diverges_while_it_replaces_another_one_costs_nothing(run_her
     assert {path: path.read_bytes() for path in before} == before
     last = (out / ".new" / "training_log.txt").read_text().splitlines()[-1]
     assert "ended without an adapter: the loss is nan at step 2 (blocks " in last
-    again = run_here(*SMALL, "--max_steps", "2", "--output_dir", str(out))
-    assert_one_line(again, ".new", "Continue that with --resume, start it anew with --overwrite")
-    train("--max_steps", "2", "--overwrite", "--output_dir", str(out))  # the new run anew
-    assert not (out / ".new").exists() and json.loads((out / "run.json").read_text())["optimizer_steps"] == 2
-    assert len(metrics(out)) == 4 and "loss is nan" not in (out / "training_log.txt").read_text()
 
 
-def test_a_run_that_replaces_another_one_is_resumed_where_it_stopped(tmp_path, monkeypatch):
-    """Killed before its adapter stands, it leaves the old one; resumed, it gives the adapter of an undisturbed run."""
-    out, short = tmp_path / "out", ["--set", "training.save_steps=1", "--max_steps", "2"]
-    train(*short, "--output_dir", str(out))
+def test_a_run_that_replaces_another_one_is_resumed_where_it_stopped(run_here, tmp_path, monkeypatch):
+    """Killed before its adapter stands, it leaves the old one; resumed, it gives the adapter of its undisturbed run."""
+    out = tmp_path / "out"
+    flags = ["--set", "training.save_steps=1", "--max_steps", "2", "--output_dir", str(out)]
+    train(*flags)
     before = weights(out), (out / "run.json").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(train_qlora, "staging", lambda folder: pytest.fail("killed"))
         with pytest.raises(pytest.fail.Exception):
-            train(*short, "--seed", "7", "--overwrite", "--output_dir", str(out))
+            train(*flags, "--seed", "7", "--overwrite")
     assert (weights(out), (out / "run.json").read_bytes()) == before
+    assert_one_line(run_here(*SMALL, *flags), ".new", "Continue that with --resume, start it anew with --overwrite")
+    undisturbed = weights(out / ".new" / "checkpoints" / "checkpoint-2")
     shutil.rmtree(out / ".new" / "checkpoints" / "checkpoint-2")
-    train(*short, "--seed", "7", "--resume", str(out), "--output_dir", str(out))
-    train(*short, "--seed", "7", "--output_dir", str(tmp_path / "straight"))
-    assert weights(out) == weights(tmp_path / "straight") != before[0] and not (out / ".new").exists()
+    train(*flags, "--seed", "7", "--resume", str(out))
+    assert weights(out) == undisturbed != before[0] and not (out / ".new").exists()
 
 
 # --- a folder that is taken ---------------------------------------------------------------------------------------------
