@@ -62,7 +62,8 @@ class LoRAAttention(nn.Module):
             raise ValueError(f"hidden_size {hidden_size}: should be a multiple of num_heads {num_heads}")
         if unknown := set(target_modules) - set(PROJECTIONS):
             raise ValueError(f"target_modules {sorted(unknown)}: should be any of {', '.join(PROJECTIONS)}")
-        self.num_heads = num_heads
+        self.hidden_size, self.num_heads, self.head_dim = hidden_size, num_heads, hidden_size // num_heads
+        self.scaling = lora_alpha / lora_rank
 
         def projection(name: str) -> nn.Module:
             if name in target_modules:
@@ -70,6 +71,12 @@ class LoRAAttention(nn.Module):
             return nn.Linear(hidden_size, hidden_size, bias=False).requires_grad_(False)
 
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = map(projection, PROJECTIONS)
+
+    @property
+    def lora_modules(self) -> dict[str, dict[str, nn.Linear]]:
+        """Return the matrices A and B of each projection that has them, by its letter."""
+        layers = {name: getattr(self, f"{name}_proj") for name in PROJECTIONS}
+        return {name: {"A": layer.lora_A, "B": layer.lora_B} for name, layer in layers.items() if isinstance(layer, LoRALayer)}
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Attend: (B, T, H) -> (B, T, H).

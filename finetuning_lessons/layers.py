@@ -68,7 +68,7 @@ class LoRALayer(nn.Module):
         self.lora_A = nn.Linear(in_features, rank, bias=False, **placed)  # weight (rank, in)
         self.lora_B = nn.Linear(rank, out_features, bias=False, **placed)  # weight (out, rank)
         self.dropout = nn.Dropout(dropout)
-        self.scaling = alpha / rank
+        self.rank, self.alpha, self.scaling = rank, alpha, alpha / rank
         # The paper draws A from a Gaussian; its code, and peft, take nn.Linear's own uniform distribution.
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)  # B A = 0: training starts from the base model exactly

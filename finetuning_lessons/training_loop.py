@@ -55,25 +55,35 @@ NO_DROPOUT: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop
 class InstructionDataset(Dataset):
     """Alpaca records as instruction text, each followed by the end-of-sequence token and padded to `max_length` tokens.
 
-    Prompts are trained as well as answers; formats.py shows how to train answers only. Padding gets label -100 by its position
-    and not by its token id, because padding may be the end-of-sequence token, which must be trained.
+    Padding gets label -100 by its position and not by its token id, because padding may be the end-of-sequence token, which must
+    be trained. A record that is longer is cut, and its end is not trained; train_qlora.py cuts prompts instead.
+
+    Args:
+        data: records of instruction, input and output.
+        train_on: "all" trains prompts too, "assistant" the answers and their ends alone, as formats.py shows.
     """
 
-    def __init__(self, records: Sequence[dict[str, Any]], tokenizer: Any, max_length: int):
-        self.records, self.tokenizer, self.max_length = records, tokenizer, max_length
+    def __init__(self, data: Sequence[dict[str, Any]], tokenizer: Any, max_length: int = 512, train_on: str = "all"):
+        if train_on not in ("all", "assistant"):
+            raise ValueError(f"train_on {train_on}: should be all or assistant")
+        self.data, self.tokenizer, self.max_length, self.train_on = data, tokenizer, max_length, train_on
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.data)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """Return input_ids, attention_mask and labels, (max_length,) each."""
-        text = alpaca_to_text(self.records[index])
-        ids = [*self.tokenizer(text).input_ids, self.tokenizer.eos_token_id][: self.max_length]
+        record = self.data[index]
+        encoded = self.tokenizer(alpaca_to_text(record), return_offsets_mapping=True)
+        answer = len(alpaca_to_text(record | {"output": ""})) if self.train_on == "assistant" else 0
+        ids = [*encoded.input_ids, self.tokenizer.eos_token_id][: self.max_length]
+        begins = [begin for begin, _ in encoded.offset_mapping] + [answer]  # in characters; the end token is trained
+        labels = [number if begin >= answer else -100 for number, begin in zip(ids, begins, strict=False)]
         padding = self.max_length - len(ids)
         return {
             "input_ids": torch.tensor(ids + [self.tokenizer.eos_token_id] * padding),
             "attention_mask": torch.tensor([1] * len(ids) + [0] * padding),
-            "labels": torch.tensor(ids + [-100] * padding),
+            "labels": torch.tensor(labels + [-100] * padding),
         }
 
 

@@ -12,7 +12,7 @@ from qlora_kit.errors import UserError
 from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARED = {"__init__", "lesson", "short_run"}
+SHARED = {"__init__", "course", "lesson", "memory_charts", "short_run"}
 LESSONS = sorted(path.stem for path in (ROOT / "finetuning_lessons").glob("*.py") if path.stem not in SHARED)
 # Smaller settings, and a model of two layers, so that all lessons run with the other tests; the marker slow runs them whole.
 SHORT: dict[str, dict[str, object]] = {

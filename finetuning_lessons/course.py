@@ -1,0 +1,165 @@
+"""The classes and functions of the course under their own names, for notebooks and exercises.
+
+    from finetuning_lessons.course import LoRALayer, compare_lora_ranks, sample_data
+
+The names and arguments are those of the course's source. Where its way misleads, the docstring says so and names the lesson that
+shows the other way.
+"""
+
+import statistics
+import time
+from importlib.util import find_spec
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils.data import DataLoader
+
+from finetuning_lessons.attention import LoRAAttention
+from finetuning_lessons.layers import LoRALayer
+from finetuning_lessons.lesson import BLUE, ORANGE, STYLE
+from finetuning_lessons.memory_charts import visualize_lora_efficiency, visualize_memory_requirements, visualize_qlora_memory
+from finetuning_lessons.training_loop import InstructionDataset, load_gpt2
+from qlora_kit.data.formats import alpaca_to_text, sharegpt_to_text
+
+__all__ = [
+    "DataFormatter", "InstructionDataset", "LoRAAttention", "LoRALayer", "alpaca_example", "compare_lora_ranks",
+    "instruction_example", "sample_data", "setup_lora_training", "sharegpt_example", "simple_lora_training_loop",
+    "training_config", "visualize_lora_efficiency", "visualize_memory_requirements", "visualize_qlora_memory",
+]  # fmt: skip
+
+alpaca_example = {
+    "instruction": "將以下句子翻譯成英文",
+    "input": "深度學習是人工智慧的一個重要分支。",
+    "output": "Deep learning is an important branch of artificial intelligence.",
+}
+sharegpt_example = {
+    "conversations": [
+        {"from": "human", "value": "什麼是機器學習？"},
+        {"from": "gpt", "value": "機器學習是人工智慧的一個分支，讓程式從資料中學習。"},
+    ]
+}
+instruction_example = {"text": alpaca_to_text(alpaca_example)}
+sample_data = [
+    {"instruction": "Translate to English", "input": "你好", "output": "Hello"},
+    {"instruction": "Translate to English", "input": "謝謝", "output": "Thank you"},
+    {"instruction": "What is the capital of France?", "input": "", "output": "Paris"},
+    {"instruction": "Summarize this text", "input": "Machine learning is...", "output": "ML is AI that learns from data."},
+]
+# Arguments of transformers.TrainingArguments. In config.yaml the same settings have the keys of section `training`.
+training_config = {
+    "output_dir": "./lora-output",
+    "num_train_epochs": 3,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 4,
+    "learning_rate": 2e-4,
+    "warmup_steps": 100,
+    "logging_steps": 10,
+    "save_steps": 500,
+    "fp16": torch.cuda.is_available(),
+    "optim": "adamw_torch",
+}
+RANKS = (1, 2, 4, 8, 16, 32, 64)
+ROUNDS = 15  # runs of each rank that are timed
+
+
+class DataFormatter:
+    """Turn records into text. Only apply_chat_template writes what a chat model was trained on; the others are conventions."""
+
+    alpaca_to_text = staticmethod(alpaca_to_text)
+    sharegpt_to_text = staticmethod(sharegpt_to_text)
+
+    @staticmethod
+    def apply_chat_template(messages: list[dict[str, str]], tokenizer: Any) -> str:
+        """Return messages of `role` and `content` as one text: `Role: content` lines for a tokenizer without a template."""
+        if getattr(tokenizer, "chat_template", None):
+            return tokenizer.apply_chat_template(messages, tokenize=False)
+        return "".join(f"{message['role'].capitalize()}: {message['content']}\n" for message in messages)
+
+
+def setup_lora_training() -> bool:
+    """Print whether the packages for LoRA are installed, and return it. `python -m qlora_kit.doctor` runs them as well."""
+    missing = [name for name in ("transformers", "peft", "bitsandbytes") if find_spec(name) is None]
+    print(f"✗ missing: pip install {' '.join(missing)}" if missing else "✓ transformers, peft and bitsandbytes are installed")
+    return not missing
+
+
+def compare_lora_ranks(model_dim: int = 768) -> list[dict[str, float]]:
+    """Compare LoRA of several ranks on a square layer; draws the share of parameters and the error.
+
+    The time says what an unmerged adapter costs in a forward pass and nothing of how well a rank learns. The error is that of the
+    best update of each rank for a random matrix, whose singular values are all of one size: the hardest case. Learned updates are
+    closer to low rank; finetuning_lessons/rank_study.py trains ranks and compares their losses.
+
+    Args:
+        model_dim: input and output size of the layer.
+
+    Returns:
+        For each rank: rank, trainable_params, param_ratio (percent of the layer), forward_time_ms (median of runs in turns) and
+        approximation_error, ‖W - W_r‖ / ‖W‖ in the Frobenius norm, W_r from the singular values (Eckart and Young, 1936).
+    """
+    layers = {rank: LoRALayer(model_dim, model_dim, rank=rank, alpha=rank * 2) for rank in RANKS if rank <= model_dim}
+    x = torch.randn(1, 128, model_dim)  # (B, T, model_dim)
+    times: dict[int, list[float]] = {rank: [] for rank in layers}
+    with torch.no_grad():
+        for _ in range(ROUNDS):
+            for rank, layer in layers.items():
+                start = time.perf_counter()
+                layer(x)
+                times[rank].append(1000 * (time.perf_counter() - start))
+    squares = torch.linalg.svdvals(torch.randn(model_dim, model_dim)).square()  # (model_dim,), descending
+    results = [
+        {
+            "rank": rank,
+            "trainable_params": layer.trainable_params,
+            "param_ratio": 100 * layer.trainable_params / model_dim**2,
+            "forward_time_ms": statistics.median(times[rank]),
+            "approximation_error": float((squares[rank:].sum() / squares.sum()).sqrt()),
+        }
+        for rank, layer in layers.items()
+    ]
+    with plt.rc_context(STYLE):
+        _, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+        names = [str(result["rank"]) for result in results]
+        left.bar(names, [result["param_ratio"] for result in results], color=BLUE)
+        left.set(title="Trained parameters", xlabel="rank", ylabel="% of the layer")
+        right.plot(names, [result["approximation_error"] for result in results], "o-", color=ORANGE)
+        right.set(title="A random matrix, approximated", xlabel="rank", ylabel="error / size of the matrix", ylim=(0, 1.05))
+        plt.show()
+    return results
+
+
+def simple_lora_training_loop() -> list[float]:
+    """Train LoRA on GPT-2 with four records, draw the losses and return them, in nats per token.
+
+    Four records show a loop and teach nothing; finetuning_lessons/training_loop.py trains on more, and compares with the Trainer.
+    """
+    batch_size, learning_rate, num_epochs = 2, 1e-4, 2
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    base = load_gpt2()
+    base.model.requires_grad_(False)
+    settings = LoraConfig(
+        task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=0.1, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True
+    )
+    model = get_peft_model(base.model, settings).to(device).train()
+    dataset = InstructionDataset(sample_data, base.tokenizer, max_length=128)
+    loader = DataLoader(dataset, batch_size=batch_size, shuffle=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+    print(f"Training {base.description}: {num_epochs} epochs, batches of {batch_size}, learning rate {learning_rate:g}")
+    losses: list[float] = []
+    for epoch in range(1, num_epochs + 1):
+        for batch in loader:
+            loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        print(f"Epoch {epoch}/{num_epochs}: mean loss {statistics.mean(losses[-len(loader) :]):.4f}")
+    with plt.rc_context(STYLE):
+        _, axes = plt.subplots(figsize=(9, 4), layout="constrained")
+        axes.plot(range(1, len(losses) + 1), losses, color=BLUE)
+        axes.set(title="Training loss", xlabel="optimizer step", ylabel="nats a token")
+        plt.show()
+    return losses

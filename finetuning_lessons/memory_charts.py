@@ -1,0 +1,102 @@
+"""Draw rules of thumb: parameters of LoRA by rank, and memory of full fine-tuning, LoRA and QLoRA by model size, beside cards.
+
+    from finetuning_lessons.course import visualize_memory_requirements
+
+The rules count bytes a parameter and leave out activations, LoRA's own parameters and the CUDA context. memory.py has the whole
+account, and measured runs beside it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+from finetuning_lessons.lesson import BLUE, GREEN, GREY, ORANGE, RED, STYLE
+from qlora_kit.config import GIB
+from qlora_kit.planning.cards import CARDS
+
+GB = 1e9  # bytes; a billion parameters of one byte
+RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+USUAL_RANKS = (8, 16, 32)
+
+
+def visualize_lora_efficiency() -> None:
+    """Draw the parameters that LoRA trains on a layer of 4,096 x 4,096, by rank; print those of the usual ranks."""
+    hidden_size = 4096
+    original = hidden_size**2
+    trained = [2 * hidden_size * rank for rank in RANKS]
+    names = [str(rank) for rank in RANKS]
+    with plt.rc_context(STYLE):
+        _, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+        left.axhline(original, color=GREY, linestyle="--", label="the layer itself, frozen")
+        left.bar(names, trained, color=BLUE, label="LoRA, trained")
+        left.set(title="Parameters", xlabel="rank", ylabel="parameters", yscale="log")
+        left.legend()
+        bars = right.bar(names, [100 * number / original for number in trained], color=ORANGE)
+        shown = [
+            f"{100 * number / original:.2f} %" if rank in USUAL_RANKS else "" for rank, number in zip(RANKS, trained, strict=True)
+        ]
+        right.bar_label(bars, labels=shown)
+        right.set(title="Share of the layer", xlabel="rank", ylabel="%")
+        plt.show()
+    for rank in USUAL_RANKS:
+        print(f"rank {rank}: {200 * rank / hidden_size:.3f} % of the layer's parameters")
+
+
+def visualize_memory_requirements() -> None:
+    """Draw what full fine-tuning needs: 16-bit weights and gradients, and Adam's two fp32 moments."""
+    parts = {"weights, 2 bytes": 2.0, "gradients, 2 bytes": 2.0, "Adam's moments, 8 bytes": 8.0}
+    sizes = (1, 3, 7, 13, 70)
+    with plt.rc_context(STYLE):
+        _, axes = plt.subplots(figsize=(11, 5), layout="constrained")
+        _draw_bars(axes, sizes, parts)
+        for position, billions in enumerate(sizes):
+            axes.annotate(
+                f"{sum(parts.values()) * billions:g} GB in all", (position, 8 * billions), (position, 9.5 * billions), ha="center"
+            )
+        _draw_cards(axes, ("RTX 4090", "A100 40GB", "A100 80GB"), len(sizes))
+        axes.set(title="Full fine-tuning in 16 bits, without activations", xlabel="parameters", ylabel="GB, 10⁹ bytes")
+        axes.legend(loc="upper left")
+        plt.show()
+
+
+def visualize_qlora_memory() -> None:
+    """Draw full fine-tuning, LoRA and QLoRA by model size, and print which of them fits a 7B model on a card of 16 GB."""
+    methods = {"full fine-tuning, 12 bytes": 12.0, "LoRA on 16 bits, 2 bytes": 2.0, "QLoRA on NF4, 0.5 bytes": 0.5}
+    sizes = (1, 3, 7, 13, 30)
+    with plt.rc_context(STYLE):
+        _, axes = plt.subplots(figsize=(11, 5), layout="constrained")
+        _draw_bars(axes, sizes, methods)
+        _draw_cards(axes, ("T4", "RTX 4090"), len(sizes), {"T4": "RTX 5080, T4", "RTX 4090": "RTX 3090, 4090"})
+        axes.set(
+            title="Weights, gradients and optimizer, without activations",
+            xlabel="parameters",
+            ylabel="GB, 10⁹ bytes",
+        )
+        axes.legend(loc="upper left")
+        plt.show()
+    print(
+        f"A 7B model on a card of 16 GB: QLoRA's {0.5 * 7:g} GB leave room for activations, LoRA's {2 * 7} GB hardly, "
+        f"full fine-tuning needs {12 * 7} GB."
+    )
+
+
+def _draw_bars(axes: Any, sizes: Sequence[int], bytes_each: Mapping[str, float]) -> None:
+    """Draw a group of bars for each model size in billions of parameters."""
+    axes.set_yscale("log")
+    width = 0.8 / len(bytes_each)
+    for number, (label, color) in enumerate(zip(bytes_each, (BLUE, ORANGE, GREEN), strict=True)):
+        places = [position + width * (number - 1) for position in range(len(sizes))]
+        axes.bar(places, [bytes_each[label] * billions for billions in sizes], width, color=color, label=label)
+    axes.set_xticks(range(len(sizes)), [f"{billions}B" for billions in sizes])
+
+
+def _draw_cards(axes: Any, cards: Sequence[str], groups: int, labels: Mapping[str, str] | None = None) -> None:
+    """Draw a line at the memory of each card, named on the right of the bars."""
+    for name in cards:
+        gigabytes = CARDS[name].memory / GB
+        axes.axhline(gigabytes, color=RED, linestyle="--", alpha=0.6)
+        label = f"{(labels or {}).get(name, name)}: {CARDS[name].memory / GIB:g} GiB"
+        axes.text(groups - 0.55, gigabytes, label, color=RED, va="bottom", fontsize=9)
+    axes.set_xlim(-0.6, groups + 0.4)
+    axes.set_ylim(top=2 * axes.get_ylim()[1])
