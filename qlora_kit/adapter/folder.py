@@ -154,6 +154,8 @@ def _adapter_folder(name: str) -> tuple[Path, list[str]]:
         raise UserError("--adapter", name, "does not exist", f"train one with {train} --output_dir {name}; {laptop}")
     if not os.access(folder, os.R_OK | os.X_OK):
         raise UserError("--adapter", name, "cannot be searched", "change its permissions")
+    if str(folder).encode(errors="replace").decode() != str(folder):
+        raise UserError("--adapter", os.fsencode(folder), "is not named in UTF-8", "rename it")
     moved = finish_for_reader(folder, "--adapter")
     missing = [file for file in ADAPTER_FILES if not os.path.isfile(folder / file)]
     if missing:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qlora_kit.adapter.folder import AdapterSource
 from qlora_kit.data.chat_template import find_stop_ids
-from qlora_kit.errors import UserError
 from qlora_kit.merge.place import KEY, MERGE_FILE
 from qlora_kit.output.folder import replace_text
 from qlora_kit.output.provenance import now, versions
@@ -65,21 +64,11 @@ def _generation_config(base: Path, source: AdapterSource, tokenizer: "PreTrained
     return generation
 
 
-def merge_stop_ids(known: Any, source: AdapterSource, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Return the ids that end an answer: the base model's, and those that the adapter was trained to end with.
-
-    Args:
-        known: eos_token_id of the base model's generation config: a number, a list of them, or None.
-
-    Raises:
-        UserError: it is something else.
-    """
-    stated = known if isinstance(known, list) else [] if known is None else [known]
-    if wrong := [number for number in stated if type(number) is not int or not 0 <= number < 2**31]:
-        problem = f"has the eos_token_id {str(wrong[0])[:40]} in its generation config"
-        raise UserError("model.name", source.model.name, problem, "correct it, or copy the model again")
+def merge_stop_ids(known: int | list[int] | None, source: AdapterSource, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return the ids that end an answer: the base model's, and those that the adapter was trained to end with."""
     own = find_stop_ids(tokenizer, source.style) if source.stop_ids is None else source.stop_ids
-    return list(dict.fromkeys([*stated, *own]))
+    ids = [*(known if isinstance(known, list) else [known]), *own]
+    return [number for number in dict.fromkeys(ids) if number is not None]
 
 
 def record_check(output: Path, check: dict[str, Any]) -> None:

@@ -46,8 +46,10 @@ def check_output(name: str, overwrite: bool, source: AdapterSource) -> Path:
     Raises:
         UserError: it is no place for a model, is not empty, cannot be written, or holds a file that the merge reads.
     """
-    folder = user_path(name, KEY).resolve()
-    if problem := _why_no_place(folder, source):
+    path = user_path(name, KEY)
+    folder = path.resolve()
+    dangling = "is a link that leads nowhere" if path.is_symlink() and not path.exists() else None
+    if problem := dangling or _why_no_place(folder, source):
         raise UserError(KEY, name, problem, "use another --output")
     for path in (folder, folder.parent):  # beside it lies the folder that becomes it
         check_writable(path, KEY, name, KEY)

@@ -273,11 +273,12 @@ def test_what_is_no_file_is_not_opened(folder, file, place):
         read_adapter(str(folder))
 
 
-@pytest.mark.parametrize("name", ["~nosuchuser/x", "n" * 300, "a\0b", "a/loop"])
+@pytest.mark.parametrize("name", ["~nosuchuser/x", "n" * 300, "a\0b", "a/loop", "\udcff"])
 def test_an_odd_path_is_one_line(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "loop").symlink_to("loop")
+    (tmp_path / "\udcff").mkdir()
     with pytest.raises(UserError) as error:
         read_adapter(name)
     assert len(error.value.lines) == 1 and error.value.problems[0].key == "--adapter"

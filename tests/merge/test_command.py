@@ -331,12 +331,14 @@ def test_of_two_merges_into_one_folder_one_is_refused(adapter, merged, tmp_path,
     ("/", "root of the file system"), ("{}/" + "n" * 250, "too long a name"), ("{}/" + "n" * 300, "cannot be used"),
     ("~nosuchuser/x", "is no path"), ("{}/a\0b", "is no path"), ("{}/\udcff", "not named in UTF-8"), ("{}/a\x1b[2J", "control"),
     ("{}/run/checkpoints/new", "holds the checkpoints"), ("{}/run", "which the merge reads"), ("{}/file/x", "is a file"),
+    ("{}/dangling", "leads nowhere"),
 ])  # fmt: skip
 def test_a_folder_that_must_not_be_a_merge_is_one_line(adapter, tmp_path, name, words):
     shutil.copytree(adapter, tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "checkpoint-1").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "checkpoint-1" / "manifest.json").touch()
     (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("nothing")
     with pytest.raises(UserError, match=words) as error:
         run_merge(tmp_path / "run", Path(name.format(tmp_path)))
     assert len(error.value.lines) == 1 and error.value.problems[0].key == "--output"
