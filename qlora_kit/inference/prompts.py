@@ -1,9 +1,9 @@
 """Prompts from flags, files, standard input; their tokens as the adapter was trained on them."""
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from qlora_kit.data.apply_template import OTHER_TEMPLATE, Message
@@ -16,6 +16,7 @@ from qlora_kit.shipped import locate
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LARGEST_FILE = 2**26  # bytes of prompts
 # Beginnings for an adapter trained on running text, the first two in Wikitext's form; requests for one trained on chats or
 # instructions.
 DEMO_TEXTS = [
@@ -69,13 +70,17 @@ def read_prompt_file(name: str) -> list[Prompt]:
     if name == "-":
         text = _read_standard_input(flag)
     else:
+        remedy = "use a text file with one prompt a line, or - for standard input"
         try:
-            text = Path(locate(name)).expanduser().read_text(encoding="utf-8-sig")
-        except OSError as error:
-            remedy = "use a text file with one prompt a line, or - for standard input"
-            raise UserError(flag, name, f"cannot be read ({error.strerror})", remedy) from None
+            with open(os.path.expanduser(locate(name)), "rb") as file:  # which may be a pipe
+                content = file.read(LARGEST_FILE + 1)
+            text = content.decode("utf-8-sig").replace("\r\n", "\n")
         except UnicodeDecodeError as error:
             raise UserError(flag, name, f"is not UTF-8 ({error.reason} at byte {error.start})", "save it as UTF-8") from None
+        except (OSError, ValueError) as error:
+            raise UserError(flag, name, f"cannot be read ({getattr(error, 'strerror', None) or error})", remedy) from None
+        if len(content) > LARGEST_FILE:
+            raise UserError(flag, name, f"holds more than {LARGEST_FILE:,} bytes", "divide it")
     lines = enumerate(_check_utf8(text, flag, name).split("\n"), 1)
     prompts = [Prompt(line, flag, f"{name}, line {number}") for number, line in lines if line.strip()]
     if not prompts:

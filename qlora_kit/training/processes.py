@@ -6,7 +6,6 @@ so in the store that all processes share, so that no other waits for it forever.
 """
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.config import Config
 from qlora_kit.errors import Failed, Stopped, UserError
 from qlora_kit.output.provenance import code_digest, versions
+from qlora_kit.wrapping import say
 
 if TYPE_CHECKING:
     import torch
@@ -208,7 +208,7 @@ def _choose_ending(team: Team, error: BaseException) -> BaseException:
         return UserError.of(replace(one, place=f"{rank}: {one.place}" if one.place else rank) for one in error.problems)
     if isinstance(error, Failed):
         return Failed(f"{rank}: {error}")
-    print(f"error: {rank}: {type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}", file=sys.stderr)
+    say(f"error: {rank}: {type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}")
     return error
 
 

@@ -13,7 +13,7 @@ from qlora_kit.data.formats import Chat
 from qlora_kit.data.rendering import render_chat, render_instruction
 from qlora_kit.data.tokenizing import encode_records
 from qlora_kit.errors import UserError
-from qlora_kit.inference.prompts import PromptEncoder, demo_prompts
+from qlora_kit.inference.prompts import PromptEncoder, demo_prompts, read_prompt_file
 from tests.data.made_tokenizers import make_tokenizer
 
 PROMPT = "The river"
@@ -128,3 +128,12 @@ def test_a_template_that_writes_nothing_is_one_line():
     tokenizer.chat_template = "{# nothing #}"
     with pytest.raises(UserError, match="--prompt: the chat template writes nothing of the turns"):
         PromptEncoder(tokenizer, "chat").encode("x")
+
+
+@pytest.mark.parametrize(("name", "reason"), [
+    ("/dev/zero", "holds more than 67,108,864"),("~nosuchuser/x", "No such file"), ("a\0b", "null byte"), (".", "directory"),
+    ("n" * 300, "too long"),
+])  # fmt: skip
+def test_a_file_that_cannot_be_read_is_one_line(name, reason):
+    with pytest.raises(UserError, match=f"--prompt_file: .*{reason}"):
+        read_prompt_file(name)
