@@ -1,15 +1,18 @@
 """Feed the commands bad inputs: each must end in one line, in bounded time and memory, and run nothing.
 
-    python benchmarks/bad_inputs.py --number 2000
+    python benchmarks/bad_inputs.py --number 2000 --workers 2
 
 Files of a small sound adapter, base model, data set, checkpoint and token cache are damaged in every way of a list; settings and
 environments are set out of range. Each trial is a forked child of this process, which has imported the libraries, with a limit of
-memory. It is wrong if it prints a traceback or a control character, if it takes SECONDS or BYTES more than the same command on
-the sound input, if it runs code that an input brought, or if it ends with status 0 where no reason in ACCEPTED allows it.
-Prints a Markdown table; the exit status is 1 if a trial was wrong. Same seed, same trials.
+memory; what depends on the process (streams, limits, environment, code that lies about) is started as a command of its own. A
+trial is wrong if it prints a traceback or a control character, if it takes SECONDS or BYTES more than the same command on the
+sound input, if it runs code that an input brought, or if it ends with status 0 where no reason in ACCEPTED allows it.
+Prints Markdown tables; the exit status is 1 if a trial was wrong. Same seed, same trials.
 """
 
 import argparse
+import ctypes
+import json
 import os
 import random
 import re
@@ -26,16 +29,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from damaged_files import ACCEPTED, damaged_data, damaged_files, damaged_settings
+from odd_surroundings import Surroundings, odd_surroundings
 from tiny_runs import ROOT
+
+from qlora_kit.model.weight_files import read_header
 
 SECONDS, BYTES = 30.0, 2**30  # beyond the same command on a sound input
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 CANARY = "CODE-OF-AN-INPUT-RAN"
-TRAIN = [
-    "--config", "configs/tiny.yaml", "--max_length", "32", "--batch_size", "2", "--max_steps", "1",
-    "--set", "training.gradient_accumulation_steps=1", "--set", "data.max_train_samples=4", "--set", "data.max_eval_samples=1",
-    "--set", "training.save_steps=1", "--set", "training.logging_steps=1",
-]  # fmt: skip
+TRAIN = ["--config", "configs/tiny.yaml"]  # all by --set, which a later one overrides; a named flag would win
+for setting in (
+    "data.max_length=32", "training.batch_size=2", "training.max_steps=1", "training.gradient_accumulation_steps=1",
+    "data.max_train_samples=4", "data.max_eval_samples=1", "training.save_steps=1", "training.logging_steps=1",
+):  # fmt: skip
+    TRAIN += ["--set", setting]
 
 
 class Trial(NamedTuple):
@@ -44,32 +51,43 @@ class Trial(NamedTuple):
     Attributes:
         kind: what is damaged, for the table.
         name: what was done to it.
-        command: train, infer or merge.
-        arguments: of the command; `{place}` stands for the trial's own folder, which holds a copy of the sound files.
+        use: the command, a key of COMMANDS.
+        more: flags behind the command's own; `{place}` stands for the trial's own folder, which holds a copy of the sound files.
         damage: what to do in that folder before.
+        surroundings: of a process of its own; None runs the trial in a forked child.
     """
 
     kind: str
     name: str
-    command: str
-    arguments: Sequence[str]
+    use: str
+    more: Sequence[str]
     damage: Callable[[Path], None]
+    surroundings: Surroundings | None = None
 
 
 class Outcome(NamedTuple):
     status: int  # negative for a signal
-    seconds: float
+    seconds: float  # of the processors: other programs may slow a trial down
     bytes: int  # the most memory that was resident
     text: str
 
 
 def run(trial: Trial, place: Path, seconds: float, extra_bytes: int) -> Outcome:
-    """Run a trial in a forked child, and kill it after `seconds`."""
+    """Run a trial in a child, and kill it after `seconds`."""
     begun = time.monotonic()
     said = place / "said.txt"
+    command, arguments = COMMANDS[trial.use]
+    arguments = [word.replace("{place}", str(place)) for word in (*arguments, *trial.more)]
     pid = os.fork()
     if pid == 0:
-        _run_here(trial, place, said, extra_bytes)
+        try:
+            _redirect(said)
+            os.environ["CANARY"] = str(place / CANARY)
+            if trial.surroundings is not None:
+                trial.surroundings.start(command, arguments, place)
+            _run_here(command, arguments, extra_bytes)
+        finally:
+            os._exit(1)
     while True:
         ended, status, usage = os.wait4(pid, os.WNOHANG)
         if ended:
@@ -80,25 +98,27 @@ def run(trial: Trial, place: Path, seconds: float, extra_bytes: int) -> Outcome:
             break
         time.sleep(0.005)
     text = said.read_text(encoding="utf-8", errors="replace") if said.exists() else ""
-    return Outcome(os.waitstatus_to_exitcode(status), time.monotonic() - begun, usage.ru_maxrss * 1024, text)
+    return Outcome(os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, text)
 
 
-def _run_here(trial: Trial, place: Path, said: Path, extra_bytes: int) -> None:
+def _redirect(said: Path) -> None:
+    os.setpgid(0, 0)
+    for number, handle in (
+        (0, os.open(os.devnull, os.O_RDONLY)),
+        (1, os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)),
+    ):
+        os.dup2(handle, number)
+    os.dup2(1, 2)
+
+
+def _run_here(command: str, arguments: list[str], extra_bytes: int) -> None:
     status = 1
     try:
-        os.setpgid(0, 0)
-        for number, handle in (
-            (0, os.open(os.devnull, os.O_RDONLY)),
-            (1, os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)),
-        ):
-            os.dup2(handle, number)
-        os.dup2(1, 2)
-        os.environ["CANARY"] = str(place / CANARY)
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + extra_bytes
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        arguments = [word.replace("{place}", str(place)) for word in trial.arguments]
-        call_command(trial.command, arguments)
+        _obey_permissions()
+        call_command(command, arguments)
     except SystemExit as ending:
         status = int(ending.code or 0)
     except BaseException:
@@ -107,6 +127,16 @@ def _run_here(trial: Trial, place: Path, said: Path, extra_bytes: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _obey_permissions() -> None:
+    """Take from the superuser, on Linux, the right to read and search what its permissions forbid."""
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3 of the interface; this process
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted and inheritable, of 32 capabilities each, twice
+    libc = ctypes.CDLL(None)
+    if libc.capget(header, sets) == 0:
+        sets[0] &= ~0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
+        libc.capset(header, sets)
 
 
 def call_command(name: str, arguments: list[str]) -> None:
@@ -147,62 +177,71 @@ def make_sound_files(place: Path) -> None:
     shutil.copytree(ROOT / "assets" / "tiny-qwen2", place / "base")
     for path in (place / "base").iterdir():
         path.chmod(0o644)
+    tokens = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    (place / "base" / "special_tokens_map.json").write_text(json.dumps(tokens), encoding="utf-8")
+    shutil.copytree(place / "base", place / "sharded")
+    shard = (place / "sharded" / "model.safetensors").rename(place / "sharded" / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(read_header(shard), shard.name)}
+    (place / "sharded" / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     (place / "data").mkdir()
     for name in ("articles.txt", "alpaca.jsonl", "notes.csv", "sharegpt.json"):
         shutil.copy(ROOT / "samples" / name, place / "data" / name)
-    trial = Trial("", "", "train", [*TRAIN, "--model_name", "{place}/base", "--output_dir", "{place}/adapter"], lambda _: None)
+    trial = Trial("", "", "train", ["--output_dir", "{place}/adapter"], lambda _: None)
     outcome = run(trial, place, 300, 8 * BYTES)
     if outcome.status:
         raise SystemExit(outcome.text)
 
 
-COMMANDS = {
+SOUND = "{place}/data/alpaca.jsonl"
+COMMANDS: dict[str, tuple[str, list[str]]] = {
     "plan": ("train", ["--config", "configs/tiny.yaml", "--plan", "--model_name", "{place}/base"]),
     "train": ("train", [*TRAIN, "--model_name", "{place}/base", "--output_dir", "{place}/new"]),
-    "resume": ("train", [*TRAIN, "--model_name", "{place}/base", "--output_dir", "{place}/adapter", "--resume", "--max_steps",
-    "2"]),
-    "data": ("train", [*TRAIN, "--model_name", "{place}/base", "--output_dir", "{place}/new", "--dataset", "{place}/data/FILE"]),
-    "preview": ("train", [*TRAIN, "--preview", "--model_name", "{place}/base", "--dataset", "{place}/data/FILE"]),
+    "sharded": ("train", [*TRAIN, "--model_name", "{place}/sharded", "--output_dir", "{place}/new"]),
+    "resume": (
+        "train",
+        [*TRAIN, "--model_name", "{place}/base", "--output_dir", "{place}/adapter", "--resume", "--set", "training.max_steps=2"],
+    ),
+    "data": ("train", [*TRAIN, "--model_name", "{place}/base", "--output_dir", "{place}/new", "--dataset", SOUND]),
+    "preview": ("train", [*TRAIN, "--preview", "--model_name", "{place}/base", "--dataset", SOUND]),
+    "chat": ("train", ["--preview", "--config", "configs/instruct.yaml", "--model_name", "{place}/base", "--dataset", SOUND]),
     "infer": (
         "infer",
         ["--mode", "text", "--prompt", "The river", "--max_new_tokens", "2", "--adapter", "{place}/adapter", "--device", "cpu"],
     ),
     "merge": ("merge", ["--adapter", "{place}/adapter", "--output", "{place}/merged", "--check", "none"]),
-}  # fmt: skip
+}
+FILES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("adapter", "adapter/adapter_config.json", ("infer", "merge")),
+    ("adapter", "adapter/run.json", ("infer", "merge")),
+    ("adapter", "adapter/config.yaml", ("infer",)),
+    ("adapter", "adapter/adapter_model.safetensors", ("infer", "merge")),
+    ("adapter", "adapter/tokenizer_config.json", ("infer",)),
+    ("adapter", "adapter/chat_template.jinja", ("infer",)),
+    ("base model", "base/config.json", ("plan", "train")),
+    ("base model", "base/generation_config.json", ("infer", "merge")),
+    ("base model", "base/tokenizer_config.json", ("train",)),
+    ("base model", "base/tokenizer.json", ("train",)),
+    ("base model", "base/special_tokens_map.json", ("train",)),
+    ("base model", "sharded/model.safetensors.index.json", ("sharded",)),
+    ("base model", "base/chat_template.jinja", ("chat",)),
+    ("base model", "base/model.safetensors", ("train", "infer", "merge")),
+    ("checkpoint", "adapter/checkpoints/checkpoint-1/manifest.json", ("resume",)),
+    ("checkpoint", "adapter/checkpoints/checkpoint-1/adapter_model.safetensors", ("resume",)),
+)
 
 
 def all_trials() -> Iterator[Trial]:
     """Yield every trial of the lists, in their order."""
-    for kind, file, uses in (
-        ("adapter", "adapter/adapter_config.json", ("infer", "merge")),
-        ("adapter", "adapter/run.json", ("infer", "merge")),
-        ("adapter", "adapter/config.yaml", ("infer",)),
-        ("adapter", "adapter/adapter_model.safetensors", ("infer", "merge")),
-        ("adapter", "adapter/tokenizer_config.json", ("infer",)),
-        ("adapter", "adapter/chat_template.jinja", ("infer",)),
-        ("base model", "base/config.json", ("plan", "train")),
-        ("base model", "base/generation_config.json", ("infer", "merge")),
-        ("base model", "base/tokenizer_config.json", ("train",)),
-        ("base model", "base/tokenizer.json", ("train",)),
-        ("base model", "base/chat_template.jinja", ("chat",)),
-        ("base model", "base/model.safetensors", ("train", "infer", "merge")),
-        ("checkpoint", "adapter/checkpoints/checkpoint-1/manifest.json", ("resume",)),
-        ("checkpoint", "adapter/checkpoints/checkpoint-1/adapter_model.safetensors", ("resume",)),
-    ):
+    for kind, file, uses in FILES:
         for name, damage in damaged_files(file):
-            for use in uses:
-                command, arguments = COMMANDS["preview" if use == "chat" else use]
-                chat = ["--config", "configs/instruct.yaml", "--dataset", "{place}/data/alpaca.jsonl"] if use == "chat" else []
-                words = [word.replace("{place}/data/FILE", "{place}/data/alpaca.jsonl") for word in (*arguments, *chat)]
-                yield Trial(kind, f"{use}: {file}: {name}", command, words, damage)
+            yield from (Trial(kind, f"{use}: {file}: {name}", use, [], damage) for use in uses)
     for file, name, damage in damaged_data():
-        for use in ("data", "preview"):
-            command, arguments = COMMANDS[use]
-            words = [word.replace("FILE", file) for word in arguments]
-            yield Trial("data", f"{use}: {file}: {name}", command, [*words, "--set", "data.eval_split=null"], damage)
-    for name, words, damage in damaged_settings():
-        command, arguments = COMMANDS[words[0]]
-        yield Trial("settings and places", name, command, [*arguments, *words[1:]], damage)
+        words = ["--dataset", f"{{place}}/data/{file}", "--set", "data.eval_split=null"]
+        yield from (Trial("data", f"{use}: {file}: {name}", use, words, damage) for use in ("data", "preview"))
+    for name, (use, *words), damage in damaged_settings():
+        yield Trial("settings and places", name, use, words, damage)
+    for name, use, surroundings, damage in odd_surroundings():
+        yield Trial("a process of its own", f"own: {use}: {name}", use, [], damage, surroundings)
 
 
 def judge(trial: Trial, outcome: Outcome, sound: Outcome, place: Path) -> str | None:
@@ -210,7 +249,7 @@ def judge(trial: Trial, outcome: Outcome, sound: Outcome, place: Path) -> str | 
     if (place / CANARY).exists():
         return "ran code of an input"
     if outcome.status < 0:
-        return f"died of signal {-outcome.status} after {outcome.seconds:.0f} s"
+        return f"died of signal {-outcome.status} after {outcome.seconds:.0f} s of computing"
     if "Traceback (most recent call last)" in outcome.text:
         return "traceback: " + outcome.text.strip().splitlines()[-1][:150]
     if found := CONTROL.search(outcome.text.replace("\r\n", "\n")):
@@ -220,10 +259,16 @@ def judge(trial: Trial, outcome: Outcome, sound: Outcome, place: Path) -> str | 
     if outcome.bytes > sound.bytes + BYTES:
         return f"took {(outcome.bytes - sound.bytes) / BYTES:.1f} GiB more"
     if outcome.status == 0:
-        return None if any(re.search(pattern, trial.name) for pattern in ACCEPTED) else "accepted"
-    if not any(line.startswith("error: ") for line in outcome.text.splitlines()):
+        return None if trial.surroundings or reason_to_accept(trial) else "accepted"
+    if (trial.surroundings is None or trial.surroundings.can_be_heard) and not any(
+        line.startswith("error: ") for line in outcome.text.splitlines()
+    ):
         return f"status {outcome.status} without an error line: {outcome.text[-150:]!r}"
     return None
+
+
+def reason_to_accept(trial: Trial) -> str | None:
+    return next((reason for pattern, reason in ACCEPTED.items() if re.search(pattern, trial.name)), None)
 
 
 def main() -> None:
@@ -231,44 +276,87 @@ def main() -> None:
     parser.add_argument("--number", type=int, default=2000, help="of trials, drawn from all (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", default="", metavar="PATTERN", help="trials whose name this regular expression finds")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="trials at once (default: the cores, %(default)s)")
     arguments = parser.parse_args()
     os.chdir(ROOT)
-    trials = [trial for trial in all_trials() if re.search(arguments.only, trial.name)]
-    random.Random(arguments.seed).shuffle(trials)
+    found = [trial for trial in all_trials() if re.search(arguments.only, trial.name)]
+    random.Random(arguments.seed).shuffle(found)
+    own = [trial for trial in found if trial.surroundings][: max(150, arguments.number // 10)]
+    trials = own + [trial for trial in found if not trial.surroundings]
     trials = trials[: arguments.number]
+    begun = time.monotonic()
     import_libraries()
-    tried, wrong, accepted = Counter[str](), Counter[str](), Counter[str]()
     with tempfile.TemporaryDirectory(prefix="bad-inputs-") as folder:
         top = Path(folder)
+        top.chmod(0o755)
         os.environ["HF_DATASETS_CACHE"] = str(top / "cache")
         (top / "sound").mkdir()
         make_sound_files(top / "sound")
-        sound: dict[str, Outcome] = {}
-        for number, trial in enumerate(trials):
-            use = trial.name.partition(":")[0] if trial.kind != "settings and places" else trial.command
-            if use not in sound:
-                plain = trial._replace(arguments=_without_damage(trial), damage=lambda _: None)
-                sound[use] = _try(plain, top, 120.0)[0]
-            outcome, problem = _try(trial, top, sound[use].seconds + 2 * SECONDS, sound[use])
-            tried[trial.kind] += 1
-            accepted[trial.kind] += outcome.status == 0
+        results = try_all(trials, top, max(1, arguments.workers))
+    print_tables(trials, results)
+    minutes = (time.monotonic() - begun) / 60
+    print(f"\n{len(trials)} trials in {minutes:.1f} minutes, {arguments.workers} at once, seed {arguments.seed}")
+    sys.exit(any(problem for _, problem in results.values()))
+
+
+def try_all(trials: list[Trial], top: Path, workers: int) -> dict[int, tuple[int, str | None]]:
+    """Try all, dealt out to some processes; return the status and the problem of each by its number."""
+    uses = {(trial.use, trial.surroundings is not None) for trial in trials}
+    plain = {pair: Trial("", "", pair[0], [], lambda _: None, Surroundings() if pair[1] else None) for pair in sorted(uses)}
+    sound = {pair: _try(trial, top, 120.0)[0] for pair, trial in plain.items()}
+    for (use, _), outcome in sound.items():
+        if outcome.status:
+            raise SystemExit(f"{use} fails on the sound input: {outcome.text}")
+    children = {}
+    for worker in range(workers):
+        if (pid := os.fork()) == 0:
+            try:
+                _try_each(range(worker, len(trials), workers), trials, top, sound)
+            finally:
+                os._exit(0)
+        children[pid] = worker
+    try:
+        for _ in range(workers):
+            children.pop(os.wait()[0])
+    finally:
+        for pid in children:
+            os.kill(pid, signal.SIGTERM)
+    lines = [line for path in sorted(top.glob("results-*")) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {number: (status, problem) for number, status, problem in map(json.loads, lines)}
+
+
+def _try_each(numbers: range, trials: list[Trial], top: Path, sound: dict[tuple[str, bool], Outcome]) -> None:
+    with (top / f"results-{os.getpid()}").open("w", encoding="utf-8") as file:
+        for number in numbers:
+            trial = trials[number]
+            usual = sound[trial.use, trial.surroundings is not None]
+            outcome, problem = _try(trial, top, 5 * (usual.seconds + SECONDS), usual)
             if problem:
-                wrong[trial.kind] += 1
-                print(f"WRONG {trial.name}: {problem}", flush=True)
+                print(f"WRONG {trial.name!r}: {problem}", flush=True)
+            print(json.dumps([number, outcome.status, problem]), file=file, flush=True)
             print(f"\r{number + 1} of {len(trials)}", end="", file=sys.stderr)
+
+
+def print_tables(trials: list[Trial], results: dict[int, tuple[int, str | None]]) -> None:
+    """Print what was tried, accepted and wrong by kind, and why what was accepted is right."""
+    tried, wrong, accepted, reasons = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
+    for number, trial in enumerate(trials):
+        status, problem = results.get(number, (1, "its worker died"))
+        tried[trial.kind] += 1
+        wrong[trial.kind] += problem is not None
+        accepted[trial.kind] += status == 0
+        if status == 0 and problem is None:
+            reasons["the surroundings do not matter" if trial.surroundings else str(reason_to_accept(trial))] += 1
     print("\n| damaged | tried | accepted, with a reason | wrong |\n|---|---|---|---|")
     for kind in tried:
         print(f"| {kind} | {tried[kind]} | {accepted[kind]} | {wrong[kind]} |")
-    sys.exit(bool(sum(wrong.values())))
-
-
-def _without_damage(trial: Trial) -> list[str]:
-    """Return the arguments on sound data, to compare time and memory with."""
-    return [re.sub(r"\{place\}/data/.*", "{place}/data/alpaca.jsonl", word) for word in trial.arguments]
+    print("\n| accepted, because | trials |\n|---|---|")
+    for reason, count in reasons.most_common():
+        print(f"| {reason} | {count} |")
 
 
 def _try(trial: Trial, top: Path, seconds: float, sound: Outcome | None = None) -> tuple[Outcome, str | None]:
-    place = top / "trial"
+    place = top / f"trial-{os.getpid()}"
     shutil.copytree(top / "sound", place, symlinks=True)
     try:
         # run.json and adapter_config.json name the folder of the base model

@@ -12,20 +12,40 @@ from typing import Any
 Damage = Callable[[Path], None]
 
 # Inputs that end with status 0, and why that is right. Each pattern is searched in the name of a trial.
-ACCEPTED = (
-    r"config\.json: .*(architectures|transformers_version|initializer_range|use_cache|dtype|_id|max_window_layers|layer_types)",
-    r": sound",
-    # An adapter. Keys of other tools, and of how its matrices began, are left out; a missing key stands for its default.
-    r"adapter_config\.json: (auto_mapping|eva_config|loftq_config|megatron_core|later_key|lora_dropout|inference_mode) ",
-    r"adapter/(adapter_config|run)\.json: \S+ is (null|gone|empty (list|object|text))$",
-    r"adapter_config\.json: (base_model_name_or_path|revision) ",  # run.json names the base model
-    r"adapter_config\.json: (lora_alpha is (minus one|zero|half)|fan_in_fan_out is true)",  # any scale is one; peft turns it back
-    r"adapter_config\.json: ((rank|alpha)_pattern is object|exclude_modules is)",  # which match none of the modules
-    r"merge: adapter/adapter_config\.json: (target_|layers_|task_type)",  # the tensors' names say what is adapted
-    r"run\.json: (perplexity|config|base_commit|base_model/(revision|folder|name)|data is object|stop_ids is list$)",
-    r"infer: adapter/config\.yaml: (gone|empty|a folder of everything)",  # it holds defaults; no data are opened
-    r"infer: adapter/chat_template\.jinja: ",  # an adapter trained on text renders none
-)
+ACCEPTED = {
+    r"base/config\.json: \S+ is (gone|null)$": "the library's default stands for a missing key",
+    r"base/config\.json: (\S+_window|attention_dropout|rms_norm_eps|tie_word_embeddings) is (zero|true)": "a sound value",
+    r"base/config\.json: (quantization_config is empty object|text_config)": "it states nothing about this model",
+    r"base/config\.json: rope_(scaling|parameters) is empty object": "it states nothing",
+    r"base/(generation_config|special_tokens_map)\.json: (gone|a link|the whole is empty object)": "it need not be there",
+    r"base/generation_config\.json: (temperature|max_length) ": "answers take this toolkit's settings",
+    r"base/generation_config\.json: (eos|pad)_token_id is (null|gone|zero|minus one|list|empty list)": "a token, or none",
+    r"base/special_tokens_map\.json: additional_special_tokens ": "the library reads tokenizer_config.json alone",
+    r"base/tokenizer_config\.json: chat_template ": "chat_template.jinja takes its place",
+    r"base/tokenizer_config\.json: (tokenizer_class|(eos|pad)_token|model_max_length) ": "ids are those of tokenizer.json",
+    r"base/tokenizer\.json: added_tokens is empty": "a tokenizer without added tokens",
+    r"chat: base/chat_template\.jinja: (empty|gone)": "ChatML takes its place",
+    r"=1\.5$|=0$|=null$|=1e-400$": "a sound value: 1e-400 is 0",
+    r"--model_name: the base model": "it is one",
+    r"index\.json: metadata": "the library reads the map alone",
+    r"plan: base/config\.json: (eos_token_id|auto_map|hidden_act|rope_\w+) ": "a plan does not depend on it",
+    r"config\.json: .*(architectures|transformers_version|initializer_range|use_cache|dtype|max_window_layers|layer_types)": (
+        "the run does not depend on it"
+    ),
+    r"adapter_config\.json: (auto_mapping|eva_config|loftq_config|megatron_core|later_key|lora_dropout|inference_mode) ": (
+        "a key of other tools, or of how the matrices began, is left out"
+    ),
+    r"adapter/(adapter_config|run)\.json: \S+ is (null|gone|empty (list|object|text))$": "a missing key stands for its default",
+    r"adapter_config\.json: (base_model_name_or_path|revision) ": "run.json names the base model",
+    r"adapter_config\.json: (lora_alpha is (minus one|zero|half)|fan_in_fan_out is true)": "any scale is one; peft turns it back",
+    r"adapter_config\.json: ((rank|alpha)_pattern is object|exclude_modules is)": "it matches none of the modules",
+    r"merge: adapter/adapter_config\.json: (target_|layers_|task_type)": "the tensors' names say what is adapted",
+    r"run\.json: (perplexity|config|base_commit|base_model/(revision|folder|name)|data is object|stop_ids is list$)": (
+        "it describes the run, and nothing is computed with it"
+    ),
+    r"infer: adapter/config\.yaml: (gone|empty|a folder of everything)": "it holds defaults; no data are opened",
+    r"infer: adapter/chat_template\.jinja: ": "an adapter trained on text renders none",
+}
 DEEP = 100_000
 VALUES: dict[str, Any] = {
     "null": None, "true": True, "minus one": -1, "zero": 0, "half": 0.5, "1e30": 10**30, "400 digits": 10**400,
@@ -108,7 +128,9 @@ def _set(file: str, path: str, value: Any, remove: bool = False) -> Damage:
         inner = content
         *parents, last = path.split("/")
         for parent in parents:
-            inner = inner.setdefault(parent, {})
+            if not isinstance(inner.setdefault(parent, {}), dict):
+                inner[parent] = {}
+            inner = inner[parent]
         inner.pop(last, None)
         if not remove:
             inner[last] = value
@@ -141,8 +163,11 @@ KEYS = {
         "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
         "vocab_size", "head_dim", "max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps",
         "hidden_act", "tie_word_embeddings", "sliding_window", "use_sliding_window", "attention_dropout", "architectures",
-        "quantization_config", "auto_map", "eos_token_id", "dtype", "layer_types",
+        "quantization_config", "auto_map", "eos_token_id", "dtype", "layer_types", "text_config", "text_config/hidden_size",
+        "rope_parameters/rope_theta", "rope_parameters/factor", "quantization_config/load_in_4bit",
     ],
+    "model.safetensors.index.json": ["weight_map", "metadata", "metadata/total_size", "weight_map/model.norm.weight"],
+    "special_tokens_map.json": ["eos_token", "pad_token", "additional_special_tokens"],
     "generation_config.json": ["eos_token_id", "pad_token_id", "temperature", "max_length"],
     "tokenizer_config.json": ["chat_template", "eos_token", "pad_token", "tokenizer_class", "auto_map", "model_max_length"],
     "tokenizer.json": ["model", "model/vocab", "model/merges", "model/type", "added_tokens", "pre_tokenizer", "post_processor"],

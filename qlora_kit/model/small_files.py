@@ -29,14 +29,14 @@ def check_small_files(folder: Path, key: str, name: object) -> None:
         name: what it holds, for the message.
 
     Raises:
-        UserError: one is no regular file, is too large, or holds no JSON object where it should, or a setting of
-            generation_config.json is out of range.
+        UserError: one is no regular file, is too large, or holds no JSON object where it should, or a setting is of
+            another type or out of range.
     """
     for file in (*SETTINGS, *VOCABULARIES, *TEMPLATES):
         for path in folder.glob(file):
             try:
                 content = _check(path, file)
-                if path.name == "generation_config.json":
+                if file in SETTINGS:
                     check_model_config(content, path.name)
             except UserError as error:
                 raise error.under(key, name) from None

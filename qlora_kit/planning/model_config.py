@@ -56,8 +56,9 @@ class Rule(NamedTuple):
 def _whole(keys: str, least: int, most: int) -> Rule:
     """Whole numbers; encoders of images have a list of them, one for each stage."""
 
-    def fits(value: Any) -> bool:  # True is an int, too
-        return all(type(item) is int and least <= item <= most for item in (value if isinstance(value, list) else [value]))
+    def fits(value: Any) -> bool:
+        items = value if isinstance(value, list) and value else [value]
+        return all(type(item) is int and least <= item <= most for item in items)  # True is an int, too
 
     return Rule(keys, fits, f"a whole number from {least} to {most:,}")
 
@@ -93,8 +94,10 @@ RULES = (  # the first whose expression fits a key applies
     _number("rms_norm_eps|layer_norm_eps(ilon)?|norm_eps(ilon)?", 0, 1),
     _number("attention_dropout|hidden_dropout(_prob)?|attention_probs_dropout_prob|(attn|resid|embd)_pdrop", 0, 1),
     _number("rope_theta", 1, 1e15),
+    _number("model_max_length", 1, math.inf),  # of a tokenizer: 1e30 where it knows no end
+    _number("factor", 1e-3, 1e6),  # of a rotary embedding's scaling
     _whole("(bos|eos|pad)_token_id", -1, LARGEST),  # the first Llama has -1 for a token that it lacks
-    _kind("tie_word_embeddings|use_cache|use_sliding_window|attention_bias|mlp_bias", bool, "true or false"),
+    _kind("tie_word_embeddings|use_cache|use_sliding_window|attention_bias|mlp_bias|load_in_[48]bit", bool, "true or false"),
     _kind(r"rope_scaling|rope_parameters|(text|vision|audio|quantization)_config", dict, "an object"),
     _kind("model_type|hidden_act|hidden_activation|activation_function|rope_type", str, "a text"),
     Rule("architectures|layer_types", _texts, "a list of texts"),
@@ -107,7 +110,7 @@ def check_model_config(model_config: dict[str, Any], file: str = "config.json") 
     """Check the keys of RULES in a config.json, at any depth, and that no number is NaN.
 
     Args:
-        file: its name, for the message; generation_config.json has some of the keys, too.
+        file: its name, for the message; generation_config.json and tokenizer_config.json have some of the keys, too.
 
     Raises:
         UserError: a value is of another type, or out of range.
