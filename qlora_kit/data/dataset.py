@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 RECORDS_AT_ONCE = 1024
 SECONDS_AT_ONCE = 1.0  # of rendering
-LAYOUT = 3  # version of the cache; increase it when the same source would be tokenized differently
+LAYOUT = 4  # version of the cache; increase it when the same source would be tokenized differently
 
 
 def load_blocks(

@@ -149,7 +149,7 @@ def _build_chat(record: Record, keys: tuple[str, ...], turns: list[Message], unu
         BadRecord: a key is not supported, or the turns are in no order that a chat can have.
     """
     tools = None
-    if len(record) > len(keys) and (others := {key: value for key, value in record.items() if key not in keys}):
+    if others := {key: value for key, value in record.items() if key not in keys}:
         found = _sort_by_meaning(others, unused)
         for key, value in found[HISTORY].items():
             turns = _join(_read_history(value, key, unused), turns)

@@ -63,6 +63,14 @@ def test_an_alpaca_record_is_one_round(record, user):
     assert formats.from_alpaca(record).messages == [{"role": "user", "content": user}, {"role": "assistant", "content": "Hello"}]
 
 
+def test_another_key_counts_in_a_record_without_an_input_too():
+    record = {"instruction": "Hi", "output": "Hello!"}
+    assert formats.from_alpaca(record | {"system": "Be brief."}).messages == [SYSTEM, USER, ASSISTANT]
+    assert formats.from_alpaca(record | {"note": "x"}).unused == {"note"}
+    with pytest.raises(BadRecord, match="tools holds int, expected a list"):
+        formats.from_alpaca(record | {"tools": 5})
+
+
 @pytest.mark.parametrize(("human", "gpt"), [("human", "gpt"), ("user", "assistant")])
 def test_sharegpt_has_two_names_for_each_role(human, gpt):
     turns = [("system", "Be brief."), (human, "Hi"), (gpt, "Hello!"), (human, "2+2?"), (gpt, "4")]
