@@ -11,6 +11,7 @@ if __name__ == "__main__":
 """
 
 import os
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -47,7 +48,8 @@ STYLE: dict[Any, Any] = {
     "grid.alpha": 0.3,
     "legend.frameon": False,
 }
-PRINTED_WIDTH = 110  # characters of a line of text
+# Characters of a line of text: what the terminal has, where there is one.
+PRINTED_WIDTH = max(min(shutil.get_terminal_size((110, 24)).columns, 110), 40)
 
 
 def create_parser(doc: str | None, name: str) -> cli.OneLineParser:
