@@ -55,7 +55,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         type=cli.nonempty,
         default="./output_qlora_qwen_3b",
         metavar="DIR",
-        help="folder that train_qlora.py wrote, a checkpoint of it, or any PEFT adapter (default: %(default)s)",
+        help="folder that train_qlora.py wrote, a checkpoint of it, or any LoRA or IA3 adapter of PEFT (default: %(default)s)",
     )
     parser.add_argument("--prompt", metavar="TEXT", help="for --mode text; - takes all of standard input as one prompt")
     parser.add_argument("--prompt_file", metavar="FILE", help="for --mode text: one prompt a line; - reads standard input")
@@ -217,7 +217,7 @@ def load_generator(
         generator.answer("The river").text
 
     Args:
-        adapter: the folder that train_qlora.py wrote, a checkpoint of it, or any PEFT adapter.
+        adapter: the folder that train_qlora.py wrote, a checkpoint of it, or any LoRA or IA3 adapter of PEFT.
         device: auto, cuda or cpu.
         merged: fold the adapter into 16-bit weights, which answers faster.
         base_only: leave the adapter out.
