@@ -20,7 +20,7 @@ from qlora_kit.inference.conversation import Conversation
 from qlora_kit.inference.generator import Generated, Generator
 from qlora_kit.inference.prompts import Prompt
 from qlora_kit.inference.terminal import VISIBLE_CONTROLS, Terminal, format_json, make_printable
-from qlora_kit.wrapping import say
+from qlora_kit.wrapping import NARROW, fit, say
 
 SEPARATOR = "\f\n"  # between two answers: no text holds such a line in practice
 FIRST_LINES = {
@@ -78,7 +78,7 @@ class TextPrinter(Printer):
 
 
 class DemoPrinter(Printer):
-    """Print prompts with their answers: two answers in columns on a terminal, else one below the other; notes as well.
+    """Print prompts with their answers: in columns on a terminal that is wide enough, else one below the other; notes as well.
 
     Args:
         name: of the model that gave `answer`.
@@ -88,10 +88,10 @@ class DemoPrinter(Printer):
         self.name, self.console = name, cli.results_console()
 
     def print_answer(self, answered: AnsweredPrompt) -> None:
-        if answered.base is not None and self.console.is_terminal:
+        if answered.base is not None and self.console.is_terminal and self.console.width >= NARROW:
             self.console.print(format_columns(answered, answered.base))
         else:
-            print(make_printable(format_rows(answered, self.name)), flush=True)
+            print(fit(make_printable(format_rows(answered, self.name)), sys.stdout), flush=True)
 
     def print_note(self, line: str) -> None:
         say(line, sys.stdout)
