@@ -58,12 +58,12 @@ class LimitedWorker(Generic[Argument, Result]):
             succeeded, result = self.connection.recv()
         except (EOFError, OSError):
             self.close()
-            raise LimitExceeded(f"it takes more than {self.extra_bytes / GIB:g} GiB of memory") from None
+            raise LimitExceeded(f"it takes more than {self.extra_bytes / GIB:.3g} GiB of memory") from None
         except BaseException:
             self.close()
             raise
         if isinstance(result, MemoryError):
-            raise LimitExceeded(f"it takes more than {self.extra_bytes / GIB:g} GiB of memory") from None
+            raise LimitExceeded(f"it takes more than {self.extra_bytes / GIB:.3g} GiB of memory") from None
         if not succeeded:
             raise result
         return result
