@@ -23,20 +23,18 @@ from qlora_kit.config_file import load_config, override, parse_set
 from qlora_kit.data.blocks import TrainingBlocks
 from qlora_kit.data.dataset import load_blocks
 from qlora_kit.data.preview import show_preview
-from qlora_kit.data.source import check_source, estimate_tokens
-from qlora_kit.data.splits import is_file_name
+from qlora_kit.data.source import check_source, estimate_tokens, list_local_inputs
 from qlora_kit.errors import Stopped, UserError
 from qlora_kit.model import hub
 from qlora_kit.model.architecture import read_fast_shape
 from qlora_kit.model.fingerprint import weights_fingerprint
 from qlora_kit.model.packed_base import settle_quantization
 from qlora_kit.model.tokenizer import load_tokenizer, read_chat_template, template_fingerprint, tokenizer_fingerprint
-from qlora_kit.output.folder import check_disk
+from qlora_kit.output.curves import plot_training_curves, scheduled_rates
+from qlora_kit.output.folder import CURVES, check_disk
 from qlora_kit.output.lock import OutputLock
-from qlora_kit.output.model_card import write_model_card
-from qlora_kit.output.new_run import move_in, staging
+from qlora_kit.output.metrics import read_metrics
 from qlora_kit.output.place import check_output_dir
-from qlora_kit.output.provenance import write_provenance
 from qlora_kit.planning.cards import find_card
 from qlora_kit.planning.fit import describe_plan
 from qlora_kit.planning.memory import CONTEXT_BYTES
@@ -53,15 +51,17 @@ from qlora_kit.training.processes import (
     read_team,
     run_identity,
 )
-from qlora_kit.training.report import Run, RunReport, RunResult, build_provenance, open_output
+from qlora_kit.training.report import Run, RunReport, RunResult, open_output
 from qlora_kit.training.resume import check_end, check_fingerprints, command_again, find_start
 from qlora_kit.untrusted import user_path
 from qlora_kit.wrapping import say
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
+    from qlora_kit.output.checkpoints import Checkpoint
+    from qlora_kit.training.build import TrainingData
     from qlora_kit.training.machine import Machine
 
 # Named flags: the key that each sets, its value, and what it means; every other key goes through --set.
@@ -217,17 +217,9 @@ def train(
     read_chat_template(config.data.chat_template)  # a mistake in it is answered before anything is loaded
     folder = user_path(config.training.output_dir, "training.output_dir")
     if team.is_main:  # only rank 0 writes
-        check_output_dir(config.training.output_dir, overwrite, resume is not None, local_inputs(config))
+        check_output_dir(config.training.output_dir, overwrite, resume is not None, list_local_inputs(config))
     with OutputLock(folder) if team.is_main else nullcontext() as lock:
         return _train(config, None if resume is None else str(resume), overwrite, team, folder, lock)
-
-
-def local_inputs(config: Config) -> list[str]:
-    """Return the files and folders of this machine that a run reads."""
-    split = config.data.eval_split
-    names = [(name, "data.dataset") for name in config.data.names] + [(config.model.name, "model.name")]
-    names += [(split, "data.eval_split")] if isinstance(split, str) and is_file_name(split) else []
-    return [str(user_path(name, key)) for name, key in names if hub.is_local(name)]
 
 
 def _train(config: Config, resume: str | None, overwrite: bool, team: Team, folder: Path, lock: OutputLock | None) -> RunResult:
@@ -245,11 +237,10 @@ def _train(config: Config, resume: str | None, overwrite: bool, team: Team, fold
         check_disk(folder, parameters, config.training.optimizer_bytes)
 
     with cli.busy("Loading the libraries"):  # which takes seconds: everything above is answered before
-        from qlora_kit.adapter.save import save_adapter
         from qlora_kit.inference.samples import build_sampler
-        from qlora_kit.training.base_check import check_base
-        from qlora_kit.training.build import TrainingData, build_store, build_trainer, find_why_not_packed
+        from qlora_kit.training.build import build_store, build_trainer, find_why_not_packed
         from qlora_kit.training.checkpointing import read_base
+        from qlora_kit.training.finish import save_result
         from qlora_kit.training.machine import explaining_out_of_memory, plan_run
         from qlora_kit.training.samples import SampleCallback
         from qlora_kit.training.stop import explaining_interrupt
@@ -260,17 +251,7 @@ def _train(config: Config, resume: str | None, overwrite: bool, team: Team, fold
     report.announce(notes + packed)
 
     # Data before the model: a mistake in them is found before gigabytes of weights are downloaded.
-    with team.local_main_first():
-        hub.fetch_tokenizer(config.model)
-        tokenizer = load_tokenizer(config.model, config.data.chat_template)
-        run.fingerprints["tokenizer_sha256"] = tokenizer_fingerprint(tokenizer)
-        run.fingerprints["template_sha256"] = template_fingerprint(tokenizer) or ""
-        check_fingerprints(checkpoint, run.fingerprints)
-        report.note(check_base(config, lora_config(config), tokenizer, fast=reason is None))
-        data = TrainingData(*prepare_dataset(config, tokenizer))
-    not_packed = checkpoint.run.get("not_packed") if checkpoint else None
-    data = data.unpack() if not_packed else data
-    report.describe_data(*data, not_packed)
+    tokenizer, data, not_packed = load_data(config, checkpoint, report, team, fast=reason is None)
     sample = build_sampler(config, tokenizer, data.train.prompt_style, data.evaluation is not None)
     run.take_data_fingerprints()
     check_fingerprints(checkpoint, run.fingerprints)
@@ -301,22 +282,53 @@ def _train(config: Config, resume: str | None, overwrite: bool, team: Team, fold
         base = read_base(checkpoint) if checkpoint else trainer.measure_base()
         trainer.train(checkpoint)
         if number := team.max(trainer.stopping.signal or 0):  # on all ranks: one may have got it after the last step
-            report.draw_curves(place)
+            if team.is_main:
+                draw_curves(report, place)
             team.gather(None)  # a process that ends before the others is reported as failed
             raise Stopped(128 + number, f"Stopped after step {trainer.state.global_step}; everything is saved.")
         result = RunResult(folder, trainer.kept_step, trainer.state.global_step, base, trainer.measure_final())
         if team.is_main:
-            with staging(folder) as new:
-                save_adapter(model, tokenizer, new)
-                provenance = build_provenance(report, tokenizer, result, **trainer.ending())
-                write_model_card(new, provenance, folder)
-                write_provenance(new, provenance)
-            move_in(folder)
+            save_result(model, tokenizer, report, result, trainer.ending(), folder)
     if team.is_main:  # nothing below can cost the adapter
         report.log.settle(folder)
-        report.draw_curves(folder)
+        draw_curves(report, folder)
         report.summary(folder, result)
     return result
+
+
+def load_data(
+    config: Config, checkpoint: "Checkpoint | None", report: RunReport, team: Team, fast: bool
+) -> tuple["PreTrainedTokenizerBase", "TrainingData", str | None]:
+    """Return the tokenizer, the blocks to train and evaluate on, and why they are not packed, which a resumed run keeps.
+
+    Args:
+        fast: whether the base model takes the fast path.
+
+    Raises:
+        UserError: tokenizer, data or base model do not fit together, or are not those of the run to resume.
+    """
+    from qlora_kit.training.base_check import check_base
+    from qlora_kit.training.build import TrainingData
+
+    run = report.run
+    with team.local_main_first():
+        hub.fetch_tokenizer(config.model)
+        tokenizer = load_tokenizer(config.model, config.data.chat_template)
+        run.fingerprints["tokenizer_sha256"] = tokenizer_fingerprint(tokenizer)
+        run.fingerprints["template_sha256"] = template_fingerprint(tokenizer) or ""
+        check_fingerprints(checkpoint, run.fingerprints)
+        report.note(check_base(config, lora_config(config), tokenizer, fast))
+        data = TrainingData(*prepare_dataset(config, tokenizer))
+    not_packed = checkpoint.run.get("not_packed") if checkpoint else None
+    data = data.unpack() if not_packed else data
+    report.describe_data(*data, not_packed)
+    return tokenizer, data, not_packed
+
+
+def draw_curves(report: RunReport, folder: Path) -> None:
+    with report.noting_failure(folder / CURVES):
+        rates = scheduled_rates(report.run.config.training, report.steps)
+        plot_training_curves(read_metrics(folder), folder / CURVES, report.title(), rates)
 
 
 def prepare_dataset(config: Config, tokenizer: "PreTrainedTokenizerBase") -> tuple[TrainingBlocks, TrainingBlocks | None]:
@@ -339,12 +351,12 @@ def load_adapted_model(
     from qlora_kit.model.load import check_context, describe_unused, quantization_config
     from qlora_kit.model.projections import count_packed
     from qlora_kit.model.trial import try_layers
-    from qlora_kit.training.build import why_not_on_fast_path
+    from qlora_kit.training.build import load_sharded_base, why_not_on_fast_path
     from quantization_utils import load_model_and_tokenizer, prepare_model_for_training
 
     base = config.model
     if config.performance.fsdp:
-        model, outside = load_sharded_model(config, machine, tokenizer)
+        model, outside = load_sharded_base(config, machine, tokenizer)
     else:
         model, _ = load_model_and_tokenizer(
             base.name,
@@ -381,22 +393,6 @@ def lora_config(config: Config) -> "LoraConfig":
 
     lora = config.lora
     return create_lora_config(lora.rank, lora.alpha, lora.dropout, lora.target_modules)
-
-
-def load_sharded_model(config: Config, machine: "Machine", tokenizer: "PreTrainedTokenizerBase") -> tuple["PreTrainedModel", int]:
-    """Load this rank's shard of the base model; returns it and the number of parameters that are not in its modules."""
-    from qlora_kit.fast.sharding import load_sharded, sharded_base
-    from qlora_kit.model.load import guard_cpu_kernels, quantization_config, set_padding
-
-    performance, folder = config.performance, hub.model_folder(config.model)
-    quantization = quantization_config(config.quantization, machine.dtype)
-    in_host_memory, whole_embedding = performance.fsdp == "offload", performance.offload_embedding
-    assert folder is not None  # the model was fetched
-    model = load_sharded(folder, quantization, machine.device, machine.dtype, in_host_memory, not whole_embedding)
-    guard_cpu_kernels(model, config.model.name)
-    set_padding(tokenizer, model)
-    base = sharded_base(model)
-    return model, base.parameters if base else 0
 
 
 if __name__ == "__main__":

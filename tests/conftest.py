@@ -37,10 +37,10 @@ def pytest_collection_finish():
 @pytest.fixture(scope="session", autouse=True)
 def runs_without_pictures_and_cards():
     """Leave out the curves, a third of a short run, and peft's card, which is removed. Runs in other processes make both."""
-    from qlora_kit.training import report
+    import train_qlora
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "plot_training_curves", lambda entries, path, *rest: path.touch())
+        patch.setattr(train_qlora, "plot_training_curves", lambda entries, path, *rest: path.touch())
         if peft := sys.modules.get("peft"):  # else it would be imported for tests that do without
             patch.setattr(peft.PeftModel, "create_or_update_model_card", lambda model, folder: None)
         yield

@@ -11,15 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_kit.config import DataSettings
+from qlora_kit.config import Config, DataSettings
 from qlora_kit.data.documents import SourceFile, check_format, find_join_rule, locate_errors, read_documents
 from qlora_kit.data.files import Row, drop_filled_keys, read_records
 from qlora_kit.data.folder import list_files
 from qlora_kit.data.formats import Record, recognise_format
-from qlora_kit.data.splits import choose_files
+from qlora_kit.data.splits import choose_files, is_file_name
 from qlora_kit.data.tokenizing import Fragment
 from qlora_kit.errors import UserError
 from qlora_kit.model.hub import FILE_SUFFIXES, is_local
+from qlora_kit.untrusted import user_path
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -85,6 +86,14 @@ def check_source(data: DataSettings) -> None:
     for paths in [*chosen.train.values(), *chosen.evaluation.values()]:
         for path in paths:
             _check_file(path)
+
+
+def list_local_inputs(config: Config) -> list[str]:
+    """Return the files and folders of this machine that a run reads."""
+    split = config.data.eval_split
+    names = [(name, "data.dataset") for name in config.data.names] + [(config.model.name, "model.name")]
+    names += [(split, "data.eval_split")] if isinstance(split, str) and is_file_name(split) else []
+    return [str(user_path(name, key)) for name, key in names if is_local(name)]
 
 
 def _check_file(path: Path) -> None:

@@ -7,14 +7,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from qlora_kit.config import Config
 from qlora_kit.data.blocks import RecordBlocks, TrainingBlocks
 from qlora_kit.errors import Failed, UserError, unsupported
 from qlora_kit.fast.micro_step import MicroStep, StepSettings, why_not_compiled, why_not_graphed, why_not_used
 from qlora_kit.fast.peft_layers import fuse
+from qlora_kit.fast.sharding import load_sharded, sharded_base
 from qlora_kit.fast.training_pass import FastDecoder, why_not_fast
+from qlora_kit.model.hub import model_folder
+from qlora_kit.model.load import guard_cpu_kernels, quantization_config, set_padding
 from qlora_kit.model.loss import IGNORED
 from qlora_kit.model.packing_check import needs_marks, why_not_packed
 from qlora_kit.model.perplexity import library_losses
@@ -284,3 +294,16 @@ def training_arguments(
         disable_tqdm=True,
         report_to=training.report_to,
     )
+
+
+def load_sharded_base(config: Config, machine: Machine, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, int]:
+    """Load this rank's shard of the base model; returns it and the number of parameters that are not in its modules."""
+    performance, folder = config.performance, model_folder(config.model)
+    quantization = quantization_config(config.quantization, machine.dtype)
+    in_host_memory, whole_embedding = performance.fsdp == "offload", performance.offload_embedding
+    assert folder is not None  # the model was fetched
+    model = load_sharded(folder, quantization, machine.device, machine.dtype, in_host_memory, not whole_embedding)
+    guard_cpu_kernels(model, config.model.name)
+    set_padding(tokenizer, model)
+    base = sharded_base(model)
+    return model, base.parameters if base else 0

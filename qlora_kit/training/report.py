@@ -21,7 +21,6 @@ from qlora_kit.model.hub import is_local, model_folder, read_model_config, remot
 from qlora_kit.model.packed_base import read_packed
 from qlora_kit.model.tokenizer import separator_id, tokenizer_fingerprint, vocabulary_fingerprint
 from qlora_kit.output.checkpoints import Checkpoint
-from qlora_kit.output.curves import plot_training_curves, scheduled_rates
 from qlora_kit.output.folder import CHECKPOINTS, CONFIG, CURVES, LOG, NEW, remove, replace_text
 from qlora_kit.output.log import RunLog
 from qlora_kit.output.metrics import best_evaluation, read_metrics
@@ -203,22 +202,21 @@ class RunReport:
     def seconds(self) -> float:
         return time.perf_counter() - self._clock
 
-    def draw_curves(self, folder: Path) -> None:
-        """Draw training_curves.png; whatever is wrong with the drawing library or the disk costs the curves alone."""
-        if not self.log.enabled:
-            return
+    def title(self) -> str:
+        """Return what the curves are of: model, data and date."""
+        config, day = self.run.config, self.run.started.partition("T")[0]
+        return f"{Path(config.model.name).name}, trained on {', '.join(Path(name).name for name in config.data.names)}, {day}"
+
+    @contextmanager
+    def noting_failure(self, path: Path) -> Iterator[None]:
+        """Remove a picture that is not whole and say why in one line: a library or the disk costs nothing but that."""
         try:
-            config, day = self.run.config, self.run.started.partition("T")[0]
-            title = (
-                f"{Path(config.model.name).name}, trained on {', '.join(Path(name).name for name in config.data.names)}, {day}"
-            )
-            rates = scheduled_rates(config.training, self.steps)
-            plot_training_curves(read_metrics(folder), folder / CURVES, title, rates)
+            yield
         except Exception as error:
             with suppress(OSError):
-                (folder / CURVES).unlink(missing_ok=True)  # half of it
+                path.unlink(missing_ok=True)
             reason = next(iter(str(error).splitlines()), "")[:200]
-            self.log.write(f"{CURVES} could not be drawn ({type(error).__name__}: {reason}); nothing else is missing")
+            self.log.write(f"{path.name} could not be drawn ({type(error).__name__}: {reason}); nothing else is missing")
 
     def summary(self, folder: Path, result: "RunResult") -> None:
         """Print time, memory, perplexities and the files of a run that has ended well."""

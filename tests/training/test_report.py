@@ -127,16 +127,13 @@ def test_a_run_that_replaces_another_one_starts_beside_it_and_removes_what_an_un
 
 
 @pytest.mark.parametrize("error", [ValueError("'nonsense' is no backend\nof matplotlib"), OSError(28, "No space left on device")])
-def test_curves_that_cannot_be_drawn_cost_a_line_and_nothing_else(tmp_path, monkeypatch, error):
-    def draw(metrics, path, *rest):
-        path.write_bytes(b"half")
-        raise error
-
-    monkeypatch.setattr("qlora_kit.training.report.plot_training_curves", draw)
+def test_curves_that_cannot_be_drawn_cost_a_line_and_nothing_else(tmp_path, error):
     report = report_on(CPU)
     report.log.open(tmp_path, None)
     report.log.settle(tmp_path)
-    report.draw_curves(tmp_path)
+    with report.noting_failure(tmp_path / "training_curves.png"):
+        (tmp_path / "training_curves.png").write_bytes(b"half")
+        raise error
     assert names(tmp_path) == ["metrics.jsonl", "training_log.txt"]
     (line,) = (tmp_path / "training_log.txt").read_text().splitlines()
     assert line.startswith(f"training_curves.png could not be drawn ({type(error).__name__}: ")
