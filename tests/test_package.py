@@ -138,7 +138,9 @@ def test_the_wheel_alone_trains_and_answers_in_an_empty_folder(tmp_path):
     """Build it, install it beside this environment's packages, and run the verbs of a first day."""
     source, wheels, place = tmp_path / "source", tmp_path / "wheels", tmp_path / "empty"
     source.mkdir(), place.mkdir()
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    listed = subprocess.run(
+        ["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\0")
     for name in filter(None, listed):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes((ROOT / name).read_bytes())

@@ -109,7 +109,9 @@ def runs_on_a_laptop(words: list[str]) -> bool:
 @pytest.mark.slow
 def test_the_commands_for_a_laptop_run_in_their_order(tmp_path):
     """Run them in a copy of the repository, training for two steps; then a card's program. test_lessons.py has the lessons."""
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     for name in listed:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
