@@ -200,21 +200,21 @@ def clean(root: Path) -> list[Path]:
     return [root / name for name in (SAVING, REPLACED, REMOVED) if remove(root / name)]
 
 
-def rotate(root: Path, limit: int | None, protected: Path | None = None) -> None:
+def rotate(root: Path, limit: int | None, *protected: Path) -> None:
     """Keep the newest checkpoint, the one with the best evaluation, and the newest of the others, `limit` in all.
 
     Call it right after a checkpoint was written: the newest one is then valid, and invalid ones may be deleted.
 
     Args:
         limit: 1 still keeps the best checkpoint next to the newest; None keeps all.
-        protected: never deleted; the checkpoint early stopping would restore.
+        protected: never deleted, such as the checkpoint that early stopping would restore.
     """
     if limit is None:
         return
     by_age = _read_all(list_checkpoints(root))[0][::-1]
     evaluated = [one for one in by_age if one.run.get("eval_loss") is not None]
     best = min(evaluated, key=lambda one: one.run["eval_loss"], default=None)
-    kept = [one for one in by_age if one is by_age[0] or one is best or one.folder == protected]
+    kept = [one for one in by_age if one is by_age[0] or one is best or one.folder in protected]
     kept += [one for one in by_age if one not in kept][: max(0, limit - len(kept))]
     for folder in set(list_checkpoints(root)) - {one.folder for one in kept}:
         (root / REMOVED).mkdir(exist_ok=True)

@@ -85,7 +85,12 @@ class CheckpointStore:
             (folder / name).write_bytes(content)  # another node may have no access to this disk
         self.write_run_files(folder)
         self.transaction.close()
-        rotate(self.root, self.kept, None if best is None else self.folder(best))
+        self.rotate(step, best)
+
+    def rotate(self, *steps: int | None) -> None:
+        """Delete the checkpoints that are too many; those of `steps` stay in any case."""
+        if self.team.is_main:
+            rotate(self.root, self.kept, *(self.folder(step) for step in steps if step is not None))
 
     def folder(self, step: int) -> Path:
         return self.root / f"{CHECKPOINT_PREFIX}{step}"

@@ -103,6 +103,7 @@ class QLoraTrainer(Trainer):
                 assert resume_from_checkpoint is not None
                 self.state = done
                 load_adapter_weights(self.adapted, resume_from_checkpoint.folder, self.args.device.type)
+                self.store.rotate(done.global_step, self.best.step if self.best else None)  # a killed run may not have
         except Exception as error:
             if self.resuming is None or isinstance(error, UserError | Failed | Stopped | OSError) or is_out_of_memory(error):
                 raise
