@@ -216,9 +216,10 @@ def try_scenario(scenario: Scenario, top: Path, every: int, report: Callable[[st
 
 def leave_out_what_takes_time() -> None:
     """Write the curves as an empty file, measure no speed, and let the children's garbage collector pass over the libraries."""
-    from qlora_kit.training import machine, report
+    import train_qlora
+    from qlora_kit.training import machine
 
-    report.plot_training_curves = lambda metrics, path, *rest: path.touch()  # type: ignore[assignment,misc]
+    train_qlora.plot_training_curves = lambda metrics, path, *rest: path.touch()  # type: ignore[assignment,misc]
     machine.check_patience = lambda *_: None  # type: ignore[assignment]
     gc.freeze()
 

@@ -133,7 +133,7 @@ def train(settings: dict[str, Any], output: Path) -> Any:
 
     import train_qlora
 
-    with checks.record_steps() as steps, patch("qlora_kit.training.report.plot_training_curves"):
+    with checks.record_steps() as steps, patch("train_qlora.plot_training_curves"):
         train_qlora.train(settings | {"training.output_dir": str(output)})
     return steps[1]
 

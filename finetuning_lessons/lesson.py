@@ -49,7 +49,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
 }
 # Characters of a line of text: what the terminal has, where there is one.
-PRINTED_WIDTH = max(min(shutil.get_terminal_size((110, 24)).columns, 110), 40)
+PRINTED_WIDTH = 110  # characters of a line of text, or fewer on a narrower terminal
 
 
 def create_parser(doc: str | None, name: str) -> cli.OneLineParser:
@@ -102,9 +102,10 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def print_text(text: str) -> None:
-    """Print a paragraph wrapped to PRINTED_WIDTH; a number and its % stay on one line."""
+    """Print a paragraph wrapped to PRINTED_WIDTH, or to a narrower terminal; a number and its % stay on one line."""
     joined = " ".join(text.split()).replace(" %", "\N{NO-BREAK SPACE}%")
-    print(textwrap.fill(joined, PRINTED_WIDTH).replace("\N{NO-BREAK SPACE}", " ") + "\n")
+    width = max(min(shutil.get_terminal_size().columns, PRINTED_WIDTH), 40) if sys.stdout.isatty() else PRINTED_WIDTH
+    print(textwrap.fill(joined, width).replace("\N{NO-BREAK SPACE}", " ") + "\n")
 
 
 @contextmanager

@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face library is importe
 # The embedded model's products are too small to share out: a step of 32 tokens takes 28 ms with one thread, and 40 to 71 ms
 # with two, which wake each other for every product (two cores of an AMD EPYC, 2026-11-22).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("COLUMNS", None)  # xdist sets it, and terminals of tests would not have their own width
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="qlora-tests-")
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 

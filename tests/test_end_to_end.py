@@ -473,7 +473,7 @@ def test_a_run_that_replaces_another_one_is_resumed_where_it_stopped(run_here, t
     train(*flags)
     before = weights(out), (out / "run.json").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(train_qlora, "staging", lambda folder: pytest.fail("killed"))
+        patch.setattr("qlora_kit.training.finish.save_adapter", lambda *_: pytest.fail("killed"))
         with pytest.raises(pytest.fail.Exception):
             train(*flags, "--seed", "7", "--overwrite")
     assert (weights(out), (out / "run.json").read_bytes()) == before

@@ -109,9 +109,14 @@ def test_what_is_safe_is_let_through(good):
     assert find_dangers(good) == []
 
 
+# data/ passes records that it has read to a process of its own and back; the benchmark writes pickles that must not be loaded.
+OWN_PICKLES = {"qlora_kit/data/dataset.py", "qlora_kit/data/files.py", "benchmarks/odd_surroundings.py"}
+
+
 def test_no_source_reads_a_file_as_a_program():
     assert len(SOURCES) > 50
-    assert {str(path): found for path in SOURCES if (found := find_dangers(path.read_text(encoding="utf-8")))} == {}
+    found = {str(path.relative_to(ROOT)): find_dangers(path.read_text(encoding="utf-8")) for path in SOURCES}
+    assert {path: dangers for path, dangers in found.items() if dangers} == {path: ["pickle"] for path in OWN_PICKLES}
 
 
 @pytest.mark.parametrize("module", ["transformers.trainer", "transformers.trainer_utils"])

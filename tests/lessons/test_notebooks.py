@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LESSONS = ROOT / "finetuning_lessons"
 ENGLISH = LESSONS / "finetuning_techniques.ipynb"
 NOTEBOOKS = [ENGLISH, LESSONS / "finetuning_techniques.zh-TW.ipynb"]
-NO_LESSONS = {"__init__", "lesson", "short_run"}
+NO_LESSONS = {"__init__", "course", "lesson", "memory_charts", "short_run"}
 
 
 def cells(path: Path, kind: str) -> list[dict]:

@@ -44,8 +44,9 @@ MODELS = {
         "text_config": GEMMA | {"model_type": "gemma3_text"}, "mm_tokens_per_image": 4, "image_token_index": 6100,
         "vision_config": VISION}),
     "gemma4": ("gemma4", {
-        "text_config": GEMMA | {"model_type": "gemma4_text", "vocab_size_per_layer_input": 6144, "hidden_size_per_layer_input": 64,
-                                "global_head_dim": 16, "num_kv_shared_layers": 0},
+        "text_config": GEMMA | {
+            "model_type": "gemma4_text", "vocab_size_per_layer_input": 6144, "hidden_size_per_layer_input": 64,
+            "global_head_dim": 16, "num_kv_shared_layers": 0},
         "vision_config": VISION | {"num_key_value_heads": 2, "head_dim": 32, "global_head_dim": 32}, "audio_config": None}),
     "mistral3": ("mistral3", {
         "text_config": COMMON | {"model_type": "mistral", "head_dim": 16}, "image_token_index": 6100,
