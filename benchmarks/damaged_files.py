@@ -14,7 +14,7 @@ Damage = Callable[[Path], None]
 # Inputs that end with status 0, and why that is right. Each pattern is searched in the name of a trial.
 ACCEPTED = {
     r"base/config\.json: \S+ is (gone|null)$": "the library's default stands for a missing key",
-    r"base/config\.json: (\S+_window|attention_dropout|rms_norm_eps|tie_word_embeddings) is (zero|true)": "a sound value",
+    r"base/config\.json: (\S+_window|attention_dropout|rms_norm_eps|tie_word_embeddings) is (zero|half|true)": "a sound value",
     r"base/config\.json: (quantization_config is empty object|text_config)": "it states nothing about this model",
     r"base/config\.json: rope_(scaling|parameters) is empty object": "it states nothing",
     r"base/(generation_config|special_tokens_map)\.json: (gone|a link|the whole is empty object)": "it need not be there",
@@ -23,7 +23,13 @@ ACCEPTED = {
     r"base/special_tokens_map\.json: additional_special_tokens ": "ids and ends stay those of tokenizer.json",
     r"base/tokenizer_config\.json: chat_template ": "chat_template.jinja takes its place",
     r"base/tokenizer_config\.json: (eos|pad)_token ": "special_tokens_map.json takes its place",
-    r"base/tokenizer_config\.json: tokenizer_class ": "the tokenizer is that of tokenizer.json",
+    r"(base|adapter)/tokenizer_config\.json: tokenizer_class ": "the tokenizer is that of tokenizer.json",
+    r"adapter/tokenizer_config\.json: (chat_template|pad_token) ": "chat_template.jinja and run.json take their places",
+    r"base/special_tokens_map\.json: pad_token ": "padding is masked, and never read",
+    r"base/config\.json: auto_map is empty object": "it states nothing",
+    r"base/model\.safetensors: a tensor of 1e\+30": "a finite number is a weight",
+    r"train --output_dir: the data folder": "it holds the file that is trained on, and may hold more",
+    r"resume --resume: checkpoints of a run": "a folder with checkpoints of this run is a way to name them",
     r"base/tokenizer_config\.json: model_max_length is (1e30|400 digits|infinity|gone|null)": "no end, which is sound",
     r"base/tokenizer\.json: added_tokens is empty": "a tokenizer without added tokens",
     r"chat: base/chat_template\.jinja: (empty|gone)": "a model without a template gets lines of User and Assistant",

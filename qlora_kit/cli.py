@@ -318,8 +318,10 @@ def prepare_libraries() -> None:
     """Silence library messages that a user can do nothing about. Call it before the libraries are imported.
 
     Raises:
-        UserError: as check_endpoint.
+        UserError: a variable of the environment would stop a library.
     """
+    if sys.flags.optimize > 1:
+        raise UserError("PYTHONOPTIMIZE", sys.flags.optimize, "drops docstrings, which transformers reads", "unset it, or set 1")
     if endpoint := os.environ.get("HF_ENDPOINT"):
         check_endpoint(endpoint)
     warnings.showwarning = _show_warning  # type: ignore[assignment]
@@ -329,6 +331,9 @@ def prepare_libraries() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the name before torch 2.9
+    for name in names:
+        if not re.fullmatch(r"(\w+:[^:,]+(:[^:,]+)*(,|$))*", os.environ.get(name, "")):  # torch would end the process
+            raise UserError(name, os.environ[name], "is no list of NAME:VALUE", "correct it, or unset it")
     if not any(name in os.environ for name in names):
         is_before_2_9 = tuple(map(int, version("torch").split(".")[:2])) < (2, 9)
         os.environ[names[is_before_2_9]] = "expandable_segments:True"  # which waste less memory than segments of fixed size

@@ -771,7 +771,7 @@ def test_a_tokenizer_with_several_chat_templates_is_saved_over_an_earlier_one(tm
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("fused", ["true", "false"])
+@pytest.mark.parametrize("fused", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_answers_to_prompts_are_logged_and_change_nothing(tmp_path, fused):
     always = ["--max_steps", "2", "--set", "training.eval_steps=1", "--set", f"performance.fused_lora={fused}"]
     for name, prompts in (("without", "null"), ("with", "[The river, A lake]")):

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -145,6 +146,7 @@ def format_duration(seconds: float) -> str:
     return f"{seconds / 3600:.0f} hours" if seconds < 48 * 3600 else f"{seconds / 86400:.0f} days"
 
 
+@cache
 def _cpu_flops_per_second() -> float:
     """Return the speed of one fp32 product of 512 tokens with a 2048 x 2048 weight on this CPU: an upper bound for training."""
     tokens, width = 512, 2048

@@ -71,7 +71,7 @@ class RunFacts(BaseModel, strict=True):
     versions: dict[str, str] = {}  # of an earlier version: none
     prompt_style: str
     not_packed: str | None = None
-    plan_inputs: Any
+    plan_inputs: dict[str, Any]
     micro_batch: Size
     recomputed: Count
     processes: Size

@@ -53,6 +53,7 @@ def test_a_long_document_has_the_tokens_of_the_whole(tokenizer, stream_of, docum
     assert stream_of([document]).tolist() == expected_stream([document], tokenizer)
 
 
+@pytest.mark.slow
 def test_a_large_file_takes_no_more_memory_than_a_small_one(root, tmp_path):
     """15 MB in one document: its text and tokens would take half a GB at once. Long words are tokenized fast."""
     path = tmp_path / "large.txt"

@@ -146,6 +146,7 @@ def test_on_a_terminal_trained_tokens_are_coloured_instead(preview, monkeypatch)
     assert "\x1b[32mHi<|im_end|>" in screen.getvalue()
 
 
+@pytest.mark.slow
 def test_ten_thousand_records_take_seconds_and_no_weights(root, tmp_path):
     """About 7 s of processor time, which unlike the time on the clock does not depend on what else runs."""
     path = tmp_path / "many.jsonl"

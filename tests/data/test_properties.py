@@ -26,9 +26,7 @@ STRIPPING = """\
 TEMPLATES = {"own": ..., "default system": DEFAULT_SYSTEM, "stripping": STRIPPING, "none": None}
 TRAPS = ["<|im_end|>", "<|im_start|>assistant\n", "<|endoftext|>", "<|im_", "[/INST]", "\nAssistant: ", "{{ x }}", "\r\n",
          "\ue0000\ue000", "\u2028", "\u202e", "\ufeff", "ก็ำ", "👩\u200d👩\u200d👧", "𝔘", "नि", "e\u0301"]  # fmt: skip
-SETTINGS = settings(
-    derandomize=True, database=None, max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+SETTINGS = settings(derandomize=True, database=None, max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 characters = st.characters(exclude_categories=["Cs", "Cn"], exclude_characters="\0")  # no surrogates, no unassigned characters
 words = st.lists(st.text(characters, max_size=20) | st.sampled_from(TRAPS), max_size=5).map("".join)

@@ -73,6 +73,7 @@ def test_every_check_has_a_fix_and_a_limit():
     assert all(check.fix and 0 < check.time_limit <= 300 for check in checks)
 
 
+@pytest.mark.slow
 def test_a_real_run_of_all_checks(root, monkeypatch, capfd):
     """Their process has the libraries already."""
     monkeypatch.chdir(root)

@@ -70,6 +70,7 @@ Path({output!r}, str(rank)).write_text(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_each_process_stores_its_shard_and_gathers_the_whole(tmp_path, tiny_dir):
     run = forked.run_ranks(["-c", SCRIPT.format(model=str(tiny_dir), output=str(tmp_path))], PROCESSES)
     assert run.returncode == 0, run.stderr[-3000:]

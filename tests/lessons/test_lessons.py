@@ -49,7 +49,10 @@ def check_run(name: str, folder: Path, capsys) -> None:
     assert max(len(line) for line in printed.splitlines()) <= 130
 
 
-@pytest.mark.parametrize("name", [name for name in LESSONS if name not in WHOLE])
+LONGER = ("layers", "methods", "paged_optimizer", "rank_study")  # seconds each; the slow test below runs them as they are
+
+
+@pytest.mark.parametrize("name", [name for name in LESSONS if name not in (*WHOLE, *LONGER)])
 def test_lesson_prints_a_table_and_writes_its_picture(name, tmp_path, capsys, monkeypatch, two_layers_dir):
     monkeypatch.setattr("finetuning_lessons.short_run.HELD_OUT", 2)
     for module in ("lesson", name):

@@ -233,6 +233,7 @@ for packing in (None, Packing(QuantizationSettings(), torch.float32, "cpu")):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="counts KiB")
 def test_merging_holds_one_tensor_in_memory(large, tmp_path):
     """Merges onto the original weights, then onto dequantized ones. An 8 MiB matrix takes 16 in fp32, and packing copies it."""

@@ -162,10 +162,10 @@ class LiveStorages(TorchDispatchMode):
     [
         ({}, 4, 3),
         ({}, 4, 0),
-        ({}, 8, 2),
-        ({"intermediate_size": 1408}, 4, 3),
         ({"vocab_size": 16384}, 4, 3),
-        ({"hidden_size": 256}, 4, 1),
+        pytest.param({}, 8, 2, marks=pytest.mark.slow),
+        pytest.param({"intermediate_size": 1408}, 4, 3, marks=pytest.mark.slow),
+        pytest.param({"hidden_size": 256}, 4, 1, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -110,6 +110,7 @@ cli.run(main)
 """
 
 
+@pytest.mark.slow
 def test_a_failure_in_one_process_ends_all_with_one_line(root, tmp_path):
     script = tmp_path / "fails.py"
     script.write_text(FAILS.format(root=str(root)))
@@ -142,6 +143,7 @@ if child:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads")
 def test_no_thread_of_gloo_outlives_the_connection(root):
     """A Gloo thread that frees a tensor while Python exits aborts the process, after everything is saved: 2 of 25 runs."""
