@@ -1,5 +1,5 @@
 # make demo   from a bare checkout to a trained adapter and its first words: no GPU; two minutes after the installation
-# make test   the tests: offline, no GPU, about six minutes on two cores
+# make test   the tests: offline, no GPU, four to five minutes on two cores
 # make lint   ruff and mypy
 # Each creates .venv when it is missing. PYTHON=python3.12 picks another interpreter, and
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu the CPU build of torch, where the default is CUDA's with several GB (Linux).
