@@ -1,6 +1,7 @@
 """training_curves.png: loss and learning rate, and below them speed and memory."""
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def plot_training_curves(metrics: Entries, path: Path, title: str = "", rates: S
         metrics: objects of metrics.jsonl, with `step`, and `loss` and `learning_rate` or `eval_loss`.
         rates: the scheduled learning rate of each step; without, the logged ones are joined.
     """
+    os.environ["MPLBACKEND"] = "Agg"  # one that matplotlib does not know would end its import
     import matplotlib
 
     matplotlib.use("Agg")  # works without a screen
