@@ -85,9 +85,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.OneLineParser(__doc__)
     default = Path("config.yaml")
     parser.add_argument("--config", type=Path, default=default, metavar="FILE", help="settings (default: config.yaml)")
+    defaults = Config().model_dump()
     for flag, (key, value, meaning) in FLAGS.items():
         section, name = key.split(".")
-        usual = getattr(getattr(Config(), section), name)
+        usual = defaults[section][name]
         parser.add_argument(f"--{flag}", metavar=value, help=f"{meaning} ({key}, default {'none' if usual is None else usual})")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="sets any key of config.yaml; may be repeated"

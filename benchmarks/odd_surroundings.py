@@ -12,7 +12,7 @@ PAYLOAD = "import os\nopen(os.environ['CANARY'], 'w').close()\n"
 
 
 class Surroundings(NamedTuple):
-    """What a process of its own starts with.
+    """The surroundings that a process of its own starts with.
 
     Attributes:
         environment: variables; `{place}` stands for the trial's folder, and None removes one.

@@ -6,7 +6,8 @@ The rules count bytes a parameter and leave out activations, LoRA's own paramete
 account, and measured runs beside it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -47,56 +48,50 @@ def visualize_memory_requirements() -> None:
     """Draw what full fine-tuning needs: 16-bit weights and gradients, and Adam's two fp32 moments."""
     parts = {"weights, 2 bytes": 2.0, "gradients, 2 bytes": 2.0, "Adam's moments, 8 bytes": 8.0}
     sizes = (1, 3, 7, 13, 70)
-    with plt.rc_context(STYLE):
-        _, axes = plt.subplots(figsize=(11, 5), layout="constrained")
-        _draw_bars(axes, sizes, parts)
+    cards = {name: name for name in ("RTX 4090", "A100 40GB", "A100 80GB")}
+    with _memory_chart("Full fine-tuning in 16 bits, without activations", sizes, parts, cards) as axes:
         for position, billions in enumerate(sizes):
-            axes.annotate(
-                f"{sum(parts.values()) * billions:g} GB in all", (position, 8 * billions), (position, 9.5 * billions), ha="center"
-            )
-        _draw_cards(axes, ("RTX 4090", "A100 40GB", "A100 80GB"), len(sizes))
-        axes.set(title="Full fine-tuning in 16 bits, without activations", xlabel="parameters", ylabel="GB, 10⁹ bytes")
-        axes.legend(loc="upper left")
-        plt.show()
+            total = f"{sum(parts.values()) * billions:g} GB in all"
+            axes.annotate(total, (position, 8 * billions), (position, 9.5 * billions), ha="center")
 
 
 def visualize_qlora_memory() -> None:
     """Draw full fine-tuning, LoRA and QLoRA by model size, and print which of them fits a 7B model on a card of 16 GB."""
     methods = {"full fine-tuning, 12 bytes": 12.0, "LoRA on 16 bits, 2 bytes": 2.0, "QLoRA on NF4, 0.5 bytes": 0.5}
-    sizes = (1, 3, 7, 13, 30)
-    with plt.rc_context(STYLE):
-        _, axes = plt.subplots(figsize=(11, 5), layout="constrained")
-        _draw_bars(axes, sizes, methods)
-        _draw_cards(axes, ("T4", "RTX 4090"), len(sizes), {"T4": "RTX 5080, T4", "RTX 4090": "RTX 3090, 4090"})
-        axes.set(
-            title="Weights, gradients and optimizer, without activations",
-            xlabel="parameters",
-            ylabel="GB, 10⁹ bytes",
-        )
-        axes.legend(loc="upper left")
-        plt.show()
+    cards = {"RTX 5080, T4": "T4", "RTX 3090, 4090": "RTX 4090"}
+    with _memory_chart("Weights, gradients and optimizer, without activations", (1, 3, 7, 13, 30), methods, cards):
+        pass
     print(
         f"A 7B model on a card of 16 GB: QLoRA's {0.5 * 7:g} GB leave room for activations, LoRA's {2 * 7} GB hardly, "
         f"full fine-tuning needs {12 * 7} GB."
     )
 
 
-def _draw_bars(axes: Any, sizes: Sequence[int], bytes_each: Mapping[str, float]) -> None:
-    """Draw a group of bars for each model size in billions of parameters."""
-    axes.set_yscale("log")
-    width = 0.8 / len(bytes_each)
-    for number, (label, color) in enumerate(zip(bytes_each, (BLUE, ORANGE, GREEN), strict=True)):
-        places = [position + width * (number - 1) for position in range(len(sizes))]
-        axes.bar(places, [bytes_each[label] * billions for billions in sizes], width, color=color, label=label)
-    axes.set_xticks(range(len(sizes)), [f"{billions}B" for billions in sizes])
+@contextmanager
+def _memory_chart(title: str, sizes: Sequence[int], bytes_each: Mapping[str, float], cards: Mapping[str, str]) -> Iterator[Any]:
+    """Draw a group of bars for each model size and a line at the memory of each card; yield the axes, then show them.
 
-
-def _draw_cards(axes: Any, cards: Sequence[str], groups: int, labels: Mapping[str, str] | None = None) -> None:
-    """Draw a line at the memory of each card, named on the right of the bars."""
-    for name in cards:
-        gigabytes = CARDS[name].memory / GB
-        axes.axhline(gigabytes, color=RED, linestyle="--", alpha=0.6)
-        label = f"{(labels or {}).get(name, name)}: {CARDS[name].memory / GIB:g} GiB"
-        axes.text(groups - 0.55, gigabytes, label, color=RED, va="bottom", fontsize=9)
-    axes.set_xlim(-0.6, groups + 0.4)
-    axes.set_ylim(top=2 * axes.get_ylim()[1])
+    Args:
+        sizes: billions of parameters.
+        bytes_each: bytes a parameter, by the label of the bar.
+        cards: cards of planning/cards.py, by the names to be shown.
+    """
+    with plt.rc_context(STYLE):
+        _, axes = plt.subplots(figsize=(11, 5), layout="constrained")
+        axes.set_yscale("log")
+        width = 0.8 / len(bytes_each)
+        for number, (label, color) in enumerate(zip(bytes_each, (BLUE, ORANGE, GREEN), strict=True)):
+            places = [position + width * (number - 1) for position in range(len(sizes))]
+            axes.bar(places, [bytes_each[label] * billions for billions in sizes], width, color=color, label=label)
+        axes.set_xticks(range(len(sizes)), [f"{billions}B" for billions in sizes])
+        for shown, name in cards.items():
+            gigabytes = CARDS[name].memory / GB
+            axes.axhline(gigabytes, color=RED, linestyle="--", alpha=0.6)
+            label = f"{shown}: {CARDS[name].memory / GIB:g} GiB"
+            axes.text(len(sizes) - 0.55, gigabytes, label, color=RED, va="bottom", fontsize=9)
+        axes.set_xlim(-0.6, len(sizes) + 0.4)
+        axes.set_ylim(top=2 * axes.get_ylim()[1])
+        axes.set(title=title, xlabel="parameters", ylabel="GB, 10⁹ bytes")
+        axes.legend(loc="upper left")
+        yield axes
+        plt.show()

@@ -15,7 +15,6 @@ and so on. Configs, samples and the laptop model come with the package: `tiny` i
 """
 
 import ast
-import difflib
 import os
 import sys
 from collections.abc import Iterable
@@ -24,7 +23,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from qlora_kit.errors import UserError
+from qlora_kit.errors import UserError, closest, did_you_mean
 
 # A verb's module, its function, and the flags that it stands for. A module is imported when it is needed: --help answers at once.
 VERBS = {
@@ -77,8 +76,7 @@ def _check(name: str, known: Iterable[str], kind: str, meant: str | None = None)
         UserError: it is missing or unknown.
     """
     if name not in known:
-        guess = meant or next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
-        problem = f"is no {kind}" + (f" (did you mean {guess}?)" if guess else "") if name else f"needs a {kind}"
+        problem = f"is no {kind}" + did_you_mean(meant or closest(name, known)) if name else f"needs a {kind}"
         raise UserError("qlora", name or None, problem, f"use {', '.join(known)}, or --help")
 
 

@@ -19,7 +19,7 @@ from importlib.metadata import version
 from typing import Any, NoReturn, TextIO
 from urllib.parse import urlsplit
 
-from qlora_kit.errors import Failed, Problem, Stopped, UserError, spell_out
+from qlora_kit.errors import Failed, Problem, Stopped, UserError, closest, did_you_mean, spell_out
 
 
 def _not_installed(package: str) -> str:
@@ -30,7 +30,7 @@ def _not_installed(package: str) -> str:
 try:
     from rich.console import Console
 
-    from qlora_kit.config_file import closest, did_you_mean
+    import qlora_kit.config_file  # noqa: F401  imports pydantic and PyYAML, as every command does
     from qlora_kit.secrets import redact
     from qlora_kit.shipped import is_dispatched
     from qlora_kit.wrapping import say, wrap_line
@@ -38,8 +38,9 @@ except ModuleNotFoundError as missing:  # these are a command's first imports: n
     sys.exit(_not_installed(str(missing.name)))
 
 FEWEST_FILES = 64
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # a full, read-only or broken disk
 # What to do about an error of the system; of any other: check the file.
-REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO), "free some space there, or write elsewhere")
+REMEDIES = dict.fromkeys(DISK_ERRORS, "free some space there, or write elsewhere")
 REMEDIES |= dict.fromkeys((errno.EMFILE, errno.ENFILE), "allow more open files (ulimit -n)")
 REMEDIES |= {errno.EAGAIN: "allow more processes (ulimit -u)", errno.ENOMEM: "free some memory"}
 # What people type who know other tools: flag -> ours.
@@ -278,7 +279,7 @@ def _explain_system_error(error: Exception) -> Problem | None:
         return Problem("libraries", None, f"cannot be loaded ({os.strerror(errno.EMFILE)})", REMEDIES[errno.EMFILE])
     if not isinstance(error, OSError) or error.errno is None:
         return None
-    doing = "written" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO) else "used"
+    doing = "written" if error.errno in DISK_ERRORS else "used"
     key = error.filename if isinstance(error.filename, str | os.PathLike) else "output" if doing == "written" else "system"
     remedy = REMEDIES.get(error.errno, "check that it exists and its permissions, or use another")
     return Problem(str(key), None, f"cannot be {doing} ({error.strerror})", remedy)

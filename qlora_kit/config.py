@@ -170,6 +170,10 @@ class TrainingSettings(Section):
     device: Literal["auto", "cuda", "cpu"] = "auto"
     seed: Annotated[int, BeforeValidator(_not_bool), Field(ge=0, lt=2**32)] = 42  # numpy accepts no larger seed
 
+    def warmup_steps(self, steps: int) -> int:
+        """Return how many of a run's steps the learning rate rises, if the schedule has a warm-up."""
+        return math.ceil(self.warmup_ratio * steps)
+
     @property
     def optimizer_bytes(self) -> float:
         """Return the bytes of optimizer state per trained parameter: two moments of 8 or of 32 bits."""

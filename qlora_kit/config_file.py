@@ -8,9 +8,8 @@ the file that differ from the default, because config.yaml states them all. Impo
 once. Does not check that the model, the data or the GPU exists.
 """
 
-import difflib
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from qlora_kit.config import Config
-from qlora_kit.errors import Problem, UserError
+from qlora_kit.errors import Problem, UserError, closest, did_you_mean
 from qlora_kit.secrets import is_secret, secret_problem
 from qlora_kit.shipped import KEYS, locate, locate_all, locate_config
 from qlora_kit.untrusted import read_regular_file, user_path
@@ -68,16 +67,6 @@ def parse_set(assignments: list[str]) -> dict[str, Any]:
         except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that does not exist
             raise UserError("--set", assignment[:200], "is not valid YAML after the =", "quote the value") from None
     return overrides
-
-
-def closest(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that is spelled most like `name`, or None where no name is similar."""
-    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
-
-
-def did_you_mean(guess: str | None) -> str:
-    """Return ` (did you mean GUESS?)`, for the end of a message about an unknown name; empty without a guess."""
-    return f" (did you mean {guess}?)" if guess else ""
 
 
 def _build(values: dict[str, Any], places: dict[str, str], overrides: dict[str, Any], problems: list[Problem]) -> Config:

@@ -1,5 +1,6 @@
 """How a run ends in one line: UserError, Failed, Stopped, BadRecord."""
 
+import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -39,6 +40,26 @@ def spell_out(text: str, kept: str = "") -> str:
     Nothing of a file may reach a terminal or a log otherwise; without `kept` the text is one line.
     """
     return CONTROL.sub(lambda match: match.group() if match.group() in kept else repr(match.group())[1:-1], text)
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that is spelled most like `name`, or None where no name is similar."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
+
+
+def did_you_mean(guess: str | None) -> str:
+    """Return ` (did you mean GUESS?)`, for the end of a message about an unknown name; empty without a guess."""
+    return f" (did you mean {guess}?)" if guess else ""
+
+
+def describe(error: BaseException) -> str:
+    """Return the kind of an error and the beginning of its message, in one line."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
+
+
+def abbreviate(text: str) -> str:
+    """Return a text of at most 60 characters."""
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 class UserError(Exception):

@@ -28,7 +28,7 @@ class BaseRecord(_Record):
 
 
 class DataRecord(_Record):
-    """Whether records shared blocks; None where that did not arise."""
+    """The packing of the data: whether records shared blocks; None where that did not arise."""
 
     packed: bool | None = None
 

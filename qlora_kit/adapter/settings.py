@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from qlora_kit.errors import CONTROL, UserError
+from qlora_kit.errors import CONTROL, UserError, abbreviate
 from qlora_kit.output.folder import ADAPTER_FILES
 from qlora_kit.untrusted import read_json
 
@@ -72,7 +72,7 @@ class _Settings(BaseModel):
 
     @property
     def changing_start(self) -> str | None:
-        """How the matrices began, where that changed the base model's weights."""
+        """Return how the matrices began, where that changed the base model's weights."""
         return None
 
     def patterns(self) -> list[str]:
@@ -129,7 +129,7 @@ def read_settings(folder: Path) -> tuple[LoraFile | IA3File, list[str]]:
     kind = stated.get("peft_type", "LORA")
     if extra or kind not in ("LORA", "IA3"):
         name = extra[0] if extra else "peft_type"
-        problem = f"sets {name} to {_shorten(stated[name])} in {ADAPTER_FILES[1]}, which is not supported"
+        problem = f"sets {name} to {abbreviate(repr(stated[name]))} in {ADAPTER_FILES[1]}, which is not supported"
         raise UserError("--adapter", folder, problem, "use a LoRA adapter without it")
     model = LoraFile if kind == "LORA" else IA3File
     try:
@@ -137,7 +137,7 @@ def read_settings(folder: Path) -> tuple[LoraFile | IA3File, list[str]]:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"][:1]))
-        problem = f"has {name} {_shorten(stated[name])} in {ADAPTER_FILES[1]}: {first['msg']}"
+        problem = f"has {name} {abbreviate(repr(stated[name]))} in {ADAPTER_FILES[1]}: {first['msg']}"
         raise UserError("--adapter", folder, problem, "copy it again, or correct it") from None
     known = {*LoraFile.model_fields, *IA3File.model_fields, *CHANGES_THE_COMPUTATION, *WITHOUT_EFFECT}
     return settings, [name for name, value in stated.items() if name not in known and _is_set(value)]
@@ -146,8 +146,3 @@ def read_settings(folder: Path) -> tuple[LoraFile | IA3File, list[str]]:
 def _is_set(value: Any) -> bool:
     """Return whether a key says something: peft writes null or false for those that are not used."""
     return value is not None and value is not False
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

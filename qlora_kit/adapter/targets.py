@@ -160,7 +160,7 @@ def _try(model: PreTrainedModel, lora_config: LoraConfig, **changes: Any) -> Pef
 
 @dataclasses.dataclass(frozen=True)
 class Reach:
-    """How many of the projections that text passes through have LoRA matrices, and the kinds of those that have none.
+    """The number of projections that text passes through, how many have LoRA matrices, and the kinds of those that have none.
 
     Attributes:
         outside: the parts of the model that text does not pass through, such as an encoder of images.

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 
 from qlora_kit.config import GenerationSettings
-from qlora_kit.config_file import closest, did_you_mean
 from qlora_kit.data.chat_template import Message
 from qlora_kit.data.formats import require_text
-from qlora_kit.errors import BadRecord, UserError
+from qlora_kit.errors import BadRecord, UserError, closest, did_you_mean
 from qlora_kit.inference.generator import Generated, Generator, replace_settings
 from qlora_kit.inference.prompts import format_instruction
 from qlora_kit.inference.terminal import Terminal
@@ -57,7 +56,7 @@ class Round:
 
     @property
     def is_complete(self) -> bool:
-        """Whether training can learn the answer: it has words and its own end."""
+        """Return whether training can learn the answer: it has words and its own end."""
         return bool(self.answer.strip()) and not self.was_cut
 
 

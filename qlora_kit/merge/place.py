@@ -9,7 +9,6 @@ A process may be killed, or the power fail, between any two lines: the next merg
 import fcntl
 import glob
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -21,7 +20,9 @@ from psutil import pid_exists
 from qlora_kit.adapter.folder import AdapterSource
 from qlora_kit.config import MIB
 from qlora_kit.errors import UserError, spell_out
-from qlora_kit.output.folder import CHECKPOINT_PREFIX, check_writable, flush, report_disk_errors
+from qlora_kit.output.folder import check_writable, flush, report_disk_errors
+from qlora_kit.output.lock import PROCESS_NUMBER
+from qlora_kit.output.place import holds_checkpoints
 from qlora_kit.secrets import redact
 from qlora_kit.untrusted import read_json, user_path
 from qlora_kit.wrapping import say
@@ -66,7 +67,7 @@ def _why_no_place(folder: Path, source: AdapterSource) -> str | None:
     if len(os.fsencode(_beside(folder, MERGING).name)) > LONGEST_NAME:
         return "has too long a name"
     for above in (folder, *folder.parents):
-        if any(above.glob(f"{CHECKPOINT_PREFIX}*/manifest.json")):
+        if holds_checkpoints(above):
             return f"lies in {above}, which holds the checkpoints of a run"
     data = source.config.data.names
     for name in (str(source.folder), source.model.name, *data):
@@ -206,7 +207,7 @@ def _of_killed_processes(folder: Path, use: str) -> list[Path]:
     """Return what killed merges of an earlier version left, which put the number of their process behind the name."""
     found = folder.parent.glob(f"{glob.escape(_beside(folder, use).name)}-*")
     numbers = {path: path.name.rpartition("-")[2] for path in found if path.is_dir()}
-    return [path for path, number in numbers.items() if re.fullmatch("[0-9]{1,9}", number) and not pid_exists(int(number))]
+    return [path for path, number in numbers.items() if PROCESS_NUMBER.fullmatch(number) and not pid_exists(int(number))]
 
 
 def _empty(left: Path) -> None:

@@ -86,7 +86,9 @@ def fetch_tokenizer(model: ModelSettings) -> Path:
         UserError: there is no such model, no access to it, neither a network nor a cached copy, or a file is missing.
     """
     folder = _local_folder(model) if is_local(model.name) else _download(model, SMALL_FILES)
-    return _check_tokenizer(folder, model)
+    _require_tokenizer(folder, model)
+    check_small_files(folder, "model.name", model.name)
+    return folder
 
 
 def fetch_model(model: ModelSettings) -> Path:
@@ -96,7 +98,8 @@ def fetch_model(model: ModelSettings) -> Path:
         UserError: as fetch_tokenizer, or the weights are not sound safetensors files.
     """
     folder = fetch_weights(model)
-    return _check_tokenizer(folder, model)
+    _require_tokenizer(folder, model)
+    return folder
 
 
 def fetch_weights(model: ModelSettings) -> Path:
@@ -141,12 +144,10 @@ def remote_code_warning(model: ModelSettings) -> str:
     return f"warning: model.trust_remote_code: Python code that comes with {model.name} runs here with all your rights{pin}"
 
 
-def _check_tokenizer(folder: Path, model: ModelSettings) -> Path:
+def _require_tokenizer(folder: Path, model: ModelSettings) -> None:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         remedy = "copy the base model's tokenizer files, such as tokenizer.json, into its folder"
         raise UserError("model.name", model.name, "has no tokenizer", remedy)
-    check_small_files(folder, "model.name", model.name)
-    return folder
 
 
 def _local_folder(model: ModelSettings) -> Path:

@@ -15,7 +15,7 @@ TRAINING, EVALUATION, RATE, NORM, OTHER = "#1f5fa8", "#c2410c", "#15803d", "#9a9
 
 def scheduled_rates(settings: TrainingSettings, steps: int) -> list[float]:
     """Return the learning rate of each step of a run, as the libraries' schedules compute it."""
-    warmup = 0 if settings.lr_scheduler == "constant" else math.ceil(settings.warmup_ratio * steps)
+    warmup = 0 if settings.lr_scheduler == "constant" else settings.warmup_steps(steps)
 
     def factor(step: int) -> float:
         if step < warmup:

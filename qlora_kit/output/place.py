@@ -71,12 +71,17 @@ def _has_checkpoints(folder: Path) -> bool:
     return any(any((folder / CHECKPOINTS).glob(f"{parent}{CHECKPOINT_PREFIX}*")) for parent in ("", f"{REPLACED}/"))
 
 
+def holds_checkpoints(folder: Path) -> bool:
+    """Return whether a folder is one of a run's checkpoints, such as `checkpoints` of an output folder."""
+    return any(folder.glob(f"{CHECKPOINT_PREFIX}*/manifest.json"))
+
+
 def _why_no_place(folder: Path, inputs: Sequence[str]) -> str | None:
     """Return why a folder, with all links resolved, must not be a run's, or None."""
     if folder == Path(folder.anchor):
         return "is the root of the file system"
     for above in (folder, *folder.parents):
-        if above.name in (NEW, SAVING, REPLACED, REMOVED) or any(above.glob(f"{CHECKPOINT_PREFIX}*/manifest.json")):
+        if above.name in (NEW, SAVING, REPLACED, REMOVED) or holds_checkpoints(above):
             return f"lies in {above}, which holds checkpoints of a run"
         if (above / "manifest.json").is_file() and above.name.startswith(CHECKPOINT_PREFIX):
             return f"lies in {above}, a checkpoint of a run"

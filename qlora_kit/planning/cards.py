@@ -1,11 +1,10 @@
 """The memory and the rates of graphics cards, by name."""
 
-import difflib
 import re
 from dataclasses import dataclass
 
 from qlora_kit.config import GIB
-from qlora_kit.errors import UserError
+from qlora_kit.errors import UserError, closest, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,8 @@ def find_card(name: str) -> Card:
     names = {_simplify(known): card for known, card in CARDS.items()}
     if wanted in names:
         return names[wanted]
-    close = difflib.get_close_matches(wanted, names, n=1)
-    guess = f" (did you mean {names[close[0]].name}?)" if close else ""
+    close = closest(wanted, names)
+    guess = did_you_mean(names[close].name if close else None)
     raise UserError("--gpu", name, f"is not in the table of cards{guess}", f"use one of {', '.join(CARDS)}")
 
 

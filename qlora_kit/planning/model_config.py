@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from qlora_kit.errors import UserError
+from qlora_kit.errors import UserError, abbreviate
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 # What transformers takes for a key that a config.json leaves out, by model type; None where the value follows from others.
@@ -46,7 +46,7 @@ DEEPEST = 8  # objects within objects
 
 
 class Rule(NamedTuple):
-    """What values of some keys must be, in words for the message; null is left to whoever needs a value."""
+    """A rule: what the values of some keys must be, in words for the message; null is left to whoever needs a value."""
 
     keys: str  # a regular expression of the whole key
     fits: Callable[[Any], bool]
@@ -134,9 +134,7 @@ def _walk(settings: dict[str, Any], depth: int) -> Iterator[tuple[str, Any, int]
 
 def refuse(key: str, value: object, expected: str, file: str = "config.json") -> UserError:
     """Return the error of a value that a config.json states; hub.read_model_config adds the model's name."""
-    shown = json.dumps(value)
-    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
-    problem = f"states {key}: {shown} in its {file}, expected {expected}"
+    problem = f"states {key}: {abbreviate(json.dumps(value))} in its {file}, expected {expected}"
     return UserError("model.name", None, problem, "correct it, or copy the file again from its source")
 
 

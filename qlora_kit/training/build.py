@@ -1,6 +1,5 @@
 """Build the Trainer of a run from its settings: TrainingArguments, callbacks, the fast path."""
 
-import math
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -272,7 +271,7 @@ def training_arguments(
         gradient_accumulation_steps=config.effective_batch // sequences,
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.lr_scheduler,
-        warmup_steps=math.ceil(training.warmup_ratio * steps),
+        warmup_steps=training.warmup_steps(steps),
         weight_decay=training.weight_decay,
         max_grad_norm=0.0,  # QLoraTrainer clips, after the gradients of all processes are summed
         optim=training.optim,

@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import Config
-from qlora_kit.errors import Failed, Stopped, UserError
+from qlora_kit.errors import Failed, Stopped, UserError, describe
 from qlora_kit.output.provenance import code_digest, versions
 from qlora_kit.wrapping import say
 
@@ -208,7 +208,7 @@ def _choose_ending(team: Team, error: BaseException) -> BaseException:
         return UserError.of(replace(one, place=f"{rank}: {one.place}" if one.place else rank) for one in error.problems)
     if isinstance(error, Failed):
         return Failed(f"{rank}: {error}")
-    say(f"error: {rank}: {type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}")
+    say(f"error: {rank}: {describe(error)}")
     return error
 
 

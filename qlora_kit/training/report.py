@@ -1,7 +1,6 @@
 """The lines that a run prints and logs, and the content of run.json."""
 
 import hashlib
-import math
 import shlex
 import time
 from collections.abc import Iterator
@@ -15,12 +14,13 @@ from qlora_kit.data.blocks import RecordBlocks, TrainingBlocks, describe_unpacke
 from qlora_kit.data.chat_template import find_stop_ids
 from qlora_kit.data.overlap import describe_overlap
 from qlora_kit.data.splits import describe_files
-from qlora_kit.errors import Stopped
+from qlora_kit.errors import Stopped, describe
 from qlora_kit.model.fingerprint import weights_fingerprint
 from qlora_kit.model.hub import is_local, model_folder, read_model_config, remote_code_warning
 from qlora_kit.model.packed_base import read_packed
 from qlora_kit.model.tokenizer import separator_id, tokenizer_fingerprint, vocabulary_fingerprint
 from qlora_kit.output.checkpoints import Checkpoint
+from qlora_kit.output.curves import scheduled_rates
 from qlora_kit.output.folder import CHECKPOINTS, CONFIG, CURVES, LOG, NEW, remove, replace_text
 from qlora_kit.output.log import RunLog
 from qlora_kit.output.metrics import best_evaluation, read_metrics
@@ -179,9 +179,7 @@ class RunReport:
     def _describe_schedule(self, steps: int) -> None:
         """Print that a warm-up is as long as the run, if it is."""
         training = self.run.config.training
-        warmup = math.ceil(training.warmup_ratio * steps)
-        if training.lr_scheduler != "constant" and warmup >= steps:
-            highest = training.learning_rate * (steps - 1) / warmup
+        if (highest := max(scheduled_rates(training, steps))) < training.learning_rate:
             span = "the only step" if steps == 1 else f"all {steps:,} steps"
             self.log.write(
                 f"The warm-up takes {span}: the learning rate rises to {highest:.3g} and does not reach "
@@ -215,8 +213,7 @@ class RunReport:
         except Exception as error:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
-            reason = next(iter(str(error).splitlines()), "")[:200]
-            self.log.write(f"{path.name} could not be drawn ({type(error).__name__}: {reason}); nothing else is missing")
+            self.log.write(f"{path.name} could not be drawn ({describe(error)}); nothing else is missing")
 
     def summary(self, folder: Path, result: "RunResult") -> None:
         """Print time, memory, perplexities and the files of a run that has ended well."""

@@ -5,6 +5,8 @@ from typing import Any
 
 from transformers import Trainer
 
+from qlora_kit.errors import describe
+
 INTEGRATIONS = "transformers.integrations"  # the module of the library's callbacks that report
 
 
@@ -28,8 +30,7 @@ class Reporter:
                 return report(*arguments, **named)
             except Exception as error:
                 self.has_failed = True
-                name, reason = type(self.callback).__name__, next(iter(str(error).splitlines()), "")[:200]
-                self.warn(f"{name} failed ({type(error).__name__}: {reason}): going on without it")
+                self.warn(f"{type(self.callback).__name__} failed ({describe(error)}): going on without it")
 
         return try_to_report
 

@@ -47,7 +47,7 @@ Size = Annotated[int, Field(ge=1, le=2**20)]
 
 
 class GuardState(BaseModel, strict=True):
-    """What StepGuard.state returns."""
+    """The result of StepGuard.state."""
 
     skipped: list[Count]
     losses: list[float]
@@ -55,7 +55,7 @@ class GuardState(BaseModel, strict=True):
 
 
 class BestState(BaseModel, strict=True):
-    """What BestEvaluation.state returns."""
+    """The result of BestEvaluation.state."""
 
     step: Count | None
     loss: float | None
@@ -63,7 +63,7 @@ class BestState(BaseModel, strict=True):
 
 
 class RunFacts(BaseModel, strict=True):
-    """What a run writes into a manifest, so far as resuming reads it."""
+    """The facts that a run writes into a manifest, so far as resuming reads it."""
 
     model_config = ConfigDict(extra="ignore")
 

@@ -1,15 +1,13 @@
 """The picture of a run: its size, what it draws, and the scheduled learning rates."""
 
-import math
 import struct
 
 import pytest
-import torch
-from transformers import get_scheduler
 
 from qlora_kit.config import TrainingSettings
 from qlora_kit.output.curves import plot_training_curves, scheduled_rates
 from qlora_kit.output.folder import CURVES
+from tests.library_schedule import library_rates
 
 TRAINING = [
     {"step": step, "loss": 4 - step / 10, "learning_rate": 2e-4 * (1 - step / 20), "grad_norm": 1.0, "tokens_per_second": 900.0}
@@ -41,11 +39,6 @@ def test_what_is_measured_is_drawn(tmp_path):
 @pytest.mark.parametrize("scheduler", ["cosine", "linear", "constant", "constant_with_warmup"])
 @pytest.mark.parametrize(("steps", "ratio"), [(52, 0.03), (1, 0.03), (5, 0.9), (10, 0.0)])
 def test_scheduled_rates_are_those_of_the_library(scheduler, steps, ratio):
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
-    schedule, rates = get_scheduler(scheduler, optimizer, math.ceil(ratio * steps), steps), []
-    for _ in range(steps):
-        rates += schedule.get_last_lr()
-        optimizer.step()
-        schedule.step()
+    rates = library_rates(scheduler, steps, ratio)
     settings = TrainingSettings(learning_rate=0.5, lr_scheduler=scheduler, warmup_ratio=ratio)
     assert scheduled_rates(settings, steps) == pytest.approx(rates)

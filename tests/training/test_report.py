@@ -1,10 +1,7 @@
 """What a run tells its user, and how its output folder begins."""
 
-import math
-
 import pytest
 import torch
-from transformers import get_scheduler
 
 from qlora_kit.config import GIB, Config
 from qlora_kit.config_file import load_config, override
@@ -15,6 +12,7 @@ from qlora_kit.training.machine import Machine
 from qlora_kit.training.processes import ALONE
 from qlora_kit.training.report import Run, RunReport, RunResult, open_output
 from tests.data.builders import text_blocks
+from tests.library_schedule import library_rates
 from tests.tiny_run import names
 
 CPU = Machine("cpu", torch.float32, ["Device: cpu"])
@@ -49,12 +47,7 @@ def test_a_warm_up_as_long_as_the_run_is_reported(capsys, scheduler, steps, rati
     config = override(Config(), {f"training.{key}": value for key, value in changes.items()})
     report_on(CPU, config=config).describe_data(text_blocks(range(80), 8), None)
     printed = capsys.readouterr().err
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
-    schedule, rates = get_scheduler(scheduler, optimizer, math.ceil(ratio * steps), steps), []
-    for _ in range(steps):
-        rates += schedule.get_last_lr()
-        optimizer.step()
-        schedule.step()
+    rates = library_rates(scheduler, steps, ratio)
     assert ("The warm-up takes" in printed) == (max(rates) < 0.5)
     assert f"rises to {max(rates):.3g} and does not reach training.learning_rate 0.5" in printed or max(rates) == 0.5
 
