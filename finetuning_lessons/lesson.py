@@ -1,28 +1,43 @@
 """Flags, tables, pictures, the embedded model and its text, shared by all lessons.
 
 def main(argv: list[str] | None = None) -> None:
-    folder = open_folder(create_parser(__doc__, "layers").parse_args(argv).output_dir)
-    print_table("Parameters", ["rank", "trainable"], [["8", "65,536"]])
-    with picture(folder / "layers.png", columns=2) as (left, right):
+    arguments = begin(create_parser(__doc__, "layers"), argv)
+    progress(text("counting parameters", "計算參數量"))
+    print_table(text("Parameters", "參數量"), ["rank", text("trained", "訓練")], [["8", "65,536"]])
+    with picture(arguments.output_dir / "layers.png", columns=2) as (left, right):
         left.plot([1, 2], [3, 4], color=BLUE)
+        left.set_xlabel(text("step", "步數"))
+    finish(arguments)
 
 if __name__ == "__main__":
     cli.run(main)
 """
 
+import argparse
 import os
+import re
 import shutil
 import sys
-import textwrap
-from collections.abc import Iterator, Sequence
+import webbrowser
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
+from finetuning_lessons.words import (
+    FONT_PACKAGE,
+    LANGUAGES,
+    choose,
+    chosen_language,
+    english_labels,
+    find_chinese_font,
+    text,
+)
 from qlora_kit import cli
 from qlora_kit.errors import UserError
 from qlora_kit.shipped import HOME as ROOT
@@ -48,8 +63,17 @@ STYLE: dict[Any, Any] = {
     "grid.alpha": 0.3,
     "legend.frameon": False,
 }
-# Characters of a line of text: what the terminal has, where there is one.
-PRINTED_WIDTH = 110  # characters of a line of text, or fewer on a narrower terminal
+PRINTED_WIDTH = 80  # columns of a line, or fewer on a narrower terminal
+# In the order of docs/lessons.md.
+LESSONS = (
+    "layers", "attention", "quantization", "qlora", "memory", "methods", "rank_study", "formats", "training_loop",
+    "gradient_checkpointing", "paged_optimizer",
+)  # fmt: skip
+WIDE = "\u3000-\u9fff\uff00-\uffef"  # Chinese characters and their punctuation
+# What no line end may divide: a word, a number with its error and unit, a character with the punctuation that belongs to it.
+PIECE = re.compile(
+    rf"(\s*)([（「『《]*(?:[^\s{WIDE}]+(?: ± [\d.]+)?(?: (?:%|[MG]i?B|ms)(?!\w)[.,;:)]*)?|[{WIDE}])[，。、；：！？）」』》]*)"
+)
 
 
 def create_parser(doc: str | None, name: str) -> cli.OneLineParser:
@@ -63,7 +87,37 @@ def create_parser(doc: str | None, name: str) -> cli.OneLineParser:
     parser.add_argument(
         "--output_dir", type=Path, default=Path("output_lessons"), metavar="DIR", help="folder for the picture (%(default)s)"
     )
+    parser.add_argument("--language", choices=LANGUAGES, default="en", help="of tables, text and picture (%(default)s)")
+    parser.add_argument("--show", action="store_true", help="open the picture at the end")
+    parser.set_defaults(name=name)
     return parser
+
+
+def begin(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Parse the flags of a lesson, choose its language and create the folder of its picture.
+
+    Raises:
+        UserError: the folder cannot be created or written.
+    """
+    arguments = parser.parse_args(argv)
+    choose(arguments.language)
+    open_folder(arguments.output_dir)
+    return arguments
+
+
+def finish(arguments: argparse.Namespace) -> None:
+    """Name the lesson that comes next, and open the picture if it was asked for."""
+    if arguments.show and not webbrowser.open((arguments.output_dir / f"{arguments.name}.png").resolve().as_uri()):
+        print(text("No program was found that shows pictures.", "找不到可以開啟圖片的程式。"))
+    following = LESSONS[LESSONS.index(arguments.name) + 1 :]
+    command = f"python -m finetuning_lessons.{following[0]}" if following else "python train_qlora.py --config configs/tiny.yaml"
+    language = f" --language {chosen_language()}" if following and chosen_language() != "en" else ""
+    print(f"{text('next', '下一課') if following else text('try', '動手試試')}  {command}{language}")
+
+
+def progress(doing: str) -> None:
+    """Print at once what a lesson measures now, such as "training LoRA"."""
+    print(f"... {doing}", flush=True)
 
 
 def open_folder(path: Path) -> Path:
@@ -81,31 +135,74 @@ def open_folder(path: Path) -> Path:
     return path
 
 
+def printed_width() -> int:
+    return max(min(shutil.get_terminal_size().columns, PRINTED_WIDTH), 40) if sys.stdout.isatty() else PRINTED_WIDTH
+
+
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> None:
     """Print rows of text under a header, with lines on a terminal and as plain columns in a file or a pipe.
+
+    Numbers are never broken. Where a table is too wide, headers and the columns of text wrap.
 
     Args:
         words: number of leading columns that are text, aligned left; the other columns are numbers, aligned right.
     """
-    terminal = sys.stdout.isatty()
+    terminal, width = sys.stdout.isatty(), printed_width()
+    columns = list(zip(header, *rows, strict=True))
+    if sum(_longest(column) + 2 for column in columns) > width:
+        header = [*header[:words], *(fill(name, _longest(cells)) for name, *cells in columns[words:])]
+        columns = list(zip(header, *rows, strict=True))
     table = Table(box=box.SIMPLE_HEAD if terminal else None, pad_edge=False)
-    for number, name in enumerate(header):
-        table.add_column(name, justify="left" if number < words else "right", overflow="fold")
+    for name, *cells in columns[:words]:
+        table.add_column(name, min_width=_longest(" ".join([name, *cells]).split()))
+    for name, *cells in columns[words:]:
+        table.add_column(name, justify="right", width=_longest([*name.split("\n"), *cells]))
     for row in rows:
         table.add_row(*row)
+    smallest = sum((column.width or column.min_width or 0) + 2 for column in table.columns)  # a narrow terminal breaks its lines
     # Without force_jupyter, rich would write HTML and colours in a notebook.
-    width = None if terminal else 250
+    width = max(width, smallest)
     console = Console(highlight=False, markup=False, width=width, force_jupyter=False, force_terminal=terminal)
     console.print(title, style="bold")
     console.print(table)
     print()
 
 
-def print_text(text: str) -> None:
-    """Print a paragraph wrapped to PRINTED_WIDTH, or to a narrower terminal; a number and its % stay on one line."""
-    joined = " ".join(text.split()).replace(" %", "\N{NO-BREAK SPACE}%")
-    width = max(min(shutil.get_terminal_size().columns, PRINTED_WIDTH), 40) if sys.stdout.isatty() else PRINTED_WIDTH
-    print(textwrap.fill(joined, width).replace("\N{NO-BREAK SPACE}", " ") + "\n")
+def _longest(cells: Iterable[str]) -> int:
+    return max(map(cell_len, cells), default=0)
+
+
+def fill(paragraph: str, width: int) -> str:
+    """Wrap a paragraph of either language to `width` columns, between words or Chinese characters."""
+    joined = re.sub(rf"(?<=[{WIDE}]) (?=[{WIDE}])", "", " ".join(paragraph.split()))  # a line end of the source is no space
+    lines = [""]
+    for gap, piece in PIECE.findall(joined):
+        if lines[-1] and cell_len(lines[-1] + gap + piece) > width:
+            lines.append(piece)
+        else:
+            lines[-1] += gap + piece
+    return "\n".join(lines)
+
+
+def print_text(paragraph: str) -> None:
+    """Print a paragraph wrapped to PRINTED_WIDTH, or to a narrower terminal; a number and its unit stay on one line."""
+    print(fill(paragraph, printed_width()) + "\n")
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Draw in the lessons' style, in Chinese where it is chosen and a font has it; otherwise explain the English labels below."""
+    import matplotlib.pyplot as plt
+
+    font = find_chinese_font() if chosen_language() != "en" else None
+    if chosen_language() == "en" or font:
+        with plt.rc_context(STYLE | ({"font.family": ["DejaVu Sans", font]} if font else {})):
+            yield
+        return
+    with plt.rc_context(STYLE), english_labels() as labels:
+        yield
+    print(fill("圖中文字：" + "；".join(f"{english} = {chinese}" for english, chinese in labels.items()) + "。", printed_width()))
+    print(fill(f"找不到中文字型，所以圖中是英文。安裝 {FONT_PACKAGE} 之後重跑，圖就是中文。", printed_width()))
 
 
 @contextmanager
@@ -123,14 +220,15 @@ def picture(path: Path, columns: int = 1, rows: int = 1, size: tuple[float, floa
     matplotlib.use("Agg")  # no screen needed
     import matplotlib.pyplot as plt
 
-    with plt.rc_context(STYLE):
+    saved = f"{text('picture', '圖片')}  {path}"
+    with drawing():
         figure, axes = plt.subplots(rows, columns, figsize=size or (5.5 * columns, 4.5 * rows), layout="constrained")
         try:
             yield axes
             figure.savefig(path, dpi=120)
+            print(saved)
         finally:
             plt.close(figure)
-    print(f"picture  {path}")
 
 
 def load_model(dtype: "torch.dtype | None" = None) -> "PreTrainedModel":

@@ -3,17 +3,28 @@
 import importlib
 import subprocess
 import time
+import webbrowser
 from pathlib import Path
 
 import pytest
 
-from finetuning_lessons.lesson import PRINTED_WIDTH, create_parser, open_folder, print_table, print_text
+from finetuning_lessons.lesson import (
+    LESSONS,
+    PRINTED_WIDTH,
+    begin,
+    create_parser,
+    fill,
+    finish,
+    open_folder,
+    picture,
+    print_table,
+    print_text,
+)
+from finetuning_lessons.words import choose, text
 from qlora_kit.errors import UserError
 from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARED = {"__init__", "course", "lesson", "memory_charts", "short_run"}
-LESSONS = sorted(path.stem for path in (ROOT / "finetuning_lessons").glob("*.py") if path.stem not in SHARED)
 # Smaller settings, and a model of two layers, so that all lessons run with the other tests; the marker slow runs them whole.
 SHORT: dict[str, dict[str, object]] = {
     "layers": {"STEPS": 2},
@@ -39,12 +50,23 @@ def test_help_says_what_the_lesson_is(name, capsys):
     assert lesson.__doc__.splitlines()[0] in " ".join(text.split())
 
 
+@pytest.fixture(autouse=True)
+def english():
+    yield
+    choose("en")
+
+
+def test_the_lessons_are_the_files_that_can_be_started():
+    files = [path for path in (ROOT / "finetuning_lessons").glob("*.py") if path.stem != "lesson"]
+    assert {path.stem for path in files if "cli.run(main)" in path.read_text(encoding="utf-8")} == set(LESSONS)
+
+
 def check_run(name: str, folder: Path, capsys) -> None:
     importlib.import_module(f"finetuning_lessons.{name}").main(["--output_dir", str(folder)])
-    (picture,) = folder.iterdir()
-    assert picture.name == f"{name}.png" and picture.read_bytes().startswith(b"\x89PNG")
+    (path,) = folder.iterdir()
+    assert path.name == f"{name}.png" and path.read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
-    assert f"picture  {picture}" in printed
+    assert f"picture  {path}" in printed
     assert "nan" not in printed.split()
     assert max(len(line) for line in printed.splitlines()) <= 130
 
@@ -95,6 +117,54 @@ def test_table_is_plain_columns_when_piped(capsys):
     assert lines == ["Sizes", "rank  parameters", "8          1,024", "all       [bold]", ""]
 
 
+def test_a_wide_table_wraps_its_words_and_never_a_number(capsys):
+    header = ["method", *[f"loss over five seeds, number {number}" for number in range(4)]]
+    print_table("Losses", header, [["LoRA on weights in NF4, packed twice", *["0.4123 ± 0.0021"] * 4]])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= PRINTED_WIDTH and sum(line.count("0.4123 ± 0.0021") for line in lines) == 4
+
+
 def test_a_number_and_its_percent_sign_stay_on_one_line(capsys):
     print_text("a" * (PRINTED_WIDTH - len(" 10 to 20")) + " 10 to 20 %")
     assert capsys.readouterr().out.splitlines()[1] == "20 %"
+
+
+def test_chinese_wraps_between_characters_and_keeps_their_punctuation():
+    assert fill("記憶體（GiB）\n  需要 5.31 GiB。", 14) == "記憶體（GiB）\n需要\n5.31 GiB。"
+    assert fill("一二三四，五", 8) == "一二三\n四，五"
+
+
+def test_without_a_font_a_chinese_picture_is_labelled_in_english_and_explained(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("finetuning_lessons.lesson.find_chinese_font", lambda: None)
+    choose("zh-TW")
+    with picture(tmp_path / "a.png") as axes:
+        axes.set_xlabel(text("step", "步數"))
+        assert axes.get_xlabel() == "step"
+    assert text("step", "步數") == "步數"
+    printed = capsys.readouterr().out
+    assert "step = 步數" in printed and "fonts-noto-cjk" in printed and f"圖片  {tmp_path / 'a.png'}" in printed
+
+
+def test_with_a_font_a_picture_is_labelled_in_chinese(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("finetuning_lessons.lesson.find_chinese_font", lambda: "DejaVu Sans")
+    choose("zh-TW")
+    with picture(tmp_path / "a.png") as axes:
+        assert text("rank", "秩") == "秩" and axes.figure
+    assert "fonts" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("language, line", [("en", "next  python -m finetuning_lessons.methods"),
+    ("zh-TW", "下一課  python -m finetuning_lessons.methods --language zh-TW")])  # fmt: skip
+def test_a_lesson_ends_with_the_next_one_and_shows_its_picture(language, line, tmp_path, capsys, monkeypatch):
+    opened: list[str] = []
+    monkeypatch.setattr(webbrowser, "open", lambda address: bool(opened.append(address)) or True)
+    flags = ["--output_dir", str(tmp_path), "--language", language]
+    finish(begin(create_parser("", "memory"), flags))
+    assert capsys.readouterr().out.splitlines() == [line] and opened == []
+    finish(begin(create_parser("", "memory"), [*flags, "--show"]))
+    assert opened == [(tmp_path / "memory.png").as_uri()]
+
+
+def test_the_last_lesson_ends_with_a_run_of_the_toolkit(tmp_path, capsys):
+    finish(begin(create_parser("", LESSONS[-1]), ["--output_dir", str(tmp_path)]))
+    assert capsys.readouterr().out.startswith("try  python train_qlora.py --config configs/")
