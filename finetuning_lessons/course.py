@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader
 
 from finetuning_lessons.attention import LoRAAttention
 from finetuning_lessons.layers import LoRALayer
-from finetuning_lessons.lesson import BLUE, ORANGE, STYLE
+from finetuning_lessons.lesson import BLUE, ORANGE, drawing
 from finetuning_lessons.memory_charts import visualize_lora_efficiency, visualize_memory_requirements, visualize_qlora_memory
 from finetuning_lessons.training_loop import InstructionDataset, load_gpt2
+from finetuning_lessons.words import LOSS, STEP, text
 from qlora_kit.data.formats import alpaca_to_text, sharegpt_to_text
 
 __all__ = [
@@ -81,7 +82,10 @@ class DataFormatter:
 def setup_lora_training() -> bool:
     """Print whether the packages for LoRA are installed, and return it. `python -m qlora_kit.doctor` runs them as well."""
     missing = [name for name in ("transformers", "peft", "bitsandbytes") if find_spec(name) is None]
-    print(f"✗ missing: pip install {' '.join(missing)}" if missing else "✓ transformers, peft and bitsandbytes are installed")
+    if missing:
+        print(text("✗ missing", "✗ 缺少套件") + f": pip install {' '.join(missing)}")
+    else:
+        print(text("✓ transformers, peft and bitsandbytes are installed", "✓ 已安裝 transformers、peft 與 bitsandbytes"))
     return not missing
 
 
@@ -119,13 +123,14 @@ def compare_lora_ranks(model_dim: int = 768) -> list[dict[str, float]]:
         }
         for rank, layer in layers.items()
     ]
-    with plt.rc_context(STYLE):
+    with drawing():
         _, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
         names = [str(result["rank"]) for result in results]
         left.bar(names, [result["param_ratio"] for result in results], color=BLUE)
-        left.set(title="Trained parameters", xlabel="rank", ylabel="% of the layer")
+        left.set(title=text("Trained parameters", "可訓練參數"), xlabel="rank", ylabel=text("% of the layer", "占原本層的 %"))
         right.plot(names, [result["approximation_error"] for result in results], "o-", color=ORANGE)
-        right.set(title="A random matrix, approximated", xlabel="rank", ylabel="error / size of the matrix", ylim=(0, 1.05))
+        right.set(title=text("A random matrix, approximated", "近似一個隨機矩陣"), xlabel="rank", ylim=(0, 1.05))
+        right.set_ylabel(text("error / size of the matrix", "誤差 / 矩陣大小"))
         plt.show()
     return results
 
@@ -140,14 +145,15 @@ def simple_lora_training_loop() -> list[float]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = load_gpt2()
     base.model.requires_grad_(False)
-    settings = LoraConfig(
+    configuration = LoraConfig(
         task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=0.1, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True
     )
-    model = get_peft_model(base.model, settings).to(device).train()
+    model = get_peft_model(base.model, configuration).to(device).train()
     dataset = InstructionDataset(sample_data, base.tokenizer, max_length=128)
     loader = DataLoader(dataset, batch_size=batch_size, shuffle=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
-    print(f"Training {base.description}: {num_epochs} epochs, batches of {batch_size}, learning rate {learning_rate:g}")
+    settings = f"epochs={num_epochs}, batch_size={batch_size}, lr={learning_rate:g}"
+    print(text(f"Training {base.description} ({settings})", f"開始訓練 {base.description}（{settings}）"))
     losses: list[float] = []
     for epoch in range(1, num_epochs + 1):
         for batch in loader:
@@ -156,10 +162,11 @@ def simple_lora_training_loop() -> list[float]:
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-        print(f"Epoch {epoch}/{num_epochs}: mean loss {statistics.mean(losses[-len(loader) :]):.4f}")
-    with plt.rc_context(STYLE):
+        mean = statistics.mean(losses[-len(loader) :])
+        print(text(f"Epoch {epoch}/{num_epochs}: mean loss {mean:.4f}", f"Epoch {epoch}/{num_epochs}：平均損失 {mean:.4f}"))
+    with drawing():
         _, axes = plt.subplots(figsize=(9, 4), layout="constrained")
         axes.plot(range(1, len(losses) + 1), losses, color=BLUE)
-        axes.set(title="Training loss", xlabel="optimizer step", ylabel="nats a token")
+        axes.set(title=text("Training loss", "訓練損失"), xlabel=text(*STEP), ylabel=text(*LOSS))
         plt.show()
     return losses

@@ -201,7 +201,12 @@ def drawing() -> Iterator[None]:
         return
     with plt.rc_context(STYLE), english_labels() as labels:
         yield
-    print(fill("圖中文字：" + "；".join(f"{english} = {chinese}" for english, chinese in labels.items()) + "。", printed_width()))
+    print(
+        fill(
+            "圖中文字：" + "；".join(f"{word} = {chinese}" for word, chinese in labels.items() if word != chinese) + "。",
+            printed_width(),
+        )
+    )
     print(fill(f"找不到中文字型，所以圖中是英文。安裝 {FONT_PACKAGE} 之後重跑，圖就是中文。", printed_width()))
 
 

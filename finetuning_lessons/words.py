@@ -50,12 +50,13 @@ def text(english: str, chinese: str) -> str:
 
 def find_chinese_font() -> str | None:
     """Return the family of an installed font for Chinese that matplotlib can use, or None."""
-    from matplotlib.font_manager import FontProperties, findSystemFonts, fontManager
+    from matplotlib.font_manager import findSystemFonts, fontManager
 
     for path in sorted(findSystemFonts()):
         if FONT_FILES.fullmatch(Path(path).name):
             fontManager.addfont(path)  # its own list is as old as its cache
-            return FontProperties(fname=path).get_name()
+            families = [font.name for font in fontManager.ttflist if font.fname == path]
+            return next((family for family in families if family.endswith("Sans CJK TC")), families[0])
     return None
 
 

@@ -100,7 +100,7 @@ def test_the_charts_name_their_cards(figures, capsys):
     assert {"RTX 4090: 24 GiB", "A100 40GB: 40 GiB", "A100 80GB: 80 GiB", "84 GB in all", "0.39 %"} <= set(texts)
     assert {"RTX 5080, T4: 16 GiB", "RTX 3090, 4090: 24 GiB"} <= set(texts)
     printed = capsys.readouterr().out
-    assert "rank 8: 0.391 %" in printed and "QLoRA's 3.5 GB" in printed
+    assert "rank 8: 0.391 %" in printed and "QLoRA fits" in printed
 
 
 def test_the_packages_of_lora_are_looked_for(capsys, monkeypatch):
