@@ -35,9 +35,10 @@ COMMANDS = {  # name: (its argument, what it does)
     "/save": ("FILE", "write the conversation to a new .jsonl file to train on"),
     "/exit": ("", "leave, as Ctrl+D does"),
 }
+COMPLETIONS = [*COMMANDS, *(f"/set {key} " for key in GenerationSettings.model_fields)]  # by the Tab key
 OTHER_NAMES = {"/quit": "/exit", "/bye": "/exit", "/q": "/exit", "/clear": "/reset", "/?": "/help", "/h": "/help"}
 TYPING_HELP = (
-    "A line that ends with \\ continues on the next. A space before / makes it text.\n"
+    "Tab completes a command. A line that ends with \\ continues on the next. A space before / makes it text.\n"
     "Ctrl+C stops an answer; at an empty prompt, twice leaves."
 )
 

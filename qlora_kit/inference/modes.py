@@ -16,7 +16,7 @@ from rich.text import Text
 
 from qlora_kit import cli
 from qlora_kit.adapter.attach import adapter_norm
-from qlora_kit.inference.conversation import Conversation
+from qlora_kit.inference.conversation import COMPLETIONS, Conversation
 from qlora_kit.inference.generator import Generated, Generator
 from qlora_kit.inference.prompts import Prompt
 from qlora_kit.inference.terminal import VISIBLE_CONTROLS, Terminal, format_json, make_printable
@@ -158,7 +158,7 @@ def run_interactive(generator: Generator, compare: bool = False, about: Sequence
         compare: follow each answer with the base model's, as /compare does.
         about: lines that say which adapter and base model answer.
     """
-    terminal = Terminal()
+    terminal = Terminal(COMPLETIONS)
     conversation = Conversation(generator, terminal, compare, about)
     for line in conversation.describe() if about else []:
         terminal.say(line)

@@ -7,7 +7,7 @@ import io
 import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -87,12 +87,15 @@ class WordWrap:
 class Terminal:
     """Read inputs from standard input, with line editing where a person types them; print answers and messages.
 
+    Args:
+        completions: beginnings of lines that the Tab key completes.
+
     Attributes:
         is_typed: a person types the inputs; False for a pipe.
         interrupted: Ctrl+C was pressed while record_interrupts lasted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, completions: Sequence[str] = ()) -> None:
         self.is_typed = sys.stdin.isatty()
         self.is_edited = self.is_typed and sys.stdout.isatty()  # only then does input() edit lines
         self.interrupted = False
@@ -102,7 +105,7 @@ class Terminal:
             if isinstance(stream, io.TextIOWrapper):  # input that is not UTF-8 is refused later, with a reason
                 stream.reconfigure(errors=errors)
         if self.is_edited:  # only then: some readlines write to standard output while they are imported
-            _load_readline()
+            _load_readline(completions)
 
     def read(self) -> str:
         """Return the next input: a line, several lines that were pasted together, or lines joined by a backslash.
@@ -186,9 +189,16 @@ def without_echo() -> Iterator[None]:
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
-def _load_readline() -> None:
-    """Give input() line editing, this session's history, and pastes of several lines, where Python was built with readline."""
+def _load_readline(completions: Sequence[str]) -> None:
+    """Give input() line editing, history, Tab, and pastes of several lines, where Python was built with readline."""
     with suppress(ImportError):
         import readline
 
+        def complete(line: str, number: int) -> str | None:
+            return [*(start for start in completions if line and start.startswith(line)), None][number]
+
+        readline.set_completer(complete)
+        readline.set_completer_delims("")  # the whole line is completed, not its last word
+        is_libedit = "libedit" in (readline.__doc__ or "")  # macOS
+        readline.parse_and_bind("bind ^I rl_complete" if is_libedit else "tab: complete")
         readline.parse_and_bind("set enable-bracketed-paste on")

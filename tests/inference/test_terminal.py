@@ -122,7 +122,7 @@ def test_a_conversation_in_a_narrow_terminal(chat_adapter):
         assert "did you mean /retry?" in window.ask("/rety")
         window.ask("/set repetition_penalty 1")  # the likeliest words repeat themselves without an end
         assert "temperature 0" in window.ask("/set temperature 0")
-        assert "max_new_tokens 900" in window.ask("/set max_new_tokens 900")
+        assert "max_new_tokens 900" in window.ask("/set max\t900")  # the Tab key
 
         window.type("What is a river?\n")
         window.wait_for(r"2004l\r(\x1b\[0m)?[^\x1b]{4}")  # the answer has begun
