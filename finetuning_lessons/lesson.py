@@ -220,20 +220,14 @@ def picture(path: Path, columns: int = 1, rows: int = 1, size: tuple[float, floa
     Yields:
         One Axes, or an array of several: (columns,) in one row, (rows, columns) in more.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")  # no screen needed
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # has no window, and leaves alone how a notebook shows its own figures
 
     saved = f"{text('picture', '圖片')}  {path}"
     with drawing():
-        figure, axes = plt.subplots(rows, columns, figsize=size or (5.5 * columns, 4.5 * rows), layout="constrained")
-        try:
-            yield axes
-            figure.savefig(path, dpi=120)
-            print(saved)
-        finally:
-            plt.close(figure)
+        figure = Figure(figsize=size or (5.5 * columns, 4.5 * rows), layout="constrained")
+        yield figure.subplots(rows, columns)
+        figure.savefig(path, dpi=120)
+        print(saved)
 
 
 def load_model(dtype: "torch.dtype | None" = None) -> "PreTrainedModel":
