@@ -21,14 +21,17 @@ from finetuning_lessons.lesson import (
     GREEN,
     GREY,
     ORANGE,
+    begin,
     create_parser,
+    finish,
     load_blocks,
     load_model,
-    open_folder,
     picture,
     print_table,
     print_text,
+    progress,
 )
+from finetuning_lessons.words import percent, text
 from qlora_kit import cli
 
 BLOCK = 64  # weights that share one absmax
@@ -232,16 +235,21 @@ def draw(path: Path, weights: list[Tensor], errors: dict[str, tuple[float, float
         left.hist(scaled.numpy(), bins=101, density=True, color=GREY, alpha=0.35)
         for row, (kind, colour) in enumerate(colours.items()):
             left.plot(LEVELS[kind](), [places[row]] * len(LEVELS[kind]()), "|", color=colour, markersize=13, mew=2)
-        left.set_yticks([0, 0.5, 1, *places], ["0", "0.5", "1", *(kind.upper() for kind in colours)])
-        left.set(title="Where the levels are, and where the weights", xlabel="weight / absmax of its block", ylabel="density")
+        counts = [f"{kind.upper()} ({len(LEVELS[kind]().unique())})" for kind in colours]
+        left.set_yticks([0, 0.5, 1, *places], ["0", "0.5", "1", *counts])
+        left.set_title(text("Where the weights are, and where the levels", "權重在哪裡，位準就該在哪裡"))
+        left.set_xlabel(text("weight / absmax of its block; (number of levels)", "權重 / 所屬區塊的 absmax；（位準個數）"))
+        left.set_ylabel(text("density", "密度"))
         left.set_ylim(-0.46, None)
-        left.text(1, 0.47, "the largest\nof each block", ha="right")
+        largest = text("the largest\nof each block", "每個區塊中\n最大的權重")
+        left.annotate(largest, (1, 0.25), (0.75, 0.6), ha="center", arrowprops={"arrowstyle": "->"})
         for row, (kind, colour) in enumerate(colours.items()):
             at = [group + 0.27 * (row - 1) for group in (0, 1)]
             bars = right.bar(at, [100 * value for value in errors[kind]], 0.25, color=colour, label=kind.upper())
             right.bar_label(bars, fmt="%.1f %%", padding=2)
-        right.set_xticks([0, 1], ["normal numbers", "the embedded model"])
-        right.set(title="What quantization loses", ylabel="RMS error (% of the RMS weight)")
+        right.set_xticks([0, 1], [text("normal numbers", "常態分布亂數"), text("the embedded model", "內附的模型")])
+        right.set_title(text("What quantization loses", "量化損失了多少"))
+        right.set_ylabel(text("RMS error (% of the RMS weight)", "RMS 誤差（占權重 RMS 的 %）"))
         right.set_ylim(0, 1.2 * 100 * max(max(pair) for pair in errors.values()))
         right.grid(axis="x", visible=False)
         right.legend(ncols=3, loc="upper center")
@@ -249,56 +257,109 @@ def draw(path: Path, weights: list[Tensor], errors: dict[str, tuple[float, float
 
 def print_bits(weights: list[Tensor]) -> None:
     large = [torch.randn(2048, 2048)]
-    kinds = (("absmax in fp32", "4 + 32/64", False), ("double quantization", "4 + 8/64 + 32/(64 · 256)", True))
+    kinds = (
+        (text("absmax in fp32", "absmax 用 fp32"), "4 + 32/64", False),
+        (text("double quantization", "雙重量化"), "4 + 8/64 + 32/(64 · 256)", True),
+    )
     rows = [
         [name, formula, *(f"{bits_per_weight(stored, double):.4f}" for stored in (large, weights))]
         for name, formula, double in kinds
     ]
-    print_table("Stored bits a weight", ["NF4", "formula", "2048 x 2048", "embedded model"], rows, words=2)
-    saved = 1 - bits_per_weight(large, True) / bits_per_weight(large, False)
-    print_text(f"""Often quoted: double quantization saves 8 %. Measured: {saved:.1%} of a packed weight. The 8-bit levels
-        are a table of bitsandbytes' own, where summaries often say FP8.""")
+    header = ["NF4", text("formula", "公式"), "2048 x 2048", text("embedded model", "內附的模型")]
+    print_table(text("Stored bits a weight", "每個權重儲存的位元數"), header, rows, words=2)
+    saved = 100 * (1 - bits_per_weight(large, True) / bits_per_weight(large, False))
+    print_text(
+        text(
+            f"Often quoted: double quantization saves 8 %. Measured: {saved:.1f} % of a packed weight. The 8-bit levels are a "
+            "table of bitsandbytes' own, where summaries often say FP8.",
+            f"常見的說法：雙重量化省下 8%。實測：壓縮後的權重再小 {saved:.1f}%。常有人說那 8 個位元是 FP8，"
+            "其實是 bitsandbytes 自己的一張位準表。",
+        )
+    )
 
 
 def print_errors(errors: dict[str, tuple[float, float]]) -> None:
     rows, over = [], {}
     for kind, pair in errors.items():
         over[kind] = [value / best for value, best in zip(pair, errors["nf4"], strict=True)]
-        rows.append([kind.upper(), *(f"{value:.2%}" for value in pair), *(f"{ratio:.2f}" for ratio in over[kind])])
-    header = ["", "normal numbers", "embedded model", "over NF4, normal", "over NF4, model"]
-    print_table("RMS error over RMS weight, blocks of 64", header, rows)
+        rows.append([kind.upper(), *(percent(100 * value, 2) for value in pair), *(f"{ratio:.2f}" for ratio in over[kind])])
+    header = text(
+        "|normal numbers|embedded model|times NF4, normal|times NF4, model",
+        "|常態分布亂數|內附的模型|亂數：NF4 的倍數|模型：NF4 的倍數",
+    )
+    title = text("RMS error over RMS weight, blocks of 64", "RMS 誤差 / 權重 RMS，每 64 個一個區塊")
+    print_table(title, header.split("|"), rows)
     fp4, int4 = over["fp4"][1], over["int4"][1]
-    print_text(f"""Often quoted: NF4 is 1.8 times as precise as FP4, or as evenly spaced INT4. Measured on these weights: FP4's
-        error is {fp4:.2f} times NF4's, INT4's {int4:.2f} times; squared, {fp4**2:.2f} and {int4**2:.2f} times. So 1.8 is near the
-        truth for the squared error of FP4 alone.""")
+    print_text(
+        text(
+            f"Often quoted: NF4 is 1.8 times as precise as FP4, or as evenly spaced INT4. Measured on these weights: FP4's error "
+            f"is {fp4:.2f} times NF4's, INT4's {int4:.2f} times; squared, {fp4**2:.2f} and {int4**2:.2f} times. So 1.8 is near "
+            "the truth for the squared error of FP4 alone. FP4 spends one of its 16 codes on a second zero, INT4 leaves out -8.",
+            f"常見的說法：NF4 的精確度是 FP4（或等距的 INT4）的 1.8 倍。在這些權重上實測：FP4 的誤差是 NF4 的 {fp4:.2f} 倍，"
+            f"INT4 是 {int4:.2f} 倍；平方之後是 {fp4**2:.2f} 倍與 {int4**2:.2f} 倍。所以 1.8 倍只適用於 FP4 的平方誤差。"
+            "4 個位元有 16 個位準，FP4 把其中一個用在第二個零，INT4 則捨棄 -8。",
+        )
+    )
 
 
 def print_damage(model: nn.Module) -> None:
     blocks, rows, divergence = load_blocks(256)[:EVALUATED], [], []
     before = log_probabilities(model, blocks)
     for kind, double_quant in (("nf4", False), ("nf4", True), ("fp4", False), ("int4", False)):
+        name = kind.upper() + text(", double quantization", "，雙重量化") * double_quant
+        progress(text(f"predicting with weights in {name}", f"權重存成 {name}，再做預測"))
         both = measure_damage(model, before, kind, double_quant, blocks)
-        means = [f"{b.mean():.4f} ± {b.std() / math.sqrt(len(b)):.4f}" for b in both]
-        rows.append([kind.upper() + (", double quantization" if double_quant else ""), *means])
-        divergence.append(both[1].mean().item())
-    header = ["projections in", "change of the loss", "divergence from fp32"]
-    print_table(f"Predictions on {len(blocks)} blocks of 256 tokens, nats a token ± one standard error", header, rows)
+        rows.append([name, *(f"{b.mean():.4f} ± {standard_error(b):.4f}" for b in both)])
+        divergence.append(both[1])
+    header = [
+        text("projections in", "投影層用"),
+        text("change of the loss", "損失的變化"),
+        text("divergence from fp32", "與 fp32 的散度"),
+    ]
+    title = text(
+        f"Predictions on {len(blocks)} blocks of 256 tokens, nats a token ± standard error",
+        f"對 {len(blocks)} 個區塊（各 256 個 token）的預測，nats / token ± 標準誤",
+    )
+    print_table(title, header, rows)
     nf4, double, fp4, int4 = divergence
-    print_text(f"""On so few tokens the loss may fall by chance. The divergence says how far the predictions moved, for better or
-        worse: FP4's is {fp4 / nf4:.2f} times NF4's, INT4's {int4 / nf4:.2f} times; double quantization changes it by
-        {100 * (double / nf4 - 1):+.1f} %.""")
+    fp4_times, int4_times, change = (ratio_of_means(other, nf4) for other in (fp4, int4, double))
+    more, error = 100 * (change[0] - 1), 100 * change[1]
+    noise = text(", within noise", "，在誤差範圍內") * (abs(more) < 2 * error)
+    print_text(
+        text(
+            f"On so few tokens the loss may fall by chance. The divergence says how far the predictions moved, for better or "
+            f"worse: FP4's is {fp4_times[0]:.2f} ± {fp4_times[1]:.2f} times NF4's, INT4's {int4_times[0]:.2f} ± "
+            f"{int4_times[1]:.2f} times; double quantization changes it by {more:+.1f} ± {error:.1f} %{noise}.",
+            f"只看這麼少的 token，損失可能碰巧變小。散度則說明預測移動了多少，不論變好或變壞：FP4 是 NF4 的 "
+            f"{fp4_times[0]:.2f} ± {fp4_times[1]:.2f} 倍，INT4 是 {int4_times[0]:.2f} ± {int4_times[1]:.2f} 倍；"
+            f"雙重量化讓它改變 {more:+.1f} ± {error:.1f}%{noise}。",
+        )
+    )
+
+
+def standard_error(values: Tensor) -> float:
+    return values.std().item() / math.sqrt(len(values))
+
+
+def ratio_of_means(values: Tensor, others: Tensor) -> tuple[float, float]:
+    """Return mean(values) / mean(others) of the same blocks, and its standard error (of the residuals: the delta method)."""
+    ratio = (values.mean() / others.mean()).item()
+    return ratio, standard_error(values - ratio * others) / others.mean().item()
 
 
 def main(argv: list[str] | None = None) -> None:
-    folder = open_folder(create_parser(__doc__, "quantization").parse_args(argv).output_dir)
+    arguments = begin(create_parser(__doc__, "quantization"), argv)
     torch.manual_seed(0)
     model, normal = load_model(), [torch.randn(1024, 1024)]
     weights = [weight.detach() for weight in projection_weights(model)]
+    progress(text("packing weights in 4 bits", "把權重壓成 4 個位元"))
     print_bits(weights)
+    progress(text("measuring the errors of NF4, FP4 and INT4", "測量 NF4、FP4、INT4 的誤差"))
     errors = {kind: (relative_error(normal, kind), relative_error(weights, kind)) for kind in LEVELS}
     print_errors(errors)
     print_damage(model)
-    draw(folder / "quantization.png", weights, errors)
+    draw(arguments.output_dir / "quantization.png", weights, errors)
+    finish(arguments)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,11 @@ def text(english: str, chinese: str) -> str:
     return chinese
 
 
+def percent(number: float, digits: int = 0) -> str:
+    """Return "9.20 %", and "9.20%" in Chinese, as it is set in Taiwan."""
+    return f"{number:.{digits}f}{text(' %', '%')}"
+
+
 def find_chinese_font() -> str | None:
     """Return the family of an installed font for Chinese that matplotlib can use, or None."""
     from matplotlib.font_manager import findSystemFonts, fontManager

@@ -19,6 +19,7 @@ from finetuning_lessons.quantization import (
     projection_weights,
     quantize,
     quantize_absmax,
+    ratio_of_means,
     relative_error,
     scale_blocks,
     unpack,
@@ -190,3 +191,11 @@ def test_nf4_errs_least_on_normal_numbers_and_less_than_often_quoted():
     assert (fp4 / nf4) ** 2 == pytest.approx(1.8, abs=0.1)  # near it, as the lesson says
     back = bnb.dequantize_4bit(*bnb.quantize_4bit(normal[0], blocksize=64, quant_type="nf4"))
     assert nf4 == pytest.approx(((back - normal[0]).norm() / normal[0].norm()).item())
+
+
+def test_ratio_of_means_by_hand():
+    """The mean of 2 and 2 is 4/3 times that of 1 and 2; what is left of each block is 2/3 and -2/3."""
+    ratio, error = ratio_of_means(torch.tensor([2.0, 2.0]), torch.tensor([1.0, 2.0]))
+    assert ratio == pytest.approx(4 / 3)
+    assert error == pytest.approx((2 * (2 / 3) ** 2) ** 0.5 / 2**0.5 / 1.5)
+    assert ratio_of_means(torch.tensor([2.0, 4.0]), torch.tensor([1.0, 2.0])) == (2, 0)
