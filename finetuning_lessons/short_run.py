@@ -17,10 +17,13 @@ class Text(NamedTuple):
     held_out: torch.Tensor
 
 
-def load_split() -> Text:
-    """Return the articles' blocks, the last HELD_OUT of them for evaluation."""
+def load_split(seed: int | None = None) -> Text:
+    """Return the articles' blocks, the last HELD_OUT of them for evaluation, the others in the order of the seed or the text."""
     blocks = load_blocks(LENGTH)
-    return Text(blocks[:-HELD_OUT], blocks[-HELD_OUT:])
+    train = blocks[:-HELD_OUT]
+    if seed is not None:
+        train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))]
+    return Text(train, blocks[-HELD_OUT:])
 
 
 def use_one_thread() -> None:

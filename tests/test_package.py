@@ -44,6 +44,7 @@ def test_the_package_has_all_code_and_every_shipped_file_and_puts_none_beside_th
     packed = packed_files()
     code = {path.resolve() for folder in ("qlora_kit", "finetuning_lessons") for path in (ROOT / folder).rglob("*.py")}
     needed = code | {path.resolve() for path in [*ROOT.glob("*.py"), *ROOT.glob("configs/*.yaml"), *ROOT.glob("samples/*.*")]}
+    needed |= set((ROOT / "finetuning_lessons" / "results").glob("*.json"))
     needed |= {ROOT / "config.yaml", ROOT / "requirements.txt", ROOT / "assets" / "tiny-qwen2" / "model.safetensors"}
     assert needed <= {path.resolve() for path in packed.values()}
     assert {name for name in packed if "/" not in name} == {f"{name}.py" for name in SETTINGS["py-modules"]}

@@ -4,18 +4,23 @@ import numpy as np
 import pytest
 import torch
 
+from finetuning_lessons.layers import count_parameters
 from finetuning_lessons.lesson import load_model
+from finetuning_lessons.low_rank import best_errors, fitted_error, pooled_errors
 from finetuning_lessons.rank_study import (
+    LOSS,
     RUNS,
-    Copies,
-    best_errors,
+    STEPS,
+    adapt,
+    count_trained,
+    draw,
     fine_tune_fully,
-    fitted_error,
     load_base,
-    pooled_errors,
-    rank_rows,
-    train_run,
+    print_costs,
+    print_findings,
+    print_losses,
 )
+from finetuning_lessons.seeds import load_results
 from finetuning_lessons.short_run import load_split
 
 
@@ -46,11 +51,18 @@ def test_a_trained_copy_comes_near_the_best_and_never_below(rank):
     assert best - 1e-6 <= fitted_error(update, rank) < best + 0.01
 
 
-def test_rows_count_a_and_b():
-    copies = Copies(*[[0.5] * 9] * 4)
-    rows = rank_rows(dict.fromkeys([0, 1, 2, 4, 8, 16, 32, 64, 128, 256], 1.0), copies)
-    assert rows[3][:3] == ["8", "12,288", "2.08 %"]  # 8 · (768 + 768), of 768²
-    assert len(rows) == 9
+def test_what_is_stored_is_printed_and_drawn(capsys, tmp_path):
+    results = load_results("rank_study", {"steps": STEPS})
+    one = results.measured[0]
+    print_costs(one, results)
+    print_losses(one, results, STEPS)
+    print_findings(results)
+    draw(tmp_path / "rank_study.png", one, results)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert " 8 12,288 2.08 % " in printed  # 8 · (768 + 768), of 768²
+    assert f"attention only 122,880 3.5 % {one[LOSS]['attention only']:.3f} {results.of(LOSS, 'attention only'):.3f}" in printed
+    gain = 6.39556 - results.of(LOSS, "rank 16").mean
+    assert f"rank 16 {gain:.3f} ± " in printed and (tmp_path / "rank_study.png").exists()
 
 
 def test_full_updates_are_those_of_the_42_projections():
@@ -65,11 +77,10 @@ def test_full_updates_are_those_of_the_42_projections():
 
 def test_attention_at_rank_42_has_the_parameters_of_all_seven_at_rank_16():
     """A layer: 42 · 1280 and 16 · 3392 (in + out of its projections)."""
-    runs = {run.name: run for run in RUNS}
-    text = load_split()
-    attention = train_run(runs["attention only, rank 42"], text._replace(held_out=text.held_out[:1]), steps=1)
-    assert attention.trainable == 6 * 42 * 1280
-    assert attention.trainable == pytest.approx(6 * 16 * 3392, rel=0.01)
+    (attention,) = (run for run in RUNS if run.name == "attention, rank 42")
+    trainable = count_trained(attention, load_model())
+    assert trainable == count_parameters(adapt(attention, 0))[0] == 6 * 42 * 1280
+    assert trainable == pytest.approx(6 * 16 * 3392, rel=0.01)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
