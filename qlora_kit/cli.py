@@ -20,10 +20,11 @@ from typing import Any, NoReturn, TextIO
 from urllib.parse import urlsplit
 
 from qlora_kit.errors import Failed, Problem, Stopped, UserError, closest, did_you_mean, spell_out
+from qlora_kit.shipped import INSTALL, is_dispatched
 
 
 def _not_installed(package: str) -> str:
-    remedy = "activate the right environment, or pip install -r requirements.txt"
+    remedy = f"activate the right environment, or {INSTALL}"
     return f"error: {Problem(package, None, f'is not installed in {sys.prefix}', remedy)}"
 
 
@@ -32,7 +33,6 @@ try:
 
     import qlora_kit.config_file  # noqa: F401  imports pydantic and PyYAML, as every command does
     from qlora_kit.secrets import redact
-    from qlora_kit.shipped import is_dispatched
     from qlora_kit.wrapping import say, wrap_line
 except ModuleNotFoundError as missing:  # these are a command's first imports: no caller handles a missing package yet
     sys.exit(_not_installed(str(missing.name)))

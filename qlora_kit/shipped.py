@@ -5,6 +5,7 @@ What a name of them does not find in the working folder is looked up there.
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -12,6 +13,8 @@ from typing import Any
 
 KIT = Path(__file__).resolve().parent
 HOME = KIT / "files" if (KIT / "files").is_dir() else KIT.parent
+REQUIREMENTS = HOME / "requirements.txt"
+INSTALL = f"pip install -r {shlex.quote(str(REQUIREMENTS if HOME != Path.cwd() else REQUIREMENTS.name))}"
 NAMES = ("config.yaml", "configs", "samples", "assets")
 KEYS = ("model.name", "data.dataset", "data.eval_split", "data.chat_template")  # whose values may be such names
 DISPATCHERS = ("qlora", "python -m qlora_kit")

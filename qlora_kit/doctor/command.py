@@ -22,7 +22,7 @@ from qlora_kit import cli
 from qlora_kit.config import Config
 from qlora_kit.doctor import machine_checks
 from qlora_kit.doctor.run_checks import Check, CheckFailed, Result, run_checks
-from qlora_kit.shipped import spell_command
+from qlora_kit.shipped import INSTALL, spell_command
 from qlora_kit.wrapping import fit, say
 
 COMPILE_SECONDS = 300.0
@@ -52,12 +52,12 @@ def all_checks(device: str) -> list[Check]:
         Check("4-bit product", compute, ("four_bit_product", device), BITSANDBYTES),
         Check("8-bit Adam", compute, ("eight_bit_adam", device), BITSANDBYTES),
         Check("bfloat16", compute, ("bfloat16", device), "set quantization.compute_dtype to float16, or to float32 on a CPU"),
-        Check("attention", compute, ("attention", device), machine_checks.INSTALL),
+        Check("attention", compute, ("attention", device), INSTALL),
         Check("C compiler", machine_checks.c_compiler, (device,), machine_checks.INSTALL_COMPILER),
         _fast_path_check("Triton kernel", "triton_kernel", device, "fused_lora"),
         _fast_path_check("torch.compile", "compiled_function", device, "compile"),
         _fast_path_check("CUDA graph", "captured_graph", device, "cuda_graphs"),
-        Check("host memory", machine_checks.host_memory, (), machine_checks.INSTALL),
+        Check("host memory", machine_checks.host_memory, (), INSTALL),
         Check("disk speed", machine_checks.disk_speed, (output,), machine_checks.OTHER_DISK),
         Check("disk space", machine_checks.free_space, (output,), machine_checks.OTHER_DISK),
         Check("Hub", machine_checks.hub_answers, (), "set HF_HUB_OFFLINE=1 to work without it"),
@@ -67,12 +67,11 @@ def all_checks(device: str) -> list[Check]:
 
 
 def _package_checks() -> list[Check]:
-    install = machine_checks.INSTALL
     try:
         requirements = machine_checks.read_requirements()
     except (CheckFailed, ImportError):  # this check reads them too, and reports why it fails
-        return [Check("packages", machine_checks.reinstall, ("torch",), install)]
-    return [Check(name, machine_checks.package_version, (line,), install) for name, line in requirements.items()]
+        return [Check("packages", machine_checks.reinstall, ("torch",), INSTALL)]
+    return [Check(name, machine_checks.package_version, (line,), INSTALL) for name, line in requirements.items()]
 
 
 def _fast_path_check(name: str, function: str, device: str, switch: str) -> Check:

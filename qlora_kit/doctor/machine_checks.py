@@ -21,16 +21,14 @@ from qlora_kit.doctor.run_checks import CheckFailed, CheckSkipped
 from qlora_kit.model.hub import go_offline_if_unreachable, model_folder
 from qlora_kit.model.weight_files import WHOLE, weight_files
 from qlora_kit.planning.shape import KNOWN_CONFIGS, read_shape
-from qlora_kit.shipped import HOME
+from qlora_kit.shipped import REQUIREMENTS
 
-REQUIREMENTS = HOME / "requirements.txt"
 OLDEST_PYTHON = (3, 11)
 WRITTEN_MIB = 64
 SLOWEST_MIB_PER_SECOND = 10.0  # a checkpoint of the default settings, 171 MiB, would take 17 s
 FREE_GIB = 1.0  # the adapter, its three checkpoints and their optimizer states: 0.61 GiB with the default settings
 MEMORY_GIB = 1.0  # of the embedded model's training
 
-INSTALL = "pip install -r requirements.txt"
 INSTALL_COMPILER = "sudo apt install gcc python3-dev"
 OTHER_DISK = "use a folder on another disk: --output_dir DIR"
 MOVE_CACHE = "export HF_HOME=a folder on a disk with more space"
