@@ -12,6 +12,7 @@ import re
 import resource
 import sys
 import textwrap
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -38,6 +39,7 @@ except ModuleNotFoundError as missing:  # these are a command's first imports: n
     sys.exit(_not_installed(str(missing.name)))
 
 FEWEST_FILES = 64
+FEW_THREADS = 4096  # a limit below may be too low, as it counts all processes of the user
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # a full, read-only or broken disk
 # What to do about an error of the system; of any other: check the file.
 REMEDIES = dict.fromkeys(DISK_ERRORS, "free some space there, or write elsewhere")
@@ -175,11 +177,32 @@ def open_standard_streams() -> None:
         sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
 
 
-def check_open_files() -> None:
-    """Check that the process may open as many files as the libraries need while they are imported; raises UserError."""
-    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if allowed < FEWEST_FILES:
+def check_limits() -> None:
+    """Check that the process may open the files and start the threads that the libraries need.
+
+    Without threads, one library ends the process and another one panics.
+
+    Raises:
+        UserError: a limit is too low.
+    """
+    if (allowed := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < FEWEST_FILES:
         raise UserError("ulimit -n", allowed, "allows too few open files", "use ulimit -n 1024")
+    allowed = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+    if 0 <= allowed < FEW_THREADS and not _can_start_threads(4 * (os.cpu_count() or 1)):
+        raise UserError("ulimit -u", allowed, "allows too few processes and threads", f"use ulimit -u {FEW_THREADS}")
+
+
+def _can_start_threads(count: int) -> bool:
+    done = threading.Event()
+    threads = [threading.Thread(target=done.wait) for _ in range(count)]
+    try:
+        for thread in threads:
+            thread.start()
+    except RuntimeError:
+        return False
+    finally:
+        done.set()
+    return True
 
 
 def _redirect_to_devnull(stream: TextIO) -> None:
@@ -236,7 +259,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     set_encoding(sys.stdout)
     with redirect_stderr(IgnoreClosedStderr(sys.stderr)):
         try:
-            check_open_files()
+            check_limits()
             main()
             print(end="", flush=True)  # to nowhere, where standard output is closed
             status = 0

@@ -168,14 +168,19 @@ def test_an_endpoint_that_is_no_address_is_one_line(monkeypatch, address):
         cli.prepare_libraries()
 
 
-def test_too_few_open_files_are_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(cli.resource, "getrlimit", lambda _: (8, 8))
+@pytest.mark.parametrize("files, line", [
+    (8, "ulimit -n: 8: allows too few open files. Use ulimit -n 1024."),
+    (1024, "ulimit -u: 9: allows too few processes and threads. Use ulimit -u 4096."),
+])  # fmt: skip
+def test_low_limits_are_one_line(monkeypatch, capsys, files, line):
+    def start(thread):
+        raise RuntimeError("can't start new thread")  # what Python says at the limit; the superuser has none
+
+    monkeypatch.setattr(cli.threading.Thread, "start", start)
+    monkeypatch.setattr(cli.resource, "getrlimit", lambda kind: (files if kind == cli.resource.RLIMIT_NOFILE else 9, -1))
     with pytest.raises(SystemExit) as ending:
         cli.run(lambda: None)
-    assert (ending.value.code, capsys.readouterr().err) == (
-        2,
-        "error: ulimit -n: 8: allows too few open files. Use ulimit -n 1024.\n",
-    )
+    assert (ending.value.code, capsys.readouterr().err) == (2, f"error: {line}\n")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError("a bug"), ImportError("a bug")])
