@@ -5,14 +5,17 @@ import torch
 
 from finetuning_lessons.gradient_checkpointing import (
     LENGTHS,
+    ON_GPU_GIB,
+    ON_GPU_SPEED,
     LiveBytes,
     Step,
+    byte_rows,
     count_bytes,
     fixed_bytes,
     load_adapted_model,
     print_findings,
     run_backward,
-    step_rows,
+    time_rows,
 )
 
 
@@ -81,14 +84,30 @@ def test_fixed_bytes_by_hand():
     assert fixed_bytes(load_adapted_model(False, "cpu")) == 4 * 3_868_992 + 12 * 325_632
 
 
-def test_rows_show_changes_in_percent():
-    steps = {64: {False: Step(4 * 2**20, 8 * 2**20, 10.0), True: Step(2**20, 6 * 2**20, 13.0)}}
-    assert step_rows(steps) == [["2 x 64", "4.0", "1.0", "-75 %", "8.0", "6.0", "-25 %", "10.0", "13.0", "+30 %"]]
+def test_rows_show_changes_in_percent_and_the_range_of_rounds():
+    without, with_ = Step(4 * 2**20, 8 * 2**20, (10.0, 10.0, 20.0)), Step(2**20, 6 * 2**20, (13.0, 12.0, 28.0))
+    steps = {64: {False: without, True: with_}}
+    assert byte_rows(steps) == [["2 x 64", "4.0", "1.0", "-75 %", "8.0", "6.0", "-25 %"]]
+    assert time_rows(steps) == [["2 x 64", "10", "13", "30 %", "20 to 40 %"]]
+
+
+def test_figures_of_the_gpu_are_those_of_the_benchmarks(root):
+    lines = (root / "benchmarks" / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    peaks = {cells[0]: float(cells[2]) for cells in rows if len(cells) == 5 and cells[3].endswith("%")}
+    assert ON_GPU_GIB["1 x 512"] == (peaks["no recomputation"], peaks["3B, rank 16, 1 x 512"])
+    capped = {cells[1]: cells for cells in rows if cells[0] == "no cap"}
+    without, with_ = (
+        capped["unsloth 16 x 1, no checkpointing, dropout 0"],
+        capped["unsloth 16 x 1, plain checkpointing, dropout 0"],
+    )
+    assert ON_GPU_GIB["16 x 512"] == (float(without[4]), float(with_[4]))
+    assert ON_GPU_SPEED == tuple(int(row[2].replace(",", "")) for row in (without, with_))
 
 
 @pytest.mark.parametrize("longest, said", [(11.6, True), (40.0, False)])
 def test_a_time_that_hardly_grows_with_the_tokens_is_explained(capsys, longest, said):
-    times = dict.fromkeys(LENGTHS, 10.0) | {LENGTHS[-1]: longest}
+    times = dict.fromkeys(LENGTHS, (10.0,)) | {LENGTHS[-1]: (longest,)}
     steps = {length: dict.fromkeys((False, True), Step(2**20, 2**20, time)) for length, time in times.items()}
     print_findings(steps, 0)
-    assert ("8 times the tokens take 1.2 times as long: a GPU waits" in capsys.readouterr().out) == said
+    assert ("8 times the tokens take 1.2 times as long: a GPU waits" in " ".join(capsys.readouterr().out.split())) == said
