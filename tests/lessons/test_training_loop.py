@@ -38,13 +38,21 @@ def test_item_is_text_end_and_padding(tokenizer):
     assert item["labels"][length - 1] == tokenizer.eos_token_id  # the end is trained, although padding is the same token
 
 
-def test_item_that_is_too_long_is_cut(tokenizer):
-    record = {"instruction": "Count.", "input": "", "output": "one two three " * 50}
-    assert {name: tuple(value.shape) for name, value in InstructionDataset([record], tokenizer, 32)[0].items()} == {
-        "input_ids": (32,),
-        "attention_mask": (32,),
-        "labels": (32,),
-    }
+@pytest.mark.parametrize("train_on", ["all", "assistant"])
+def test_item_that_is_too_long_loses_its_beginning_and_trains_its_end(tokenizer, train_on):
+    record = {"instruction": "Count. " * 40, "input": "", "output": "one two three"}
+    item = InstructionDataset([record], tokenizer, 32, train_on)[0]
+    assert {tuple(value.shape) for value in item.values()} == {(32,)}
+    trained = tokenizer.decode(item["labels"][item["labels"] >= 0])
+    assert trained.endswith("one two three<|im_end|>") and item["labels"][-1] == tokenizer.eos_token_id
+    assert trained.startswith("one") == (train_on == "assistant")
+
+
+def test_both_masks_are_shown(tokenizer):
+    record = [{"instruction": "Say hi.", "input": "", "output": "Hi"}]
+    everything, answers = (InstructionDataset(record, tokenizer, 32, train_on).marked(0) for train_on in ("all", "assistant"))
+    assert answers == "### Instruction:\nSay hi.\n\n### Response:\n[[Hi<|im_end|>]]"
+    assert everything.endswith("Response:\nHi<|im_end|>]]") and everything.count("[[") == 1
 
 
 def test_no_record_of_the_lesson_is_cut(tokenizer):
@@ -90,7 +98,7 @@ def test_losses_are_those_of_the_script(tmp_path):
     base = small_gpt2()
     records = load_records(16)
     write_inputs(base.model, base.tokenizer, records, tmp_path)
-    plain = train_plainly(add_lora(base.model), InstructionDataset(records, base.tokenizer, LENGTH))
+    plain = train_plainly(add_lora(base.model), InstructionDataset(records, base.tokenizer, LENGTH, "assistant"))
     script = train_with_script(tmp_path, threads=1)
     assert len(plain) == 16 * EPOCHS / BATCH
     assert plain == pytest.approx(script, abs=1e-4)
