@@ -28,12 +28,12 @@ ROOT = Path(__file__).resolve().parents[2]
 # Smaller settings, and a model of two layers, so that all lessons run with the other tests; the marker slow runs them whole.
 SHORT: dict[str, dict[str, object]] = {
     "layers": {"STEPS": 2},
-    "attention": {"STEPS": 1, "SEEDS": (0,), "HELD_OUT": 4},
+    "attention": {"STEPS": 1, "HELD_OUT": 4},
     "quantization": {"EVALUATED": 2},
-    "qlora": {"STEPS": 1, "HELD_OUT": 2},
+    "qlora": {"STEPS": 1, "TIMED": 1},
     "methods": {"STEPS": 1, "TIMED": 1},
-    "rank_study": {"STEPS": 1, "FIT_STEPS": 1, "TIMED": 1},
-    "gradient_checkpointing": {"LENGTHS": (16, 32), "TIMED_TOKENS": 1},
+    "rank_study": {"STEPS": 1, "TIMED": 1},
+    "gradient_checkpointing": {"LENGTHS": (16, 32), "ROUNDS": 1},
     "paged_optimizer": {"STEPS": 1},
 }
 WHOLE = {"training_loop"}  # starts train_qlora.py, which takes seconds however little it trains
