@@ -17,9 +17,9 @@ pass are the same there.
 """
 
 import copy
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +30,23 @@ from torch import nn
 from finetuning_lessons.layers import count_parameters
 from finetuning_lessons.lesson import (
     BLUE,
+    GREY,
     ORANGE,
+    SKY,
+    begin,
     create_parser,
+    finish,
     held_out_loss,
     load_model,
-    open_folder,
     picture,
     print_table,
     print_text,
+    progress,
     train,
 )
+from finetuning_lessons.seeds import Measured, Results, Spread, add_flag, measure_seeds, print_place, time_in_turns
 from finetuning_lessons.short_run import load_split, use_one_thread
+from finetuning_lessons.words import text
 from qlora_kit import cli
 from qlora_kit.planning.shape import KNOWN_CONFIGS, read_shape
 
@@ -48,7 +54,9 @@ STEPS = 16  # of 4 x 128 tokens
 LORA_RANK = 16
 BOTTLENECK = 24  # hidden units of an adapter
 VIRTUAL_TOKENS = 16
-TIMED = 25  # forward passes per method; the fastest counts
+TIMED = 25  # forward passes per method
+LOSS, TIME = "held-out loss, nats a token", "forward pass of 128 tokens, ms"
+BASE = "base model"
 CLAIMED_SHARE = {"full": "100 %", "LoRA": "0.1-1 %", "adapter": "1-5 %", "prefix": "< 0.1 %"}  # as often quoted
 
 
@@ -112,16 +120,6 @@ METHODS = {
 }
 
 
-@dataclass
-class Result:
-    trainable: int
-    share: float  # of the base model's parameters, in percent
-    loss: float  # held out, nats a token
-    merges: str  # "yes", or why not
-    milliseconds: float = 0.0  # of a forward pass
-    merged_milliseconds: float | None = None
-
-
 @torch.no_grad()
 def try_to_merge(model: Any, ids: torch.Tensor) -> tuple[str, Any]:
     """Try to merge what was trained into the base weights.
@@ -131,123 +129,172 @@ def try_to_merge(model: Any, ids: torch.Tensor) -> tuple[str, Any]:
     """
     if not isinstance(model, PeftModel):
         added = any(isinstance(module, Adapter) for module in model.modules())
-        return ("no: the relu is in the way" if added else "is the model"), None
+        return (text("no: relu", "否：有 relu") if added else text("is the model", "就是模型")), None
     try:
         merged = copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
     except AttributeError:  # peft gives prefix and prompt tuning no such method
-        return "no: its tokens are input", None
+        return text("no: input", "否：是輸入"), None
     model.eval()
     before, after = model(input_ids=ids).logits, merged.eval()(input_ids=ids).logits
     error = float((after - before).abs().max() / before.abs().max())
-    return ("yes", merged) if error < 1e-4 else (f"no: off by {error:.0e}", None)
+    return (text("yes", "可以"), merged) if error < 1e-4 else (text(f"no: off by {error:.0e}", f"否：差 {error:.0e}"), None)
 
 
 @torch.no_grad()
 def time_forward(models: dict[str, Any], ids: torch.Tensor, rounds: int) -> dict[str, float]:
-    """Return each model's CPU milliseconds in the fastest of `rounds` forward passes; other programs' time is not counted."""
-    fastest = dict.fromkeys(models, float("inf"))
+    """Return each model's median CPU milliseconds of a forward pass."""
     for model in models.values():
         model.eval()
-    for _ in range(rounds):
-        for name, model in models.items():
-            started = time.process_time()
-            model(input_ids=ids, use_cache=False)
-            fastest[name] = min(fastest[name], 1000 * (time.process_time() - started))
-    return fastest
+    return time_in_turns({name: partial(model, input_ids=ids, use_cache=False) for name, model in models.items()}, rounds)
 
 
-def compare(steps: int) -> dict[str, Result]:
-    """Train each method on the same tokens, then time all of them."""
-    text, models, merged, results = load_split(), {}, {}, {}
-    all_parameters = count_parameters(load_model())[1]
+@dataclass(frozen=True)
+class Facts:
+    """What no seed changes: trainable parameters, and whether the method merges."""
+
+    trainable: int
+    merges: str
+
+
+def measure(seed: int, steps: int, facts: dict[str, Facts]) -> Measured:
+    """Train each method on the same tokens, then time all of them; fills in `facts`."""
+    split, models, merged = load_split(seed), {}, {}
+    losses = {BASE: held_out_loss(load_model(), split.held_out)}
     for name, method in METHODS.items():
-        torch.manual_seed(0)
+        progress(text(f"training: {name}", f"訓練：{name}"))
+        torch.manual_seed(seed)
         models[name] = method.apply(load_model())
         trainable, _ = count_parameters(models[name])
-        train(models[name], text.train, steps, method.learning_rate)
-        loss = held_out_loss(models[name], text.held_out)
-        merges, without = try_to_merge(models[name], text.held_out[:1])
+        train(models[name], split.train, steps, method.learning_rate)
+        losses[name] = held_out_loss(models[name], split.held_out)
+        merges, without = try_to_merge(models[name], split.held_out[:1])
         if without is not None:
             merged[f"{name} merged"] = without
-        results[name] = Result(trainable, 100 * trainable / all_parameters, loss, merges)
-    times = time_forward(models | merged, text.held_out[:1], TIMED)
-    for name, result in results.items():
-        result.milliseconds, result.merged_milliseconds = times[name], times.get(f"{name} merged")
-    return results
+        facts[name] = Facts(trainable, merges)
+    progress(text("timing all of them in turns", "輪流測量時間"))
+    return {LOSS: losses, TIME: time_forward(models | merged, split.held_out[:1], TIMED)}
 
 
-def result_rows(results: dict[str, Result]) -> list[list[str]]:
-    base = results["full"].milliseconds  # full fine-tuning does not change the architecture
-    return [
-        [
-            name,
-            result.merges,
-            f"{result.trainable:,}",
-            f"{result.share:.2f} %",
-            CLAIMED_SHARE.get(name, "-"),
-            f"{METHODS[name].learning_rate:g}",
-            f"{result.loss:.3f}",
-            f"{result.milliseconds:.1f}",
-            f"{100 * (result.milliseconds / base - 1):+.0f} %",
-            "-" if result.merged_milliseconds is None else f"{result.merged_milliseconds:.1f}",
-        ]
-        for name, result in results.items()
-    ]
+def print_losses(one: Measured, results: Results, facts: dict[str, Facts], steps: int) -> None:
+    total = facts["full"].trainable
+    rows = []
+    for name, fact in facts.items():
+        share = f"{100 * fact.trainable / total:.2f} %"
+        row = [name, f"{fact.trainable:,}", share, CLAIMED_SHARE.get(name, "-"), f"{METHODS[name].learning_rate:g}"]
+        rows.append([*row, f"{one[LOSS][name]:.3f}", f"{results.of(LOSS, name):.3f}"])
+    title = text(f"Held-out loss after {steps} steps of 4 x 128 tokens", f"{steps} 步（每步 4 x 128 個 token）後的驗證損失")
+    header = [text("method", "方法"), text("trained", "訓練參數"), text("share", "比例"), text("quoted", "常見說法")]
+    header += [text("rate", "學習率"), text("this run", "這一次"), results.title()]
+    print_table(title, header, rows)
 
 
-def print_findings(results: dict[str, Result], base_loss: float) -> None:
-    best = min(results, key=lambda name: results[name].loss)
-    gained = {name: 100 * (base_loss - result.loss) / (base_loss - results["full"].loss) for name, result in results.items()}
+def over_base(results: Results, name: str) -> Spread:
+    """Return by how many percent a model takes longer than the base model, whose architecture is that of full fine-tuning."""
+    return results.spread(lambda one: 100 * (one[TIME][name] / one[TIME]["full"] - 1))
+
+
+def print_times(one: Measured, results: Results, facts: dict[str, Facts]) -> None:
+    rows = []
+    for name in one[TIME]:
+        over = "-" if name == "full" else over_base(results, name).compared("+.0f", " %")
+        merges = facts[name].merges if name in facts else "-"
+        rows.append([name, merges, f"{one[TIME][name]:.1f}", results.median_range(TIME, name, 1), over])
+    title = text("Milliseconds of a forward pass of 128 tokens, median (range)", "128 個 token 前向傳播的毫秒數，中位數（範圍）")
+    header = [text("method", "方法"), text("mergeable", "可合併"), text("this run", "這一次"), results.title()]
+    print_table(title, [*header, text("over base", "比基礎模型多")], rows, words=2)
+
+
+def print_findings(results: Results, facts: dict[str, Facts]) -> None:
+    def share(name: str) -> Spread:
+        return results.spread(lambda one: 100 * (one[LOSS][BASE] - one[LOSS][name]) / (one[LOSS][BASE] - one[LOSS]["full"]))
+
+    gained = {name: share(name) for name in METHODS if name != "full"}
+    base, order = results.of(LOSS, BASE).mean, results.order(LOSS, {name: name for name in METHODS})
     print_text(
-        f"The base model's loss is {base_loss:.3f}. Of what full fine-tuning takes off it, LoRA takes {gained['LoRA']:.0f} %, "
-        f"the adapter {gained['adapter']:.0f} %, prefix {gained['prefix']:.0f} %, prompt {gained['prompt']:.0f} %, "
-        f"IA3 {gained['IA3']:.0f} %. Lowest: {best}."
-        + ("" if best == "full" else " That full fine-tuning is always best does not hold for runs this short.")
+        text(
+            f"The base model's loss is {base:.3f}. Of what full fine-tuning takes off it, "
+            f"{', '.join(f'{name} takes {part:.0f} %' for name, part in gained.items())}. From the lowest loss: {order}.",
+            f"基礎模型的損失是 {base:.3f}。全參數微調的降幅算 100% 的話，"
+            f"{'、'.join(f'{name} 有 {part:.0f}%' for name, part in gained.items())}。損失由低到高：{order}。",
+        )
     )
     qwen = read_shape(KNOWN_CONFIGS["Qwen/Qwen2.5-3B-Instruct"])
     assert qwen is not None
+    here = 100 * facts["LoRA"].trainable / facts["full"].trainable
+    there = 100 * qwen.lora_parameters(LORA_RANK, "all-linear") / qwen.parameters()
     print_text(
-        "Shares are not a property of the method: they depend on the model's width, and on rank, bottleneck and number of "
-        f"virtual tokens. LoRA's {results['LoRA'].share:.1f} % here is "
-        f"{100 * qwen.lora_parameters(LORA_RANK, 'all-linear') / qwen.parameters():.2f} % of Qwen2.5-3B at the same rank."
+        text(
+            "Shares are not a property of the method: they depend on the model's width, and on rank, bottleneck and number of "
+            f"virtual tokens. LoRA's {here:.1f} % here is {there:.2f} % of Qwen2.5-3B at the same rank.",
+            "比例不是方法本身的性質：它取決於模型的寬度，以及 rank、瓶頸寬度和虛擬 token 的數量。"
+            f"LoRA 在這裡是 {here:.1f}%，同樣的 rank 在 Qwen2.5-3B 是 {there:.2f}%。",
+        )
     )
+    merged = [over_base(results, f"{name} merged").compared("+.0f", " %") for name in ("LoRA", "IA3")]
     print_text(
-        "Merged, LoRA and IA3 take what the base model takes; a few percent more or less are noise. "
-        f"Prefix and prompt also take {VIRTUAL_TOKENS} positions of the context and of the key-value cache."
+        text(
+            f"Merged, LoRA takes {merged[0]} and IA3 {merged[1]} over the base model, whose products they are. "
+            f"Prefix and prompt also take {VIRTUAL_TOKENS} positions of the context and of the key-value cache.",
+            f"合併之後，LoRA 比基礎模型多 {merged[0]}，IA3 多 {merged[1]}：做的就是同樣的矩陣乘法。"
+            f"prefix 和 prompt 還會占用 {VIRTUAL_TOKENS} 個上下文位置與 KV cache。",
+        )
     )
 
 
-def draw(path: Path, results: dict[str, Result], base_loss: float) -> None:
-    names = list(results)
+def draw_losses(axes: Any, one: Measured, results: Results, facts: dict[str, Facts]) -> None:
+    for name, fact in facts.items():
+        share, loss = 100 * fact.trainable / facts["full"].trainable, results.of(LOSS, name)
+        first = name == "full"
+        label = text(f"{results.title()}: mean ± standard error", f"{results.title()}：平均 ± 標準誤")
+        axes.errorbar(share, loss.mean, yerr=loss.error, fmt="o", color=BLUE, capsize=4, label=label if first else None)
+        axes.plot(share, one[LOSS][name], "x", color=ORANGE, markersize=8, label=text("this run", "這一次") if first else None)
+        axes.annotate(name, (share, loss.mean), (10, -4), textcoords="offset points")
+    axes.axhline(one[LOSS][BASE], color=GREY, linestyle="--", label=text("base model", "基礎模型"))
+    axes.set_xscale("log")
+    axes.set_xticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
+    axes.margins(0.14, 0.2)
+    axes.set_title(text("Loss after the same tokens", "訓練同樣 token 後的損失"))
+    axes.set_xlabel(text("trainable parameters (% of the model, logarithmic)", "可訓練參數（占模型的 %，對數刻度）"))
+    axes.set_ylabel(text("held-out loss (nats a token)", "驗證損失（nats / token）"))
+    axes.legend(loc="lower left", fontsize=9)
+
+
+def draw_times(axes: Any, results: Results) -> None:
+    """Draw what each method takes more than the base model; merged models have a lighter colour."""
+    extra = {name: over_base(results, name) for name in results.measured[0][TIME] if name != "full"}
+    names = sorted(extra, key=lambda name: extra[name].mean)
+    labels = [text(name, name.replace("merged", "合併後")) for name in names]
+    means, errors = [extra[name].mean for name in names], [extra[name].error for name in names]
+    colours = [SKY if name.endswith("merged") else BLUE for name in names]
+    axes.barh(labels, means, xerr=errors, color=colours, capsize=4)
+    axes.axvline(0, color="black", linewidth=1)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_title(text("Forward pass of 128 tokens", "128 個 token 的前向傳播"))
+    axes.set_xlabel(text("more time than the base model (%), mean ± standard error", "比基礎模型多花的時間（%），平均 ± 標準誤"))
+
+
+def draw(path: Path, one: Measured, results: Results, facts: dict[str, Facts]) -> None:
     with picture(path, columns=2, size=(12, 4.8)) as (left, right):
-        for name, result in results.items():
-            left.plot(result.share, result.loss, "o", color=BLUE, markersize=9)
-            left.annotate(name, (result.share, result.loss), (8, -4), textcoords="offset points")
-        left.axhline(base_loss, color=ORANGE, linestyle="--", label="base model")
-        left.set_xscale("log")
-        left.set_xticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
-        left.margins(0.12, 0.18)
-        left.set(title="Loss after the same tokens", xlabel="trainable parameters (% of the model, logarithmic)")
-        left.set(ylabel="held-out loss (nats a token)")
-        left.legend()
-        bars = right.bar(names, [result.milliseconds for result in results.values()], color=BLUE)
-        right.bar_label(bars, [f"{result.milliseconds:.1f}" for result in results.values()], padding=2)
-        right.margins(y=0.1)
-        right.set(title="Forward pass of 128 tokens, not merged", xlabel="method", ylabel="milliseconds (fastest of several)")
+        draw_losses(left, one, results, facts)
+        draw_times(right, results)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = create_parser(__doc__, "methods")
     parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help="optimizer steps of each method (%(default)s)")
-    arguments = parser.parse_args(argv)
-    folder = open_folder(arguments.output_dir)
+    add_flag(parser)
+    arguments = begin(parser, argv)
     use_one_thread()
-    base_loss = held_out_loss(load_model(), load_split().held_out)
-    results = compare(arguments.steps)
-    header = ["method", "mergeable", "trainable", "share", "quoted", "rate", "loss", "forward ms", "over base", "merged ms"]
-    print_table(f"{arguments.steps} steps of 4 x 128 tokens", header, result_rows(results), words=2)
-    print_findings(results, base_loss)
-    draw(folder / "methods.png", results, base_loss)
+    facts: dict[str, Facts] = {}
+    steps = arguments.steps
+    one, results = measure_seeds(arguments, lambda seed: measure(seed, steps, facts), {"steps": steps})
+    print_losses(one, results, facts, steps)
+    print_times(one, results, facts)
+    print_findings(results, facts)
+    print_place(one, results, LOSS)
+    draw(arguments.output_dir / "methods.png", one, results, facts)
+    finish(arguments)
 
 
 if __name__ == "__main__":

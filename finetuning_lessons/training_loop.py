@@ -250,7 +250,7 @@ def draw(path: Path, plain: list[float], script: list[float]) -> None:
         losses.legend()
         apart.plot(steps, [b - a for a, b in zip(plain, script, strict=True)], "o", color=GREY)
         apart.axhline(0, color="black", linewidth=1)
-        apart.set_title(text("The difference: rounding, and no trend", "兩者的差：只是捨入，沒有趨勢"))
+        apart.set_title(text("The difference of the two", "兩者的差"))
         apart.set_xlabel(text("optimizer step", "訓練步數"))
         apart.set_ylabel(text("train_qlora.py - loop (nats)", "train_qlora.py - 迴圈（nats）"))
 

@@ -6,7 +6,22 @@ from torch import nn
 
 from finetuning_lessons.layers import count_parameters
 from finetuning_lessons.lesson import load_model
-from finetuning_lessons.methods import BOTTLENECK, METHODS, VIRTUAL_TOKENS, Adapter, time_forward, try_to_merge
+from finetuning_lessons.methods import (
+    BOTTLENECK,
+    METHODS,
+    STEPS,
+    TIME,
+    VIRTUAL_TOKENS,
+    Adapter,
+    Facts,
+    draw,
+    print_findings,
+    print_losses,
+    print_times,
+    time_forward,
+    try_to_merge,
+)
+from finetuning_lessons.seeds import load_results
 
 # The embedded model: 6 layers, hidden 192, 2 x 32 wide keys and values, MLP 512.
 LAYERS, HIDDEN, KEYS, MLP = 6, 192, 64, 512
@@ -76,3 +91,16 @@ def test_lora_and_ia3_merge_and_the_others_do_not(name, verdict, ids):
 def test_every_model_is_timed(ids):
     times = time_forward({"a": load_model(), "b": load_model()}, ids, rounds=2)
     assert set(times) == {"a", "b"} and all(0 < milliseconds < 10_000 for milliseconds in times.values())
+
+
+def test_what_is_stored_is_printed_and_drawn(capsys, tmp_path):
+    results = load_results("methods", {"steps": STEPS})
+    one, facts = results.measured[0], {name: Facts(trainable, "yes") for name, trainable in TRAINABLE.items()}
+    print_losses(one, results, facts, STEPS)
+    print_times(one, results, facts)
+    print_findings(results, facts)
+    draw(tmp_path / "methods.png", one, results, facts)
+    printed = capsys.readouterr().out
+    assert "325,632" in printed and "9.19 %" in printed and (tmp_path / "methods.png").exists()
+    longer = sum(100 * (seed[TIME]["LoRA"] / seed[TIME]["full"] - 1) for seed in results.measured) / len(results.seeds)
+    assert f"+{longer:.0f} ± " in printed
