@@ -38,7 +38,7 @@ alpaca_example = {
 sharegpt_example = {
     "conversations": [
         {"from": "human", "value": "什麼是機器學習？"},
-        {"from": "gpt", "value": "機器學習是人工智慧的一個分支，讓程式從資料中學習。"},
+        {"from": "gpt", "value": "機器學習是人工智慧的一個分支..."},
     ]
 }
 instruction_example = {"text": alpaca_to_text(alpaca_example)}
@@ -68,8 +68,15 @@ ROUNDS = 15  # runs of each rank that are timed
 class DataFormatter:
     """Turn records into text. Only apply_chat_template writes what a chat model was trained on; the others are conventions."""
 
-    alpaca_to_text = staticmethod(alpaca_to_text)
-    sharegpt_to_text = staticmethod(sharegpt_to_text)
+    @staticmethod
+    def alpaca_to_text(example: dict[str, Any], *templates: str, **named: str) -> str:
+        """Return a record as text. Templates: instruction_template, input_template and response_template."""
+        return alpaca_to_text(example, *templates, **named)
+
+    @staticmethod
+    def sharegpt_to_text(example: dict[str, Any], *templates: str, **named: str) -> str:
+        """Return a conversation as text. Templates: human_template and assistant_template."""
+        return sharegpt_to_text(example, *templates, **named)
 
     @staticmethod
     def apply_chat_template(messages: list[dict[str, str]], tokenizer: Any) -> str:
@@ -100,8 +107,9 @@ def compare_lora_ranks(model_dim: int = 768) -> list[dict[str, float]]:
         model_dim: input and output size of the layer.
 
     Returns:
-        For each rank: rank, trainable_params, param_ratio (percent of the layer), forward_time_ms (median of runs in turns) and
-        approximation_error, ‖W - W_r‖ / ‖W‖ in the Frobenius norm, W_r from the singular values (Eckart and Young, 1936).
+        For each rank: rank, trainable_params, param_ratio (percent of the layer), forward_time_ms (median of runs in turns, with
+        their range: fastest_ms, slowest_ms) and approximation_error, ‖W - W_r‖ / ‖W‖ in the Frobenius norm, W_r from the singular
+        values (Eckart and Young, 1936).
     """
     layers = {rank: LoRALayer(model_dim, model_dim, rank=rank, alpha=rank * 2) for rank in RANKS if rank <= model_dim}
     x = torch.randn(1, 128, model_dim)  # (B, T, model_dim)
@@ -119,6 +127,8 @@ def compare_lora_ranks(model_dim: int = 768) -> list[dict[str, float]]:
             "trainable_params": layer.trainable_params,
             "param_ratio": 100 * layer.trainable_params / model_dim**2,
             "forward_time_ms": statistics.median(times[rank]),
+            "fastest_ms": min(times[rank]),
+            "slowest_ms": max(times[rank]),
             "approximation_error": float((squares[rank:].sum() / squares.sum()).sqrt()),
         }
         for rank, layer in layers.items()
@@ -139,6 +149,7 @@ def simple_lora_training_loop() -> list[float]:
     """Train LoRA on GPT-2 with four records, draw the losses and return them, in nats per token.
 
     Four records show a loop and teach nothing; finetuning_lessons/training_loop.py trains on more, and compares with the Trainer.
+    Only the answers and their ends are trained: the source trained the prompts too, so that the loss was mostly theirs.
     """
     batch_size, learning_rate, num_epochs = 2, 1e-4, 2
     torch.manual_seed(0)
@@ -149,7 +160,7 @@ def simple_lora_training_loop() -> list[float]:
         task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=0.1, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True
     )
     model = get_peft_model(base.model, configuration).to(device).train()
-    dataset = InstructionDataset(sample_data, base.tokenizer, max_length=128)
+    dataset = InstructionDataset(sample_data, base.tokenizer, max_length=128, train_on="assistant")
     loader = DataLoader(dataset, batch_size=batch_size, shuffle=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
     settings = f"epochs={num_epochs}, batch_size={batch_size}, lr={learning_rate:g}"
