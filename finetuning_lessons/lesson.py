@@ -19,7 +19,7 @@ import re
 import shutil
 import sys
 import webbrowser
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -257,20 +257,27 @@ def load_blocks(block_length: int) -> "torch.Tensor":
     return tokens[: len(tokens) // block_length * block_length].view(-1, block_length)
 
 
-def train(model: "torch.nn.Module", blocks: "torch.Tensor", steps: int, learning_rate: float = 2e-3) -> list[float]:
+def train(
+    model: "torch.nn.Module",
+    blocks: "torch.Tensor",
+    steps: int,
+    learning_rate: float = 2e-3,
+    after_step: Callable[[], Any] = lambda: None,
+) -> list[float]:
     """Train with AdamW, four blocks per step in their order; return each step's loss in nats per token."""
     import torch
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate, weight_decay=0.0)
-    model.train()
     losses = []
     for step in range(steps):
+        model.train()
         batch = blocks[torch.arange(4 * step, 4 * step + 4) % len(blocks)]  # (4, T)
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
+        after_step()
     return losses
 
 
