@@ -7,6 +7,7 @@ merging, and draws the singular values of the update. Attention is in attention.
 """
 
 import math
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,20 +21,26 @@ from finetuning_lessons.lesson import (
     BLUE,
     GREY,
     ORANGE,
+    begin,
     create_parser,
+    finish,
+    held_out_loss,
     load_blocks,
     load_model,
-    open_folder,
     picture,
     print_table,
     print_text,
+    progress,
     train,
 )
+from finetuning_lessons.words import STEP, text
 from qlora_kit import cli
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_SEVEN = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 STEPS = 20
+HELD_OUT = 8  # blocks of 128 tokens
+ROUNDS = 40  # forward passes that are timed
 
 
 class LoRALayer(nn.Module):
@@ -170,12 +177,17 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def count_trainable() -> list[list[str]]:
+    sets = {
+        text("q and v", "q 和 v"): ("q_proj", "v_proj"),
+        text("attention", "注意力"): ATTENTION,
+        text("all seven projections", "七個投影層全部"): ALL_SEVEN,
+    }
     rows = []
-    for name, targets in (("q and v", ("q_proj", "v_proj")), ("attention", ATTENTION), ("all seven projections", ALL_SEVEN)):
+    for name, targets in sets.items():
         model = load_model()
         layers = replace_linear_layers(model, targets)
         trainable, total = count_parameters(model)
-        rows.append([name, str(len(layers)), f"{trainable:,}", f"{total:,}", f"{trainable / total:.2%}"])
+        rows.append([name, str(len(layers)), f"{trainable:,}", f"{total:,}", f"{100 * trainable / total:.2f} %"])
     return rows
 
 
@@ -202,18 +214,18 @@ def share_lost_by_subtraction(layers: list[LoRALayer], dtype: torch.dtype) -> fl
 
 
 @torch.no_grad()
-def time_forward(repeats: int = 60) -> dict[str, float]:
-    """Return the milliseconds of the fastest forward pass of each variant; other programs delay the fastest one least."""
+def time_forward(rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Return the CPU milliseconds of each variant's forward passes, which run in turns."""
     layer, merged, x = LoRALayer(1024, 1024), LoRALayer(1024, 1024), torch.randn(256, 1024)
     merged.merge_weights()
-    variants = {"without LoRA": layer.linear, "A and B beside W": layer, "merged": merged}
-    fastest = dict.fromkeys(variants, math.inf)
-    for _ in range(repeats):
+    variants = {"without": layer.linear, "beside": layer, "merged": merged}
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
         for name, variant in variants.items():
-            start = time.perf_counter()
+            start = time.process_time()
             variant(x)
-            fastest[name] = min(fastest[name], 1000 * (time.perf_counter() - start))
-    return fastest
+            times[name].append(1000 * (time.process_time() - start))
+    return times
 
 
 @torch.no_grad()
@@ -231,58 +243,117 @@ def compare_merged(model: nn.Module, layers: list[LoRALayer], blocks: Tensor) ->
     return (apart - merged).abs().max().item(), changed
 
 
+def train_and_evaluate(model: nn.Module, blocks: Tensor) -> list[float]:
+    """Train for STEPS steps; return the held-out loss before the first and after each."""
+    held_out = blocks[-HELD_OUT:]
+    losses = [held_out_loss(model, held_out)]
+    train(model, blocks[:-HELD_OUT], STEPS, after_step=lambda: losses.append(held_out_loss(model, held_out)))
+    return losses
+
+
 def draw(path: Path, layer: LoRALayer, name: str, losses: list[float]) -> None:
     with picture(path, columns=2) as (left, right):
-        left.plot(range(1, len(losses) + 1), losses, "o-", color=BLUE)
-        left.set(title="Only A and B of all seven projections train", xlabel="step", ylabel="loss (nats a token)")
+        left.plot(range(len(losses)), losses, "o-", color=BLUE)
+        left.set_title(text("Only A and B of all seven projections train", "只訓練七個投影層的 A 和 B"))
+        left.set(xlabel=text(*STEP), ylabel=text("held-out loss (nats a token)", "驗證損失（nats / token）"))
         left.xaxis.get_major_locator().set_params(integer=True)
         weight, update = (torch.linalg.svdvals(matrix.detach()) for matrix in (layer.linear.weight, layer.update()))
-        right.semilogy(range(1, len(weight) + 1), weight, color=GREY, label="W, frozen")
-        right.semilogy(range(1, len(update) + 1), update, color=ORANGE, label="ΔW = alpha/rank · B A, learned")
+        right.semilogy(range(1, len(weight) + 1), weight, color=GREY, label=text("W, frozen", "W（凍結）"))
+        learned = text("ΔW = alpha/rank · B A, learned", "ΔW = alpha/rank · B A（學到的）")
+        right.semilogy(range(1, len(update) + 1), update, color=ORANGE, label=learned)
         rank = layer.lora_A.out_features
         right.axvline(rank, color=ORANGE, linestyle=":", linewidth=1)
         right.annotate(f"rank {rank}", (rank, 1e-3), xytext=(6, 0), textcoords="offset points")
-        right.annotate("zero, but for rounding", (len(update) // 3, 1e-7))
-        right.set(title=f"Singular values of {name}", xlabel="number, largest first", ylabel="singular value")
+        right.annotate(text("zero, but for rounding", "除了捨入誤差都是零"), (len(update) // 3, 1e-7))
+        right.set_title(text(f"Singular values of {name}", f"{name} 的奇異值"))
+        right.set(xlabel=text("number, largest first", "編號，由大到小"), ylabel=text("singular value", "奇異值"))
         right.set_ylim(bottom=1e-9)
         right.legend(loc="center right")
 
 
-def print_folding(model: nn.Module, layers: list[LoRALayer], blocks: Tensor) -> None:
+def print_merging(model: nn.Module, layers: list[LoRALayer], blocks: Tensor) -> None:
     difference, changed = compare_merged(model, layers, blocks)
-    times = time_forward()
-    rows = [[f"forward pass, {name} (256 x 1024, rank 8)", f"{ms:.2f} ms"] for name, ms in times.items()]
-    rows += [
-        ["logits, merged against unmerged: largest difference", f"{difference:.1e}"],
-        ["weights not restored by subtracting ΔW in float32", f"{share_lost_by_subtraction(layers, torch.float32):.1%}"],
-        ["weights not restored by subtracting ΔW in bfloat16", f"{share_lost_by_subtraction(layers, torch.bfloat16):.1%}"],
-        ["weights not restored by unmerge_weights", str(changed)],
+    lost = {dtype: 100 * share_lost_by_subtraction(layers, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    rows = [
+        [text("logits, merged against unmerged: largest difference", "合併前後 logits 的最大差距"), f"{difference:.1e}"],
+        [
+            text("weights not restored by subtracting ΔW in float32", "以 float32 減去 ΔW 還原不了的權重"),
+            f"{lost[torch.float32]:.1f} %",
+        ],
+        [text("... in bfloat16", "⋯⋯以 bfloat16"), f"{lost[torch.bfloat16]:.1f} %"],
+        [text("weights not restored by unmerge_weights", "unmerge_weights 還原不了的權重"), str(changed)],
     ]
-    print_table(f"Folding the update into the weights, after {STEPS} steps", ["what", "measured"], rows)
-    beside, merged = (times[name] / times["without LoRA"] for name in ("A and B beside W", "merged"))
-    print_text(f"""A forward pass took {beside:.2f} times as long with A and B beside W, and {merged:.2f} times merged, where it
-        is the same product again. Sums of floating-point numbers are rounded, so the way back is a copy of W, not a
-        subtraction; and a second merge must not add ΔW again.""")
+    title = text(f"Merging the update into the weights, after {STEPS} steps", f"訓練 {STEPS} 步後，把更新合併進權重")
+    print_table(title, [text("what", "項目"), text("measured", "實測")], rows)
+    print_text(
+        text(
+            "Sums of floating-point numbers are rounded, so the way back is a copy of W, not a subtraction; and a second merge "
+            "must not add ΔW again.",
+            "浮點數的和會捨入，所以要還原就得留一份 W，不能用減的；重複合併也不能再加一次 ΔW。",
+        )
+    )
+
+
+def print_times() -> None:
+    times = time_forward()
+    names = {
+        "without": text("without LoRA", "沒有 LoRA"),
+        "beside": text("A and B beside W", "A、B 在 W 旁邊"),
+        "merged": text("merged", "合併後"),
+    }
+    rows, longer = [], {}
+    for name, values in times.items():
+        low, middle, high = statistics.quantiles(values, n=4)
+        ratios = [100 * (a / b - 1) for a, b in zip(values, times["without"], strict=True)]  # of the same turn
+        longer[name] = statistics.median(ratios)
+        rows.append(
+            [names[name], f"{middle:.2f}", f"{low:.2f} - {high:.2f}", "-" if name == "without" else f"{longer[name]:+.0f} %"]
+        )
+    title = text("A forward pass of 256 x 1024, rank 8, in ms", "256 x 1024 的前向傳播，rank 8，毫秒")
+    header = ["", text("median", "中位數"), text("middle half", "中間一半"), text("over W alone", "比只有 W")]
+    print_table(f"{title}; {len(times['without'])} {text('turns', '輪')}", header, rows)
+    print_text(
+        text(
+            f"A and B beside W take {longer['beside']:.0f} % longer. Merged, it is the same product as without LoRA; that the "
+            f"median differs by {longer['merged']:+.0f} % shows how far to trust such a measurement.",
+            f"A 和 B 放在 W 旁邊，時間多 {longer['beside']:.0f}%。合併後和沒有 LoRA 是同樣的矩陣乘法；中位數仍差 "
+            f"{longer['merged']:+.0f}%，可見這種測量能信到什麼程度。",
+        )
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
-    folder = open_folder(create_parser(__doc__, "layers").parse_args(argv).output_dir)
+    arguments = begin(create_parser(__doc__, "layers"), argv)
     torch.manual_seed(0)
-    header = ["rank 8 on", "layers", "trainable", "all parameters", "share"]
-    print_table("What LoRA trains of the embedded model", header, count_trainable())
+    header = [
+        text("rank 8 on", "rank 8 用在"),
+        text("layers", "層數"),
+        text("trained", "訓練參數"),
+        text("all parameters", "全部參數"),
+    ]
+    title = text("What LoRA trains of the embedded model", "LoRA 訓練內建模型的哪些部分")
+    print_table(title, [*header, text("share", "比例")], count_trainable())
 
     model, blocks = load_model(), load_blocks(128)
     names = replace_linear_layers(model, ALL_SEVEN)
     layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
     largest = measure_start_gradients(model, blocks)
-    rows = [[name, f"{value:.2e}"] for name, value in largest.items()]
-    print_table("Before the first step", ["gradient of", "largest"], rows)
-    print_text("""B is zero at the start, so the update is zero, and so is the gradient of A, which passes through B: B moves
-        first. Nothing else has a gradient at all.""")
-
-    losses = train(model, blocks, STEPS)
-    print_folding(model, layers, blocks)
-    draw(folder / "layers.png", layers[0], names[0].removeprefix("model."), losses)
+    rows = [[text(name, "其餘") if name == "the rest" else name, f"{value:.2e}"] for name, value in largest.items()]
+    header = [text("gradient of", "誰的梯度"), text("largest", "最大值")]
+    print_table(text("Before the first step", "第一步之前"), header, rows)
+    print_text(
+        text(
+            "B is zero at the start, so the update is zero, and so is the gradient of A, which passes through B: B moves first. "
+            "Nothing else has a gradient at all.",
+            "B 一開始是零，所以更新是零；A 的梯度要經過 B，所以也是零：B 先動。其他參數完全沒有梯度。",
+        )
+    )
+    progress(text("training", "訓練"))
+    losses = train_and_evaluate(model, blocks)
+    print_merging(model, layers, blocks)
+    print_times()
+    draw(arguments.output_dir / "layers.png", layers[0], names[0].removeprefix("model."), losses)
+    finish(arguments)
 
 
 if __name__ == "__main__":
