@@ -5,11 +5,15 @@ import torch
 from torch import nn
 
 from finetuning_lessons.paged_optimizer import (
+    NARROW,
     OPTIMIZERS,
+    PAGED,
     PAGED_FROM,
+    WIDE,
     join_parameters,
     load_adapted_model,
     measure_state,
+    movable_gib,
     paged_share,
     qwen_rows,
     train_with,
@@ -20,7 +24,6 @@ from qlora_kit.config import TrainingSettings
 from qlora_kit.planning.shape import KNOWN_CONFIGS, read_shape
 
 QWEN = read_shape(KNOWN_CONFIGS["Qwen/Qwen2.5-3B-Instruct"])
-WIDE, NARROW, PAGED = OPTIMIZERS
 
 
 @pytest.mark.parametrize(
@@ -34,7 +37,7 @@ WIDE, NARROW, PAGED = OPTIMIZERS
 )
 @pytest.mark.filterwarnings("ignore:Paged optimizers")
 def test_state_by_hand(name, size, expected):
-    state = measure_state(name, [nn.Parameter(torch.ones(size))], rounds=1)
+    state = measure_state(name, [nn.Parameter(torch.ones(size))])
     assert (state.bytes, state.parameters) == (expected, size)
 
 
@@ -49,6 +52,13 @@ def test_paged_share_by_hand():
     others = 4 * 2048 + 2 * (2048 + 256) + 3 * 2048  # q and o; k and v; the other sides of gate, up and down
     assert paged_share(QWEN, 16) == pytest.approx(widths / (widths + others))
     assert paged_share(QWEN, 8) == 0 and paged_share(QWEN, 512) == 1
+
+
+def test_what_paging_can_move_is_the_state_of_the_memory_lesson():
+    state, rest = movable_gib(QWEN)["full"]
+    assert state * 2**30 == 8 * QWEN.parameters() and rest * 2**30 > 4 * QWEN.parameters()
+    state, rest = movable_gib(QWEN)["QLoRA"]
+    assert state / (state + rest) < 0.02
 
 
 def test_bitsandbytes_pages_tensors_from_that_size_on(monkeypatch):
@@ -76,11 +86,11 @@ def test_qwen_rows_by_hand():
 def test_8_bits_train_like_32():
     blocks, losses = load_split().train[:, :32], {}
     for name in (WIDE, NARROW):
-        losses[name] = train_with(name, load_adapted_model(), blocks, steps=4)
+        losses[name] = train_with(name, load_adapted_model(0), blocks, steps=4)
     assert losses[WIDE][0] == losses[NARROW][0]
     assert losses[WIDE] != losses[NARROW]
     assert losses[NARROW] == pytest.approx(losses[WIDE], abs=0.01)
 
 
 def test_lora_of_the_embedded_model_is_84_tensors():
-    assert len(trainable_parameters(load_adapted_model())) == 6 * 7 * 2
+    assert len(trainable_parameters(load_adapted_model(0))) == 6 * 7 * 2
