@@ -130,7 +130,7 @@ def run_demo(generator: Generator, prompts: list[Prompt], printer: Printer) -> N
     run_text(generator, prompts, 1, has_adapter, printer)
     if has_adapter:
         norm, projections = adapter_norm(generator.engine.model)
-        printer.print_note(f"adapter norm {norm:.4g}: root of the sum of ‖alpha/rank · B A‖² over {projections} projections")
+        printer.print_note(f"Size of the update: {norm:.4g} (Frobenius norm over {projections} projections; 0 = untrained)")
 
 
 def answer_prompts(generator: Generator, prompts: list[Prompt], batch_size: int, compare: bool) -> Iterator[AnsweredPrompt]:

@@ -113,7 +113,7 @@ def test_demo_shows_every_prompt_with_both_answers_and_their_speed(adapter, caps
         assert repr(prompt) in out
     assert out.count("tokens/s") == 2 * len(DEMO_TEXTS)
     assert out.count("--- base") == out.count("--- adapter") == len(DEMO_TEXTS)
-    assert "adapter norm" in out.splitlines()[-1]
+    assert "Size of the update" in out.splitlines()[-1]
 
 
 def test_interactive_answers_each_line_and_ends_at_end_of_input(adapter, capsys, monkeypatch, sampled):
