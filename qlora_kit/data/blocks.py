@@ -81,6 +81,11 @@ class RecordBlocks:
         """What of the records is not trained, or was changed: names and words."""
         return describe_notes(self.stored.about)
 
+    @property
+    def most_records(self) -> int:
+        """The most records of a block that `starts` tells apart, padding counted as one; 0 without `starts`."""
+        return int(np.diff(self.bounds).max()) + 1 if self.packed or self.marked else 0
+
     def __len__(self) -> int:
         return len(self.bounds) - 1
 

@@ -77,7 +77,8 @@ def attention_input(
     q, k, v = _split_heads(product, batch, sizes, rotary)
     if norms.q is not None and norms.k is not None:
         q, k = rms_norm(q, norms.q, norms.epsilon), rms_norm(k, norms.k, norms.epsilon)
-    heads = rotate(q, rotary), rotate(k, rotary), v.contiguous()  # a view of v would keep all of `product` alive
+    v = v.transpose(1, 2).contiguous().transpose(1, 2)  # a view of `product` would keep all of it alive
+    heads = rotate(q, rotary), rotate(k, rotary), v
     return heads, xa, product if norms.q is not None else None
 
 

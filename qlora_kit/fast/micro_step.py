@@ -33,7 +33,7 @@ class StepSettings(NamedTuple):
     length: int  # tokens of a row
     seed: int  # dropout depends on (seed, optimizer step, micro-step) alone, so a resumed run draws what an unbroken one draws
     captured: bool  # whether to use CUDA graphs
-    packed: bool = False  # whether `starts` comes with each micro-batch (attention.py)
+    most_records: int = 0  # in a row, if `starts` comes with each micro-batch (attention.py)
     rank: int = 0  # of this process; micro-step k here is micro-step k · processes + rank of the optimizer step
     processes: int = 1
 
@@ -54,7 +54,7 @@ class MicroStep:
         if decoder.embeds_outside_graph:
             self.inputs = torch.zeros(*ids.shape, decoder.hidden, dtype=decoder.dtype, device=device)
         self.labels = torch.full_like(ids, IGNORED)
-        self.starts = torch.zeros_like(ids) if settings.packed else None
+        self.starts = torch.zeros_like(ids) if settings.most_records else None
         self.loss_scale = torch.zeros((), device=device)
         self.keys = torch.zeros(len(decoder.layers), len(GROUPS), dtype=torch.int32, device=device)
         self.step, self.number = 0, 0  # the optimizer step, and the micro-step within it
@@ -85,9 +85,8 @@ class MicroStep:
         keys = draw_keys((self.settings.seed, self.step, number), self.keys.numel())
         self.keys.copy_(keys.view_as(self.keys), non_blocking=True)
         self.number += 1
-        return self._run(
-            "train", lambda: self.decoder.accumulate(self.inputs, self.labels, self.loss_scale, self.keys, self.starts)
-        )
+        given = (self.inputs, self.labels, self.loss_scale, self.keys, self.starts, self.settings.most_records)
+        return self._run("train", lambda: self.decoder.accumulate(*given))
 
     def losses(self, ids: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
         """Return the loss of each label but the first of each row, (rows, length - 1), nats in fp32.
@@ -95,7 +94,8 @@ class MicroStep:
         The next call overwrites it.
         """
         self._fill(ids, labels, starts)
-        return self._run("losses", lambda: self.decoder.losses(self.inputs, self.labels, self.starts))[: len(ids), :-1]
+        given = (self.inputs, self.labels, self.starts, self.settings.most_records)
+        return self._run("losses", lambda: self.decoder.losses(*given))[: len(ids), :-1]
 
     def smaller(self, rows: int) -> "MicroStep":
         """Return a MicroStep for fewer rows, and free the graphs of this one, which must not be used any more."""

@@ -101,13 +101,15 @@ class FastDecoder:
         self._rotary_tables: dict[int, RotaryTables] = {}
 
     @torch.no_grad()
-    def losses(self, inputs: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
+    def losses(
+        self, inputs: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor | None = None, most_records: int = 0
+    ) -> torch.Tensor:
         """Return the loss of each label but the first of each row, without dropout.
 
         Returns:
             (B, T) in fp32, nats; position t holds the loss of label t + 1, and the last column is zero.
         """
-        h, layout = self._embed_and_lay_out(inputs, starts)
+        h, layout = self._embed_and_lay_out(inputs, starts, most_records)
         keys = torch.zeros(len(self.layers), len(GROUPS), dtype=torch.int32, device=h.device)
         for number, layer in enumerate(self.layers):
             layer = Layer(layer.norms, *map(_without_dropout, layer[1:]))
@@ -126,6 +128,7 @@ class FastDecoder:
         loss_scale: torch.Tensor,
         keys: torch.Tensor,
         starts: torch.Tensor | None = None,
+        most_records: int = 0,
     ) -> torch.Tensor:
         """Add the gradients of loss_scale · Σ losses to `adapters.gradient`, and return that scaled loss, ().
 
@@ -135,8 +138,9 @@ class FastDecoder:
             loss_scale: (), 1 / the tokens that the optimizer step predicts; in float16 times the scale of the GradScaler.
             keys: (layers, 4), int32, of the dropout masks.
             starts: (B, T), the index at which each token's record begins (attention.py); None: one record a row.
+            most_records: at least the records of each row, padding counted as one; 0 if that is not known, which is slower.
         """
-        h, layout = self._embed_and_lay_out(inputs, starts)
+        h, layout = self._embed_and_lay_out(inputs, starts, most_records)
         saved: list[SavedLayer] = []
         for number, layer in enumerate(self.layers):
             with self._gathered(number, number + 1):
@@ -163,9 +167,12 @@ class FastDecoder:
         """Pass each gather of a sharded base to `handle` instead of running it, while the context lasts."""
         return self.sharded.intercept_gathers(handle) if self.sharded else nullcontext()
 
-    def _embed_and_lay_out(self, inputs: torch.Tensor, starts: torch.Tensor | None) -> tuple[torch.Tensor, BlockLayout]:
+    def _embed_and_lay_out(
+        self, inputs: torch.Tensor, starts: torch.Tensor | None, most_records: int
+    ) -> tuple[torch.Tensor, BlockLayout]:
         h = inputs if inputs.is_floating_point() else self.embed(inputs)
-        return h.flatten(0, 1), lay_out_blocks(len(inputs), self._rotary_table(inputs.shape[1], h.device), starts)
+        tables = self._rotary_table(inputs.shape[1], h.device)
+        return h.flatten(0, 1), lay_out_blocks(len(inputs), tables, starts, most_records)
 
     def _forward(
         self, layer: Layer, h: torch.Tensor, layout: BlockLayout, keys: torch.Tensor, keep_all: bool
@@ -184,7 +191,7 @@ class FastDecoder:
         qkv, o, gate_up = groups
         sizes = (layout.batch, layer.qkv.sizes)
         heads, qkv_xa, product = self._compiled(llama_layer.attention_input)(h, *sizes, qkv, layer.norms, layout.rotary)
-        attended = attend(heads, layout.mask, differentiable)
+        attended = attend(heads, layout, differentiable)
         mlp_input = self._compiled(llama_layer.mlp_input)
         middle, gates, o_xa, gate_up_xa = mlp_input(h, attended.detach(), o, gate_up, layer.norms)
         return Activations(heads, qkv_xa, product, attended, middle, gates, o_xa, gate_up_xa)

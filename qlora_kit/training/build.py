@@ -54,6 +54,11 @@ class TrainingData(NamedTuple):
         """Return the data with `starts` in all blocks of records."""
         return self._change(RecordBlocks.mark)
 
+    @property
+    def most_records(self) -> int:
+        """The most records of a block; 0 where no block says where its records begin."""
+        return max((blocks.most_records for blocks in self if isinstance(blocks, RecordBlocks)), default=0)
+
     def _change(self, change: Callable[[RecordBlocks], RecordBlocks]) -> "TrainingData":
         train, evaluation = (change(blocks) if isinstance(blocks, RecordBlocks) else blocks for blocks in self)
         assert train is not None
@@ -164,7 +169,6 @@ def build_trainer(
     check_library()
     team, steps = store.team, config.total_steps(len(data.train))
     data = data.mark() if needs_marks(model, config.data.max_length) else data
-    packed = any(isinstance(blocks, RecordBlocks) and (blocks.packed or blocks.marked) for blocks in data)
     progress = ProgressCallback(report.log, machine, data.train.tokens / config.steps_per_epoch(len(data.train)))
     trainer = QLoraTrainer(
         model=model,
@@ -177,7 +181,7 @@ def build_trainer(
         steps=steps,
         rows=plan.micro_batch,
         compute_dtype=machine.dtype,
-        micro=build_micro_step(model, config, machine.device, plan, team, report, packed),
+        micro=build_micro_step(model, config, machine.device, plan, team, report, data.most_records),
         store=store,
         report=report,
         progress=progress,
@@ -188,12 +192,12 @@ def build_trainer(
 
 
 def build_micro_step(
-    model: Any, config: Config, device: str, plan: Plan, team: Team, report: RunReport, packed: bool
+    model: Any, config: Config, device: str, plan: Plan, team: Team, report: RunReport, most_records: int
 ) -> MicroStep | None:
     """Return the fast path, or None for the library's own layers; the log says which, and why.
 
     Args:
-        packed: whether items say where each record begins.
+        most_records: in a block, if items say where each begins; else 0.
 
     Raises:
         UserError: performance.compile, cuda_graphs, fsdp or offload_embedding is true and cannot work.
@@ -212,9 +216,8 @@ def build_micro_step(
     decoder = FastDecoder(model, plan.recomputed, not_compiled is None)
     insisted = True in (settings.compile, settings.cuda_graphs)
     fall_back = None if insisted or device == "cpu" else fail_without_fallback if settings.fsdp else report.fall_back
-    step = StepSettings(
-        plan.micro_batch, config.data.max_length, config.training.seed, not_captured is None, packed, team.rank, team.count
-    )
+    length, seed, captured = config.data.max_length, config.training.seed, not_captured is None
+    step = StepSettings(plan.micro_batch, length, seed, captured, most_records, team.rank, team.count)
     return MicroStep(decoder, step, fall_back)
 
 

@@ -4,10 +4,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
+from qlora_kit.fast.attention import BlockLayout, attend, find_offsets
+from qlora_kit.fast.llama_layer import Rotary
 from qlora_kit.fast.micro_step import MicroStep, StepSettings
 from qlora_kit.fast.projection import draw_keys
 from qlora_kit.fast.training_pass import FastDecoder
 from qlora_kit.model.loss import token_losses
+from qlora_kit.model.records import record_mask
 from tests.fast.models import adapt, load_base, matrices
 from tests.model.random_models import build_model
 
@@ -82,10 +85,43 @@ def test_gradients_of_a_packed_block_are_the_sum_of_those_of_its_records(tiny_di
         assert (decoder.adapters.gradient_of(matrix) - expected[name]).norm() < 1e-4 * expected[name].norm(), name
 
 
+def test_offsets_say_where_each_record_begins(blocks):
+    assert find_offsets(blocks[2], 4).tolist() == [0, 7, 16, 21, 24, 27, 38, 48, 48]  # the second block has no padding
+    assert find_offsets(blocks[2][:1], 6).tolist() == [0, 7, 16, 21, 24, 24, 24]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_heads", [2, 8])
+def test_flash_attention_within_offsets_is_that_of_the_dense_mask(kv_heads):
+    """Longer records than a tile of the kernel, records of one token, and padding; the gradients too."""
+    counts = torch.tensor([[1, 300, 130, 1, 70, 10], [512, 0, 0, 0, 0, 0], [255, 257, 0, 0, 0, 0]])
+    begins = counts.cumsum(1) - counts
+    starts = torch.stack([row.repeat_interleave(count) for row, count in zip(begins, counts, strict=True)]).cuda()
+
+    def random(count):
+        return torch.randn(3, 512, count, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+
+    torch.manual_seed(0)
+    heads, dy = [random(count) for count in (8, kv_heads, kv_heads)], random(8)
+    rotary = Rotary(torch.empty(0), torch.empty(0))
+    layouts = [
+        BlockLayout(3, rotary, offsets=find_offsets(starts, 6)),
+        BlockLayout(3, rotary, mask=record_mask(starts, torch.bfloat16)),
+        BlockLayout(3, rotary, mask=record_mask(starts, torch.float32)),
+    ]
+    results = []
+    for layout, dtype in zip(layouts, (torch.bfloat16, torch.bfloat16, torch.float32), strict=True):
+        own = [head.detach().clone().to(dtype) for head in heads]
+        y = attend(tuple(own), layout, differentiable=True)
+        results.append([y.float(), *(grad.float() for grad in torch.autograd.grad(y, own, dy.to(y.dtype)))])
+    for by_offsets, by_mask, exact in zip(*results, strict=True):
+        assert (by_offsets - exact).norm() < 1.5 * (by_mask - exact).norm() < 0.02 * exact.norm()
+
+
 def test_a_smaller_micro_batch_uses_the_starts_of_its_own_records(tiny_dir, blocks):
     ids, labels, starts = blocks
     decoder = FastDecoder(adapt(load_base(tiny_dir)), 0, compiled=False)
-    micro = MicroStep(decoder, StepSettings(2, LENGTH, seed=0, captured=False, packed=True))
+    micro = MicroStep(decoder, StepSettings(2, LENGTH, seed=0, captured=False, most_records=4))
     together = micro.losses(ids, labels, starts).clone()
     for row in (1, 0):
         one = slice(row, row + 1)

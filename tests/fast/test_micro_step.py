@@ -105,7 +105,7 @@ class TestOnTheGpu:
         """Loss and gradient of an optimizer step of three micro-batches, and the losses of an evaluation."""
         ids = torch.randint(6000, (3, 4, 64), generator=torch.Generator().manual_seed(0)).pin_memory()
         starts = torch.arange(64).expand(4, 64) // 24 * 24 if packed else None  # records of 24, 24 and 16 tokens
-        micro = MicroStep(decoder, StepSettings(4, 64, seed=1, captured=captured, packed=packed))
+        micro = MicroStep(decoder, StepSettings(4, 64, seed=1, captured=captured, most_records=3 * packed))
         before = micro.losses(ids[0], ids[0], starts).clone()
         micro.begin_step(7)
         loss_scale = torch.tensor(1.0 / ids[:, :, 1:].numel(), device="cuda")
