@@ -15,6 +15,7 @@ import qlora_kit.doctor.command
 import qlora_kit.merge.command
 import train_qlora
 from finetuning_lessons.lesson import create_parser
+from finetuning_lessons.seeds import add_flag
 from qlora_kit import __main__ as dispatcher
 from qlora_kit.config import GIB, Config, GenerationSettings
 from qlora_kit.config_file import load_config, override
@@ -67,8 +68,10 @@ def test_command_is_one_that_works(command, monkeypatch):
         case ["python", "-m", "qlora_kit.doctor", *flags]:
             qlora_kit.doctor.command.parse_arguments(flags)
         case ["python", "-m", module, *flags] if module.startswith("finetuning_lessons."):
-            assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file()
-            create_parser(None, module.removeprefix("finetuning_lessons.")).parse_args(flags)
+            parser = create_parser(None, module.removeprefix("finetuning_lessons."))
+            if "add_flag(parser)" in (ROOT / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8"):
+                add_flag(parser)
+            parser.parse_args(flags)
         case ["python", script, *flags] if script.startswith("benchmarks/"):
             code = (ROOT / script).read_text(encoding="utf-8")
             assert [flag for flag in flags if flag.startswith("--") and f'"{flag}"' not in code] == []
