@@ -154,7 +154,7 @@ def fits_on_card(size: str, card: int, length: int) -> str:
             fits = text("does not fit", "放不下")
         else:
             fits = text("fits", "放得下") if share < 0.9 else text("barely fits", "勉強放得下")
-        verdicts.append(text(f"{english} {fits} ({gib(needed)} GiB)", f"{chinese}{fits}（{gib(needed)} GiB）"))
+        verdicts.append(text(f"{english} {fits} ({gib(needed)} GiB)", f"{fits}：{chinese}（{gib(needed)} GiB）"))
     return text(
         f"A {size} model on a card of {card} GB ({CARDS[card]}), at 1 x {length} tokens: {'; '.join(verdicts)}.",
         f"{size} 模型能在 {card} GB 的顯示卡（{CARDS[card]}）上訓練嗎？以 1 x {length} 個 token 計算：{'；'.join(verdicts)}。",
@@ -222,8 +222,8 @@ def print_findings(length: int) -> None:
             f"{account[0]}, {account[1]} and {account[2]}. Of full fine-tuning the rule is nearly all; of QLoRA it misses "
             f"{missed:.0f} %. The smallest card for QLoRA of 7B is: {card}.",
             f"7B 模型（全參數、LoRA、QLoRA）的經驗法則是 {rules[0]}、{rules[1]}、{rules[2]} GiB；仔細估算則是 "
-            f"{account[0]}、{account[1]}、{account[2]} GiB。全參數微調幾乎全被經驗法則算到；QLoRA 則少算了 {missed:.0f}%。"
-            f"7B 的 QLoRA 最小只需要：{card}。",
+            f"{account[0]}、{account[1]}、{account[2]} GiB。對全參數微調，經驗法則幾乎全算到了；對 QLoRA 則少算了 {missed:.0f}%。"
+            f"7B 的 QLoRA 可用的最小顯示卡：{card}。",
         )
     )
     kept, saved = (sum(account_bytes("QLoRA", three, length, layers).values()) for layers in (0, three.layers))

@@ -263,7 +263,7 @@ def print_findings(states: dict[tuple[str, str], State], results: Results, shape
             f"% with QLoRA, {shares['LoRA']:.0f} % with LoRA and {shares['full']:.0f} % in full fine-tuning: decisive "
             "there, a last reserve here.",
             f"分頁能移走的只有優化器狀態。3B 模型、1 x 512 個 token 時，QLoRA 只占 {shares['QLoRA']:.0f}%，LoRA "
-            f"{shares['LoRA']:.0f}%，全參數微調則占 {shares['full']:.0f}%：對後者是關鍵，對 QLoRA 只是最後的預備。",
+            f"{shares['LoRA']:.0f}%，全參數微調則占 {shares['full']:.0f}%：對後者很關鍵，對 QLoRA 只是最後的備援。",
         )
     )
     at_16, at_8 = (100 * paged_share(shape, rank) for rank in (16, 8))

@@ -120,7 +120,7 @@ def test_in_chinese_they_print_and_draw_chinese(figures, capsys, monkeypatch):
     finally:
         choose("en")
     printed = capsys.readouterr().out
-    assert "QLoRA放得下" in printed and "✓ 已安裝" in printed and "parameters = 參數量" in printed
+    assert "放得下：QLoRA" in printed and "✓ 已安裝" in printed and "parameters = 參數量" in printed
     assert figures[0].axes[0].get_xlabel() == "parameters"
 
 

@@ -89,7 +89,7 @@ def test_seven_billion_on_16_gb_is_answered_in_one_sentence_in_both_languages():
     )
     choose("zh-TW")
     try:
-        assert "QLoRA放得下（5.23 GiB）；LoRA勉強放得下（14.4 GiB）；全參數微調放不下（76.6 GiB）。" in fits_on_card(
+        assert "放得下：QLoRA（5.23 GiB）；勉強放得下：LoRA（14.4 GiB）；放不下：全參數微調（76.6 GiB）。" in fits_on_card(
             "7B", 16, 512
         )
     finally:
