@@ -119,7 +119,7 @@ def test_in_chinese_they_print_and_draw_chinese(figures, capsys, monkeypatch):
         assert course.setup_lora_training() is True
     finally:
         choose("en")
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().out.replace("\n", "")
     assert "放得下：QLoRA" in printed and "✓ 已安裝" in printed and "parameters = 參數量" in printed
     assert figures[0].axes[0].get_xlabel() == "parameters"
 
