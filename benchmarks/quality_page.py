@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from quality_rivals import EXACT
-from quality_steps import LOGITS, LOSSES, NORMS, differences, mean_residual
+from quality_steps import LOGITS, LOSSES, NORMS, differences, interval, mean_residual
 
 Done = dict[str, Any]  # the pieces of a part, by their names
 Rows = list[tuple[str, str]]
-T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # by degrees of freedom
 MARGIN = 0.01  # nats, of part B
 INTRODUCTION = """# The same result, measured
 
@@ -112,14 +111,6 @@ def by_name(runs: Iterable[dict[str, Any]], key: str = "system") -> dict[str, di
     return {run[key]: run for run in runs}
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Return the mean and half the width of its 95 % interval (Student's t); infinite for a single value."""
-    if len(values) < 2:
-        return values[0], float("inf")
-    error = statistics.stdev(values) / len(values) ** 0.5
-    return statistics.fmean(values), T_95.get(len(values) - 1, 2.0) * error
-
-
 def steps(done: Done) -> tuple[Rows, str]:
     """Judge part A."""
     rows, failed = [], []
@@ -136,9 +127,9 @@ def steps(done: Done) -> tuple[Rows, str]:
             if name.startswith("float32"):
                 failed += [f"{system} in {name}"] * (loss > LOSSES or norm > NORMS)
             else:
-                mean, error = mean_residual(run, plain)
-                text += f"; mean difference {mean:+.1e} ± {T_95[9] * error:.1e}" + from_exact(done, name, run)
-                failed += [f"{system} in {name}"] * (abs(mean) > T_95[9] * error)
+                mean, width = mean_residual(run, plain)
+                text += f"; mean difference {mean:+.1e} ± {width:.1e}" + from_exact(done, name, run)
+                failed += [f"{system} in {name}"] * (abs(mean) > width)
             rows.append((f"{name}: {system}", text))
         rows += [(f"{name}: {system}", f"not run: {reason}") for system, reason in piece["missing"].items()]
     return rows, verdict_of(failed) + (WHY_PLAIN if "plain in float32" in failed else "")

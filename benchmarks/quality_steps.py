@@ -1,7 +1,6 @@
 """Parts A and C of quality.py: the same training step by step, and the adapters that came of it loaded by one another."""
 
 import json
-import math
 import shutil
 import statistics
 import sys
@@ -15,6 +14,7 @@ from quality_systems import Job, Result, forget_earlier_runs, logits_of, read_bl
 SYSTEMS = ["toolkit", "toolkit, library path", EXACT, "plain", "trl"]
 LOSSES, NORMS, LOGITS = 1e-5, 1e-4, 1e-5  # largest relative differences
 GROUPS = 10  # of steps, whose means test whether a difference is zero on average
+T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # by degrees of freedom
 LOADERS = ["toolkit", "peft", "transformers"]  # TRL takes a model that one of the last two has loaded
 
 
@@ -57,14 +57,21 @@ def differences(run: dict[str, Any], reference: dict[str, Any]) -> tuple[float, 
 
 
 def mean_residual(run: dict[str, Any], reference: dict[str, Any]) -> tuple[float, float]:
-    """Return the mean difference of the losses of two runs and its standard error, nats.
+    """Return the mean difference of the losses of two runs, nats, and half the width of its 95 % interval.
 
-    Neighbouring steps depend on each other, so the error is that of the means of ten groups of steps.
+    Neighbouring steps depend on each other, so the interval is that of the means of ten groups of steps.
     """
     residuals = [a - b for a, b in zip(run["losses"], reference["losses"], strict=True)]
     size = max(1, len(residuals) // GROUPS)
-    means = [statistics.fmean(residuals[at : at + size]) for at in range(0, size * (len(residuals) // size), size)]
-    return statistics.fmean(means), statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.nan
+    return interval([statistics.fmean(residuals[at : at + size]) for at in range(0, size * (len(residuals) // size), size)])
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Return the mean and half the width of its 95 % interval (Student's t); infinite for a single value."""
+    if len(values) < 2:
+        return values[0], float("inf")
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return statistics.fmean(values), T_95.get(len(values) - 1, 2.0) * error
 
 
 def exchange(options: Any, unit: dict[str, Any] | None, dtype: str) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def test_part_b_passes_when_the_interval_lies_inside_the_margin(other, passed):
 
 
 def test_an_interval_is_student_t():
-    mean, width = quality_page.interval([1.0, 2.0, 3.0])  # standard deviation 1, t = 4.303 with 2 degrees of freedom
+    mean, width = quality_steps.interval([1.0, 2.0, 3.0])  # standard deviation 1, t = 4.303 with 2 degrees of freedom
     assert (mean, width) == (2.0, pytest.approx(4.303 / 3**0.5))
 
 
