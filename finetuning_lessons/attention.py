@@ -225,8 +225,15 @@ def draw_head(axes: Any) -> None:
 def draw_choices(axes: Any, one: Measured, results: Results) -> None:
     names = [name for name in one[LOSS] if name != BASE]
     gains = [results.gap(LOSS, BASE, name) for name in names]
-    label = text(f"{results.title()}: mean ± standard error", f"{results.title()}：平均 ± 標準誤")
-    axes.bar(names, [gain.mean for gain in gains], 0.6, yerr=[gain.error for gain in gains], color=SKY, capsize=4, label=label)
+    axes.bar(
+        names,
+        [gain.mean for gain in gains],
+        0.6,
+        yerr=[gain.error for gain in gains],
+        color=SKY,
+        capsize=4,
+        label=results.label(),
+    )
     mine = [one[LOSS][BASE] - one[LOSS][name] for name in names]
     axes.plot(names, mine, "x", color=ORANGE, markersize=8, label=text("this run", "這一次"))
     axes.set_title(text(f"{TRAINED:,} parameters, spent on different projections", f"同樣 {TRAINED:,} 個參數，用在不同的投影層"))

@@ -230,12 +230,12 @@ def print_findings(results: Results, facts: dict[str, Facts]) -> None:
             f"LoRA 在這裡是 {here:.1f}%，同樣的 rank 在 Qwen2.5-3B 是 {there:.2f}%。",
         )
     )
-    merged = [over_base(results, f"{name} merged").compared("+.0f", " %") for name in ("LoRA", "IA3")]
+    merged = [over_base(results, f"{name} merged").compared("+.0f", text(" %", "%")) for name in ("LoRA", "IA3")]
     print_text(
         text(
-            f"Merged, LoRA takes {merged[0]} and IA3 {merged[1]} over the base model, whose products they are. "
+            f"Merged, LoRA takes {merged[0]} more than the base model and IA3 {merged[1]}: the products are the same. "
             f"Prefix and prompt also take {VIRTUAL_TOKENS} positions of the context and of the key-value cache.",
-            f"合併之後，LoRA 比基礎模型多 {merged[0]}，IA3 多 {merged[1]}：做的就是同樣的矩陣乘法。"
+            f"合併之後，和基礎模型的時間相差：LoRA {merged[0]}，IA3 {merged[1]}；做的就是同樣的矩陣乘法。"
             f"prefix 和 prompt 還會占用 {VIRTUAL_TOKENS} 個上下文位置與 KV cache。",
         )
     )
@@ -245,8 +245,7 @@ def draw_losses(axes: Any, one: Measured, results: Results, facts: dict[str, Fac
     for name, fact in facts.items():
         share, loss = 100 * fact.trainable / facts["full"].trainable, results.of(LOSS, name)
         first = name == "full"
-        label = text(f"{results.title()}: mean ± standard error", f"{results.title()}：平均 ± 標準誤")
-        axes.errorbar(share, loss.mean, yerr=loss.error, fmt="o", color=BLUE, capsize=4, label=label if first else None)
+        axes.errorbar(share, loss.mean, yerr=loss.error, fmt="o", color=BLUE, capsize=4, label=results.label() if first else None)
         axes.plot(share, one[LOSS][name], "x", color=ORANGE, markersize=8, label=text("this run", "這一次") if first else None)
         axes.annotate(name, (share, loss.mean), (10, -4), textcoords="offset points")
     axes.axhline(one[LOSS][BASE], color=GREY, linestyle="--", label=text("base model", "基礎模型"))

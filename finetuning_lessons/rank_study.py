@@ -192,14 +192,14 @@ def print_copies(results: Results) -> None:
 
 def print_times(results: Results) -> None:
     def extra(rank: str, unit: str) -> str:
-        return results.spread(lambda one: 100 * (one[TIME][rank] / one[TIME]["0"] - 1)).compared("+.0f", unit)
+        return results.spread(lambda one: 100 * (one[TIME][rank] / one[TIME]["0"] - 1)).compared(".0f", unit)
 
     without, low, high = (results.median_range(TIME, rank, 2) for rank in ("0", "8", "256"))
     print_text(
         text(
             f"Median (range) of {results.title()}: without LoRA the layer takes {without} ms, at rank 8 {low}, at rank 256 "
-            f"{high}. Beside W, rank 8 costs {extra('8', ' %')} and rank 256 {extra('256', ' %')}. Merged, every rank takes what "
-            "the layer takes without.",
+            f"{high}. Beside W, rank 8 takes {extra('8', ' %')} longer and rank 256 {extra('256', ' %')}. Merged, every rank "
+            "takes what the layer takes without.",
             f"{results.title()}的中位數（與範圍）：沒有 LoRA 時這一層要 {without} ms，rank 8 要 {low}，rank 256 要 {high}。"
             f"不合併時，rank 8 多花 {extra('8', '%')}，rank 256 多花 {extra('256', '%')}。"
             "合併之後，任何 rank 的時間都和沒有 LoRA 一樣。",
@@ -256,11 +256,11 @@ def print_findings(results: Results) -> None:
         )
     )
     print_targets(results)
-    nf4, fp4 = (results.gap(LOSS, name, "rank 16").compared("+.3f") for name in ("NF4 base", "FP4 base"))
+    nf4, fp4 = (results.gap(LOSS, name, "rank 16").compared("+.3f", " nats") for name in ("NF4 base", "FP4 base"))
     print_text(
         text(
-            f"An NF4 base instead of 16-bit weights changes the final loss by {nf4} nats a token, an FP4 base by {fp4}.",
-            f"把 16-bit 的基礎模型換成 NF4，最後的損失改變 {nf4} nats / token；換成 FP4 則改變 {fp4}。",
+            f"An NF4 base instead of 16-bit weights changes the final loss by {nf4} a token, an FP4 base by {fp4}.",
+            f"把 16-bit 的基礎模型換成 NF4，每個 token 的損失最後改變 {nf4}；換成 FP4 則改變 {fp4}。",
         )
     )
 
@@ -324,9 +324,8 @@ def draw_copies(axes: Any, results: Results) -> None:
 
 def draw_ranks(axes: Any, one: Measured, results: Results) -> None:
     spreads = [results.of(LOSS, f"rank {rank}") for rank in TRAINED_RANKS]
-    label = text(f"{results.title()}: mean ± standard error", f"{results.title()}：平均 ± 標準誤")
     means, errors = [spread.mean for spread in spreads], [spread.error for spread in spreads]
-    axes.errorbar(TRAINED_RANKS, means, yerr=errors, fmt="o-", color=BLUE, capsize=4, label=label)
+    axes.errorbar(TRAINED_RANKS, means, yerr=errors, fmt="o-", color=BLUE, capsize=4, label=results.label())
     mine = [one[LOSS][f"rank {rank}"] for rank in TRAINED_RANKS]
     axes.plot(TRAINED_RANKS, mine, "x", color=ORANGE, markersize=8, label=text("this run", "這一次"))
     full = results.of(LOSS, FULL)

@@ -113,6 +113,11 @@ class Results:
             return words.replace("≈", "?") + text(" (one seed: no ranking)", "（只有一個種子，不能排名）")
         return words + (text(" (≈: within noise)", "（≈ 表示在誤差範圍內）") if "≈" in words else "")
 
+    def label(self) -> str:
+        """Return the label of means in a picture."""
+        count = len(self.seeds)
+        return text(f"{count} seeds: mean ± standard error", f"{count} 個種子：平均 ± 標準誤")
+
     def title(self) -> str:
         """Return the head of a column of means."""
         return (

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from rich.cells import cell_len
 from torch import nn
 
 from finetuning_lessons.layers import count_parameters
-from finetuning_lessons.lesson import load_model
+from finetuning_lessons.lesson import PRINTED_WIDTH, load_model
 from finetuning_lessons.methods import (
     BOTTLENECK,
     METHODS,
@@ -22,6 +23,7 @@ from finetuning_lessons.methods import (
     try_to_merge,
 )
 from finetuning_lessons.seeds import load_results
+from finetuning_lessons.words import choose
 
 # The embedded model: 6 layers, hidden 192, 2 x 32 wide keys and values, MLP 512.
 LAYERS, HIDDEN, KEYS, MLP = 6, 192, 64, 512
@@ -96,11 +98,14 @@ def test_every_model_is_timed(ids):
 def test_what_is_stored_is_printed_and_drawn(capsys, tmp_path):
     results = load_results("methods", {"steps": STEPS})
     one, facts = results.measured[0], {name: Facts(trainable, "yes") for name, trainable in TRAINABLE.items()}
-    print_losses(one, results, facts, STEPS)
-    print_times(one, results, facts)
-    print_findings(results, facts)
+    for language in ("zh-TW", "en"):
+        choose(language)
+        print_losses(one, results, facts, STEPS)
+        print_times(one, results, facts)
+        print_findings(results, facts)
     draw(tmp_path / "methods.png", one, results, facts)
     printed = capsys.readouterr().out
+    assert max(cell_len(line.rstrip()) for line in printed.splitlines() if not line.startswith("picture")) <= PRINTED_WIDTH
     assert "325,632" in printed and "9.19 %" in printed and (tmp_path / "methods.png").exists()
     longer = sum(100 * (seed[TIME]["LoRA"] / seed[TIME]["full"] - 1) for seed in results.measured) / len(results.seeds)
     assert f"+{longer:.0f} ± " in printed

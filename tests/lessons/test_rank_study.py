@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from rich.cells import cell_len
 
 from finetuning_lessons.layers import count_parameters
-from finetuning_lessons.lesson import load_model
+from finetuning_lessons.lesson import PRINTED_WIDTH, load_model
 from finetuning_lessons.low_rank import best_errors, fitted_error, pooled_errors
 from finetuning_lessons.rank_study import (
     LOSS,
@@ -22,6 +23,7 @@ from finetuning_lessons.rank_study import (
 )
 from finetuning_lessons.seeds import load_results
 from finetuning_lessons.short_run import load_split
+from finetuning_lessons.words import choose
 
 
 def test_best_error_by_hand():
@@ -54,11 +56,15 @@ def test_a_trained_copy_comes_near_the_best_and_never_below(rank):
 def test_what_is_stored_is_printed_and_drawn(capsys, tmp_path):
     results = load_results("rank_study", {"steps": STEPS})
     one = results.measured[0]
-    print_costs(one, results)
-    print_losses(one, results, STEPS)
-    print_findings(results)
+    for language in ("zh-TW", "en"):
+        choose(language)
+        print_costs(one, results)
+        print_losses(one, results, STEPS)
+        print_findings(results)
     draw(tmp_path / "rank_study.png", one, results)
-    printed = " ".join(capsys.readouterr().out.split())
+    lines = capsys.readouterr().out.splitlines()
+    assert max(cell_len(line.rstrip()) for line in lines if not line.startswith("picture")) <= PRINTED_WIDTH
+    printed = " ".join(" ".join(lines).split())
     assert " 8 12,288 2.08 % " in printed  # 8 · (768 + 768), of 768²
     assert f"attention only 122,880 3.5 % {one[LOSS]['attention only']:.3f} {results.of(LOSS, 'attention only'):.3f}" in printed
     gain = 6.39556 - results.of(LOSS, "rank 16").mean
