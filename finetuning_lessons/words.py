@@ -16,7 +16,7 @@ LANGUAGES = ("en", "zh-TW")
 FONT_PACKAGE = "fonts-noto-cjk"  # of Debian and Ubuntu
 # Files of fonts with Traditional Chinese: Noto and Source Han, those of macOS and Windows, and older free ones.
 FONT_FILES = re.compile(
-    r"(?:NotoSans(?:CJK(?:tc)?|TC|HK)|SourceHanSans(?:TC|TW|HW)?)[-.\[](?:Regular|VF|wght|otf|ttc).*|PingFang.*|msjh\.ttc|wqy.*|uming.*"
+    r"(?:NotoSans(?:CJK(?:tc)?|TC|HK)|SourceHanSans(?:TC|TW|HW)?)[-.\[](?:Regular|VF|wght|otf|ttc).*|PingFang.*|msjh\.ttc|mingliu.*|wqy.*|uming.*"
 )
 
 # Labels that several lessons share.
