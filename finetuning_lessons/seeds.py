@@ -150,6 +150,7 @@ def measure_seeds(
         return one, load_results(arguments.name, settings) or Results((0,), (one,))
     if arguments.seeds < 3:
         raise UserError("--seeds", arguments.seeds, "says nothing about noise", "use 3 or more")
+    check_folder()
     seeds, measured = range(1, arguments.seeds + 1), []
     for seed in seeds:
         progress(text(f"seed {seed} of {seeds[-1]}", f"第 {seed} 個種子，共 {seeds[-1]} 個"))
@@ -157,6 +158,21 @@ def measure_seeds(
     results = Results(tuple(seeds), tuple(measured))
     store_results(arguments.name, results, settings)
     return measured[0], results
+
+
+def check_folder() -> None:
+    """Check that results can be stored, before minutes are spent on them.
+
+    Raises:
+        UserError: they cannot.
+    """
+    remedy = "run it where this package's files may be changed"
+    try:
+        RESULTS.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError("--seeds", RESULTS, f"cannot be written ({error.strerror})", remedy) from error
+    if not os.access(RESULTS, os.W_OK):
+        raise UserError("--seeds", RESULTS, "cannot be written", remedy)
 
 
 def print_place(one: Measured, results: Results, quantity: str) -> None:
@@ -212,14 +228,9 @@ def store_results(name: str, results: Results, settings: Mapping[str, Any]) -> N
         "seeds": list(results.seeds),
         "quantities": _rounded(quantities),
     }
-    try:
-        RESULTS.mkdir(exist_ok=True)
-        # Each list of numbers on one line.
-        written = re.sub(r"\[[^][{}]*\]", lambda found: " ".join(found[0].split()), json.dumps(record, indent=1))
-        (RESULTS / f"{name}.json").write_text(written + "\n", encoding="utf-8")
-    except OSError as error:
-        remedy = "run it where this package's files may be changed"
-        raise UserError("--seeds", RESULTS / f"{name}.json", f"cannot be written ({error.strerror})", remedy) from error
+    # Each list of numbers on one line.
+    written = re.sub(r"\[[^][{}]*\]", lambda found: " ".join(found[0].split()), json.dumps(record, indent=1))
+    (RESULTS / f"{name}.json").write_text(written + "\n", encoding="utf-8")
     print(f"{text('results', '結果')}  {os.path.relpath(RESULTS / f'{name}.json')}")
 
 

@@ -101,7 +101,7 @@ def test_too_few_seeds_and_a_folder_that_cannot_be_written_are_one_line(folder):
     with pytest.raises(UserError, match="--seeds: 2: says nothing about noise"):
         run(2)
     folder.touch()
-    with pytest.raises(UserError, match=r"--seeds: .*lesson.json: cannot be written"):
+    with pytest.raises(UserError, match=r"--seeds: .*results: cannot be written"):
         run(3)
 
 
