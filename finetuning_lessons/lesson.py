@@ -66,13 +66,13 @@ STYLE: dict[Any, Any] = {
 PRINTED_WIDTH = 80  # columns of a line, or fewer on a narrower terminal
 # In the order of docs/lessons.md.
 LESSONS = (
-    "layers", "attention", "quantization", "qlora", "memory", "methods", "rank_study", "formats", "training_loop",
+    "layers", "attention", "quantization", "qlora", "memory", "methods", "rank_study", "variants", "formats", "training_loop",
     "gradient_checkpointing", "paged_optimizer",
 )  # fmt: skip
 WIDE = "\u3000-\u9fff\uff00-\uffef"  # Chinese characters and their punctuation
 # What no line end may divide: a word, a number with its error and unit, a character with the punctuation that belongs to it.
 PIECE = re.compile(
-    rf"(\s*)([（「『《]*(?:[^\s{WIDE}]+(?: ± [\d.]+)?(?: (?:%|[MG]i?B|ms)(?!\w)[.,;:)]*)?|[{WIDE}])[，。、；：！？）」』》]*)"
+    rf"(\s*)([（「『《]*(?:[^\s{WIDE}]+(?: ± [\d.]+%?)?(?: (?:%|[MG]i?B|ms)(?!\w)[.,;:)]*)?|[{WIDE}])[，。、；：！？）」』》]*)"
 )
 
 

@@ -78,7 +78,7 @@ def check_run(name: str, folder: Path, capsys, language: str) -> None:
         assert [line for line in lines if len(re.findall("[a-z]{3,}", line)) > 5 and line.isascii()] == []
 
 
-LONGER = ("layers", "methods", "paged_optimizer", "rank_study")  # seconds each; the slow test below runs them as they are
+LONGER = ("layers", "methods", "paged_optimizer", "rank_study", "variants")  # seconds each; a slow test runs them
 
 
 @pytest.mark.filterwarnings("error:Glyph")  # a Chinese label in a picture that has no font for it
