@@ -152,7 +152,8 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     if sum(_longest(column) + 2 for column in columns) > width:
         header = [*header[:words], *(fill(name, _longest(cells)) for name, *cells in columns[words:])]
         columns = list(zip(header, *rows, strict=True))
-    table = Table(box=box.SIMPLE_HEAD if terminal else None, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD if terminal else None, show_edge=False, pad_edge=False)
+    table.padding = (0, 1, 0, 0) if terminal else (0, 1)  # columns are two apart: a box has a column of its own between them
     for name, *cells in columns[:words]:
         table.add_column(name, min_width=_longest(" ".join([name, *cells]).split()))
     for name, *cells in columns[words:]:

@@ -3,9 +3,11 @@
 import importlib
 import re
 import subprocess
+import sys
 import time
 import webbrowser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.cells import cell_len
@@ -22,7 +24,7 @@ from finetuning_lessons.lesson import (
     print_table,
     print_text,
 )
-from finetuning_lessons.words import choose, text
+from finetuning_lessons.words import choose, find_chinese_font, text
 from qlora_kit.errors import UserError
 from tests import forked
 
@@ -126,10 +128,13 @@ def test_table_is_plain_columns_when_piped(capsys):
     assert lines == ["Sizes", "rank  parameters", "8          1,024", "all       [bold]", ""]
 
 
-def test_a_wide_table_wraps_its_words_and_never_a_number(capsys):
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_wide_table_wraps_its_words_and_never_a_number(is_terminal, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    monkeypatch.setenv("COLUMNS", "80")
     header = ["method", *[f"loss over five seeds, number {number}" for number in range(4)]]
     print_table("Losses", header, [["LoRA on weights in NF4, packed twice", *["0.4123 ± 0.0021"] * 4]])
-    lines = capsys.readouterr().out.splitlines()
+    lines = re.sub(r"\x1b\[\d*m", "", capsys.readouterr().out).splitlines()
     assert max(map(len, lines)) <= PRINTED_WIDTH and sum(line.count("0.4123 ± 0.0021") for line in lines) == 4
 
 
@@ -152,6 +157,26 @@ def test_without_a_font_a_chinese_picture_is_labelled_in_english_and_explained(t
     assert text("step", "步數") == "步數"
     printed = capsys.readouterr().out
     assert "step = 步數" in printed and "fonts-noto-cjk" in printed and f"圖片  {tmp_path / 'a.png'}" in printed
+
+
+@pytest.mark.parametrize(
+    "name, known",
+    [
+        ("NotoSansCJK-Regular.ttc", True),
+        ("NotoSansTC[wght].ttf", True),
+        ("PingFang.ttc", True),
+        ("msjh.ttc", True),
+        ("NotoSansCJK-Bold.ttc", False),
+        ("NotoSansSC-Regular.otf", False),  # for simplified characters
+        ("DejaVuSans.ttf", False),
+    ],
+)
+def test_fonts_for_chinese_are_known_by_their_files(name, known, monkeypatch):
+    monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", lambda: [f"/fonts/{name}"])
+    monkeypatch.setattr("matplotlib.font_manager.fontManager.addfont", lambda path: None)
+    font = SimpleNamespace(name="some family", fname=f"/fonts/{name}")
+    monkeypatch.setattr("matplotlib.font_manager.fontManager.ttflist", [font])
+    assert find_chinese_font() == ("some family" if known else None)
 
 
 def test_with_a_font_a_picture_is_labelled_in_chinese(tmp_path, capsys, monkeypatch):
