@@ -41,7 +41,7 @@ from finetuning_lessons.lesson import (
     progress,
 )
 from finetuning_lessons.memory import METHODS, account_bytes
-from finetuning_lessons.seeds import Measured, Results, add_flag, measure_seeds, time_in_turns
+from finetuning_lessons.seeds import Measured, Results, add_flag, measure_seeds, print_place, time_in_turns
 from finetuning_lessons.short_run import load_split, use_one_thread
 from finetuning_lessons.words import HELD_OUT_LOSS, percent, text
 from qlora_kit import cli
@@ -336,6 +336,7 @@ def main(argv: list[str] | None = None) -> None:
     one, results = measure_seeds(arguments, measure, {"steps": STEPS})
     print_tables(states, one, results, shape)
     print_findings(states, results, shape)
+    print_place(one, results, LOSSES)
     draw(arguments.output_dir / "paged_optimizer.png", states, shape)
     finish(arguments)
 

@@ -34,7 +34,7 @@ from finetuning_lessons.lesson import (
     train,
 )
 from finetuning_lessons.quantization import QuantizedWeight, quantize
-from finetuning_lessons.seeds import Measured, Results, add_flag, measure_seeds, time_in_turns
+from finetuning_lessons.seeds import Measured, Results, add_flag, measure_seeds, print_place, time_in_turns
 from finetuning_lessons.short_run import load_split, use_one_thread
 from finetuning_lessons.words import HELD_OUT_LOSS, LOSS, STEP, percent, text
 from qlora_kit import cli
@@ -347,6 +347,7 @@ def main(argv: list[str] | None = None) -> None:
     print_kept()
     print_training(one, results)
     print_merged(one, results)
+    print_place(one, results, LOSSES)
     draw(arguments.output_dir / "qlora.png", stored, runs[0].curves, results)
     finish(arguments)
 
