@@ -309,9 +309,12 @@ def print_times() -> None:
         rows.append(
             [names[name], f"{middle:.2f}", f"{low:.2f} - {high:.2f}", "-" if name == "without" else f"{longer[name]:+.0f} %"]
         )
-    title = text("A forward pass of 256 x 1024, rank 8, in ms", "256 x 1024 的前向傳播，rank 8，毫秒")
+    count = len(times["without"])
+    title = text(
+        f"A forward pass of 256 x 1024, rank 8, in ms; {count} turns", f"256 x 1024 的前向傳播，rank 8，毫秒；{count} 輪"
+    )
     header = ["", text("median", "中位數"), text("middle half", "中間一半"), text("over W alone", "比只有 W")]
-    print_table(f"{title}; {len(times['without'])} {text('turns', '輪')}", header, rows)
+    print_table(title, header, rows)
     print_text(
         text(
             f"A and B beside W take {longer['beside']:.0f} % longer. Merged, it is the same product as without LoRA; that the "
