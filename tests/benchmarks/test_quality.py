@@ -143,7 +143,7 @@ def test_no_fact_is_told_by_its_question():
 @pytest.mark.slow
 @pytest.mark.parametrize("part", "BDEF")
 def test_a_part_runs_on_a_cpu(part, tmp_path):
-    options = options_for(tmp_path, "--seeds", "1", "--facts", "4", "--epochs", "1")
+    options = options_for(tmp_path, "--seeds", "1", "--facts", "4", "--epochs", "1", "--length", "64")
     assert quality.measure([part], options)
     quality_page.write_page(tmp_path / "page.md", NOTHING | {part: quality.load(options.results, part)})
     assert f"## {part}." in (tmp_path / "page.md").read_text()
