@@ -164,7 +164,7 @@ def simple_lora_training_loop() -> list[float]:
     loader = DataLoader(dataset, batch_size=batch_size, shuffle=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
     settings = f"epochs={num_epochs}, batch_size={batch_size}, lr={learning_rate:g}"
-    print(text(f"Training {base.description} ({settings})", f"開始訓練 {base.description}（{settings}）"))
+    print(text(f"Training {base.description} ({settings})", f"開始訓練 {base.chinese}（{settings}）"))
     losses: list[float] = []
     for epoch in range(1, num_epochs + 1):
         for batch in loader:

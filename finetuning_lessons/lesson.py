@@ -148,6 +148,8 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         words: number of leading columns that are text, aligned left; the other columns are numbers, aligned right.
     """
     terminal, width = sys.stdout.isatty(), printed_width()
+    if chosen_language() != "en":  # as it is set in Taiwan
+        rows = [[cell.replace(" %", "%") for cell in row] for row in rows]
     columns = list(zip(header, *rows, strict=True))
     if sum(_longest(column) + 2 for column in columns) > width:
         header = [*header[:words], *(fill(name, _longest(cells)) for name, *cells in columns[words:])]

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 
 from finetuning_lessons.lesson import BLUE, GREEN, GREY, ORANGE, RED, drawing, print_text
 from finetuning_lessons.memory import fits_on_card
-from finetuning_lessons.words import PARAMETERS, text
+from finetuning_lessons.words import PARAMETERS, percent, text
 from qlora_kit.config import GIB
 from qlora_kit.planning.cards import CARDS
 
@@ -37,7 +37,7 @@ def visualize_lora_efficiency() -> None:
         left.set(title=text(*PARAMETERS), xlabel="rank", ylabel=text(*PARAMETERS), yscale="log")
         left.legend()
         bars = right.bar(names, shares, color=ORANGE)
-        shown = [f"{share:.2f} %" if rank in USUAL_RANKS else "" for rank, share in zip(RANKS, shares, strict=True)]
+        shown = [percent(share, 2) if rank in USUAL_RANKS else "" for rank, share in zip(RANKS, shares, strict=True)]
         right.bar_label(bars, labels=shown)
         right.set(title=text("Share of the layer", "占原本層的比例"), xlabel="rank", ylabel="%")
         plt.show()

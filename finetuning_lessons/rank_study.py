@@ -43,7 +43,7 @@ from finetuning_lessons.lesson import (
 from finetuning_lessons.low_rank import best_errors, fitted_error, pooled_errors
 from finetuning_lessons.seeds import Measured, Results, Spread, add_flag, measure_seeds, print_place, time_in_turns
 from finetuning_lessons.short_run import Text, load_split, use_one_thread
-from finetuning_lessons.words import text
+from finetuning_lessons.words import percent, text
 from qlora_kit import cli
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -290,7 +290,7 @@ def draw_parameters(axes: Any) -> None:
     for place, rank in zip(places, RANKS, strict=True):
         share = 200 * rank / WIDTH
         axes.annotate(
-            f"{share:.{1 if share < 10 else 0}f} %",
+            percent(share, 1 if share < 10 else 0),
             (place, 2 * WIDTH * rank),
             (0, 3),
             textcoords="offset points",
