@@ -24,6 +24,7 @@ from qlora_kit.output.folder import (
     LOG,
     METRICS,
     NEW,
+    OUTPUT_FILES,
     PROVENANCE,
     SAVING,
     digest,
@@ -112,7 +113,9 @@ def finish(folder: Path) -> list[str]:
         removed += [NEW] if remove(new) else []
     elif _drop_staged(new):
         removed.append(f"{NEW}/{ADAPTER_FILES[0]}")
-    removed += [path.name for path in folder.glob(f"{SAVING}*") if remove(path)]  # as earlier versions left them
+    unfinished = [folder / f".{name}" for name in OUTPUT_FILES]  # files that were to take the place of others
+    earlier = folder.glob(f"{SAVING}*")  # as earlier versions left them
+    removed += [path.name for path in (*unfinished, *earlier) if remove(path)]
     return [f"Removed what a killed run left in {folder}: {', '.join(removed)}"] if removed else []
 
 

@@ -138,8 +138,9 @@ def test_a_reader_waits_for_a_run_that_is_moving_and_says_when_it_cannot_finish(
 def test_what_killed_runs_left_is_removed_and_named_in_one_line(old):
     for name in (".saving_abc", ".new", "checkpoints/.saving/checkpoint-1"):
         (old / name).mkdir(parents=True)
+    (old / ".metrics.jsonl").touch()
     (line,) = finish(old)
-    assert all(name in line for name in (".saving_abc", ".new", "checkpoints/.saving")) and finish(old) == []
+    assert all(name in line for name in (".saving_abc", ".new", "checkpoints/.saving", ".metrics.jsonl")) and finish(old) == []
     (old / ".new").symlink_to(old.parent)
     assert len(finish(old)) == 1 and old.parent.is_dir() and ".new" not in names(old)
 
