@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from qlora_kit import cli
-from qlora_kit.adapter.folder import AdapterSource, fetch_base, load_checked_tokenizer, read_adapter
+from qlora_kit.adapter.folder import AdapterSource, check_base, fetch_base, load_checked_tokenizer, read_adapter
 from qlora_kit.adapter.lora_pairs import read_pairs
 from qlora_kit.config import GIB
 from qlora_kit.errors import Failed, Stopped, UserError
@@ -84,8 +84,8 @@ def merge(
         trust_remote_code: run Python code that comes with the base model.
 
     Raises:
-        UserError: an argument is wrong, the adapter cannot be merged or does not fit its base model, or there is no room on the
-            disk or the GPUs; nothing was written.
+        UserError: an argument is wrong, the adapter cannot be merged or was trained on other base weights, or there is no room
+            on the disk or the GPUs; nothing was written.
         Failed: the disk refuses, or the GPU's memory is full during the check.
     """
     shard_bytes = parse_size(max_shard_size)
@@ -97,6 +97,7 @@ def merge(
     folder = check_output(str(output), overwrite, source)
     hub.prepare(source.model.name)
     base_folder = fetch_base(source, hub.fetch_model)
+    check_base(source)
 
     from qlora_kit.merge import check as checks
     from qlora_kit.merge import weights

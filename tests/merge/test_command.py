@@ -274,6 +274,15 @@ def test_nan_in_a_matrix_leaves_nothing(adapter, tmp_path):
     assert list((tmp_path / "place").iterdir()) == []
 
 
+def test_a_base_whose_weights_were_replaced_is_refused(adapter, tmp_path):
+    own = shutil.copytree(adapter, tmp_path / "adapter")
+    record = json.loads((own / "run.json").read_text()) | {"base_weights_sha256": "0" * 64}
+    (own / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"was trained on other weights than those of .* in run\.json"):
+        run_merge(own, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_failure_keeps_the_former_merge_and_overwrite_replaces_it(adapter, merged, tmp_path):
     former = shutil.copytree(merged, tmp_path / "out")
     (former / ".git").mkdir()
