@@ -362,7 +362,7 @@ def _try(trial: Trial, top: Path, seconds: float, sound: Outcome | None = None) 
         # run.json and adapter_config.json name the folder of the base model
         for path in (place / "adapter").glob("*.json"):
             path.write_text(path.read_text(encoding="utf-8").replace(str(top / "sound"), str(place)), encoding="utf-8")
-        trial.damage(place)
+        _damage(trial, place)
         outcome = run(trial, place, seconds, 4 * BYTES)
         return outcome, judge(trial, outcome, sound, place) if sound else None
     finally:
@@ -370,6 +370,17 @@ def _try(trial: Trial, top: Path, seconds: float, sound: Outcome | None = None) 
             if path.is_dir() and not path.is_symlink():
                 path.chmod(0o755)
         shutil.rmtree(place)
+
+
+def _damage(trial: Trial, place: Path) -> None:
+    """Damage the files in a child: the memory that this takes would count as that of the trials."""
+    if (pid := os.fork()) == 0:
+        try:
+            trial.damage(place)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(pid, 0)[1] == 0, f"{trial.name}: the damage failed"
 
 
 if __name__ == "__main__":

@@ -24,14 +24,18 @@ ACCEPTED = {
     r"base/tokenizer_config\.json: chat_template ": "chat_template.jinja takes its place",
     r"base/tokenizer_config\.json: (eos|pad)_token ": "special_tokens_map.json takes its place",
     r"(base|adapter)/tokenizer_config\.json: tokenizer_class ": "the tokenizer is that of tokenizer.json",
-    r"adapter/tokenizer_config\.json: (chat_template|pad_token) ": "chat_template.jinja and run.json take their places",
+    r"adapter/tokenizer_config\.json: (chat_template|pad_token|the whole is empty object)": (
+        "chat_template.jinja and run.json take their places"
+    ),
     r"base/special_tokens_map\.json: pad_token ": "padding is masked, and never read",
     r"base/config\.json: auto_map is empty object": "it states nothing",
     r"base/model\.safetensors: a tensor of 1e\+30": "a finite number is a weight",
     r"train --output_dir: the data folder": "it holds the file that is trained on, and may hold more",
     r"resume --resume: checkpoints of a run": "a folder with checkpoints of this run is a way to name them",
     r"base/tokenizer_config\.json: model_max_length is (1e30|400 digits|infinity|gone|null)": "no end, which is sound",
-    r"base/tokenizer\.json: added_tokens is empty": "a tokenizer without added tokens",
+    r"base/tokenizer\.json: (added_tokens is empty|model/merges is empty|(pre_tokenizer|post_processor) is )": (
+        "a tokenizer that splits otherwise"
+    ),
     r"chat: base/chat_template\.jinja: (empty|gone)": "a model without a template gets lines of User and Assistant",
     r"=1\.5$|=0$|=null$|=1e-400$": "a sound value: 1e-400 is 0",
     r"--model_name: the base model": "it is one",
@@ -45,12 +49,19 @@ ACCEPTED = {
     ),
     r"adapter/(adapter_config|run)\.json: \S+ is (null|gone|empty (list|object|text))$": "a missing key stands for its default",
     r"adapter_config\.json: (base_model_name_or_path|revision) ": "run.json names the base model",
-    r"adapter_config\.json: (lora_alpha is (minus one|zero|half)|fan_in_fan_out is true)": "any scale is one; peft turns it back",
+    r"adapter_config\.json: (lora_alpha is (minus one|zero|half)|(fan_in_fan_out|use_rslora) is true)": (
+        "any scale is one; peft turns it back"
+    ),
+    r"adapter_config\.json: init_lora_weights is true": "it says how the matrices began",
     r"adapter_config\.json: ((rank|alpha)_pattern is object|exclude_modules is)": "it matches none of the modules",
     r"merge: adapter/adapter_config\.json: (target_|layers_|task_type)": "the tensors' names say what is adapted",
     r"run\.json: (perplexity|config|base_commit|base_model/(revision|folder|name)|data is object|stop_ids is list$)": (
         "it describes the run, and nothing is computed with it"
     ),
+    r"merge: adapter/run\.json: quantization/load_in_4bit is true": "it is so",
+    r"manifest\.json: run/(plan_inputs is object|recomputed is zero)": "with other inputs the run is planned again",
+    r"manifest\.json: files/manifest\.json is gone": "the list does not hold itself",
+    r"plan: base/config\.json: rope_parameters/factor": "a plan does not depend on it",
     r"infer: adapter/config\.yaml: (gone|empty|a folder of everything)": "it holds defaults; no data are opened",
     r"infer: adapter/chat_template\.jinja: ": "an adapter trained on text renders none",
 }
