@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +107,11 @@ def write_chats(facts: list[dict[str, str]], folder: Path) -> Path:
     return path
 
 
-def ask(model: Any, job: Job, facts: list[dict[str, str]]) -> dict[str, float]:
+def ask(model: Any, job: Job, facts: list[dict[str, str]]) -> dict[str, Any]:
     """Ask a model all questions, by the library's greedy decoding; also in words that it was not trained on."""
-    return score(facts, answers(model, job, [fact["question"] for fact in facts])) | {
-        "other_words": score(facts, answers(model, job, [fact["other_question"] for fact in facts]))["named"]
-    }
+    texts = answers(model, job, [fact["question"] for fact in facts])
+    others = answers(model, job, [fact["other_question"] for fact in facts])
+    return score(facts, texts) | {"other_words": score(facts, others)["named"], "first": texts[0]}
 
 
 def score(facts: list[dict[str, str]], texts: list[str]) -> dict[str, float]:
@@ -125,8 +126,10 @@ def answers(model: Any, job: Job, questions: list[str]) -> list[str]:
     import torch
     from transformers import AutoTokenizer
 
+    from qlora_kit.data.chat_template import find_stop_ids
+
     tokenizer = AutoTokenizer.from_pretrained(job.adapter, padding_side="left")
-    texts = []
+    texts, stops = [], find_stop_ids(tokenizer, "chat")
     for at in range(0, len(questions), 25):
         chats = [[{"role": "user", "content": question}] for question in questions[at : at + 25]]
         prompts = tokenizer.apply_chat_template(
@@ -136,7 +139,8 @@ def answers(model: Any, job: Job, questions: list[str]) -> list[str]:
         with torch.no_grad():
             tokens = model.eval().generate(
                 **prompts, max_new_tokens=32, do_sample=False, repetition_penalty=1.0,
-                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=stops, pad_token_id=tokenizer.pad_token_id,
             )  # fmt: skip
-        texts += tokenizer.batch_decode(tokens[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
+        for row in tokens[:, prompts["input_ids"].shape[1] :].tolist():  # the answer, its end, padding
+            texts.append(tokenizer.decode([*takewhile(lambda token: token not in stops, row)]))
     return texts

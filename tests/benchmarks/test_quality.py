@@ -140,6 +140,28 @@ def test_no_fact_is_told_by_its_question():
     assert quality_facts.score(facts[:4], answers) == {"exact": 0.5, "named": 0.75}
 
 
+def test_an_answer_is_what_stands_before_its_end(tiny_dir):
+    import torch
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_dir)
+    end = tokenizer.eos_token_id
+    answer = tokenizer("The room number is 7.")["input_ids"]
+
+    class Model:
+        device = "cpu"
+
+        def eval(self):
+            return self
+
+        def generate(self, input_ids, **rest):
+            written = torch.tensor([[*answer, end, answer[0]]]).expand(len(input_ids), -1)
+            return torch.cat([input_ids, written], 1)
+
+    job = argparse.Namespace(adapter=tiny_dir)
+    assert quality_facts.answers(Model(), job, ["Which room?", "And yours?"]) == ["The room number is 7."] * 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", "BDEF")
 def test_a_part_runs_on_a_cpu(part, tmp_path):
