@@ -58,7 +58,7 @@ ACCEPTED = {
     r"run\.json: (perplexity|config|base_commit|base_model/(revision|folder|name)|data is object|stop_ids is list$)": (
         "it describes the run, and nothing is computed with it"
     ),
-    r"merge: adapter/run\.json: quantization/load_in_4bit is true": "it is so",
+    r"adapter/run\.json: quantization/load_in_4bit is true": "it is so",
     r"manifest\.json: run/(plan_inputs is object|recomputed is zero)": "with other inputs the run is planned again",
     r"manifest\.json: files/manifest\.json is gone": "the list does not hold itself",
     r"plan: base/config\.json: rope_parameters/factor": "a plan does not depend on it",
