@@ -94,6 +94,7 @@ def _serve(
     function: Callable[[Any], Any], connection: Connection, other_end: Connection, seconds: float, extra_bytes: int
 ) -> None:
     other_end.close()  # so that the end of the parent ends this process
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizer's threads are the parent's, and workers share the cores
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C goes to the parent too, which ends this process
     for number in (signal.SIGTERM, signal.SIGALRM):  # the alarm rings where the parent was killed
         signal.signal(number, signal.SIG_DFL)

@@ -1,8 +1,9 @@
 """Render messages with a tokenizer's chat template, and try a template with made-up turns.
 
 A tokenizer without a template gets `Role: content` lines, with the end-of-sequence token after each answer. A template is a
-program that anyone may have written: it runs in a process of its own, with limits of time, memory and length. One process serves
-a tokenizer; what renders many records calls call_limited with all of them, because a call takes as long as rendering one or two.
+program that anyone may have written: it runs in a process of its own, with limits of time, memory and length. A process serves
+a tokenizer, and several prepare a data set. What renders many records calls call_limited with all of them, because a call takes
+as long as rendering one or two.
 """
 
 import re
@@ -44,11 +45,14 @@ def apply_chat_template(
     return call_limited(_render, tokenizer, messages, add_generation_prompt, tools)
 
 
-def call_limited(function: Callable[..., Result], tokenizer: "PreTrainedTokenizerBase", *arguments: Any) -> Result:
+def call_limited(
+    function: Callable[..., Result], tokenizer: "PreTrainedTokenizerBase", *arguments: Any, worker: int = 0
+) -> Result:
     """Return `function(tokenizer, *arguments)`, which renders with the tokenizer's chat template, within limits.
 
     Args:
         function: of a module's top level; it, `arguments` and its result are pickled.
+        worker: number of the process; threads that call at the same time take different ones.
 
     Raises:
         UserError: it takes too much time or memory, or the system allows no other process.
@@ -56,14 +60,14 @@ def call_limited(function: Callable[..., Result], tokenizer: "PreTrainedTokenize
     if not tokenizer.chat_template:
         return function(tokenizer, *arguments)
     try:
-        return _start_worker(tokenizer, str(tokenizer.chat_template)).call((function, arguments))
+        return _start_worker(tokenizer, str(tokenizer.chat_template), worker).call((function, arguments))
     except LimitExceeded as limit:
         raise UserError("chat template", None, f"cannot be rendered ({limit})", OTHER_TEMPLATE) from None
 
 
-@lru_cache(maxsize=2)
-def _start_worker(tokenizer: "PreTrainedTokenizerBase", template: str) -> LimitedWorker[Any, Any]:
-    """Return the worker of a tokenizer with this template: it keeps the tokenizer as it was with its first call."""
+@lru_cache(maxsize=8)
+def _start_worker(tokenizer: "PreTrainedTokenizerBase", template: str, number: int) -> LimitedWorker[Any, Any]:
+    """Return a worker of a tokenizer with this template: it keeps the tokenizer as it was with its first call."""
     return LimitedWorker(lambda call: call[0](tokenizer, *call[1]), SECONDS)
 
 

@@ -6,11 +6,13 @@ tokens are kept in a cache on disk, so that a second run with the same data begi
 """
 
 import hashlib
+import os
 import pickle
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -31,7 +33,14 @@ from qlora_kit.data.rendering import Rendering, TrainOn
 from qlora_kit.data.source import Source, open_source
 from qlora_kit.data.splits import is_file_name
 from qlora_kit.data.token_cache import DamagedTokens, Tokens, TokenWriter, find_cache_folder, read_tokens, write_tokens
-from qlora_kit.data.tokenizing import check_trained, encode_documents, encode_records, find_all_end_ids, render_record
+from qlora_kit.data.tokenizing import (
+    EncodedRecord,
+    check_trained,
+    encode_documents,
+    encode_records,
+    find_all_end_ids,
+    render_record,
+)
 from qlora_kit.errors import BadRecord, UserError
 from qlora_kit.model.tokenizer import find_frame, padding_id, separator_id, tokenizer_fingerprint
 
@@ -39,6 +48,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RECORDS_AT_ONCE = 1024
+MOST_WORKERS = 4
 SECONDS_AT_ONCE = 1.0  # of rendering
 LAYOUT = 4  # version of the cache; increase it when the same source would be tokenized differently
 
@@ -132,87 +142,115 @@ def tokenize_records(source: Source, data: DataSettings, tokenizer: "PreTrainedT
     def write(writer: TokenWriter) -> None:
         ends: set[int] = set()
         notes = NoteCollector()
-        for batch in _one_ahead(_render_batches(source, data, tokenizer)):
-            for rendered, record in zip(batch, encode_records([rendered.text for rendered in batch], tokenizer), strict=True):
-                with locate_errors(rendered.name, rendered.place):
-                    check_trained(record, rendered.ends)
-                writer.append(record.ids, record.trained)
-                writer.end_document()
-                ends.update(rendered.ends)
-                notes.add(rendered.text, rendered.name, rendered.place)
+        for name, place, prepared in _prepare_records(source, data, tokenizer):
+            writer.append(prepared.record.ids, prepared.record.trained)
+            writer.end_document()
+            ends.update(prepared.ends)
+            notes.add(prepared.rendering, name, place)
         thought = find_left_out_thought(tokenizer) if source.formats != ["instruction"] else ""
         writer.about = {"formats": source.formats, "end_ids": sorted(ends), "left_out_thought": thought} | notes.as_json()
 
     return _read_or_write(_compute_key(source, tokenizer, tokenizer.eos_token_id, tokenizer.chat_template, data.train_on), write)
 
 
-class RenderedRecord(NamedTuple):
-    """A record that is ready to be tokenized."""
+class WaitingRecord(NamedTuple):
+    """A record as it was read."""
 
     name: str  # of its file
     place: str  # in the file
-    text: Rendering
+    kind: str  # its format
+    record: bytes  # pickled
+
+
+class PreparedRecord(NamedTuple):
+    """A record as it is trained."""
+
+    record: EncodedRecord
     ends: tuple[int, ...]  # ids of the tokens that end its answers
+    rendering: Rendering  # without its pieces
 
 
-def _render_batches(source: Source, data: DataSettings, tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[RenderedRecord]]:
-    waiting: list[tuple[str, str, str, bytes]] = []  # file, place, format, and the record pickled
+def _prepare_records(
+    source: Source, data: DataSettings, tokenizer: "PreTrainedTokenizerBase"
+) -> Iterator[tuple[str, str, PreparedRecord]]:
+    """Yield each record with its file and place. Batches are prepared in several processes at a time, one for a core."""
+    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, MOST_WORKERS)
+    with ThreadPoolExecutor(workers) as pool:
+        under_way: deque[Future[list[tuple[str, str, PreparedRecord]]]] = deque()
+        try:
+            for number, batch in enumerate(_read_batches(source)):
+                # No more are under way than there are workers, so that each has a worker of its own.
+                under_way.append(pool.submit(_prepare_batch, batch, data, tokenizer, number % workers))
+                if len(under_way) == workers:
+                    yield from under_way.popleft().result()
+        except UserError:  # the source cannot be read any further; a mistake further up comes first
+            for future in under_way:
+                future.result()
+            raise
+        for future in under_way:
+            yield from future.result()
+
+
+def _read_batches(source: Source) -> Iterator[list[WaitingRecord]]:
+    waiting: list[WaitingRecord] = []
     size = 0
     for file, place, record in source.records():
-        waiting.append((file.name, place, file.format, pickle.dumps(record)))
-        size += len(waiting[-1][3])
+        waiting.append(WaitingRecord(file.name, place, file.format, pickle.dumps(record)))
+        size += len(waiting[-1].record)
         if len(waiting) == RECORDS_AT_ONCE or size > CHARACTERS_AT_ONCE:
-            yield from _render_all(waiting, data, tokenizer)
+            yield waiting
             waiting, size = [], 0
-    yield from _render_all(waiting, data, tokenizer)
+    if waiting:
+        yield waiting
 
 
-def _render_all(
-    waiting: list[tuple[str, str, str, bytes]], data: DataSettings, tokenizer: "PreTrainedTokenizerBase"
-) -> Iterator[list[RenderedRecord]]:
-    """Yield records rendered, in as many batches as their sizes ask for."""
-    while waiting:
-        (name, place, *_), records = waiting[0], [(kind, record) for _, _, kind, record in waiting]
-        with locate_errors(name, f"{place} or a later record"):
-            rendered = call_limited(_render_records, tokenizer, records, data.text_field, data.train_on)
-        batch = []
-        for (name, place, *_), result in zip(waiting, rendered, strict=False):
-            with locate_errors(name, place):
+def _prepare_batch(
+    waiting: list[WaitingRecord], data: DataSettings, tokenizer: "PreTrainedTokenizerBase", worker: int
+) -> list[tuple[str, str, PreparedRecord]]:
+    """Return the records prepared, in as many calls of the worker as their sizes ask for."""
+    done: list[tuple[str, str, PreparedRecord]] = []
+    while rest := waiting[len(done) :]:
+        records = [(one.kind, one.record) for one in rest]
+        with locate_errors(rest[0].name, f"{rest[0].place} or a later record"):
+            results = call_limited(_prepare, tokenizer, records, data.text_field, data.train_on, worker=worker)
+        for one, result in zip(rest, results, strict=False):
+            with locate_errors(one.name, one.place):
                 if isinstance(result, BadRecord):
                     raise result
-                batch.append(RenderedRecord(name, place, *result))
-        yield batch
-        waiting = waiting[len(batch) :]
+                done.append((one.name, one.place, result))
+    return done
 
 
-def _render_records(
+def _prepare(
     tokenizer: "PreTrainedTokenizerBase", records: list[tuple[str, bytes]], text_field: str, train_on: TrainOn
-) -> list[tuple[Rendering, tuple[int, ...]] | BadRecord]:
-    """Return the first records rendered, each with the ids of the tokens that end its answers, and the error that ends them.
+) -> list[PreparedRecord | BadRecord]:
+    """Return the first records rendered and encoded, and the error that ends them.
 
-    They are as many as take SECONDS_AT_ONCE and CHARACTERS_AT_ONCE: the limits of a worker are those of a call.
+    They are as many as are rendered in SECONDS_AT_ONCE and have CHARACTERS_AT_ONCE: the limits of a worker are those of a call.
     """
-    done: list[tuple[Rendering, tuple[int, ...]] | BadRecord] = []
+    rendered: list[Rendering] = []
+    end_ids: list[tuple[int, ...]] = []
+    found: BadRecord | None = None
     characters, begun = 0, time.monotonic()
     for kind, record in records:
         try:
             text = render_record(pickle.loads(record), kind, tokenizer, text_field, train_on)
-            done.append((text, find_all_end_ids(kind, tokenizer)))
+            end_ids.append(find_all_end_ids(kind, tokenizer))
+            rendered.append(text)
         except BadRecord as error:
-            return [*done, error]
+            found = error
+            break
         characters += sum(len(piece.text) for piece in text.pieces)
         if characters > CHARACTERS_AT_ONCE or time.monotonic() - begun > SECONDS_AT_ONCE:
             break
-    return done
-
-
-def _one_ahead(batches: Iterator[list[RenderedRecord]]) -> Iterator[list[RenderedRecord]]:
-    """Yield batches; a thread makes the next one while the tokenizer, which runs without Python's lock, encodes this one."""
-    with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(next, batches, None)
-        while (batch := following.result()) is not None:
-            following = pool.submit(next, batches, None)
-            yield batch
+    done: list[PreparedRecord | BadRecord] = []
+    for encoded, ends, text in zip(encode_records(rendered, tokenizer), end_ids, rendered, strict=True):
+        try:
+            check_trained(encoded, ends)
+        except BadRecord as error:
+            return [*done, error]
+        done.append(PreparedRecord(encoded, ends, text._replace(pieces=[])))
+    return [*done, found] if found else done
 
 
 def _read_or_write(key: str, write: Callable[[TokenWriter], None]) -> Tokens:

@@ -82,23 +82,29 @@ def nested(tokenizer) -> int:
     return call_limited(process_of, tokenizer)
 
 
-def test_records_are_rendered_in_batches_as_alone(with_template, write, monkeypatch):
-    records = [{"prompt": f"Hi {n}", "completion": f"Hello {n}"} for n in range(10)]
-    source = source_of(write("chats.jsonl", as_jsonl(*records)))
+def test_records_are_prepared_in_order_by_several_processes(with_template, write, monkeypatch):
+    source = source_of(write("chats.jsonl", as_jsonl(*({"prompt": f"Hi {n}", "completion": f"Hello {n}"} for n in range(10)))))
     tokenizer = with_template(PLAIN)
-    monkeypatch.setattr(dataset, "RECORDS_AT_ONCE", 4)
+    monkeypatch.setattr(dataset, "RECORDS_AT_ONCE", 2)
     monkeypatch.setattr(dataset, "CHARACTERS_AT_ONCE", 100)
-    batches = list(dataset._render_batches(source, data_settings("x"), tokenizer))
-    assert len(batches) > 3
-    found = [rendered for batch in batches for rendered in batch]
-    assert [rendered.place for rendered in found] == [f"line {n}" for n in range(1, 11)]
-    texts = ["".join(piece.text for piece in rendered.text.pieces) for rendered in found]
+    found = list(dataset._prepare_records(source, data_settings("x"), tokenizer))
+    assert [place for _, place, _ in found] == [f"line {n}" for n in range(1, 11)]
     own = [[{"role": "user", "content": f"Hi {n}"}, {"role": "assistant", "content": f"Hello {n}"}] for n in range(10)]
-    assert texts == [tokenizer.apply_chat_template(turns, tokenize=False) for turns in own]
+    assert [prepared.record.ids.tolist() for *_, prepared in found] == [
+        tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False) for turns in own
+    ]
 
 
 def test_a_record_that_a_template_refuses_is_named(with_template, write):
     template = PLAIN + "{% if 'bad' in messages[0].content %}{{ 1 / 0 }}{% endif %}"
     file = write("chats.jsonl", as_jsonl(*({"prompt": words, "completion": "x"} for words in ("good", "good", "bad", "good"))))
     with pytest.raises(UserError, match=r"chats.jsonl: line 3: the chat template refuses the turns \(ZeroDivisionError"):
-        list(dataset._render_batches(source_of(file), data_settings("x"), with_template(template)))
+        list(dataset._prepare_records(source_of(file), data_settings("x"), with_template(template)))
+
+
+def test_the_first_mistake_is_named_although_a_later_line_cannot_be_read(with_template, write, monkeypatch):
+    monkeypatch.setattr(dataset, "RECORDS_AT_ONCE", 1)
+    template = PLAIN + "{% if 'bad' in messages[0].content %}{{ 1 / 0 }}{% endif %}"
+    file = write("chats.jsonl", as_jsonl({"prompt": "bad", "completion": "x"}) + "{no JSON\n")
+    with pytest.raises(UserError, match=r"chats.jsonl: line 1: the chat template refuses the turns"):
+        list(dataset._prepare_records(source_of(file), data_settings("x"), with_template(template)))

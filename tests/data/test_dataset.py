@@ -135,7 +135,7 @@ def test_evaluation_may_be_a_file_of_its_own(blocks_of_file, root):
 
 def test_the_second_time_records_come_from_the_cache_and_another_setting_does_not(blocks_of_file, monkeypatch):
     first, _ = blocks_of_file(RECORDS)
-    monkeypatch.setattr("qlora_kit.data.dataset.encode_records", None)  # would fail when called
+    monkeypatch.setattr("qlora_kit.data.dataset._prepare_records", None)  # would fail when called
     assert blocks_of_file(RECORDS)[0].fingerprint() == first.fingerprint()
     assert blocks_of_file(RECORDS, max_length=64, packing=False)[0].documents == 20  # of the same tokens
     for changed in ({"train_on": "all"}, {"format": "alpaca"}):
