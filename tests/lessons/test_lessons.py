@@ -29,7 +29,7 @@ from qlora_kit.errors import UserError
 from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
-# Smaller settings, and a model of two layers, so that all lessons run with the other tests; the marker slow runs them whole.
+# Smaller settings, and a model of two layers; the marker slow runs most of the lessons so, and all of them whole.
 SHORT: dict[str, dict[str, object]] = {
     "layers": {"STEPS": 2},
     "attention": {"STEPS": 1, "HELD_OUT": 4},
@@ -80,11 +80,14 @@ def check_run(name: str, folder: Path, capsys, language: str) -> None:
         assert [line for line in lines if len(re.findall("[a-z]{3,}", line)) > 5 and line.isascii()] == []
 
 
-LONGER = ("layers", "methods", "paged_optimizer", "rank_study", "variants")  # seconds each; a slow test runs them
+QUICK = ("memory", "formats")  # the others take seconds
 
 
 @pytest.mark.filterwarnings("error:Glyph")  # a Chinese label in a picture that has no font for it
-@pytest.mark.parametrize("name", [name for name in LESSONS if name not in (*WHOLE, *LONGER)])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in LESSONS if name not in WHOLE],
+)
 def test_lesson_prints_a_table_and_writes_its_picture_in_chinese(name, tmp_path, capsys, monkeypatch, two_layers_dir):
     monkeypatch.setattr("finetuning_lessons.short_run.HELD_OUT", 2)
     for module in ("lesson", name):
