@@ -36,10 +36,11 @@ def check_writable(folder: Path, key: str, name: str, flag: str) -> None:
         UserError: it cannot.
     """
     existing = existing_parent(folder)
+    named = "" if str(existing) == str(name) else f"{existing} "  # which is said already
     if not existing.is_dir():
-        raise UserError(key, name, f"{existing} is a file, not a folder", f"use another {flag}")
+        raise UserError(key, name, f"{named}is a file, not a folder", f"use another {flag}")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(key, name, f"{existing} cannot be written", f"change its permissions or use another {flag}")
+        raise UserError(key, name, f"{named}cannot be written", f"change its permissions or use another {flag}")
 
 
 def existing_parent(path: Path) -> Path:
