@@ -44,7 +44,7 @@ def test_an_earlier_run_is_neither_replaced_nor_continued_without_a_flag(tmp_pat
 @pytest.mark.parametrize("below", ["", "runs/one"])
 def test_a_file_in_place_of_a_folder_is_named(tmp_path, below):
     (tmp_path / "taken").touch()
-    with pytest.raises(UserError, match="taken:? is a file, not a folder"):
+    with pytest.raises(UserError, match=r"taken:? is a file, not a folder"):
         check_output_dir(str(tmp_path / "taken" / below), overwrite=True, resume=False)
 
 
