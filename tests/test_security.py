@@ -362,7 +362,8 @@ def a_run(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_", "MPL"))}
     # What matplotlib looks up once and for all would take seconds to look up again.
     own = {"MPLCONFIGDIR": matplotlib.get_cachedir(), "HOME": str(at / "home"), "TMPDIR": str(at / "tmp"),
-           "HF_HUB_OFFLINE": "1", "HF_TOKEN": TOKEN, "WANDB_API_KEY": "swordfish"}  # fmt: skip
+           "TORCHINDUCTOR_CACHE_DIR": str(at / "inductor"), "HF_HUB_OFFLINE": "1", "HF_TOKEN": TOKEN,
+           "WANDB_API_KEY": "swordfish"}  # fmt: skip
     command = [
         sys.executable, "-B", str(ROOT / "train_qlora.py"), *SMALL, "--config", str(ROOT / "configs" / "tiny.yaml"),
         "--dataset", str(ROOT / "samples" / "articles.txt"),
