@@ -69,7 +69,7 @@ class Job:
 
 @dataclass
 class Result:
-    """What a run left: the loss and the norm of the gradient of each optimizer step, and what it cost."""
+    """The result of a run: the loss and the norm of the gradient of each optimizer step, and what it cost."""
 
     system: str
     seed: int

@@ -150,7 +150,7 @@ def time_forward(models: dict[str, Any], ids: torch.Tensor, rounds: int) -> dict
 
 @dataclass(frozen=True)
 class Facts:
-    """What no seed changes: trainable parameters, and whether the method merges."""
+    """The facts that no seed changes: trainable parameters, and whether the method merges."""
 
     trainable: int
     merges: str

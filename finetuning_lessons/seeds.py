@@ -81,7 +81,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Results:
-    """What a lesson measured, for each seed."""
+    """The results that a lesson measured, for each seed."""
 
     seeds: tuple[int, ...]
     measured: tuple[Measured, ...]

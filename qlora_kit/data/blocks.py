@@ -78,7 +78,7 @@ class RecordBlocks:
 
     @property
     def notes(self) -> Rows:
-        """What of the records is not trained, or was changed: names and words."""
+        """Return what of the records is not trained, or was changed: names and words."""
         return describe_notes(self.stored.about)
 
     @property
